@@ -1,0 +1,45 @@
+"""Build and install Megatron-FT: the package, its C++ packing extension, and what it depends on."""
+
+import re
+from pathlib import Path
+
+from pybind11.setup_helpers import Pybind11Extension, build_ext
+from setuptools import find_packages, setup
+
+root = Path(__file__).resolve().parent
+version = re.search(r'__version__ = "(.+)"', (root / "megatron_ft/__init__.py").read_text()).group(1)
+
+setup(
+    name="megatron-ft",
+    version=version,
+    description="Fine-tune StarCoder-family models with Megatron-Core on SLURM clusters",
+    long_description=(root / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["megatron_ft", "megatron_ft.*"]),
+    ext_modules=[
+        Pybind11Extension(
+            "megatron_ft.data._packing", ["megatron_ft/data/packing.cpp"], cxx_std=17, extra_compile_args=["-O3"]
+        )
+    ],
+    cmdclass={"build_ext": build_ext},
+    install_requires=[
+        "torch>=2.6",
+        "megatron-core==0.16.1",
+        "tokenizers",
+        "transformers>=5",
+        "sentencepiece",
+        "tiktoken",
+        "numpy",
+        "pybind11",
+        "regex",
+        "safetensors",
+        "psutil",
+        "tqdm",
+        "zstandard",
+        "tensorboard",
+        "matplotlib",
+    ],
+    extras_require={"gpu": ["transformer-engine[pytorch]"], "dev": ["pytest", "hypothesis", "ruff", "peft"]},
+)

@@ -1,0 +1,209 @@
+"""Megatron's MMIDIDX token files: a `.bin` with every sequence's tokens and an `.idx` that says where each begins.
+
+Byte for byte what Megatron-LM's `indexed_dataset` writes with the mmap implementation, and readable by it and by Megatron-Core's
+`IndexedDataset`. All little-endian; the `.idx` holds: 9 bytes `MMIDIDX\\0\\0`; uint64 version 1; uint8 dtype code; uint64 number of
+sequences n; uint64 number of document bounds; int32 sizes[n] in tokens; int64 pointers[n] in bytes; int64 document bounds.
+We write one sequence a document, so the bounds are 0..n.
+
+A data set is a pair of such files, one for each field (`field_paths`). Writers work under temporary names; `commit` makes all of
+them appear together, so a run that was killed leaves nothing that looks whole.
+"""
+
+import mmap
+import os
+import shutil
+import struct
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from megatron_ft.errors import UserError
+
+MAGIC = b"MMIDIDX\x00\x00"
+VERSION = 1
+HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, document bounds
+# Integer dtypes of Megatron's table (megatron/data/indexed_dataset.py); its codes 6 and 7 are floats, which are no tokens.
+DTYPES = {
+    1: np.dtype(np.uint8),
+    2: np.dtype(np.int8),
+    3: np.dtype("<i2"),
+    4: np.dtype("<i4"),
+    5: np.dtype("<i8"),
+    8: np.dtype("<u2"),
+}
+CODES = {dtype: code for code, dtype in DTYPES.items()}
+CHUNK = 1 << 20  # sequences whose pointers are computed at a time when an .idx is written
+
+
+def field_paths(prefix: str | Path) -> tuple[str, str]:
+    """Paths, without suffix, of a data set's two fields: inputs and targets."""
+    return f"{prefix}_inputs_document", f"{prefix}_targets_document"
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """uint16 where every id fits, else int32: Megatron's `best_fitting_dtype`, with its limit of 65500."""
+    return DTYPES[8] if vocab_size < 65500 else DTYPES[4]
+
+
+class IndexedReader:
+    """Sequences of one `.bin/.idx` pair, memory-mapped. `reader[i]` is an np.ndarray [tokens] of `reader.dtype`, a view of the file.
+
+    Raises UserError where a file is missing, of another format, or its length is not what the index says.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = str(path)
+        index = _map(self.path + ".idx")
+        if len(index) < HEADER.size or index[: len(MAGIC)] != MAGIC:
+            raise UserError(f"{self.path}.idx: not a Megatron MMIDIDX index; make it with preprocess/tokenize.py")
+        _, version, code, self._count, bounds = HEADER.unpack_from(index)
+        if version != VERSION or code not in DTYPES:
+            raise UserError(
+                f"{self.path}.idx: version {version}, dtype code {code}; expected version 1 of integer tokens"
+            )
+        expected = HEADER.size + 12 * self._count + 8 * bounds
+        if len(index) != expected:
+            raise UserError(f"{self.path}.idx: {len(index)} bytes, its header says {expected}; make the file again")
+        self.dtype = DTYPES[code]
+        self._index = index
+        self._pointers = np.frombuffer(index, "<i8", self._count, HEADER.size + 4 * self._count)
+        data = _map(self.path + ".bin")
+        expected = int(self._pointers[-1]) + int(self.sizes[-1]) * self.dtype.itemsize if self._count else 0
+        if len(data) != expected:
+            raise UserError(f"{self.path}.bin: {len(data)} bytes, its index says {expected}; make the file again")
+        self._tokens = np.frombuffer(data, self.dtype)
+
+    @cached_property
+    def sizes(self) -> np.ndarray:
+        """int32 [n], tokens of each sequence (a copy in memory: in the file they are not aligned)."""
+        return np.frombuffer(self._index, "<i4", self._count, HEADER.size).astype(np.int32)
+
+    @cached_property
+    def document_bounds(self) -> np.ndarray:
+        """int64 [documents + 1], the sequence each document begins at; 0..n where every document is one sequence."""
+        return np.frombuffer(self._index, "<i8", offset=HEADER.size + 12 * self._count).astype(np.int64)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the whole file."""
+        return len(self._tokens)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, i: int) -> np.ndarray:
+        if not -self._count <= i < self._count:
+            raise IndexError(f"sequence {i} of {self._count} in {self.path}")
+        start = int(self._pointers[i]) // self.dtype.itemsize
+        return self._tokens[start : start + int(self.sizes[i])]
+
+
+def _map(path: str) -> mmap.mmap | bytes:
+    """The file's bytes, memory-mapped read-only; an empty file cannot be mapped and is b''."""
+    try:
+        with open(path, "rb") as file:
+            if os.fstat(file.fileno()).st_size == 0:
+                return b""
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except OSError as error:
+        raise UserError(
+            f"{path}: {error.strerror or error}; a tokenized data set is made with preprocess/tokenize.py"
+        ) from error
+
+
+class IndexedWriter:
+    """Writes one `.bin/.idx` pair sequence by sequence, in memory that does not grow with their number.
+
+    Everything goes to `<path>.bin.partial` and friends until `commit([writer, ...])`. Leaving a `with` block without a
+    commit removes them.
+    """
+
+    def __init__(self, path: str | Path, dtype: np.dtype):
+        self.path, self.dtype = str(path), np.dtype(dtype)
+        self.num_sequences = self.num_tokens = 0
+        Path(self.path).parent.mkdir(parents=True, exist_ok=True)
+        self._bin = open(self.path + ".bin.partial", "wb", buffering=1 << 20)  # noqa: SIM115 (closed by finish or discard)
+        self._sizes = open(self.path + ".sizes.partial", "w+b", buffering=1 << 16)
+
+    def add(self, tokens: Sequence[int] | np.ndarray) -> None:
+        """Append one sequence of token ids; OverflowError where an id does not fit the dtype."""
+        self.add_many(np.array(tokens, self.dtype).tobytes(), [len(tokens)])
+
+    def add_many(self, data: bytes, sizes: Sequence[int]) -> None:
+        """Append sequences of `sizes` tokens whose ids lie one after another in `data`, in the file's dtype."""
+        sizes = np.asarray(sizes, "<i4")
+        tokens = int(sizes.sum(dtype=np.int64))
+        if len(data) != tokens * self.dtype.itemsize:
+            raise ValueError(f"{len(data)} bytes for {tokens} tokens of {self.dtype}")
+        self._bin.write(data)
+        self._sizes.write(sizes.tobytes())
+        self.num_sequences += len(sizes)
+        self.num_tokens += tokens
+
+    def add_file(self, path: str | Path) -> None:
+        """Append every sequence of another pair of the same dtype."""
+        other = IndexedReader(path)
+        if other.dtype != self.dtype:
+            raise UserError(f"{path}.idx: tokens are {other.dtype}, expected {self.dtype}; tokenize all parts alike")
+        self._bin.flush()
+        with open(f"{path}.bin", "rb") as file:
+            shutil.copyfileobj(file, self._bin, 1 << 20)
+        self._sizes.write(other.sizes.astype("<i4").tobytes())
+        self.num_sequences += len(other)
+        self.num_tokens += other.num_tokens
+
+    def finish(self) -> None:
+        """Write the index beside the tokens, both on disk and still under temporary names."""
+        _sync_and_close(self._bin)
+        index = open(self.path + ".idx.partial", "wb", buffering=1 << 20)
+        n, start = self.num_sequences, 0
+        index.write(HEADER.pack(MAGIC, VERSION, CODES[self.dtype], n, n + 1))
+        self._sizes.seek(0)
+        shutil.copyfileobj(self._sizes, index, 1 << 20)
+        self._sizes.seek(0)
+        while chunk := self._sizes.read(4 * CHUNK):
+            ends = start + np.cumsum(np.frombuffer(chunk, "<i4"), dtype=np.int64) * self.dtype.itemsize
+            index.write(np.concatenate([[start], ends[:-1]]).astype("<i8").tobytes())
+            start = int(ends[-1])
+        for first in range(0, n + 1, CHUNK):
+            index.write(np.arange(first, min(first + CHUNK, n + 1), dtype="<i8").tobytes())
+        _sync_and_close(index)
+        self._sizes.close()
+        os.unlink(self.path + ".sizes.partial")
+
+    def discard(self) -> None:
+        """Remove the temporary files that are there."""
+        for file in (self._bin, self._sizes):
+            try:
+                file.close()
+            except OSError:  # a full disk fails again when buffers are flushed; the file goes anyway
+                pass
+        for suffix in (".bin.partial", ".sizes.partial", ".idx.partial"):
+            Path(self.path + suffix).unlink(missing_ok=True)
+
+    def __enter__(self) -> "IndexedWriter":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.discard()
+
+
+def commit(writers: Iterable[IndexedWriter]) -> None:
+    """Finish all writers and give their files the final names. Old indices go first and new ones come last:
+    killed at any point, no index stands beside tokens that are not its own."""
+    writers = list(writers)
+    for writer in writers:
+        writer.finish()
+    for writer in writers:
+        Path(writer.path + ".idx").unlink(missing_ok=True)
+    for suffix in (".bin", ".idx"):
+        for writer in writers:
+            os.replace(writer.path + suffix + ".partial", writer.path + suffix)
+
+
+def _sync_and_close(file) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+    file.close()

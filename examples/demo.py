@@ -1,0 +1,223 @@
+"""The whole road once, on this machine: commits of a git repository to a fine-tuned Hugging Face checkpoint.
+
+    make demo                 # or: python examples/demo.py --repo PATH --output DIR
+
+Runs the programs a user runs, one command line after the other, and shows each. Training is stopped half-way by SIGTERM,
+as a scheduler would stop it, and the same command line resumes it.
+"""
+
+import argparse
+import json
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[0] = str(ROOT)
+
+from megatron_ft.errors import EXIT_RESUME, UserError, run_program
+
+FEWEST_ROWS = 100  # a history with fewer single-file commits teaches nothing: the shipped rows are used instead
+VOCABULARY = 2048
+SEQUENCE = 1024
+
+
+def show(text: str) -> None:
+    print(text, flush=True)
+
+
+def start(program: str, *flags: str | int | Path) -> subprocess.Popen:
+    """Start a program of the checkout; its command line is shown as a user would type it."""
+    words = [str(f) for f in flags]
+    show(f"\n$ python {program} " + shlex.join(words))
+    return subprocess.Popen([sys.executable, str(ROOT / program), *words], cwd=ROOT)
+
+
+def run(program: str, *flags: str | int | Path) -> None:
+    """Run a program to its end; the demonstration ends where one fails."""
+    status = start(program, *flags).wait()
+    if status:
+        raise UserError(f"{program} ended with status {status}; its last lines above say why")
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def collect_commits(repo: Path, rows: Path) -> str:
+    """Write the repository's commits to `rows`, or the shipped ones where its history is too short. Returns where they come from."""
+    git = ["git", "-C", str(repo)]
+    inside = subprocess.run([*git, "rev-parse", "--is-shallow-repository"], capture_output=True, text=True)
+    if inside.returncode:
+        reason = f"{repo} is not a git repository"
+    elif inside.stdout.strip() == "true":
+        reason = f"{repo} is a shallow clone"
+    else:
+        run("preprocess/commits.py", "--repo", repo, "--output", rows)
+        found = len(rows.read_text().splitlines())
+        if found >= FEWEST_ROWS:
+            return str(repo)
+        reason = f"{repo} has {found} commits of one text file, under the {FEWEST_ROWS} a demonstration needs"
+    shipped = ROOT / "examples/commits.jsonl"
+    shutil.copyfile(shipped, rows)
+    show(f"{reason}: using the rows shipped in {shipped.relative_to(ROOT)}")
+    return str(shipped.relative_to(ROOT))
+
+
+def train(save: Path, flags: list, iterations: int) -> int:
+    """Train, stop half-way as a scheduler would, resume with the very same command line. Returns the step resumed at."""
+    metrics = save / "metrics.jsonl"
+    process = start("launch/finetune.py", *flags)
+    while process.poll() is None and not (
+        metrics.is_file() and len(metrics.read_text().splitlines()) >= iterations // 2
+    ):
+        time.sleep(0.1)
+    if process.poll() is None:
+        show("\n--- SIGTERM, as from a scheduler ---")
+        process.send_signal(signal.SIGTERM)
+    status = process.wait()
+    if status != EXIT_RESUME:
+        raise UserError(
+            f"launch/finetune.py ended with status {status}, expected {EXIT_RESUME} after SIGTERM; see its lines above"
+        )
+    resumed_at = int((save / "latest_checkpointed_iteration.txt").read_text())
+    run("launch/finetune.py", *flags)
+    return resumed_at
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--repo", type=Path, default=ROOT, help="git repository whose commits are learned (default: this one)"
+    )
+    parser.add_argument(
+        "--output", type=Path, default=ROOT / "demo", help="where everything goes; emptied first (default: demo/)"
+    )
+    parser.add_argument("--iterations", type=int, default=60, help="optimizer steps (default: 60)")
+    args = parser.parse_args()
+    began = time.monotonic()
+    out = args.output.resolve()
+    if out.exists():
+        if any(out.iterdir()) and not (out / ".demo").exists():
+            raise UserError(
+                f"--output {out} holds something else than an earlier demonstration; name an empty directory"
+            )
+        shutil.rmtree(out)
+    out.mkdir(parents=True)
+    (out / ".demo").touch()
+
+    source = collect_commits(args.repo.resolve(), out / "commits.jsonl")
+    run("preprocess/commits_to_jsonl.py", "--input", out / "commits.jsonl", "--output", out / "instructions.jsonl")
+    tokenizer = out / "tokenizer.json"
+    run(
+        "preprocess/train_tokenizer.py",
+        "--input",
+        out / "instructions.jsonl",
+        "--vocab-size",
+        VOCABULARY,
+        "--output",
+        tokenizer,
+    )
+    prefix = out / "data"
+    run(
+        "preprocess/tokenize.py",
+        "--input",
+        out / "instructions.jsonl",
+        "--output-prefix",
+        prefix,
+        "--tokenizer-file",
+        tokenizer,
+    )
+
+    save = out / "checkpoints"
+    flags = [
+        "--preset",
+        "tiny",
+        "--from-scratch",
+        "--data-prefix",
+        prefix,
+        "--validation-share",
+        0.05,
+        "--tokenizer-file",
+        tokenizer,
+    ]
+    flags += [
+        "--tensor-model-parallel-size",
+        2,
+        "--sequence-parallel",
+        "--use-distributed-optimizer",
+        "--seq-length",
+        SEQUENCE,
+    ]
+    flags += [
+        "--micro-batch-size",
+        2,
+        "--global-batch-size",
+        4,
+        "--train-iters",
+        args.iterations,
+        "--lr",
+        2e-3,
+        "--lr-warmup-iters",
+        5,
+    ]
+    flags += [
+        "--overlong",
+        "truncate",
+        "--eval-interval",
+        args.iterations // 2,
+        "--eval-iters",
+        "full",
+        "--log-interval",
+        5,
+        "--save",
+        save,
+    ]
+    resumed_at = train(save, flags, args.iterations)
+
+    model = out / "hf"
+    run("convert/megatron_to_hf.py", "--load", save, "--output", model, "--tokenizer-file", tokenizer)
+    run("convert/verify.py", save, model, "--logits", "--report", out / "verify.json")
+    prompt = out / "prompt.txt"
+    prompt.write_text(
+        read_jsonl(out / "instructions.jsonl")[-1]["inputs"][-1500:]
+    )  # the last rows are the validation range
+    run("convert/generate.py", model, "--prompt-file", prompt, "--max-new-tokens", 64)
+    summarise(out, source, resumed_at, time.monotonic() - began)
+
+
+def summarise(out: Path, source: str, resumed_at: int, seconds: float) -> None:
+    steps = read_jsonl(out / "checkpoints/metrics.jsonl")
+    steps = [s for s in steps if "loss" in s]
+    if steps[-1]["loss"] >= steps[0]["loss"]:
+        raise UserError(
+            f"the loss did not fall: {steps[0]['loss']:.3f} at the first step, {steps[-1]['loss']:.3f} at the last"
+        )
+    verified = json.loads((out / "verify.json").read_text())
+    fill = sum(s["fill_rate"] for s in steps) / len(steps)
+    table = [
+        ("rows", f"{len((out / 'instructions.jsonl').read_text().splitlines()):,} from {source}"),
+        ("tokens trained on", f"{steps[-1]['consumed_tokens']:,}"),
+        ("packed fill rate", f"{fill:.1%}"),
+        ("steps", f"{steps[-1]['iteration']}"),
+        ("loss", f"{steps[0]['loss']:.3f} at the first step, {steps[-1]['loss']:.3f} at the last"),
+        ("resumed at step", f"{resumed_at}"),
+        (
+            "largest logit difference",
+            f"{verified['largest_logit_difference']:.1e} (Megatron against transformers, fp32)",
+        ),
+        ("checkpoints", f"{out / 'checkpoints'}"),
+        ("report", f"{out / 'checkpoints/report.html'}"),
+        ("Hugging Face model", f"{out / 'hf'}"),
+        ("time", f"{seconds:.0f} s"),
+    ]
+    width = max(len(name) for name, _ in table)
+    show("\n" + "\n".join(f"{name:<{width}}  {value}" for name, value in table))
+
+
+if __name__ == "__main__":
+    run_program(main)

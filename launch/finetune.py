@@ -1,0 +1,79 @@
+"""Start a training run: local processes on this machine, or srun's tasks inside a SLURM job. The same command resumes it.
+
+    python launch/finetune.py --preset tiny --from-scratch --data-prefix data/commits --tokenizer-file data/tokenizer.json \
+        --train-iters 100 --save runs/first --tensor-model-parallel-size 2
+
+Flags are checked before anything starts. SIGTERM, SIGUSR1, SIGUSR2 and Ctrl-C make every rank save after its step; the status is then 75,
+and the same command line goes on where it stopped.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # not this folder: its files would hide others' of the same name
+
+from launch.command import as_shell, local_gpus, model_parallel_size, rank_environment, training_command
+from launch.local_ranks import local_environment, run_local_ranks
+from megatron_ft.arguments import Help, Parser, build_parser, parse_args
+from megatron_ft.errors import EXIT_DONE, UserError, run_program
+
+
+def launch_parser() -> Parser:
+    """The launcher's own flags; all others go to the training program."""
+    parser = Parser(prog="launch/finetune.py", description=__doc__, formatter_class=Help, allow_abbrev=False)
+    add = parser.add_argument
+    add(
+        "--num-processes",
+        type=int,
+        metavar="N",
+        help="local processes; all GPUs, or TP x PP x CP on the CPU, when not given",
+    )
+    add("--dry-run", action="store_true", help="print the exact command and environment, start nothing")
+    return parser
+
+
+def split_flags(argv: Sequence[str], parser: argparse.ArgumentParser) -> tuple[list[str], list[str]]:
+    """Words for `parser` and all other words, each in their order."""
+    takes_value = {name: action.nargs != 0 for action in parser._actions for name in action.option_strings}
+    ours: list[str] = []
+    theirs: list[str] = []
+    words = iter(argv)
+    for word in words:
+        name, equals, _ = word.partition("=")
+        name = name.replace("_", "-") if name.startswith("--") else name
+        if name not in takes_value:
+            theirs.append(word)
+            continue
+        ours.append(name + word[len(name) :])
+        if takes_value[name] and not equals:
+            ours.extend(value for value in [next(words, None)] if value is not None)
+    return ours, theirs
+
+
+def main() -> int:
+    parser = launch_parser()
+    own, flags = split_flags(sys.argv[1:], parser)
+    if "--help" in own or "-h" in own:
+        print(parser.format_help() + "\nAll other flags go to the training program:\n")
+        print(build_parser().format_help())
+        return EXIT_DONE
+    launch = parser.parse_args(own)
+    num_processes = launch.num_processes
+    if num_processes is None:
+        num_processes = local_gpus() or model_parallel_size(flags)
+    if num_processes < 1:
+        raise UserError(f"--num-processes {num_processes}: must be at least 1")
+    args = parse_args(flags, world_size=num_processes)
+    command = training_command(flags)
+    environment = local_environment(num_processes)
+    if launch.dry_run:
+        print(f"# rank 0 of {num_processes}; the others differ in RANK and LOCAL_RANK")
+        print(as_shell({**environment, **rank_environment(0, num_processes, 0, num_processes)}, command))
+        return EXIT_DONE
+    return run_local_ranks(command, num_processes, environment, Path(args.save) / "logs" if args.save else None)
+
+
+if __name__ == "__main__":
+    run_program(main)

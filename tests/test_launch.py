@@ -1,0 +1,127 @@
+"""launch/finetune.py outside SLURM: what it checks, what it starts, how a stop and a failure reach the user."""
+
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, one_error_line, run_program
+
+LAUNCHED = """
+import os, signal, sys, time
+from pathlib import Path
+sys.path.insert(0, {root!r})
+from launch.local_ranks import local_environment, run_local_ranks
+sys.exit(run_local_ranks([sys.executable, "-u", "-c", Path({ranks!r}).read_text()], 2, local_environment(2), Path({logs!r})))
+"""
+
+
+@pytest.fixture
+def flags(tmp_path) -> list[str]:
+    (tmp_path / "tokenizer.json").write_text("{}")
+    return shlex.split(
+        f"--preset tiny --from-scratch --data-prefix {tmp_path}/data --tokenizer-file {tmp_path}/tokenizer.json --train-iters 3"
+    )
+
+
+class Launched:
+    """Two ranks that run `code`, started by the launcher in a process of its own."""
+
+    def __init__(self, directory: Path, code: str) -> None:
+        (directory / "ranks.py").write_text("import os, signal, sys, time\nrank = int(os.environ['RANK'])\n" + code)
+        self.log = directory / "logs" / "rank-001.log"
+        program = LAUNCHED.format(root=str(ROOT), ranks=str(directory / "ranks.py"), logs=str(directory / "logs"))
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+
+    def end(self) -> tuple[int, str]:
+        out, _ = self.process.communicate(timeout=30)
+        return self.process.returncode, out
+
+
+def test_dry_run_prints_a_command_that_runs_as_printed(flags, tmp_path):
+    shown = run_program("launch/finetune.py", "--dry-run", "--tensor_model_parallel_size=2", *flags).stdout
+    assert "WORLD_SIZE=2" in shown and "RANK=0" in shown and "--tensor_model_parallel_size=2" in shown
+    assert "--dry-run" not in shown
+    shown = run_program("launch/finetune.py", "--dry-run", "--num-processes", "1", *flags).stdout
+    environment_only = (
+        shown[: shown.index(sys.executable)]
+        + f"{sys.executable} -P -c 'import os, megatron_ft.errors; print(os.environ[\"WORLD_SIZE\"])'"
+    )
+    ran = subprocess.run(["bash", "-c", environment_only], capture_output=True, text=True, cwd=tmp_path)
+    assert ran.stdout == "1\n", ran.stderr
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (["--num-processes", "3", "--tensor-model-parallel-size", "2"], "3 processes cannot be split"),
+        (["--num-processes", "0"], "--num-processes 0: must be at least 1"),
+        (["--num-procceses", "2"], "unknown flag --num-procceses"),
+        (["--learning-rate", "1"], "unknown flag --learning-rate"),
+    ],
+)
+def test_wrong_flags_end_in_one_line_before_anything_starts(flags, wrong, said):
+    assert said in one_error_line(run_program("launch/finetune.py", *flags, *wrong, ok=False))
+
+
+def test_first_rank_has_the_terminal_and_the_others_have_files(tmp_path):
+    launched = Launched(tmp_path, "print('hello from', rank, os.environ['MASTER_PORT'].isdigit())")
+    assert launched.end() == (0, "hello from 0 True\n")
+    assert launched.log.read_text() == "hello from 1 True\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2])
+def test_a_stop_signal_reaches_every_rank_and_the_status_says_resume(tmp_path, number):
+    code = """
+def stop(number, frame):
+    print('rank', rank, 'saves', flush=True)
+    sys.exit(75)
+for n in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+    signal.signal(n, stop)
+print('ready', flush=True)
+time.sleep(30)
+"""
+    launched = Launched(tmp_path, code)
+    assert launched.process.stdout.readline() == "ready\n"
+    while not launched.log.exists() or "ready" not in launched.log.read_text():
+        time.sleep(0.05)
+    launched.process.send_signal(number)
+    assert launched.end() == (75, "rank 0 saves\n")
+    assert "rank 1 saves" in launched.log.read_text()
+
+
+def test_a_failed_rank_ends_all_and_its_traceback_is_last(tmp_path):
+    code = """
+if rank == 1:
+    print('noise before')
+    raise RuntimeError('the disk is gone')
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+print('pid', os.getpid(), flush=True)
+time.sleep(60)
+"""
+    started = time.monotonic()
+    status, out = Launched(tmp_path, code).end()
+    assert status == 1
+    assert out.rstrip().endswith("RuntimeError: the disk is gone")
+    assert "rank 1 failed first" in out and "noise before" not in out
+    assert time.monotonic() - started < 20
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(re.search(r"pid (\d+)", out)[1]), 0)
+
+
+def test_a_killed_rank_gives_the_shells_status_for_its_signal(tmp_path):
+    status, out = Launched(tmp_path, "if rank == 1: os.kill(os.getpid(), 9)\ntime.sleep(60)").end()
+    assert status == 128 + 9
+    assert out.rstrip().endswith("rank 1 was ended by SIGKILL")
+
+
+def test_a_mistake_every_rank_notices_is_said_once(tmp_path):
+    status, out = Launched(tmp_path, "time.sleep(0.3 * (1 - rank))\nprint('error: no such file')\nsys.exit(2)").end()
+    assert (status, out) == (2, "error: no such file\n")

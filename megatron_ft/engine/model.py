@@ -1,0 +1,150 @@
+"""StarCoder (GPTBigCode) as Megatron-Core's GPTModel: configuration, layer specification, wrapping for data parallelism.
+
+Nothing of the model is written here. The specification only exchanges two modules that Megatron-Core lacks without
+Transformer Engine: a layer norm that works under sequence parallelism, and attention over packed rows.
+"""
+
+import argparse
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.tensor_parallel import set_defaults_if_not_set_tensor_model_parallel_attributes
+from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import nn
+
+from megatron_ft.engine.packed_attention import PackedAttention
+from megatron_ft.errors import UserError
+from megatron_ft.models import ModelShape
+
+try:
+    from megatron.core.extensions.transformer_engine import HAVE_TE
+except ImportError:
+    HAVE_TE = False
+
+
+class SequenceParallelLayerNorm(nn.LayerNorm):
+    """Layer norm whose gradients Megatron-Core sums over tensor-parallel ranks when each has its own part of the sequence."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
+        super().__init__(hidden_size, eps=eps)
+        for parameter in self.parameters():
+            parameter.sequence_parallel = config.sequence_parallel
+
+
+def uses_transformer_engine(args: argparse.Namespace) -> bool:
+    """Whether layers come from Transformer Engine. Raises UserError where it is asked for, or needed, and missing."""
+    if args.transformer_impl == "transformer_engine" and not (HAVE_TE and torch.cuda.is_available()):
+        raise UserError(
+            "--transformer-impl transformer_engine: Transformer Engine or its GPU is missing; use --transformer-impl local"
+        )
+    use = args.transformer_impl != "local" and HAVE_TE and torch.cuda.is_available()
+    if args.context_parallel_size > 1 and not use:
+        raise UserError(
+            f"--context-parallel-size {args.context_parallel_size} needs Transformer Engine, which is not in use here; "
+            "set it to 1 and use --sequence-parallel or --recompute-granularity full for long rows"
+        )
+    return use
+
+
+def transformer_config(args: argparse.Namespace, shape: ModelShape) -> TransformerConfig:
+    """Megatron-Core's configuration for `shape` under the flags of `args`."""
+    dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+    fuse = torch.cuda.is_available()
+    return TransformerConfig(
+        num_layers=shape.num_layers,
+        hidden_size=shape.hidden_size,
+        num_attention_heads=shape.num_attention_heads,
+        num_query_groups=shape.num_query_groups,
+        ffn_hidden_size=shape.ffn_hidden_size,
+        kv_channels=shape.kv_channels,
+        hidden_dropout=shape.hidden_dropout,
+        attention_dropout=shape.attention_dropout,
+        normalization="LayerNorm",
+        layernorm_epsilon=shape.layernorm_epsilon,
+        add_bias_linear=True,
+        # StarCoder's GELU is the tanh approximation. Megatron's fused kernel is that one; unfused F.gelu would be the exact erf.
+        bias_activation_fusion=fuse,
+        activation_func=F.gelu if fuse else partial(F.gelu, approximate="tanh"),
+        bias_dropout_fusion=fuse,
+        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=False,
+        init_method_std=shape.init_method_std,
+        tensor_model_parallel_size=args.tensor_model_parallel_size,
+        pipeline_model_parallel_size=args.pipeline_model_parallel_size,
+        context_parallel_size=args.context_parallel_size,
+        sequence_parallel=args.sequence_parallel,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=args.bf16,
+        fp16=args.fp16,
+        recompute_granularity=args.recompute_granularity,
+        recompute_method=args.recompute_method,
+        recompute_num_layers=args.recompute_num_layers,
+        deallocate_pipeline_outputs=True,
+        use_cpu_initialization=False,
+        batch_p2p_comm=True,
+    )
+
+
+def layer_spec(args: argparse.Namespace, shape: ModelShape, config: TransformerConfig):
+    """Specification of the transformer block: Transformer Engine's where it is used, else Megatron-Core's own with our two modules."""
+    if uses_transformer_engine(args):
+        from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
+
+        return get_gpt_layer_with_transformer_engine_spec()
+    layer = get_gpt_layer_local_spec()
+    layer.submodules.input_layernorm = SequenceParallelLayerNorm
+    layer.submodules.pre_mlp_layernorm = SequenceParallelLayerNorm
+    layer.submodules.self_attention.submodules.core_attention = PackedAttention
+    layers = shape.num_layers // args.pipeline_model_parallel_size
+    return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=SequenceParallelLayerNorm)
+
+
+def build_model(args: argparse.Namespace, shape: ModelShape, padded_vocab: int) -> list[nn.Module]:
+    """This rank's part of the model, on its device and in its precision, with random weights; one chunk, not yet wrapped.
+
+    `padded_vocab` is the number of embedding rows over all tensor-parallel ranks. Process groups must exist (`parallel.initialize`).
+    """
+    from megatron.core import parallel_state
+
+    config = transformer_config(args, shape)
+    model = GPTModel(
+        config=config,
+        transformer_layer_spec=layer_spec(args, shape, config),
+        vocab_size=padded_vocab,
+        max_sequence_length=shape.max_position_embeddings,
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=parallel_state.is_pipeline_last_stage(),
+        parallel_output=True,
+        share_embeddings_and_output_weights=True,
+        position_embedding_type="learned_absolute",
+    )
+    for (
+        parameter
+    ) in model.parameters():  # replicated unless its layer said otherwise; the gradient norm counts replicas once
+        set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
+    model.cuda(torch.cuda.current_device())
+    if args.bf16 or args.fp16:
+        model = Float16Module(config, model)
+    return [model]
+
+
+def wrap_for_data_parallel(args: argparse.Namespace, chunks: list[nn.Module]) -> list[nn.Module]:
+    """`chunks` in Megatron's DistributedDataParallel, weights equal on all data-parallel ranks."""
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=args.accumulate_allreduce_grads_in_fp32,
+        overlap_grad_reduce=args.overlap_grad_reduce,
+        overlap_param_gather=args.overlap_param_gather,
+        use_distributed_optimizer=args.use_distributed_optimizer,
+        check_for_nan_in_grad=False,  # the loop looks at the loss itself and writes down whose it was
+    )
+    wrapped = [DistributedDataParallel(chunk.config, ddp_config, chunk) for chunk in chunks]
+    for chunk in wrapped:
+        chunk.broadcast_params()
+    return wrapped

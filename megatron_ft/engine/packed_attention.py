@@ -1,0 +1,164 @@
+"""Causal attention inside the documents of a packed row, without an [s, s] mask.
+
+`PackedAttention` is the core-attention module that the model's ModuleSpec gives to Megatron-Core. It takes the row's document bounds
+from `PackedRow` and chooses a kernel: variable-length flash attention on a GPU, one scaled-dot-product call a document elsewhere.
+"""
+
+import contextlib
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from megatron.core import tensor_parallel
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # torch before 2.10
+    varlen_attn = None
+try:
+    from flash_attn import flash_attn_varlen_func
+except ImportError:
+    flash_attn_varlen_func = None
+
+
+@dataclass
+class PackedRow(PackedSeqParams):
+    """Megatron's description of a packed row [1, t], and the documents' lengths on the host, so that no kernel waits for them."""
+
+    lengths: list[int] = field(default_factory=list)
+
+    @classmethod
+    def from_cu_seqlens(cls, cu_seqlens: Tensor, device: torch.device | None = None) -> "PackedRow":
+        """From document bounds int32 [n+1] on the CPU, first 0, last t."""
+        lengths = cu_seqlens.diff().tolist()
+        bounds = cu_seqlens.to(device or cu_seqlens.device, non_blocking=True)
+        longest = max(lengths)
+        return cls(
+            qkv_format="thd",
+            cu_seqlens_q=bounds,
+            cu_seqlens_kv=bounds,
+            max_seqlen_q=longest,
+            max_seqlen_kv=longest,
+            lengths=lengths,
+        )
+
+
+class PackedAttention(nn.Module):
+    """Core attention of Megatron-Core's SelfAttention for packed rows (THD) and for plain causal batches (SBHD)."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection=None,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.scale = softmax_scale
+        self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type=None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> Tensor:
+        """Packed: query [t, n, d], key and value [t, g, d] with g dividing n; returns [t, n * d].
+
+        Unpacked: [s, b, n, d] and [s, b, g, d]; returns [s, b, n * d], causal over each row.
+        """
+        if packed_seq_params is None:
+            return self._rows(query, key, value)
+        dropout = self.dropout if self.training else 0.0
+        if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
+            if not dropout and varlen_attn is not None:
+                return _varlen(query, key, value, packed_seq_params, self.scale)
+            if flash_attn_varlen_func is not None:
+                with self._random_state():
+                    return _flash(query, key, value, packed_seq_params, self.scale, dropout)
+        lengths = getattr(packed_seq_params, "lengths", None) or packed_seq_params.cu_seqlens_q.diff().tolist()
+        with self._random_state():
+            return attend_by_document(query, key, value, lengths, self.scale, dropout)
+
+    def _rows(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        s, b, _, _ = query.shape
+        dropout = self.dropout if self.training else 0.0
+        with self._random_state():
+            out = _sdpa(*(x.permute(1, 2, 0, 3) for x in (query, key, value)), self.scale, dropout)
+        return out.permute(2, 0, 1, 3).reshape(s, b, -1)
+
+    def _random_state(self):
+        """Dropout of sharded heads draws from the tensor-parallel state; under sequence parallelism the whole layer does already."""
+        if not self.training or not self.dropout or self.config.sequence_parallel:
+            return contextlib.nullcontext()
+        return tensor_parallel.get_cuda_rng_tracker().fork()
+
+
+def attend_by_document(
+    query: Tensor, key: Tensor, value: Tensor, lengths: list[int], scale: float | None = None, dropout: float = 0.0
+) -> Tensor:
+    """Causal attention of each document alone: query [t, n, d], key and value [t, g, d], lengths summing to t; returns [t, n * d].
+
+    `split` rather than slices: its backward concatenates once, where each slice's would fill a whole zero row.
+    """
+    pieces = [
+        _sdpa(*(x.transpose(0, 1).unsqueeze(0) for x in piece), scale, dropout).squeeze(0).transpose(0, 1)
+        for piece in zip(query.split(lengths), key.split(lengths), value.split(lengths), strict=True)
+    ]
+    return torch.cat(pieces).flatten(1)
+
+
+def _sdpa(query: Tensor, key: Tensor, value: Tensor, scale: float | None, dropout: float) -> Tensor:
+    """Causal attention of query [b, n, s, d] and key, value [b, g, s, d]."""
+    repeat = query.shape[1] // key.shape[1]
+    if repeat > 1:  # views: every query head sees its group's keys without a copy
+        key, value = (
+            x.unsqueeze(2).expand(-1, -1, repeat, -1, -1).reshape(x.shape[0], -1, *x.shape[2:]) for x in (key, value)
+        )
+    return F.scaled_dot_product_attention(query, key, value, is_causal=True, dropout_p=dropout, scale=scale)
+
+
+def _varlen(query: Tensor, key: Tensor, value: Tensor, row: PackedSeqParams, scale: float | None) -> Tensor:
+    out = varlen_attn(
+        query.contiguous(),
+        key.contiguous(),
+        value.contiguous(),
+        row.cu_seqlens_q,
+        row.cu_seqlens_kv,
+        row.max_seqlen_q,
+        row.max_seqlen_kv,
+        scale=scale,
+        window_size=(-1, 0),  # every earlier token of the document: causal
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return out.flatten(1)
+
+
+def _flash(
+    query: Tensor, key: Tensor, value: Tensor, row: PackedSeqParams, scale: float | None, dropout: float
+) -> Tensor:
+    out = flash_attn_varlen_func(
+        query,
+        key,
+        value,
+        row.cu_seqlens_q,
+        row.cu_seqlens_kv,
+        row.max_seqlen_q,
+        row.max_seqlen_kv,
+        dropout_p=dropout,
+        softmax_scale=scale,
+        causal=True,
+    )
+    return out.flatten(1)

@@ -1,0 +1,111 @@
+"""Process groups of a run: tensor, pipeline and data parallel ranks from torchrun's environment variables, and their seeds."""
+
+import argparse
+import math
+import os
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from megatron_ft.errors import UserError
+
+
+def initialize(args: argparse.Namespace) -> None:
+    """Make the default group and Megatron's groups from RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT (without them: one rank),
+    the calculator of micro-batches, and the seeds of a random start. Call `set_up_device` first."""
+    from megatron.core import parallel_state
+    from megatron.core.num_microbatches_calculator import init_num_microbatches_calculator
+
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    rank = int(os.environ.get("RANK", 0))
+    model_parallel = args.tensor_model_parallel_size * args.pipeline_model_parallel_size * args.context_parallel_size
+    if world_size % model_parallel:
+        raise UserError(
+            f"{world_size} processes cannot hold --tensor-model-parallel-size {args.tensor_model_parallel_size} x "
+            f"--pipeline-model-parallel-size {args.pipeline_model_parallel_size} x --context-parallel-size "
+            f"{args.context_parallel_size}; start a multiple of {model_parallel}"
+        )
+    if not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        alone = {} if "MASTER_ADDR" in os.environ else {"store": dist.HashStore()}
+        minutes = timedelta(minutes=args.distributed_timeout_minutes)
+        dist.init_process_group(backend, timeout=minutes, rank=rank, world_size=world_size, **alone)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=args.tensor_model_parallel_size,
+        pipeline_model_parallel_size=args.pipeline_model_parallel_size,
+        context_parallel_size=args.context_parallel_size,
+        distributed_timeout_minutes=max(1, math.ceil(args.distributed_timeout_minutes)),
+    )
+    init_num_microbatches_calculator(
+        rank, args.rampup_batch_size, args.global_batch_size, args.micro_batch_size, data_parallel_size()
+    )
+    seed_start(args.seed)
+
+
+def destroy() -> None:
+    """Take down every group and global that `initialize` made."""
+    from megatron.core import parallel_state
+    from megatron.core.num_microbatches_calculator import destroy_num_microbatches_calculator
+
+    parallel_state.destroy_model_parallel()
+    parallel_state.destroy_global_memory_buffer()
+    destroy_num_microbatches_calculator()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def seed_start(seed: int) -> None:
+    """Seeds of a random start: equal on data-parallel ranks, different on pipeline stages and (inside sharded layers) tensor ranks."""
+    _seed(seed + 100 * pipeline_parallel_rank())
+
+
+def seed_step(seed: int, iteration: int) -> None:
+    """Seeds of one training step, a function of the iteration and the rank's place alone.
+
+    Dropout so needs no saved random state: a resumed run draws what the unbroken one would have drawn.
+    """
+    place = pipeline_parallel_rank() * data_parallel_size() + data_parallel_rank()
+    _seed((seed + 1_000_003 * (iteration + 1) + 10_007 * place) % 2**31)
+
+
+def _seed(seed: int) -> None:
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+    torch.manual_seed(seed)
+    model_parallel_cuda_manual_seed(seed)
+
+
+def data_parallel_size() -> int:
+    """Number of data-parallel ranks."""
+    from megatron.core import parallel_state
+
+    return parallel_state.get_data_parallel_world_size()
+
+
+def data_parallel_rank() -> int:
+    """This rank's number among the data-parallel ranks."""
+    from megatron.core import parallel_state
+
+    return parallel_state.get_data_parallel_rank()
+
+
+def pipeline_parallel_rank() -> int:
+    """This rank's pipeline stage, from 0."""
+    from megatron.core import parallel_state
+
+    return parallel_state.get_pipeline_model_parallel_rank()
+
+
+def is_last_stage() -> bool:
+    """Whether this rank holds the last pipeline stage, where the loss is."""
+    from megatron.core import parallel_state
+
+    return parallel_state.is_pipeline_last_stage()
+
+
+def last_stage_source() -> int:
+    """Global rank that holds the last stage of this rank's pipeline: the source of what only it knows."""
+    from megatron.core import parallel_state
+
+    return parallel_state.get_pipeline_model_parallel_last_rank()

@@ -1,0 +1,294 @@
+"""What a model costs: parameters, bytes a GPU by layout, floating point operations a token, and what known GPUs offer.
+
+Pure arithmetic on a `ModelShape` and a `Layout`, no torch: `launch/plan.py` proposes layouts with it, the training banner says
+what a GPU is expected to hold, and the log turns tokens a second into TFLOP/s and MFU. Parameters and state are exact
+(tests hold them against Megatron-Core models); activations are a sum over the tensors that backward keeps, described line by line.
+"""
+
+import argparse
+from dataclasses import dataclass
+
+from megatron_ft.models import ModelShape
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One device: usable memory in bytes, peak dense TFLOP/s of its matrix units in 16 bit and of fp32 arithmetic (makers' data sheets)."""
+
+    name: str
+    memory: int
+    peak_16bit: float
+    peak_fp32: float
+
+    def peak_flops(self, precision: str) -> float:
+        """Peak FLOP/s in `precision` (fp32, bf16 or fp16)."""
+        return 1e12 * (self.peak_fp32 if precision == "fp32" else self.peak_16bit)
+
+
+def _gpu(name: str, gib: float, peak_16bit: float, peak_fp32: float) -> tuple[str, Gpu]:
+    return name, Gpu(name, int(gib * GIB), peak_16bit, peak_fp32)
+
+
+# Memory is what a program can take, a little under what the name says.
+GPUS = dict(
+    [
+        _gpu("v100-16gb", 15.7, 125, 15.7),
+        _gpu("v100-32gb", 31.7, 125, 15.7),
+        _gpu("a10-24gb", 22.0, 125, 31.2),
+        _gpu("a40-48gb", 44.3, 149.7, 37.4),
+        _gpu("a100-40gb", 39.4, 312, 19.5),
+        _gpu("a100-80gb", 79.1, 312, 19.5),
+        _gpu("l40s-48gb", 44.4, 362, 91.6),
+        _gpu("h100-pcie-80gb", 79.1, 756, 51),
+        _gpu("h100-80gb", 79.1, 989.4, 67),
+        _gpu("gh200-96gb", 94.5, 989.4, 67),
+        _gpu("h200-141gb", 139.8, 989.4, 67),
+        _gpu("b200-180gb", 178.0, 2250, 75),
+        _gpu("mi250x-64gb", 64.0, 191.5, 47.9),  # one of its two dies, which is what a rank drives
+        _gpu("mi300x-192gb", 191.5, 1307.4, 163.4),
+    ]
+)
+
+
+def find_gpu(device_name: str) -> Gpu | None:
+    """The known GPU behind CUDA's device name ("NVIDIA A100-SXM4-80GB"), or None: then no MFU is given rather than a guess."""
+    name = device_name.lower()
+    for mark, gpu in [
+        ("gh200", "gh200-96gb"),
+        ("b200", "b200-180gb"),
+        ("h200", "h200-141gb"),
+        ("h100 pcie", "h100-pcie-80gb"),
+        ("h100", "h100-80gb"),
+        ("l40s", "l40s-48gb"),
+        ("a100", "a100-40gb" if "40gb" in name else "a100-80gb"),
+        ("a40", "a40-48gb"),
+        ("a10g", None),
+        ("nvidia a10", "a10-24gb"),
+        ("v100", "v100-32gb" if "32gb" in name else "v100-16gb"),
+        ("mi250x", "mi250x-64gb"),
+        ("mi300x", "mi300x-192gb"),
+    ]:
+        if mark in name:
+            return GPUS[gpu] if gpu else None
+    return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """How a run is spread and what it keeps: the flags that decide memory and speed."""
+
+    tensor_parallel: int = 1
+    pipeline_parallel: int = 1
+    data_parallel: int = 1
+    context_parallel: int = 1
+    sequence_parallel: bool = False
+    distributed_optimizer: bool = True
+    precision: str = "bf16"  # fp32, bf16, fp16
+    fp32_gradients: bool = True  # --accumulate-allreduce-grads-in-fp32
+    optimizer: str = "adam"
+    optimizer_cpu_offload: bool = False
+    micro_batch: int = 1
+    num_microbatches: int = 1
+    recompute: str | None = None  # None, selective, full
+    recompute_num_layers: int = 1
+    recompute_method: str = "uniform"
+    lora_rank: int = 0
+    lora_targets: tuple[str, ...] = ()
+
+    @classmethod
+    def from_args(cls, args: argparse.Namespace) -> "Layout":
+        """The layout that parsed training flags ask for."""
+        data_parallel = max(1, args.data_parallel_size)
+        return cls(
+            tensor_parallel=args.tensor_model_parallel_size,
+            pipeline_parallel=args.pipeline_model_parallel_size,
+            data_parallel=data_parallel,
+            context_parallel=args.context_parallel_size,
+            sequence_parallel=args.sequence_parallel,
+            distributed_optimizer=args.use_distributed_optimizer,
+            precision="bf16" if args.bf16 else "fp16" if args.fp16 else "fp32",
+            fp32_gradients=args.accumulate_allreduce_grads_in_fp32,
+            optimizer=args.optimizer,
+            optimizer_cpu_offload=args.optimizer_cpu_offload,
+            micro_batch=args.micro_batch_size,
+            num_microbatches=max(1, args.global_batch_size // (args.micro_batch_size * data_parallel)),
+            recompute=args.recompute_granularity,
+            recompute_num_layers=args.recompute_num_layers or 1,
+            recompute_method=args.recompute_method or "uniform",
+            lora_rank=args.lora_rank,
+            lora_targets=tuple(args.lora_targets.split(",")) if args.lora_rank else (),
+        )
+
+    def __str__(self) -> str:
+        parts = [f"TP {self.tensor_parallel}", f"PP {self.pipeline_parallel}", f"DP {self.data_parallel}"]
+        parts += [f"CP {self.context_parallel}"] if self.context_parallel > 1 else []
+        parts += ["sequence parallel"] if self.sequence_parallel else []
+        parts += ["distributed optimizer"] if self.distributed_optimizer and self.data_parallel > 1 else []
+        parts += [f"{self.recompute} recompute"] if self.recompute else []
+        return ", ".join(parts)
+
+    @property
+    def activation_bytes(self) -> int:
+        """Bytes of one weight or activation number."""
+        return 4 if self.precision == "fp32" else 2
+
+
+# --- parameters ------------------------------------------------------------------------------------------------------
+
+
+def linear_shapes(shape: ModelShape) -> dict[str, tuple[int, int, str]]:
+    """Each layer's four linear maps by Megatron's name: (outputs, inputs, which side tensor parallelism cuts)."""
+    h, f = shape.hidden_size, shape.ffn_hidden_size
+    return {
+        "linear_qkv": (shape.qkv_rows, h, "column"),
+        "linear_proj": (h, h, "row"),
+        "linear_fc1": (f, h, "column"),
+        "linear_fc2": (h, f, "row"),
+    }
+
+
+def parameters_on_rank(shape: ModelShape, padded_vocab_size: int, layout: Layout, stage: int) -> int:
+    """Parameters that one rank of pipeline stage `stage` holds, adapters not counted. Exact."""
+    tp, pp, h = layout.tensor_parallel, layout.pipeline_parallel, shape.hidden_size
+    layer = 4 * h  # two layer norms, on every tensor-parallel rank
+    for outputs, inputs, cut in linear_shapes(shape).values():
+        layer += outputs * inputs // tp + (outputs // tp if cut == "column" else outputs)
+    total = shape.num_layers // pp * layer
+    if stage == 0:
+        total += padded_vocab_size // tp * h + shape.max_position_embeddings * h
+    if stage == pp - 1:
+        total += 2 * h
+        if pp > 1:  # the last stage keeps its own copy of the tied embedding
+            total += padded_vocab_size // tp * h
+    return total
+
+
+def adapter_parameters_on_rank(shape: ModelShape, layout: Layout) -> int:
+    """LoRA parameters on one rank: of A [rank, inputs] and B [outputs, rank] the side that the base map cuts is cut too."""
+    rank, total = layout.lora_rank, 0
+    for target, (outputs, inputs, cut) in linear_shapes(shape).items():
+        if target in layout.lora_targets:
+            tp = layout.tensor_parallel
+            total += rank * (inputs + outputs // tp if cut == "column" else inputs // tp + outputs)
+    return shape.num_layers // layout.pipeline_parallel * total
+
+
+# --- bytes -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one GPU."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        """All four."""
+        return self.weights + self.gradients + self.optimizer + self.activations
+
+    def fits(self, gpu: Gpu) -> bool:
+        """Whether it leaves the room that CUDA's context, NCCL's buffers and the allocator's gaps take (2 GiB and 5 %)."""
+        return 1.05 * self.total + 2 * GIB <= gpu.memory
+
+
+def estimate(shape: ModelShape, padded_vocab_size: int, layout: Layout, seq_length: int) -> Memory:
+    """Bytes on the fullest GPU of the pipeline."""
+    stages = [
+        Memory(*state_bytes(shape, padded_vocab_size, layout, stage), activations)
+        for stage in range(layout.pipeline_parallel)
+        for activations in [activation_bytes(shape, padded_vocab_size, layout, seq_length, stage)]
+    ]
+    return max(stages, key=lambda memory: memory.total)
+
+
+def state_bytes(shape: ModelShape, padded_vocab_size: int, layout: Layout, stage: int) -> tuple[int, int, int]:
+    """Bytes of weights, gradients and optimizer state on one rank of a stage.
+
+    Megatron keeps gradients in one buffer (fp32 with --accumulate-allreduce-grads-in-fp32). Adam keeps two fp32 moments, SGD one;
+    16-bit training keeps fp32 master weights besides; the distributed optimizer shares both out over data-parallel ranks.
+    """
+    adapters = adapter_parameters_on_rank(shape, layout)
+    parameters = parameters_on_rank(shape, padded_vocab_size, layout, stage) + adapters
+    trained = adapters if layout.lora_rank else parameters
+    weights = parameters * layout.activation_bytes
+    gradients = trained * (4 if layout.fp32_gradients else layout.activation_bytes)
+    per_parameter = (8 if layout.optimizer == "adam" else 4) + (4 if layout.precision != "fp32" else 0)
+    shards = layout.data_parallel * layout.context_parallel if layout.distributed_optimizer else 1
+    optimizer = 0 if layout.optimizer_cpu_offload else -(-trained * per_parameter // shards)
+    return weights, gradients, optimizer
+
+
+def activation_bytes(shape: ModelShape, padded_vocab_size: int, layout: Layout, seq_length: int, stage: int = 0) -> int:
+    """Bytes that backward keeps on one rank of a stage at its fullest moment, logits included.
+
+    After Korthikanti et al., "Reducing Activation Recomputation in Large Transformer Models" (2022), less the s x s terms, which
+    attention without a mask never stores. A stage holds the micro-batches that one-forward-one-backward has in flight there.
+    """
+    tokens = layout.micro_batch * seq_length // layout.context_parallel
+    size, tp = layout.activation_bytes, layout.tensor_parallel
+    split = tp if layout.sequence_parallel else 1
+    row = tokens * shape.hidden_size // split  # numbers of one residual-stream tensor
+    layers = shape.num_layers // layout.pipeline_parallel
+    layer = layer_activation_bytes(shape, layout, tokens)
+
+    if layout.recompute == "full":
+        unit = layout.recompute_num_layers
+        if layout.recompute_method == "uniform":  # the input of every unit, and one unit at work
+            kept, working = -(-layers // unit) * row * size, unit * layer
+        else:  # block: the first `unit` layers are recomputed one by one, the rest keep everything
+            recomputed = min(unit, layers)
+            kept, working = recomputed * row * size + (layers - recomputed) * layer, layer
+    else:
+        kept, working = layers * layer, 0
+
+    in_flight = min(layout.pipeline_parallel - stage, layout.num_microbatches)
+    total = in_flight * kept + working
+    if stage == 0 and shape.hidden_dropout:
+        total += in_flight * row  # the embedding's dropout mask
+    if stage == layout.pipeline_parallel - 1:
+        logits = tokens * padded_vocab_size // tp
+        total += (
+            2 * row * size + tokens * shape.hidden_size * size
+        )  # final norm in and out, gathered input of the logits
+        total += logits * (4 + size)  # the softmax in fp32, and logits (later their gradient) in the model's precision
+    return total
+
+
+def layer_activation_bytes(shape: ModelShape, layout: Layout, tokens: int) -> int:
+    """Bytes that one layer keeps for backward when nothing is recomputed."""
+    size, tp, h = layout.activation_bytes, layout.tensor_parallel, shape.hidden_size
+    split = tp if layout.sequence_parallel else 1
+    kv = 2 * shape.kv_channels * (1 if shape.multi_query else shape.num_attention_heads // tp)
+    numbers = 4 * h // split  # input and output of both layer norms
+    numbers += h // tp + kv  # queries, keys and values
+    numbers += h // tp  # attention's output, which is linear_proj's input
+    numbers += 2 * shape.ffn_hidden_size // tp  # before and after GELU
+    bytes_of_masks = 2 * h // split if shape.hidden_dropout else 0
+    bytes_of_statistics = 4 * (
+        4 // split + shape.num_attention_heads // tp
+    )  # norms' mean and scale, attention's log-sums
+    return tokens * (numbers * size + bytes_of_masks + bytes_of_statistics)
+
+
+# --- operations ------------------------------------------------------------------------------------------------------
+
+
+def flops_per_token(
+    shape: ModelShape, attended_length: float = 0.0, *, lora: bool = False, vocab_size: int | None = None
+) -> float:
+    """Model FLOPs a token of a training step (forward and backward), recomputation not counted, as MFU is defined (PaLM, appendix B).
+
+    `attended_length` is the token-weighted mean length of the documents, sum(l^2) / sum(l); attention is causal, so half of it is
+    worked on. With `lora`, gradients of the frozen weights are not computed: 4 FLOPs a weight instead of 6 (the adapters' own are
+    left out, below 1 %).
+    """
+    linear = shape.num_layers * sum(outputs * inputs for outputs, inputs, _ in linear_shapes(shape).values())
+    linear += (vocab_size or shape.vocab_size) * shape.hidden_size
+    attention = shape.num_layers * shape.hidden_size * attended_length  # two products of length l / 2
+    return (4 if lora else 6) * linear + 6 * attention

@@ -1,0 +1,176 @@
+"""The log of a run: each iteration once over resumes, aligned lines, TensorBoard, and the report's curves."""
+
+import importlib.util
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from megatron_ft.arguments import parse_args
+from megatron_ft.engine.metrics import DETERMINISTIC_KEYS, TIMING_KEYS, MetricsLog, RunPlan, Spikes, clock
+from megatron_ft.engine.report import POINTS, thin, write_report
+from megatron_ft.errors import UserError
+from megatron_ft.memory import flops_per_token
+
+
+def make_args(tmp_path, *flags):
+    tokenizer = tmp_path / "tokenizer.json"
+    tokenizer.write_text("{}")
+    words = (
+        "--preset tiny --data-prefix d --train-iters 40 --global-batch-size 4 --log-interval 5 --seq-length 100".split()
+    )
+    return parse_args([*words, "--tokenizer-file", str(tokenizer), *flags])
+
+
+def record(iteration, loss=None):
+    return {
+        "iteration": iteration,
+        "consumed_samples": 4 * iteration,
+        "consumed_tokens": 390 * iteration,
+        "loss": 2.0 / iteration if loss is None else loss,
+        "lr": 1e-4,
+        "grad_norm": 1.5,
+        "loss_scale": 1.0,
+        "global_batch_size": 4,
+        "fill_rate": 0.975,
+        "squared_lengths": 40_000,
+        "step_seconds": 0.5,
+    }
+
+
+def run(args, save, first, last, **plan):
+    log = MetricsLog(args, args.shape, RunPlan(train_iters=40, start_iteration=first - 1, **plan), save)
+    log.banner(data="two prefixes", start="from scratch")
+    for iteration in range(first, last + 1):
+        log.step(record(iteration))
+    return log
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_metrics_hold_each_iteration_once_after_a_resume_with_lost_steps(tmp_path, capsys):
+    args, save = make_args(tmp_path, "--tensorboard-dir", str(tmp_path / "tb")), tmp_path / "run"
+    killed = run(args, save, 1, 17)  # killed here: no close, a torn line; the last checkpoint was at 12
+    killed.validation(15, "all", {"loss": 1.0, "perplexity": 2.7, "token_accuracy": 0.5})
+    with (save / "metrics.jsonl").open("a") as file:
+        file.write('{"iteration": 18, "los')
+    resumed = run(args, save, 13, 40)
+    resumed.validation(40, "all", {"loss": 0.5, "perplexity": 1.6, "token_accuracy": 0.75})
+    resumed.close()
+    resumed.close()
+
+    steps = lines(save / "metrics.jsonl")
+    assert [step["iteration"] for step in steps] == list(range(1, 41))
+    assert [step["part"] for step in steps] == [0] * 12 + [1] * 28
+    assert all(tuple(step) == DETERMINISTIC_KEYS + TIMING_KEYS for step in steps)
+    assert steps[0]["tokens_per_second"] == 800
+    expected = 400 * flops_per_token(args.shape, 100.0) / 0.5 / 1e12
+    assert steps[0]["tflops_per_gpu"] == pytest.approx(expected)
+    assert [line["iteration"] for line in lines(save / "validation.jsonl")] == [40]
+    assert [e["event"] for e in lines(save / "events.jsonl")] == ["start", "start"]
+
+    straight = run(args, tmp_path / "straight", 1, 40)
+    straight.close()
+    other = lines(tmp_path / "straight" / "metrics.jsonl")
+    assert [[s[k] for k in DETERMINISTIC_KEYS] for s in steps] == [[s[k] for k in DETERMINISTIC_KEYS] for s in other]
+
+    shown = [line for line in capsys.readouterr().out.splitlines() if line.startswith(" iteration")]
+    assert len({len(line) for line in shown}) == 1, "interval lines are aligned"
+    columns = [[m.start() for m in re.finditer(r"\|", line)] for line in shown]
+    assert all(c == columns[0] for c in columns)
+    assert "fill  97.5 %" in shown[-1] and "ETA 0:00:00" in shown[-1]
+
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "tb"), purge_orphaned_data=True).Reload()
+    assert "validation/all/loss" in events.Tags()["scalars"]
+    assert [e.value for e in events.Scalars("train/loss")][0] == 2.0
+
+
+def test_report_draws_all_parts_without_network(tmp_path):
+    args, save = make_args(tmp_path), tmp_path / "run <1>"
+    run(args, save, 1, 20)
+    log = run(args, save, 11, 40, device_name="NVIDIA H100 80GB HBM3")
+    log.validation(20, "held <out>", {"loss": 1.0})
+    log.validation(40, "held <out>", {"loss": 0.25})
+    log.close()
+    page = (save / "report.html").read_text()
+
+    class Reader(HTMLParser):
+        curves, resumes = 0, 0
+
+        def handle_starttag(self, tag, attrs):
+            attrs = dict(attrs)
+            assert tag not in ("script", "link", "img", "iframe")
+            assert not {"src", "href", "onclick"} & set(attrs)
+            if tag == "polyline":
+                self.curves += 1
+                xs = [float(pair.split(",")[0]) for pair in attrs["points"].split()]
+                assert xs == sorted(xs)
+            self.resumes += attrs.get("class") == "resume"
+
+    reader = Reader()
+    reader.feed(page)
+    assert reader.curves == 6  # loss, its validation, lr, gradient norm, throughput, MFU
+    assert reader.resumes == 5
+    assert "http" not in page
+    assert "held &lt;out&gt;" in page and "best 0.2500 at 40" in page and "40 in 2 parts" in page
+
+
+def test_report_of_a_directory_without_steps_is_a_user_error(tmp_path):
+    with pytest.raises(UserError, match="no metrics.jsonl"):
+        write_report(tmp_path)
+
+
+def test_thinned_curves_keep_spikes_and_bounds():
+    points = [(i, 1.0) for i in range(100_000)]
+    points[54_321] = (54_321, 99.0)
+    kept = thin(points)
+    assert len(kept) <= POINTS and (54_321, 99.0) in kept
+    assert kept == sorted(kept)
+
+
+def test_losses_that_are_not_numbers_stay_valid_json(tmp_path, capsys):
+    args, save = make_args(tmp_path), tmp_path / "run"
+    log = MetricsLog(args, args.shape, RunPlan(train_iters=40), save)
+    for iteration in range(1, 6):
+        log.step({**record(iteration), "loss": None if iteration == 1 else float("nan"), "grad_norm": float("inf")})
+    log.close()
+    steps = [
+        json.loads(line, parse_constant=lambda name: pytest.fail(name)) for line in (save / "metrics.jsonl").open()
+    ]
+    assert all(step["loss"] is None and step["grad_norm"] is None for step in steps)
+    assert "loss      none" in capsys.readouterr().out
+
+
+def test_ranks_that_do_not_write_leave_no_trace(tmp_path, capsys):
+    args = make_args(tmp_path)
+    log = MetricsLog(args, args.shape, RunPlan(train_iters=40), tmp_path / "run", writes=False)
+    log.banner(data="d")
+    log.step(record(1))
+    log.event("saved")
+    log.close()
+    assert not (tmp_path / "run").exists() and capsys.readouterr().out == ""
+
+
+def test_spikes_are_counted_and_the_usual_noise_is_not():
+    spikes = Spikes()
+    for i in range(100):
+        spikes.see(2.0 + 0.05 * (i % 3))
+    assert spikes.count == 0
+    assert spikes.see(5.0) == 1
+    assert spikes.see(2.05) == 1
+
+
+@pytest.mark.skipif(importlib.util.find_spec("wandb") is not None, reason="wandb is installed")
+def test_wandb_that_is_not_installed_is_named(tmp_path):
+    with pytest.raises(UserError, match="pip install wandb"):
+        args = make_args(tmp_path, "--wandb-project", "p")
+        MetricsLog(args, args.shape, RunPlan(train_iters=40), tmp_path / "run")
+
+
+def test_clock_reads_like_one():
+    assert clock(59) == "0:00:59" and clock(3723) == "1:02:03" and clock(90061) == "1d 01:01:01"

@@ -1,0 +1,145 @@
+"""Megatron's weighted splits: `NAME: WEIGHT START:END PREFIX, WEIGHT START:END PREFIX ...`, one group a line.
+
+Quotes around a group are optional; with them several groups may share a line. Blank lines and lines that begin with # are skipped. A range
+is given in shares of the data set's documents, so `0:0.95` and `0.95:1` of one prefix share none.
+"""
+
+import argparse
+import re
+from dataclasses import dataclass
+from math import isfinite
+from pathlib import Path
+
+from megatron_ft.errors import UserError
+
+FORM = "expected NAME: WEIGHT START:END PREFIX, WEIGHT START:END PREFIX ..."
+
+
+@dataclass(frozen=True)
+class Part:
+    """One data set of a group: its weight, its range in shares of its documents, and where that was written."""
+
+    weight: float
+    start: float
+    end: float
+    prefix: str
+    where: str
+
+    def documents(self, count: int) -> tuple[int, int]:
+        """The range [start, stop) of document numbers among `count`, rounded as Megatron does."""
+        return round(self.start * count), round(self.end * count)
+
+
+@dataclass(frozen=True)
+class Group:
+    """A named group of data sets that are blended by weight."""
+
+    name: str
+    parts: tuple[Part, ...]
+
+
+def groups_of(args: argparse.Namespace, split: str) -> list[Group]:
+    """The groups of `split` ("train", "valid", "test") that the flags ask for; [] when there are none. Raises UserError.
+
+    `--data-prefix` gives one group for training, and one for validation named "valid" from its last `--validation-share`.
+    """
+    path = getattr(args, f"{split}_weighted_split_paths_path")
+    given = getattr(args, f"{split}_weighted_split_paths")
+    if path:
+        groups = read_split_file(path)
+    elif given:
+        flag = f"--{split}-weighted-split-paths"
+        groups = [group for i, text in enumerate(given, 1) for group in parse_line(text, f"{flag}, group {i}")]
+    elif args.data_prefix and split != "test":
+        bound, where = 1 - args.validation_share, "--data-prefix"
+        start, end = (0, bound) if split == "train" else (bound, 1)
+        groups = [Group(split, (Part(1.0, start, end, args.data_prefix, where),))] if end > start else []
+    else:
+        groups = []
+    if split == "train" and len(groups) > 1:
+        raise UserError(
+            f"training takes one group, found {len(groups)} ({', '.join(g.name for g in groups)}); "
+            "put their data sets in one group with weights"
+        )
+    _check_names_differ(groups, split)
+    return groups
+
+
+def read_split_file(path: str | Path) -> list[Group]:
+    """All groups of a split file; UserError with file, line and column for a mistake."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as a split file ({error}); {FORM}") from error
+    groups = []
+    for number, line in enumerate(lines, 1):
+        if line.strip() and not line.lstrip().startswith("#"):
+            groups += parse_line(line, f"{path}, line {number}")
+    if not groups:
+        raise UserError(f"{path}: no group in it; {FORM}")
+    return groups
+
+
+def parse_line(line: str, where: str) -> list[Group]:
+    """The groups of one line; `where` says in errors where it stands."""
+    if '"' not in line:
+        return [_parse_group(line, 0, len(line), where)]
+    groups, position = [], 0
+    while line[position:].strip():
+        opening = line.find('"', position)
+        stray = line[position : opening if opening >= 0 else None]
+        if stray.strip():
+            column = position + len(stray) - len(stray.lstrip()) + 1
+            raise UserError(f"{where}, column {column}: {stray.strip()!r} stands outside the quotes; {FORM}")
+        closing = line.find('"', opening + 1)
+        if closing < 0:
+            raise UserError(f'{where}, column {opening + 1}: this quote is never closed; put a " after the last prefix')
+        groups.append(_parse_group(line, opening + 1, closing, where))
+        position = closing + 1
+    return groups
+
+
+def _parse_group(line: str, start: int, end: int, where: str) -> Group:
+    text = line[start:end]
+    name, colon, rest = text.partition(":")
+    if not colon or not name.strip() or len(name.split()) > 1:
+        column = start + len(text) - len(text.lstrip()) + 1
+        raise UserError(f"{where}, column {column}: no group name with a colon after it; {FORM}")
+    parts, position = [], start + len(name) + 1
+    for part in rest.split(","):
+        parts.append(_parse_part(part, position, where))
+        position += len(part) + 1
+    return Group(name.strip(), tuple(parts))
+
+
+def _parse_part(text: str, offset: int, where: str) -> Part:
+    words = [(match.group(), offset + match.start() + 1) for match in re.finditer(r"\S+", text)]
+    if len(words) != 3:
+        column = words[min(len(words), 4) - 1][1] if words else offset + 1
+        found = f"{text.strip()!r} has {len(words)} words" if words else "nothing between the commas"
+        raise UserError(f"{where}, column {column}: {found}; expected WEIGHT START:END PREFIX")
+    (weight_text, weight_column), (range_text, range_column), (prefix, prefix_column) = words
+    weight = _number(weight_text)
+    if weight is None or weight <= 0:
+        raise UserError(f"{where}, column {weight_column}: weight {weight_text!r} is not a number above 0, like 0.5")
+    bounds = [_number(bound) for bound in range_text.split(":")]
+    if len(bounds) != 2 or None in bounds or not 0 <= bounds[0] < bounds[1] <= 1:
+        raise UserError(
+            f"{where}, column {range_column}: range {range_text!r} is not START:END with 0 <= START < END <= 1, like 0:0.95"
+        )
+    return Part(weight, *bounds, prefix, f"{where}, column {prefix_column}")
+
+
+def _number(text: str) -> float | None:
+    try:
+        value = float(text)
+    except ValueError:
+        return None
+    return value if isfinite(value) else None
+
+
+def _check_names_differ(groups: list[Group], split: str) -> None:
+    names = [group.name for group in groups]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"two {split} groups are called {name!r}; give each its own name")

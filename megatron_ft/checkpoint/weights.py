@@ -1,0 +1,127 @@
+"""The weights of any checkpoint through one lazy reader: `open_weights(path)`.
+
+A source gives tensors under their Hugging Face names, whole or in slices, memory-mapped: opening reads names and
+shapes, and only what is asked for is read. `open_weights` tells the formats apart:
+
+    config.json + *.safetensors | *.bin                    Hugging Face           (hf.py)
+    iter_XXXXXXX/mp_rank_TT[_PPP]/model*_rng.pt            Megatron before Core   (legacy.py)
+    iter_XXXXXXX/.metadata + *.distcp                      torch_dist             (torch_dist_weights.py)
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from megatron_ft.checkpoint.names import hf_names, hf_shape
+from megatron_ft.errors import UserError
+from megatron_ft.models import ModelShape
+
+TRACKER = "latest_checkpointed_iteration.txt"
+
+
+class WeightSource(ABC):
+    """Weights of one checkpoint.
+
+    `kind` names the format, `path` the directory read, `shape` the model (vocab_size = embedding rows stored),
+    `dtype` that of the word embeddings, `iteration` a number, "release" or None, `args` the run's arguments or None.
+    """
+
+    kind: str
+    path: Path
+    shape: ModelShape
+    dtype: torch.dtype
+    iteration: int | str | None = None
+    args: dict | None = None
+
+    def names(self) -> list[str]:
+        """HF GPTBigCode tensor names in file order, without the tied lm_head."""
+        return hf_names(self.shape)
+
+    @abstractmethod
+    def pieces(self, name: str) -> tuple[int, list[torch.Tensor]]:
+        """The axis along which the tensor is cut in this checkpoint, and the cuts in order, memory-mapped."""
+
+    def read(self, name: str) -> torch.Tensor:
+        """The whole tensor on the CPU; memory-mapped (do not write to it) where the checkpoint has it in one piece."""
+        dim, pieces = self.pieces(name)
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim)
+
+    def read_slice(self, name: str, dim: int, start: int, stop: int) -> torch.Tensor:
+        """Rows start..stop of axis `dim`; only the pieces that hold them are read."""
+        cut_dim, pieces = self.pieces(name)
+        if cut_dim != dim:
+            pieces = [piece.narrow(dim, start, stop - start) for piece in pieces]
+        else:
+            found, offset = [], 0
+            for piece in pieces:
+                first, last = max(start, offset), min(stop, offset + piece.shape[dim])
+                if first < last:
+                    found.append(piece.narrow(dim, first - offset, last - first))
+                offset += piece.shape[dim]
+            pieces = found or [pieces[0].narrow(dim, 0, 0)]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, cut_dim)
+
+
+def check_shape(shape: ModelShape, name: str, found: Sequence[int], where: Path | str) -> None:
+    """Raise UserError when a tensor is not as the model's configuration says."""
+    expected = hf_shape(shape, name)
+    if tuple(found) != expected:
+        raise UserError(
+            f"{where}: {name} has shape {list(found)}, expected {list(expected)} from the checkpoint's own configuration; "
+            "the files do not belong together, copy the checkpoint again"
+        )
+
+
+def open_weights(path: Path | str, iteration: int | str = "latest") -> WeightSource:
+    """Open a torch_dist, legacy Megatron or Hugging Face directory; see WeightSource.
+
+    `iteration` picks among a Megatron directory's checkpoints: a number, "release", or "latest" (what the tracker file says).
+    Raises UserError when there is none, or when what is there is incomplete, damaged or another architecture's.
+    """
+    from megatron_ft.checkpoint.hf import HFSource
+    from megatron_ft.checkpoint.legacy import LegacySource
+    from megatron_ft.checkpoint.torch_dist_weights import TorchDistSource
+
+    path = Path(path)
+    if not path.is_dir():
+        raise UserError(f"{path}: no such directory; give a torch_dist, legacy Megatron or Hugging Face checkpoint")
+    if (path / "config.json").is_file():
+        return HFSource(path)
+    if (path / "adapter_config.json").is_file():
+        raise UserError(
+            f"{path}: a PEFT adapter, not a whole model; merge it with convert/megatron_to_hf.py --merge-lora"
+        )
+    directory, iteration = find_iteration(path, iteration)
+    if any(directory.glob("mp_rank_*")):
+        return LegacySource(directory, iteration)
+    if (directory / ".metadata").is_file() or (directory / "metadata.json").is_file():
+        return TorchDistSource(directory, iteration)
+    raise UserError(
+        f"{directory}: no checkpoint here; expected config.json (Hugging Face), mp_rank_* (legacy Megatron) or .metadata (torch_dist)"
+    )
+
+
+def find_iteration(path: Path, iteration: int | str = "latest") -> tuple[Path, int | str | None]:
+    """Directory of one iteration of a Megatron checkpoint, and its number or "release" (None if its name tells neither)."""
+    if any(path.glob("mp_rank_*")) or (path / ".metadata").is_file():  # an iteration's own directory was given
+        name = path.name.removeprefix("iter_")
+        return path, int(name) if name.isdigit() else "release" if name == "release" else None
+    there = sorted(p.name for p in path.iterdir() if p.name == "release" or p.name.startswith("iter_"))
+    listed = f"there are {', '.join(there)}" if there else "there is none"
+    wanted = str(iteration)
+    if wanted == "latest":
+        tracker = path / TRACKER
+        if not tracker.is_file():
+            raise UserError(
+                f"{path}: neither config.json nor {TRACKER}, so no checkpoint is known here ({listed}); "
+                "give the iteration, or its own directory"
+            )
+        wanted = tracker.read_text().strip()
+    if wanted != "release" and not wanted.isdigit():
+        raise UserError(f"{path}: iteration {wanted!r} is neither a number nor 'release' ({listed})")
+    directory = path / ("release" if wanted == "release" else f"iter_{int(wanted):07d}")
+    if not directory.is_dir():
+        raise UserError(f"{directory}: no such directory, though iteration {wanted} was asked for; {listed}")
+    return directory, "release" if wanted == "release" else int(wanted)

@@ -1,0 +1,249 @@
+"""Byte-level BPE through tiktoken's core, with exactly the ids that the `tokenizers` library gives, several times faster.
+
+`FastBPE.build(spec, reference)` takes a parsed tokenizer.json and the `tokenizers.Tokenizer` made from it, and raises `CannotExpress`
+with the reason where the two might differ:
+- Pre-tokenisation must be GPT-2's byte level, alone or after splitting digits one by one (StarCoder's); both are one regex here.
+- tiktoken merges whatever adjacent pair is in its table, BPE only the pairs in its merge list. They agree when merges are listed in the
+  order of their ranks, no two make the same token, and every token, encoded alone, gives itself: then a pair that tiktoken merges
+  into X is a state that BPE passes on its way to X too. All three are checked on the vocabulary at hand.
+- The libraries may know different versions of Unicode, so a text with a code point that Python's own tables lack goes to `tokenizers`.
+- Hard cases (`HARD_CASES`) are encoded both ways, and the caller can do the same with its data (`differs`).
+
+Long texts are cut where a boundary of pre-tokens is certain, and single long pre-tokens are encoded window by window, so memory stays small.
+"""
+
+import re
+import sys
+import unicodedata
+
+import numpy as np
+
+BYTE_LEVEL = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+# Digits one by one come first; white space before a digit ends a segment, so all of it is one piece.
+DIGITS_BYTE_LEVEL = r"\p{N}|'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
+
+PUNCTUATION = r"!-/:-@\[-`{-~"
+# Where ASCII text may be cut without changing its pre-tokens under either pattern: before white space, between a letter and the
+# punctuation after it, and before the last of several spaces that a word follows.
+CUT = re.compile(
+    rf"(?<=[!-~])(?=[ \t\r\n])|(?<=[A-Za-z])(?=[{PUNCTUATION}])|(?<=[ \t\r\n])(?=[ \t\r\n][A-Za-z{PUNCTUATION}])"
+)
+ONE_PIECE = re.compile(r" ?[A-Za-z]+| ?[!-&(-/:-@\[-`{-~]+|[ \t\r\n]+")
+LONG_TEXT = 1 << 20  # characters encoded by one call; tiktoken needs some 46 bytes for each byte of one pre-token
+WINDOW = 1 << 18  # bytes of a single long pre-token encoded at a time
+OVERLAP = 256  # tokens of a window that are encoded again with the next
+
+HARD_CASES = [
+    "",
+    " ",
+    "  ",
+    "\n",
+    " \n \n\n\t \t\t \r\n  x",
+    "a  1  2   b\t\t3\n\n4 \n 5",
+    "x  'sy 's 't 're 've 'm 'll 'd 'S don't I'LL''s1's",
+    "0123456789 3.14 1e-5 0x1F ½ ² ٣ Ⅷ 一二三",
+    " Hello, World!!  ---- ====== ######\n/* x */ {}[]();",
+    "def f(x):\n    return x ** 2  # comment\n\n\nclass A:\n\tpass\n",
+    "нещо на Български កាន់តែពិសេស 我想在apple工作1314151天～ Cửa Việt Äpfel",
+    "e\u0301 \u200b \u00a0x\u3000y \u2028z\u0085w \ufeff \u1680\u180e\u202f",
+    "🚀 😶‍🌫️ ✅ 🦙🦙 👩‍👩‍👧 🇩🇪 \U0001faf0 \U0001fae8",
+    "\x00\x01\x1c\x1d\x1e\x1f\x7f \x0b\x0c|",
+    "a" * 300 + " " * 300 + "=" * 300 + "\n" * 300,
+    "\U00040000 \U0010ffff \ue000 \u0378",
+    "\u0870 \u1df5 \U00011f00 \U0001e4d0 \U00010d40 \U00011bc0 \u1c89 \U00011de0 \U00016ff4",  # letters, digits of Unicode 14 to 17
+]
+
+
+class CannotExpress(ValueError):
+    """This tokenizer is of another kind, or was seen to differ; the message says why."""
+
+
+def byte_alphabet() -> dict[str, int]:
+    """GPT-2's characters that stand for bytes in byte-level vocabularies: printable ones for themselves, others from U+0100."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in set(printable)]
+    return {chr(b): b for b in printable} | {chr(0x100 + i): b for i, b in enumerate(others)}
+
+
+class FastBPE:
+    """Encoder of one tokenizer.json; made by `build`, never different from its reference."""
+
+    def __init__(self, core, ids: np.ndarray, reference, specials: dict[str, int]):
+        self._core = core
+        self._ids = ids  # int32 [ranks], the id of each of tiktoken's ranks, -1 for a byte the vocabulary lacks
+        self._lacks_bytes = bool((ids < 0).any())
+        self._reference = reference
+        self._specials = specials
+        longest_first = sorted(specials, key=len, reverse=True)
+        self._special = re.compile("|".join(map(re.escape, longest_first))) if specials else None
+        self._unassigned = np.array([unicodedata.category(chr(c)) == "Cn" for c in range(sys.maxunicode + 1)])
+
+    @classmethod
+    def build(cls, spec: dict, reference) -> "FastBPE":
+        """`spec` is the parsed tokenizer.json, `reference` the tokenizers.Tokenizer of the same. Raises CannotExpress."""
+        from tiktoken._tiktoken import (
+            CoreBPE,  # the Rust core alone; tiktoken's Python layer would want to know about downloads
+        )
+
+        pattern, merges = _pattern_of(spec), _merges_of(spec)
+        vocab, alphabet = spec["model"]["vocab"], byte_alphabet()
+        ranks = {bytes([byte]): byte for byte in range(256)}
+        ids = [-1] * 256
+        for character, byte in alphabet.items():
+            ids[byte] = vocab.get(character, -1)
+        model = reference.model
+        for left, right in merges:
+            token = left + right
+            if not alphabet.keys() >= set(token):
+                raise CannotExpress(f"token {token!r} is not made of byte-level characters")
+            data = bytes(alphabet[c] for c in token)
+            if data in ranks:
+                raise CannotExpress(f"two merges make the token {token!r}")
+            if [t.value for t in model.tokenize(token)] != [token]:
+                raise CannotExpress(f"the token {token!r}, encoded alone, is not itself")
+            ranks[data] = len(ids)
+            ids.append(vocab[token])
+        specials = {token["content"]: token["id"] for token in spec["added_tokens"]}
+        encoder = cls(CoreBPE(ranks, {}, pattern), np.array(ids, np.int32), reference, specials)
+        if different := encoder.differs([*HARD_CASES, *specials, "x ".join(specials) + " 1"]):
+            raise CannotExpress(f"its ids differ on {different[0][:60]!r}")
+        return encoder
+
+    def encode(self, text: str) -> np.ndarray:
+        """Ids of one text, int32 [tokens]; special tokens spelled out in it are parsed."""
+        if not text.isascii() and self._unassigned[np.frombuffer(text.encode("utf-32-le"), np.uint32)].any():
+            return self._by_reference(text)
+        if self._special is None or not self._special.search(text):
+            return self._ordinary(text)
+        parts, start = [], 0
+        for match in self._special.finditer(text):
+            parts += [self._ordinary(text[start : match.start()]), np.array([self._specials[match[0]]], np.int32)]
+            start = match.end()
+        return np.concatenate([*parts, self._ordinary(text[start:])])
+
+    def differs(self, texts: list[str]) -> list[str]:
+        """Those of `texts` that the reference encodes otherwise (none, unless something is wrong)."""
+        return [text for text in texts if not np.array_equal(self.encode(text), self._by_reference(text))]
+
+    def _by_reference(self, text: str) -> np.ndarray:
+        return np.array(self._reference.encode(text, add_special_tokens=False).ids, np.int32)
+
+    def _ordinary(self, text: str) -> np.ndarray:
+        """Ids of a text without special tokens, cut into calls of bounded size where it is long."""
+        if len(text) <= LONG_TEXT:
+            return self._call(text)
+        parts, start = [], 0
+        while start < len(text):
+            end = _cut(text, start)
+            piece = text[start:end]
+            parts.append(
+                self._one_piece(piece.encode())
+                if len(piece) > LONG_TEXT and ONE_PIECE.fullmatch(piece)
+                else self._call(piece)
+            )
+            start = end
+        return np.concatenate(parts)
+
+    def _call(self, text: str) -> np.ndarray:
+        try:
+            ranks = np.frombuffer(self._core.encode_to_tiktoken_buffer(text, set()), np.uint32)
+        except ValueError:  # the regex engine's stack overflows on some 500,000 white-space characters in a row
+            return self._by_reference(text)
+        ids = self._ids[ranks]
+        if self._lacks_bytes and len(ids) and ids.min() < 0:  # the reference drops the byte and merges what it parted
+            return self._by_reference(text)
+        return ids
+
+    def _one_piece(self, piece: bytes) -> np.ndarray:
+        """Ids of one long pre-token, window by window.
+
+        A sequence of tokens is the BPE encoding if every two neighbours are the encoding of their own bytes. So two windows may be
+        joined inside two neighbouring tokens that both of them have at the same place.
+        """
+        done: list[np.ndarray] = []  # ranks
+        start, carried = 0, np.zeros(0, np.int64)  # bytes in `done`; tokens after them that the last window found
+        while True:
+            window = piece[start : start + WINDOW]
+            tokens = np.array(self._core.encode_single_piece(window), np.int64)
+            if len(carried):
+                joint = _joint(self._lengths(carried), self._lengths(tokens), carried, tokens)
+                if joint is None:  # never seen; the whole piece at once is right at any rate
+                    return self._ids[np.array(self._core.encode_single_piece(piece))]
+                ours, theirs = joint
+                tokens = np.concatenate([carried[:ours], tokens[theirs:]])
+            if start + WINDOW >= len(piece):
+                return self._ids[np.concatenate([*done, tokens])]
+            keep = max(1, len(tokens) - OVERLAP)
+            done.append(tokens[:keep])
+            start += int(self._lengths(tokens[:keep]).sum())
+            carried = tokens[keep:]
+
+    def _lengths(self, ranks: np.ndarray) -> np.ndarray:
+        return np.array([len(self._core.decode_single_token_bytes(int(r))) for r in ranks], np.int64)
+
+
+def _joint(our_lengths, their_lengths, ours, theirs) -> tuple[int, int] | None:
+    """Indices (i, j) at which to pass from `ours[:i]` to `theirs[j:]`: tokens i - 1 and i are the same in both, at the same bytes."""
+    starts = {int(start): j for j, start in enumerate(np.cumsum(their_lengths) - their_lengths)}
+    for i, start in enumerate(np.cumsum(our_lengths) - our_lengths):
+        j = starts.get(int(start))
+        if (
+            j
+            and i
+            and ours[i] == theirs[j]
+            and ours[i - 1] == theirs[j - 1]
+            and int(our_lengths[i - 1]) == int(their_lengths[j - 1])
+        ):
+            return i, j
+    return None
+
+
+def _cut(text: str, start: int) -> int:
+    """The end of the next slice of `text` to encode: the last certain boundary within LONG_TEXT characters, else the first after."""
+    end = start + LONG_TEXT
+    if end >= len(text):
+        return len(text)
+    for back in (1 << 8, 1 << 14, LONG_TEXT - 1):
+        cuts = [match.start() for match in CUT.finditer(text, end - back, end)]
+        if cuts:
+            return cuts[-1]
+    match = CUT.search(text, end)
+    return match.start() if match else len(text)
+
+
+def _pattern_of(spec: dict) -> str:
+    """The pre-tokeniser of a tokenizer.json as one regex; CannotExpress where it, or anything beside it, is of another kind."""
+    if spec.get("normalizer"):
+        raise CannotExpress(f"it has a normalizer ({spec['normalizer'].get('type')})")
+    for token in spec["added_tokens"]:
+        if token["single_word"] or token["lstrip"] or token["rstrip"] or token["normalized"]:
+            raise CannotExpress(f"its token {token['content']!r} has matching rules of its own")
+    steps = spec.get("pre_tokenizer") or {}
+    steps = steps["pretokenizers"] if steps.get("type") == "Sequence" else [steps]
+    kinds = [step.get("type") for step in steps]
+    byte_level = steps[-1]
+    if kinds[-1] != "ByteLevel" or byte_level.get("add_prefix_space") or not byte_level.get("use_regex", True):
+        raise CannotExpress(f"its pre-tokeniser is {' + '.join(map(str, kinds))}, not plain byte level")
+    if kinds == ["ByteLevel"]:
+        return BYTE_LEVEL
+    if kinds == ["Digits", "ByteLevel"] and steps[0].get("individual_digits"):
+        return DIGITS_BYTE_LEVEL
+    raise CannotExpress(f"its pre-tokeniser is {' + '.join(map(str, kinds))}")
+
+
+def _merges_of(spec: dict) -> list[tuple[str, str]]:
+    """The merge list of a plain BPE model; CannotExpress where the model is of another kind."""
+    model = spec["model"]
+    if model.get("type") != "BPE":
+        raise CannotExpress(f"its model is {model.get('type')}, not BPE")
+    for option in (
+        "dropout",
+        "unk_token",
+        "continuing_subword_prefix",
+        "end_of_word_suffix",
+        "byte_fallback",
+        "ignore_merges",
+    ):
+        if model.get(option):
+            raise CannotExpress(f"its BPE model sets {option}")
+    return [tuple(m.split(" ", 1)) if isinstance(m, str) else tuple(m) for m in model["merges"]]

@@ -13,9 +13,8 @@ from megatron_ft.errors import UserError
 
 def initialize(args: argparse.Namespace) -> None:
     """Make the default group and Megatron's groups from RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT (without them: one rank),
-    the calculator of micro-batches, and the seeds of a random start. Call `set_up_device` first."""
+    and the seeds of a random start. Call `set_up_device` first."""
     from megatron.core import parallel_state
-    from megatron.core.num_microbatches_calculator import init_num_microbatches_calculator
 
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     rank = int(os.environ.get("RANK", 0))
@@ -37,20 +36,15 @@ def initialize(args: argparse.Namespace) -> None:
         context_parallel_size=args.context_parallel_size,
         distributed_timeout_minutes=max(1, math.ceil(args.distributed_timeout_minutes)),
     )
-    init_num_microbatches_calculator(
-        rank, args.rampup_batch_size, args.global_batch_size, args.micro_batch_size, data_parallel_size()
-    )
     seed_start(args.seed)
 
 
 def destroy() -> None:
     """Take down every group and global that `initialize` made."""
     from megatron.core import parallel_state
-    from megatron.core.num_microbatches_calculator import destroy_num_microbatches_calculator
 
     parallel_state.destroy_model_parallel()
     parallel_state.destroy_global_memory_buffer()
-    destroy_num_microbatches_calculator()
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -97,15 +91,26 @@ def pipeline_parallel_rank() -> int:
     return parallel_state.get_pipeline_model_parallel_rank()
 
 
-def is_last_stage() -> bool:
-    """Whether this rank holds the last pipeline stage, where the loss is."""
+def counts_here() -> bool:
+    """Whether this rank speaks for its pipeline and tensor-parallel copies: the first tensor-parallel rank of the last stage."""
     from megatron.core import parallel_state
 
-    return parallel_state.is_pipeline_last_stage()
+    return parallel_state.is_pipeline_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0
 
 
-def last_stage_source() -> int:
-    """Global rank that holds the last stage of this rank's pipeline: the source of what only it knows."""
+def sum_over_data_parallel(values: list[float]) -> list[float]:
+    """Sums over data-parallel ranks, in float64; all ranks get the same numbers when each counted its own rows."""
     from megatron.core import parallel_state
 
-    return parallel_state.get_pipeline_model_parallel_last_rank()
+    return _sum(values, parallel_state.get_data_parallel_group())
+
+
+def sum_over_all(values: list[float]) -> list[float]:
+    """Sums over all ranks, in float64. What copies would count more than once, `counts_here` ranks alone should give."""
+    return _sum(values, None)
+
+
+def _sum(values: list[float], group) -> list[float]:
+    total = torch.tensor(values, dtype=torch.float64, device="cuda")
+    dist.all_reduce(total, group=group)
+    return total.tolist()

@@ -1,0 +1,88 @@
+"""Validation of one group: loss as in training, perplexity, and the share of output tokens that are the model's first choice."""
+
+import argparse
+import math
+from functools import partial
+
+import torch
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import nn
+
+from megatron_ft.engine import parallel, signals
+from megatron_ft.engine.loss import token_hits, token_losses
+from megatron_ft.engine.rows import MicroBatch, Rows
+
+
+def evaluate(
+    args: argparse.Namespace,
+    model: list[nn.Module],
+    rows: Rows,
+    vocab_size: int | None,
+    watchdog: signals.Watchdog | None = None,
+) -> dict | None:
+    """Evaluate --eval-iters global batches of `rows` from the start, or the whole range once; None when a stop signal came.
+
+    `loss` weighs tokens as training does; `perplexity` is exp of it; `token_accuracy` counts every token of the loss mask alike.
+    Rows past the range's end fill the last batch and weigh nothing.
+    """
+    limit = len(rows.dataset)
+    if args.eval_iters != "full":
+        limit = min(limit, int(args.eval_iters) * args.global_batch_size)
+    sums = [0.0] * 4
+    for chunk in model:
+        chunk.eval()
+    try:
+        for first in range(0, limit, args.global_batch_size):
+            following = args.global_batch_size if first + args.global_batch_size < limit else 0
+            micro_batches = rows.step(first, args.global_batch_size, following)
+            counted = _count(args, model, micro_batches, vocab_size)
+            *totals, signalled = parallel.sum_over_all(
+                [*(counted if parallel.counts_here() else [0.0] * 4), float(signals.received() is not None)]
+            )
+            if signalled:
+                return None
+            sums = [old + new for old, new in zip(sums, totals, strict=True)]
+            if watchdog:
+                watchdog.alive()
+    finally:
+        for chunk in model:
+            chunk.train()
+    loss_sum, weight, hits, tokens = sums
+    loss = loss_sum / weight if weight else math.nan
+    return {
+        "loss": loss,
+        "perplexity": math.exp(min(loss, 700.0)),
+        "token_accuracy": hits / tokens if tokens else math.nan,
+        "tokens": int(tokens),
+        "rows": limit,
+    }
+
+
+@torch.no_grad()
+def _count(
+    args: argparse.Namespace, model: list[nn.Module], micro_batches: list[MicroBatch], vocab_size: int | None
+) -> list[float]:
+    """[sum of weighted losses, sum of weights, hits, tokens] over this rank's micro-batches; empty off the last stage."""
+
+    def counts_of(micro: MicroBatch, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        counted = (micro.loss_mask > 0).double()
+        hits = token_hits(logits, micro.labels, vocab_size)
+        losses = token_losses(logits, micro.labels, vocab_size)
+        sums = [losses.double() * micro.weights, micro.weights.double(), hits * counted, counted]
+        return logits.new_zeros(()), torch.stack([x.sum() for x in sums])
+
+    def forward(rows, chunk):
+        micro = next(rows)
+        logits = chunk(micro.tokens, micro.position_ids, None, packed_seq_params=micro.row)
+        return logits, partial(counts_of, micro)
+
+    counted = get_forward_backward_func()(
+        forward_step_func=forward,
+        data_iterator=iter(micro_batches),
+        model=model if len(model) > 1 else model[0],
+        num_microbatches=len(micro_batches),
+        seq_length=args.seq_length * args.micro_batch_size,
+        micro_batch_size=1,
+        forward_only=True,
+    )
+    return torch.stack(counted).sum(0).tolist() if counted else []

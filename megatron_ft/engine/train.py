@@ -1,0 +1,278 @@
+"""The training loop: steps, validation, checkpoints, and all the ways a run ends."""
+
+import argparse
+import contextlib
+import json
+import math
+import time
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from megatron_ft.engine import parallel, signals
+from megatron_ft.engine.evaluate import evaluate
+from megatron_ft.engine.loss import token_losses
+from megatron_ft.engine.optimizer import learning_rate
+from megatron_ft.engine.rows import MicroBatch, Rows
+from megatron_ft.engine.schedule import Length, global_batch_at
+from megatron_ft.errors import EXIT_DONE, EXIT_RESUME, UserError
+
+
+@dataclass
+class Run:
+    """Everything a training run is made of; built by finetune.py."""
+
+    args: argparse.Namespace
+    vocab_size: int | None  # columns of the logits that take part in the softmax; None: all, padding too
+    length: Length
+    state: object  # checkpoint.state.TrainState
+    checkpointer: object  # checkpoint.state.Checkpointer
+    log: object  # engine.metrics.MetricsLog
+    watchdog: signals.Watchdog
+    train_rows: Rows
+    valid_rows: dict[str, Rows]
+    test_rows: dict[str, Rows]
+    started: float = 0.0  # time.monotonic() at the program's start
+
+
+def train(run: Run) -> int:
+    """Train to the end, or to whatever stops the run first; returns the exit status. The state is saved in every case but an error."""
+    args, state = run.args, run.state
+    stop = _validate_if_due(run)  # a run stopped during a validation does it again
+    while stop is None and state.iteration < run.length.iterations and not _stopped_early(state):
+        stop = step(run)
+        if stop is None:
+            stop = _validate_if_due(run)
+        if stop is None and args.exit_interval and state.iteration % args.exit_interval == 0:
+            stop = f"--exit-interval {args.exit_interval}" if state.iteration < run.length.iterations else None
+        if stop is None:
+            with _weights_in_place(run):
+                run.checkpointer.maybe_save(state)
+        run.watchdog.alive()
+    if stop is not None:
+        with _weights_in_place(run):
+            run.checkpointer.save(state)
+        run.log.event(f"stopped by {stop} at iteration {state.iteration}; start the same command again to go on")
+        return EXIT_RESUME
+    return _finish(run)
+
+
+def step(run: Run) -> str | None:
+    """One optimizer step; returns what asks the run to stop (a signal, the time limit), the same on all ranks, or None."""
+    args, state = run.args, run.state
+    begun = time.perf_counter()
+    batch = global_batch_at(args, state.consumed_samples)
+    following = state.consumed_samples + batch
+    next_batch = global_batch_at(args, following) if following < run.length.samples else 0
+    micro_batches = run.train_rows.step(state.consumed_samples, batch, next_batch)
+    weight, tokens, squared_lengths = parallel.sum_over_data_parallel(
+        [sum(getattr(m, name) for m in micro_batches) for name in ("weight", "document_tokens", "squared_lengths")]
+    )
+    parallel.seed_step(args.seed, state.iteration)
+    losses = forward_backward(args, state.model, state.optimizer, micro_batches, weight, run.vocab_size)
+    loss, stop = _share(run, losses)
+    if not math.isfinite(loss):
+        _end_with_provenance(run, f"loss is {loss}", micro_batches, losses)
+    lr = learning_rate(state.optimizer)
+    updated, grad_norm, _ = state.optimizer.step()
+    if updated:
+        state.scheduler.step(increment=batch)
+        if not math.isfinite(grad_norm):
+            _end_with_provenance(run, f"gradient norm is {grad_norm}", micro_batches, [math.nan] * len(micro_batches))
+    else:
+        state.skipped_iterations += 1
+    state.iteration += 1
+    state.consumed_samples += batch
+    state.consumed_tokens += int(tokens)
+    run.log.step(
+        {
+            "iteration": state.iteration,
+            "consumed_samples": state.consumed_samples,
+            "consumed_tokens": state.consumed_tokens,
+            "loss": loss if weight else None,
+            "lr": lr,
+            "grad_norm": grad_norm if updated else None,
+            "loss_scale": float(state.optimizer.get_loss_scale()) if args.fp16 else 1.0,
+            "global_batch_size": batch,
+            "fill_rate": tokens / (batch * args.seq_length),
+            "skipped_iterations": state.skipped_iterations,
+            "squared_lengths": squared_lengths,
+            "memory_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
+            "step_seconds": time.perf_counter() - begun,
+        }
+    )
+    return stop
+
+
+def forward_backward(
+    args: argparse.Namespace,
+    model: list,
+    optimizer,
+    micro_batches: list[MicroBatch],
+    weight: float,
+    vocab_size: int | None,
+) -> list[float]:
+    """Gradients of the step's mean loss into the DDP buffers; returns each micro-batch's share of the loss (empty off the last stage).
+
+    `weight` is the sum of loss weights over the global batch. Megatron's schedule divides a micro-batch's loss by their number
+    and its DDP averages over data-parallel ranks; both are multiplied back, since the shares already add up to the mean.
+    """
+    for chunk in model:
+        chunk.zero_grad_buffer()
+    optimizer.zero_grad()
+    scale = len(micro_batches) * parallel.data_parallel_size()
+
+    def loss_of(micro: MicroBatch, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        losses = token_losses(logits, micro.labels, vocab_size)
+        share = (losses * micro.weights).sum() / (weight or 1.0)
+        return share * scale, share.detach().clone()
+
+    def forward(rows, chunk):
+        micro = next(rows)
+        logits = chunk(micro.tokens, micro.position_ids, None, packed_seq_params=micro.row)
+        return logits, partial(loss_of, micro)
+
+    shares = get_forward_backward_func()(
+        forward_step_func=forward,
+        data_iterator=iter(micro_batches),
+        model=model if len(model) > 1 else model[0],
+        num_microbatches=len(micro_batches),
+        seq_length=args.seq_length * args.micro_batch_size,  # a micro-batch's rows lie end to end in one
+        micro_batch_size=1,
+        forward_only=False,
+    )
+    return torch.stack(shares).tolist() if shares else []
+
+
+def _share(run: Run, losses: list[float]) -> tuple[float, str | None]:
+    """The step's loss and what asks to stop, agreed on by all ranks in one small sum."""
+    minutes = run.args.exit_duration_in_mins
+    overtime = minutes is not None and time.monotonic() - run.started > minutes * 60
+    loss = math.fsum(losses) if all(map(math.isfinite, losses)) else math.nan
+    loss, signalled, overtime = parallel.sum_over_all(
+        [loss if parallel.counts_here() else 0.0, float(signals.received() is not None), float(overtime)]
+    )
+    if signalled:
+        return loss, signals.received() or "a signal to another rank"
+    return loss, f"--exit-duration-in-mins {minutes:g}" if overtime else None
+
+
+def _end_with_provenance(run: Run, what: str, micro_batches: list[MicroBatch], losses: list[float]) -> None:
+    """Write which rows, documents and files made the loss no number, and end without saving."""
+    state = run.state
+    ours = [
+        {
+            "data_parallel_rank": parallel.data_parallel_rank(),
+            "micro_batch": number,
+            "rows": [{"sample": i, **run.train_rows.dataset.provenance(i)} for i in micro.samples],
+        }
+        for number, (micro, loss) in enumerate(zip(micro_batches, losses, strict=False))
+        if parallel.counts_here() and not math.isfinite(loss)
+    ]
+    everyone: list = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, ours)
+    path = Path(run.args.save or ".") / f"nonfinite_loss_iteration_{state.iteration + 1:07d}.json"
+    if dist.get_rank() == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        record = {
+            "iteration": state.iteration + 1,
+            "consumed_samples": state.consumed_samples,
+            "what": what,
+            "micro_batches": [entry for entries in everyone for entry in entries],
+        }
+        path.write_text(json.dumps(record, indent=2) + "\n")
+    run.log.event(f"{what} at iteration {state.iteration + 1}; rows and documents in {path}")
+    run.log.close()
+    raise UserError(
+        f"{what} at iteration {state.iteration + 1}; its rows and documents are in {path}, nothing was saved after iteration "
+        f"{state.iteration}'s last checkpoint: lower --lr, take those documents out, or use --bf16 instead of --fp16"
+    )
+
+
+def _validate_if_due(run: Run) -> str | None:
+    """Validate every group where --eval-interval says so; returns a signal's name if one came meanwhile."""
+    args, state = run.args, run.state
+    if not run.valid_rows or not args.eval_interval or state.iteration == 0 or state.iteration % args.eval_interval:
+        return None
+    if state.best and state.best["validated"] == state.iteration:
+        return None
+    return _validate(run)
+
+
+def _validate(run: Run) -> str | None:
+    args, state = run.args, run.state
+    records = _evaluate_groups(run, run.valid_rows)
+    if records is None:
+        return signals.received() or "a signal to another rank"
+    for group, record in records.items():
+        run.log.validation(state.iteration, group, record)
+    group = args.best_group or next(iter(records))
+    loss = records[group]["loss"]
+    better = state.best is None or loss < state.best["loss"]
+    if better:
+        state.best = {"group": group, "loss": loss, "iteration": state.iteration, "waited": 0}
+    else:
+        state.best["waited"] += 1
+    state.best["validated"] = state.iteration
+    state.best["stopped"] = args.early_stop_patience is not None and state.best["waited"] >= args.early_stop_patience
+    if better and args.save:
+        with _weights_in_place(run):
+            run.checkpointer.save(state, best=True)
+    if state.best["stopped"]:
+        run.log.event(
+            f"early stop: {group} has not improved for {state.best['waited']} validations; best {state.best['loss']:.6f} "
+            f"at iteration {state.best['iteration']}"
+        )
+    return None
+
+
+def _evaluate_groups(run: Run, groups: dict[str, Rows]) -> dict[str, dict] | None:
+    """Loss, perplexity and accuracy of every group, or None when a signal came in between."""
+    records = {}
+    with _weights_in_place(run):
+        for group, rows in groups.items():
+            records[group] = evaluate(run.args, run.state.model, rows, run.vocab_size, run.watchdog)
+            if records[group] is None:
+                return None
+    return records
+
+
+def _stopped_early(state) -> bool:
+    return bool(state.best and state.best["stopped"])
+
+
+def _finish(run: Run) -> int:
+    """Last validation, test groups, last checkpoint."""
+    args, state = run.args, run.state
+    stop = None
+    if run.valid_rows and args.eval_interval and not (state.best and state.best["validated"] == state.iteration):
+        stop = _validate(run)
+    with _weights_in_place(run):
+        run.checkpointer.save(state)
+    if stop is None and run.test_rows:
+        records = _evaluate_groups(run, run.test_rows)
+        stop = None if records is not None else signals.received() or "a signal to another rank"
+        for group, record in (records or {}).items():
+            run.log.validation(state.iteration, f"test {group}", record)
+    if stop is not None:
+        run.log.event(f"stopped by {stop} after the last step; start the same command again for what is left")
+        return EXIT_RESUME
+    run.log.event(f"done: {state.iteration} iterations, {state.consumed_samples} rows, {state.consumed_tokens} tokens")
+    return EXIT_DONE
+
+
+@contextlib.contextmanager
+def _weights_in_place(run: Run):
+    """With --overlap-param-gather the weights are gathered as the next forward pass needs them; here, at once."""
+    if not run.args.overlap_param_gather:
+        yield
+        return
+    for chunk in run.state.model:
+        chunk.disable_forward_pre_hook()
+    yield
+    for chunk in run.state.model:
+        chunk.enable_forward_pre_hook()

@@ -1,0 +1,172 @@
+"""Fine-tune a StarCoder-family model: one rank of a training run.
+
+    python -m megatron_ft.finetune --preset tiny --from-scratch --data-prefix data/commits --tokenizer-file tokenizer.json \\
+        --seq-length 256 --train-iters 100 --global-batch-size 8 --save checkpoints
+
+starts a single rank; launch/finetune.py starts all of a node, or of a SLURM job, with the environment variables of torchrun. The run resumes from
+--save when it holds a checkpoint, else it starts from the weights of --load. It ends with status 0 when training is finished, 75 when it was
+stopped after saving and the same command goes on, 2 for a user's mistake.
+"""
+
+import argparse
+import logging
+import os
+import sys
+import time
+import warnings
+from pathlib import Path
+
+from megatron_ft.arguments import parse_args, shape_from_args, validate
+from megatron_ft.engine import signals
+from megatron_ft.errors import EXIT_USER_ERROR, UserError, run_program
+from megatron_ft.models import PRESETS, ModelShape, padded_vocab_size
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run this rank; returns its exit status."""
+    started = time.monotonic()
+    signals.install()
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        args = parse_args(argv, int(os.environ.get("WORLD_SIZE", 1)))
+        with _quiet_imports():
+            from megatron_ft.engine import parallel
+            from megatron_ft.engine.device import set_up_device
+
+            device = set_up_device(args)
+            import megatron_ft.engine.train  # noqa: F401  (all of Megatron-Core, while its warnings are silenced)
+        parallel.initialize(args)
+        try:
+            return run(args, device, started)
+        finally:
+            parallel.destroy()
+    except UserError as error:
+        if int(os.environ.get("RANK", 0)) == 0:
+            raise
+        print(f"rank {os.environ['RANK']}: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+
+
+def run(args: argparse.Namespace, device, started: float) -> int:
+    """Build data, model, optimizer and checkpoints as `args` say, and train; process groups exist already."""
+    import torch
+    import torch.distributed as dist
+
+    from megatron_ft.checkpoint.state import Checkpointer, TrainState
+    from megatron_ft.data.packed_dataset import build_datasets, rows_per_epoch
+    from megatron_ft.engine import parallel
+    from megatron_ft.engine.lora import add_lora
+    from megatron_ft.engine.metrics import MetricsLog, RunPlan
+    from megatron_ft.engine.model import build_model, wrap_for_data_parallel
+    from megatron_ft.engine.optimizer import build_optimizer
+    from megatron_ft.engine.rows import Rows
+    from megatron_ft.engine.schedule import build_scheduler, check_rampup, plan_length
+    from megatron_ft.engine.train import Run, train
+    from megatron_ft.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(args.tokenizer_file)
+    shape = model_shape(args).with_vocab(tokenizer.vocab_size)
+    check_rampup(args)
+    epoch = rows_per_epoch(args)
+    length = plan_length(args, epoch)
+    pad = tokenizer.eod if tokenizer.pad is None else tokenizer.pad
+    datasets = build_datasets(args, train_samples=length.samples, pad=pad, vocab_size=tokenizer.vocab_size)
+    check_groups(args, datasets)
+
+    padded_vocab = padded_vocab_size(
+        shape.vocab_size, args.make_vocab_size_divisible_by, args.tensor_model_parallel_size
+    )
+    chunks = build_model(args, shape, padded_vocab)
+    if args.lora_rank:
+        add_lora(chunks, args)
+    model = wrap_for_data_parallel(args, chunks)
+    optimizer = build_optimizer(args, model)
+    state = TrainState(model, optimizer, build_scheduler(args, optimizer, length))
+    checkpointer = Checkpointer(args, shape)
+    start = checkpointer.start(state)
+
+    plan = RunPlan(
+        train_iters=length.iterations,
+        start_iteration=state.iteration,
+        train_samples=length.samples,
+        rows_per_epoch=epoch,
+        device_name=torch.cuda.get_device_name() if device.type == "cuda" else None,
+    )
+    log = MetricsLog(args, shape, plan, args.save, writes=dist.get_rank() == 0)
+    log.banner(data=datasets.train.description, start="; ".join(start.reasons))
+    for notice in [*args.notices, *datasets.notices]:
+        log.event(notice)
+
+    def rows(dataset, whole: bool = True) -> Rows:
+        return Rows(
+            dataset,
+            args,
+            tokenizer.eod,
+            device,
+            data_parallel_rank=parallel.data_parallel_rank(),
+            data_parallel_size=parallel.data_parallel_size(),
+            whole=whole,
+        )
+
+    watchdog = signals.Watchdog(
+        args.watchdog_mins, dist.get_rank(), Path(args.save) / "watchdog" if args.save else None
+    )
+    training = Run(
+        args=args,
+        vocab_size=None if args.softmax_over_padding else shape.vocab_size,
+        length=length,
+        state=state,
+        checkpointer=checkpointer,
+        log=log,
+        watchdog=watchdog,
+        train_rows=rows(datasets.train, whole=False),
+        valid_rows={name: rows(dataset) for name, dataset in datasets.valid.items()},
+        test_rows={name: rows(dataset) for name, dataset in datasets.test.items()},
+        started=started,
+    )
+    try:
+        status = train(training)
+        checkpointer.finish()
+        return status
+    finally:
+        watchdog.stop()
+        log.close()
+        for reader in (training.train_rows, *training.valid_rows.values(), *training.test_rows.values()):
+            reader.close()
+
+
+def model_shape(args: argparse.Namespace) -> ModelShape:
+    """The model's shape: from flags, or else from the checkpoint to resume or start from. Settles --seq-length. Raises UserError."""
+    from megatron_ft.checkpoint.resume import starting_shape
+
+    if args.shape is None:
+        found = starting_shape(args)
+        if found is None:
+            raise UserError(
+                f"no model: --save {args.save} holds no checkpoint yet; give --preset (one of {', '.join(sorted(PRESETS))}) or --load DIR"
+            )
+        args.shape = shape_from_args(args, found)
+        args.seq_length = args.seq_length or args.shape.max_position_embeddings
+        validate(args)
+    return args.shape
+
+
+def check_groups(args: argparse.Namespace, datasets) -> None:
+    """Raise UserError where --best-group names no validation group, or there is nothing to stop early by."""
+    if args.best_group and args.best_group not in datasets.valid:
+        raise UserError(
+            f"--best-group {args.best_group} is not a validation group; there are {', '.join(datasets.valid) or 'none'}"
+        )
+    if args.early_stop_patience and not (datasets.valid and args.eval_interval):
+        raise UserError("--early-stop-patience needs a validation group and --eval-interval above 0")
+
+
+def _quiet_imports() -> warnings.catch_warnings:
+    """Megatron-Core warns of each optional package that is missing; the banner says what is used instead."""
+    warnings.filterwarnings("ignore", module=r"megatron\.core")
+    logging.getLogger("megatron.core").setLevel(logging.ERROR)
+    return warnings.catch_warnings()
+
+
+if __name__ == "__main__":
+    run_program(main)

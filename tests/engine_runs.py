@@ -1,0 +1,130 @@
+"""What the engine's tests run on ranks: flags to a model, optimizer and batches, without files of a run."""
+
+import argparse
+import re
+from pathlib import Path
+
+import numpy as np
+import torch
+
+GOLDEN_FLAGS = (
+    "--num-layers 4 --hidden-size 64 --num-attention-heads 4 --max-position-embeddings 256 --seq-length 256 "
+    "--hidden-dropout 0 --attention-dropout 0 --micro-batch-size 2 --global-batch-size 4 --train-iters 8 --lr 1e-3 --min-lr 1e-4 "
+    "--lr-warmup-fraction 0.25 --weight-decay 0.05 --norm-target-loss --loss-average microbatch --softmax-over-padding "
+    "--eval-interval 0 --data-prefix unused"
+)
+
+
+def start(flags: str, tokenizer: Path) -> argparse.Namespace:
+    """Parsed flags, with device and process groups set up as finetune.py does."""
+    import os
+
+    from megatron_ft.arguments import parse_args
+    from megatron_ft.engine import parallel
+    from megatron_ft.engine.device import set_up_device
+
+    args = parse_args([*flags.split(), "--tokenizer-file", str(tokenizer)], int(os.environ["WORLD_SIZE"]))
+    set_up_device(args)
+    parallel.initialize(args)
+    return args
+
+
+def branch_weights(path: Path):
+    """The branch's flat weights (npz by legacy names, 4 layers, 64 wide, 1024 rows) as a WeightSource."""
+    from megatron_ft.checkpoint.names import layer_of, weight_of
+    from megatron_ft.checkpoint.weights import WeightSource
+    from megatron_ft.models import ModelShape
+
+    arrays = np.load(path)
+
+    class BranchWeights(WeightSource):
+        shape = ModelShape(
+            num_layers=4, hidden_size=64, num_attention_heads=4, max_position_embeddings=256, vocab_size=1024
+        )
+        dtype = torch.float32
+        kind = "npz"
+
+        def __init__(self) -> None:
+            self.path = path
+
+        def pieces(self, name: str):
+            layer, legacy = layer_of(name), "language_model." + weight_of(name).legacy
+            if layer is not None:
+                legacy = f"language_model.encoder.layers.{layer}.{weight_of(name).legacy}"
+            if "query_key_value" in legacy:
+                parts = [re.sub("query_key_value", part, legacy) for part in ("query", "key_value")]
+                return 0, [torch.from_numpy(np.concatenate([arrays[part] for part in parts]))]
+            return 0, [torch.from_numpy(arrays[legacy])]
+
+    return BranchWeights()
+
+
+def branch_micro_batch(batches, number: int, average: str = "microbatch"):
+    """Micro-batch `number` of the branch's run; document bounds are where its positions restart."""
+    from megatron_ft.engine.loss import loss_weights
+    from megatron_ft.engine.packed_attention import PackedRow
+    from megatron_ft.engine.rows import MicroBatch
+
+    arrays = {
+        name: torch.from_numpy(batches[f"{number:03d}_{name}"])
+        for name in ("tokens", "labels", "position_ids", "loss_mask")
+    }
+    flat = {name: array.reshape(1, -1) for name, array in arrays.items()}
+    starts = torch.nonzero(flat["position_ids"][0] == 0).flatten()
+    bounds = torch.cat([starts, torch.tensor([flat["tokens"].numel()])]).int()
+    weights = loss_weights(flat["loss_mask"], average)
+    return MicroBatch(
+        **flat,
+        weights=weights,
+        row=PackedRow.from_cu_seqlens(bounds),
+        samples=[],
+        weight=weights.sum(dtype=torch.float64).item(),
+        document_tokens=0,
+        squared_lengths=0,
+    )
+
+
+def largest_weight_difference(model: list, args: argparse.Namespace, expected) -> float:
+    """Over this rank's parameters, against a WeightSource's."""
+    from megatron_ft.checkpoint.load_weights import load_weights, unwrap
+    from megatron_ft.engine.model import build_model
+
+    reference = build_model(args, args.shape, expected.shape.vocab_size)
+    load_weights(expected, reference)
+    pairs = zip(unwrap(model[0]).named_parameters(), unwrap(reference[0]).named_parameters(), strict=True)
+    return max((ours - theirs).abs().max().item() for (_, ours), (_, theirs) in pairs)
+
+
+def golden_steps(flags: str, golden: Path) -> dict:
+    """The branch's eight steps on its own batches: losses, gradient norms, learning rates, largest difference of final weights."""
+    from megatron_ft.checkpoint.load_weights import load_weights
+    from megatron_ft.engine import parallel
+    from megatron_ft.engine.model import build_model, wrap_for_data_parallel
+    from megatron_ft.engine.optimizer import build_optimizer, learning_rate
+    from megatron_ft.engine.schedule import build_scheduler, plan_length
+    from megatron_ft.engine.train import forward_backward
+
+    args = start(f"{GOLDEN_FLAGS} {flags}", golden / "data/tokenizer.json")
+    chunks = build_model(args, args.shape, 1024)
+    load_weights(branch_weights(golden / "train/weights_after_step0.npz"), chunks)
+    model = wrap_for_data_parallel(args, chunks)
+    optimizer = build_optimizer(args, model)
+    scheduler = build_scheduler(args, optimizer, plan_length(args))
+    batches = np.load(golden / "train/tp1pp1_batches.npz")
+    training = [n for n in range(len(batches.files) // 5) if batches[f"{n:03d}_train"]]
+    ranks, rank = parallel.data_parallel_size(), parallel.data_parallel_rank()
+    result = {"loss": [], "grad_norm": [], "lr": []}
+    for first in range(0, len(training), 2):
+        ours = [branch_micro_batch(batches, n) for n in training[first : first + 2][rank::ranks]]
+        (weight,) = parallel.sum_over_data_parallel([sum(m.weight for m in ours)])
+        losses = forward_backward(args, model, optimizer, ours, weight, None)
+        (loss,) = parallel.sum_over_all([sum(losses) if parallel.counts_here() else 0.0])
+        result["lr"].append(learning_rate(optimizer))
+        _, grad_norm, _ = optimizer.step()
+        scheduler.step(increment=4)
+        result["loss"].append(loss)
+        result["grad_norm"].append(grad_norm)
+    for chunk in model if args.overlap_param_gather else []:
+        chunk.disable_forward_pre_hook()
+    result["weights"] = largest_weight_difference(model, args, branch_weights(golden / "train/weights_after_step8.npz"))
+    return result

@@ -1,0 +1,32 @@
+"""Training on the branch's own batches: losses, gradient norms and weights equal the branch's in every parallel layout."""
+
+import json
+
+import pytest
+from engine_runs import golden_steps
+from ranks import run_ranks
+
+LAYOUTS = {
+    "one rank": (1, "--no-use-distributed-optimizer"),
+    "one rank, full recompute": (1, "--recompute-granularity full"),
+    "TP2": (2, "--tensor-model-parallel-size 2"),
+    "TP2, sequence parallel": (2, "--tensor-model-parallel-size 2 --sequence-parallel --recompute-activations"),
+    "PP2": (2, "--pipeline-model-parallel-size 2 --no-use-distributed-optimizer"),
+    "DP2, plain optimizer": (2, "--no-use-distributed-optimizer"),
+    "DP2, distributed optimizer, overlap": (2, "--overlap-grad-reduce --overlap-param-gather"),
+    "TP2 PP2, sequence parallel": (
+        4,
+        "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --sequence-parallel --recompute-granularity full",
+    ),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_eight_steps_equal_the_branch(layout, golden):
+    ranks, flags = LAYOUTS[layout]
+    branch = [json.loads(line) for line in (golden / "train/tp1pp1_steps.jsonl").read_text().splitlines()]
+    for result in run_ranks(golden_steps, ranks, flags, golden):
+        assert result["loss"] == pytest.approx([step["loss"]["lm loss"] for step in branch], abs=5e-5)
+        assert result["grad_norm"] == pytest.approx([step["grad_norm"] for step in branch], rel=1e-3)
+        assert result["lr"] == pytest.approx([step["groups"][0]["lr"] for step in branch], abs=1e-12)
+        assert result["weights"] < 2e-4

@@ -1,0 +1,79 @@
+"""Megatron's split files: what they may look like, and that a mistake is named with its place."""
+
+import pytest
+from token_files import training_flags
+
+from megatron_ft.data.splits import Group, Part, groups_of, parse_line, read_split_file
+from megatron_ft.errors import UserError
+
+
+def simple(groups: list[Group]) -> list:
+    return [(g.name, [(p.weight, p.start, p.end, p.prefix) for p in g.parts]) for g in groups]
+
+
+@pytest.mark.parametrize("text, groups", [
+    ('"train: 1.0 0:0.95 /data/x"\n', [("train", [(1.0, 0.0, 0.95, "/data/x")])]),
+    ("train: 1.0 0:0.95 /data/x", [("train", [(1.0, 0.0, 0.95, "/data/x")])]),
+    ("mix: 1.0 0:0.95 /path/prefix, 0.5 0:1 /path/other:v2\n",
+     [("mix", [(1.0, 0.0, 0.95, "/path/prefix"), (0.5, 0.0, 1.0, "/path/other:v2")])]),
+    ('"a: 1 0:.5 x" "b:2 0.5:1 y,1 0:1 z"\n# later\n\n  c: 1 0:1 x\r\n',
+     [("a", [(1.0, 0.0, 0.5, "x")]), ("b", [(2.0, 0.5, 1.0, "y"), (1.0, 0.0, 1.0, "z")]), ("c", [(1.0, 0.0, 1.0, "x")])]),
+])  # fmt: skip
+def test_split_files(tmp_path, text, groups):
+    path = tmp_path / "split.txt"
+    path.write_bytes(text.encode())
+    assert simple(read_split_file(path)) == groups
+
+
+@pytest.mark.parametrize("line, column, message", [
+    ("train 1.0 0:0.95 /data/x", 1, "no group name"),
+    ("1.0 0.95 x", 1, "no group name"),
+    ("train: 1.0 0:0.95", 12, "'1.0 0:0.95' has 2 words"),
+    ("train: 1.0 0:0.95 x y z", 21, "'1.0 0:0.95 x y z' has 5 words"),
+    ("train: 1.0 0:0.95 x, ", 21, "nothing between the commas"),
+    ("train:", 7, "nothing between the commas"),
+    ("train: one 0:1 x", 8, "weight 'one' is not a number above 0"),
+    ("train: 1 0:1 x, -1 0:1 y", 17, "weight '-1' is not a number above 0"),
+    ("train: nan 0:1 x", 8, "weight 'nan'"),
+    ("train: 1 0:1.5 x", 10, "range '0:1.5' is not START:END with 0 <= START < END <= 1"),
+    ("train: 1 0.5:0.5 x", 10, "range '0.5:0.5'"),
+    ("train: 1 0-1 x", 10, "range '0-1'"),
+    ("train: 1 0:0.5:1 x", 10, "range '0:0.5:1'"),
+    ('"train: 1 0:1 x', 1, "this quote is never closed"),
+    ('"train: 1 0:1 x" valid: 1 0:1 y', 18, "'valid: 1 0:1 y' stands outside the quotes"),
+    ('"a: 1 0:1 x" "b: 2 0:1"', 20, "'2 0:1' has 2 words"),
+])  # fmt: skip
+def test_a_mistake_is_named_with_its_column(line, column, message):
+    with pytest.raises(UserError) as error:
+        parse_line(line, "split.txt, line 7")
+    assert str(error.value).startswith(f"split.txt, line 7, column {column}: ")
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_mistake_in_a_file_is_named_with_its_line(tmp_path):
+    path = tmp_path / "split.txt"
+    path.write_text("a: 1 0:1 x\n\n  b: 1 0:2 y\n")
+    with pytest.raises(UserError, match="split.txt, line 3, column 8: range '0:2'"):
+        read_split_file(path)
+    path.write_text("\n# nothing\n")
+    with pytest.raises(UserError, match="no group in it"):
+        read_split_file(path)
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError, match="cannot be read as a split file"):
+        read_split_file(path)
+
+
+def test_groups_by_flags(tmp_path):
+    args = training_flags("--data-prefix", "x", "--validation-share", "0.25")
+    assert groups_of(args, "train") == [Group("train", (Part(1.0, 0, 0.75, "x", "--data-prefix"),))]
+    assert groups_of(args, "valid") == [Group("valid", (Part(1.0, 0.75, 1, "x", "--data-prefix"),))]
+    assert groups_of(args, "test") == []
+    assert groups_of(training_flags("--data-prefix", "x", "--validation-share", "0"), "valid") == []
+    args = training_flags(
+        "--train-weighted-split-paths", "a: 1 0:1 x", "b: 1 0:1 y",
+        "--valid-weighted-split-paths", "a: 1 0:1 x", "a: 1 0:1 y",
+    )  # fmt: skip
+    with pytest.raises(UserError, match=r"training takes one group, found 2 \(a, b\)"):
+        groups_of(args, "train")
+    with pytest.raises(UserError, match="two valid groups are called 'a'"):
+        groups_of(args, "valid")

@@ -259,7 +259,7 @@ def _add_lora(add) -> None:
     add("--lora-dropout", type=float, default=0.05, help="dropout before the adapters")
     add(
         "--lora-targets",
-        default="linear_qkv,linear_proj,linear_fc1,linear_fc2",
+        default=",".join(LORA_TARGETS),
         help="comma-separated layers that get adapters",
     )
 
@@ -307,6 +307,7 @@ def _add_logging(add) -> None:
     )
 
 
+LORA_TARGETS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
 # Flags that Megatron or the branch has and this program refuses, each with what to do instead.
 REFUSED = {
     "--num-layers-per-virtual-pipeline-stage": "interleaved pipeline stages are not supported; leave it out",
@@ -479,3 +480,5 @@ def _validate_length(args: argparse.Namespace) -> None:
         raise UserError(f"{' and '.join(warmups)} exclude each other; keep one")
     if args.lora_rank < 0:
         raise UserError(f"--lora-rank {args.lora_rank}: must be 0 (off) or a positive rank, like 16")
+    if unknown := [name for name in args.lora_targets.split(",") if name not in LORA_TARGETS]:
+        raise UserError(f"--lora-targets: {unknown[0]!r} is not one of {', '.join(LORA_TARGETS)}")

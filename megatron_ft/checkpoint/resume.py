@@ -1,0 +1,144 @@
+"""Start or resume, decided by looking: what `--save` holds, and which flags a resumed run may change.
+
+A save directory that holds checkpoints is resumed; else `--load` gives weights for step 0; else `--from-scratch` allows random weights.
+"""
+
+import hashlib
+from argparse import Namespace
+from dataclasses import fields
+from pathlib import Path
+
+from megatron_ft.checkpoint.directory import TRACKER, iteration_directory, list_iterations, read_tracker
+from megatron_ft.checkpoint.manifest import NAME, Damaged, Manifest, read_manifest
+from megatron_ft.checkpoint.weights import open_weights
+from megatron_ft.errors import UserError
+from megatron_ft.models import ModelShape
+
+# Flags a run's numbers follow from. Changing one on a resume would make it another run without a word.
+FIXED = (
+    "data_prefix", "validation_share", "train_weighted_split_paths", "train_weighted_split_paths_path",
+    "seq_length", "packing", "packing_lookahead", "overlong",
+    "loss_on_targets_only", "norm_target_loss", "loss_average", "softmax_over_padding", "eod_mask_loss",
+    "reset_position_ids", "reset_attention_mask",
+    "global_batch_size", "rampup_batch_size", "seed", "optimizer", "bf16", "fp16", "lora_rank", "lora_alpha", "lora_targets",
+)  # fmt: skip
+# Flags that concern where a run is, not what it is: differences are not worth a line.
+SILENT = (
+    "save", "load", "finetune_from", "load_iteration", "from_scratch", "finetune", "no_load_optim", "no_load_rng", "reset_progress",
+    "override_checkpoint_args", "verify_checkpoint", "preset", "world_size", "data_parallel_size", "data_cache_path", "tokenizer_file",
+    "num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size", "max_position_embeddings", "attention_head_type",
+    "layernorm_epsilon", "init_method_std", "hidden_dropout", "attention_dropout",
+)  # fmt: skip
+
+
+def starting_shape(args: Namespace) -> ModelShape | None:
+    """Architecture of the checkpoint that this command line starts from or resumes, None when the flags must tell.
+
+    Asked before a model is built; reads one manifest or the names in a weights directory.
+    """
+    save = Path(args.save) if args.save else None
+    for iteration in list_iterations(save) if save else []:
+        try:
+            return ModelShape(**read_manifest(iteration_directory(save, iteration)).shape)
+        except Damaged:
+            continue
+    if args.load:
+        return open_weights(args.load, args.load_iteration).shape
+    return None
+
+
+def candidates(save: Path) -> tuple[list[int], list[str]]:
+    """Iterations to try, newest first, and lines about what the tracker file says that is not so.
+
+    Raises UserError for a directory that holds somebody else's checkpoints, or a tracker with nothing behind it.
+    """
+    iterations = list_iterations(save)
+    directories = [iteration_directory(save, iteration) for iteration in iterations]
+    if directories and not any((directory / NAME).exists() for directory in directories):
+        foreign = next((d for d in directories if any(d.glob("mp_rank_*")) or (d / ".metadata").exists()), None)
+        if foreign:
+            raise UserError(
+                f"--save {save} holds checkpoints of another program ({foreign.name} has no {NAME}); "
+                f"give it as --load {save} to start from their weights, and an empty directory as --save"
+            )
+    tracker = read_tracker(save)
+    if tracker is None and iterations:
+        return iterations, [f"{save / TRACKER} is missing; found by looking: iteration {iterations[0]}"]
+    if tracker is not None and not (tracker.isdigit() and int(tracker) in iterations):
+        if not iterations:
+            raise UserError(
+                f"{save / TRACKER} names iteration {tracker}, but {save} holds no checkpoint; "
+                "put the checkpoint back, or remove that file to start anew"
+            )
+        return iterations, [f"{save / TRACKER} names iteration {tracker}, which is not there; trying {iterations[0]}"]
+    return iterations, []
+
+
+def none_is_whole(save: Path, damage: list[str]) -> UserError:
+    """The error for a directory whose every checkpoint is damaged."""
+    return UserError(
+        f"--save {save}: none of its {len(damage)} checkpoints is whole ({'; '.join(damage)}); "
+        "restore one, or give another --save: a fresh start is never made over damaged checkpoints"
+    )
+
+
+def choose_first_start(args: Namespace) -> tuple[str, str]:
+    """("weights" or "scratch", why) for a run whose --save holds no checkpoint. Raises UserError when neither is allowed."""
+    empty = f"--save {args.save} holds no checkpoint" if args.save else "no --save"
+    if args.load:
+        ignored = [
+            f"--{flag.replace('_', '-')}"
+            for flag in ("finetune", "no_load_optim", "no_load_rng", "reset_progress")
+            if getattr(args, flag)
+        ]
+        note = f" ({', '.join(ignored)}: always so on a first start)" if ignored else ""
+        return "weights", f"{empty}: weights alone from {args.load}, step 0{note}"
+    if args.from_scratch:
+        return "scratch", f"{empty} and no --load: random weights (--from-scratch)"
+    raise UserError(
+        f"{empty}, and no --load DIR is given; give one to fine-tune from, or --from-scratch for random weights"
+    )
+
+
+def compare(manifest: Manifest, args: Namespace, shape: ModelShape, fingerprint: dict) -> tuple[list[str], list[str]]:
+    """Differences between a checkpoint's run and this command line: those that make it another run, and the others."""
+    changed, others = [], []
+    for f in fields(ModelShape):
+        saved, now = manifest.shape.get(f.name), getattr(shape, f.name)
+        if saved != now:
+            changed.append(f"{f.name.replace('_', '-')} was {saved}, is {now}")
+    for name, now in sorted(vars(args).items()):
+        if name in SILENT or name not in manifest.args or manifest.args[name] == now:
+            continue
+        line = f"--{name.replace('_', '-')} was {manifest.args[name]}, is {now}"
+        (changed if name in FIXED and not _moved_file(name, manifest, fingerprint) else others).append(line)
+    for name, now in fingerprint.items():
+        if name in manifest.data and manifest.data[name] != now:
+            changed.append(f"the content of --{name.replace('_', '-')} is not what it was")
+    return changed, others
+
+
+def refuse_changes(manifest: Manifest, changed: list[str], where: Path) -> UserError:
+    """The error for a resume that would silently be another run."""
+    hint = ""
+    if any(line.startswith("--global-batch-size") for line in changed):
+        hint = f"give --global-batch-size {manifest.args['global_batch_size']}, "
+    return UserError(
+        f"{where} is another run's: {'; '.join(changed)}; {hint}use the saved flags, another --save, "
+        "or --override-checkpoint-args to go on with the new ones"
+    )
+
+
+def fingerprint_inputs(args: Namespace) -> dict[str, str]:
+    """Digests of the small files whose content decides the run: split files and the tokenizer."""
+    found = {}
+    for name in ("train_weighted_split_paths_path", "tokenizer_file"):
+        path = Path(getattr(args, name, None) or "")
+        if path.is_file():
+            found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return found
+
+
+def _moved_file(name: str, manifest: Manifest, fingerprint: dict) -> bool:
+    """Whether a flag names another path to the very file it named before."""
+    return name in fingerprint and manifest.data.get(name) == fingerprint[name]

@@ -1,0 +1,99 @@
+"""Which pieces of the model, the optimizer and the random states this rank has, as Megatron-Core's sharded tensors."""
+
+from dataclasses import replace
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedObject, is_main_replica
+from torch import nn
+from torch.distributed.checkpoint.metadata import Metadata
+
+from megatron_ft.checkpoint import optimizer_state, rng
+from megatron_ft.checkpoint.load_weights import unwrap
+
+
+def layout() -> dict[str, int]:
+    """Parallel sizes of this run."""
+    return {
+        "tensor": parallel_state.get_tensor_model_parallel_world_size(),
+        "pipeline": parallel_state.get_pipeline_model_parallel_world_size(),
+        "context": parallel_state.get_context_parallel_world_size(),
+        "data": parallel_state.get_data_parallel_world_size(),
+    }
+
+
+def layout_name(sizes: dict[str, int]) -> str:
+    """`TP2 PP1 DP2`, for the log."""
+    return f"TP{sizes['tensor']} PP{sizes['pipeline']} DP{sizes['data']}" + (
+        f" CP{sizes['context']}" if sizes["context"] > 1 else ""
+    )
+
+
+def tensors_of(
+    chunks: list[nn.Module], optimizer, *, adapters_only: bool
+) -> tuple[list[ShardedTensor | ShardedObject], list[ShardedTensor]]:
+    """(the model's pieces, the optimizer's pieces) on this rank, their data in place. With `adapters_only` the frozen weights are left out."""
+    model: list[ShardedTensor | ShardedObject] = []
+    for chunk in chunks:
+        group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        metadata = {"singleton_local_shards": False, "dp_cp_group": group}
+        model += nested_values(unwrap(chunk).sharded_state_dict(metadata=metadata))
+    if adapters_only:
+        model = [item for item in model if isinstance(item, ShardedTensor) and item.data.requires_grad]
+    model = _share_out(model)
+    places = {id(item.data): item for item in without_objects(model)}
+    return model, optimizer_state.sharded_tensors(optimizer, places)
+
+
+def without_objects(items: list) -> list[ShardedTensor]:
+    """The tensors alone. Objects (layers' empty extra state) are written for Megatron-Core's sake and never read: they are pickles."""
+    return [item for item in items if isinstance(item, ShardedTensor)]
+
+
+def _share_out(items: list) -> list:
+    """Spread the writing of replicated weights over data-parallel ranks, largest first, instead of leaving it to the first rank."""
+    ranks = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
+    load = [0] * ranks
+    shared = []
+    for item in sorted(items, key=lambda i: (-_bytes(i), getattr(i, "unique_key", i.key))):
+        writer = load.index(min(load))
+        load[writer] += _bytes(item)
+        if isinstance(item.replica_id, tuple):
+            item = replace(item, replica_id=(*item.replica_id[:-1], (item.replica_id[-1] - writer) % ranks))
+        shared.append(item)
+    return shared
+
+
+def rng_tensors() -> list[ShardedTensor]:
+    """This rank's random states under keys of its own."""
+    return [ShardedTensor.from_rank_offsets(_rng_key(name), state) for name, state in rng.capture().items()]
+
+
+def rng_targets(metadata: Metadata) -> dict[str, ShardedTensor]:
+    """Empty tensors for this rank's random states in a checkpoint of the same layout."""
+    prefix = _rng_key("")
+    found = {}
+    for key, stored in metadata.state_dict_metadata.items():
+        if key.startswith(prefix):
+            empty = torch.empty(tuple(stored.size), dtype=stored.properties.dtype)
+            found[key.removeprefix(prefix)] = ShardedTensor.from_rank_offsets(key, empty)
+    return found
+
+
+def _rng_key(name: str) -> str:
+    return f"rng.rank{torch.distributed.get_rank():05d}.{name}"
+
+
+def bytes_to_save(chunks: list[nn.Module], optimizer, adapters_only: bool) -> int:
+    """Bytes that this rank writes into a checkpoint, but for a few thousand of metadata."""
+    model, state = tensors_of(chunks, optimizer, adapters_only=adapters_only)
+    total = sum(_bytes(item) for item in [*model, *state] if is_main_replica(item.replica_id))
+    if not optimizer_state.has_state(optimizer):  # fused Adam makes its two moments at the first step
+        total += 2 * sum(_bytes(item) for item in state)
+    return total
+
+
+def _bytes(item: ShardedTensor | ShardedObject) -> int:
+    return item.data.numel() * item.data.element_size() if isinstance(item, ShardedTensor) else 0

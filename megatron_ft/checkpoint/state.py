@@ -1,0 +1,464 @@
+"""A run's state on disk: `Checkpointer` starts or resumes it, saves it, and never leaves a directory without a whole checkpoint.
+
+    checkpointer = Checkpointer(args, shape)
+    start = checkpointer.start(state)        # resumes, or loads weights, or leaves the random start; says which and why
+    ... after each step:  checkpointer.maybe_save(state)
+    checkpointer.finish()                    # waits for a save in the background
+
+Every method is collective: all ranks call it at the same step, what is decided is decided on rank 0, and what fails anywhere fails everywhere.
+"""
+
+import shutil
+import time
+import traceback
+from argparse import Namespace
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import tensor_parallel
+from torch import nn
+
+from megatron_ft.checkpoint import directory, optimizer_state, resume, rng, sharding
+from megatron_ft.checkpoint.load_weights import load_weights
+from megatron_ft.checkpoint.manifest import (
+    Damaged,
+    Manifest,
+    check_files,
+    describe_file,
+    git_revision,
+    now,
+    plain_args,
+    read_manifest,
+    versions,
+)
+from megatron_ft.checkpoint.owner import Owner
+from megatron_ft.checkpoint.torch_dist import RankWriter, read_metadata, read_tensors, write_metadata
+from megatron_ft.checkpoint.weights import open_weights
+from megatron_ft.errors import UserError
+from megatron_ft.models import ModelShape
+
+FAILURES_IN_A_ROW = 2  # saves that may fail before the run stops
+
+
+@dataclass
+class TrainState:
+    """What a run is made of, and how far it is. `model` holds DDP-wrapped chunks; `best` is {"iteration", "group", "loss"}."""
+
+    model: list[nn.Module]
+    optimizer: Any
+    scheduler: Any
+    iteration: int = 0
+    consumed_samples: int = 0
+    consumed_tokens: int = 0
+    best: dict | None = None
+    skipped_iterations: int = 0
+
+
+@dataclass
+class Start:
+    """How a run began: "resume", "weights" or "scratch", and why: the log's first lines."""
+
+    kind: str
+    iteration: int = 0
+    reasons: list[str] = field(default_factory=list)
+
+
+@dataclass
+class _Pending:
+    """A save under way."""
+
+    iteration: int
+    staging: Path
+    writer: RankWriter
+    manifest: Manifest
+    is_best: bool
+
+
+class Checkpointer:
+    """Keeps the checkpoints of one run in `args.save`. `log` takes a line; only rank 0 says anything."""
+
+    def __init__(self, args: Namespace, shape: ModelShape, log: Callable[[str], None] = print) -> None:
+        self.args, self.shape = args, shape
+        self.save_directory = Path(args.save).absolute() if args.save else None
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.group = dist.new_group(backend="gloo")  # decisions and small objects, on the CPU whatever trains
+        self.log = log if self.rank == 0 else lambda line: None
+        self.owner: Owner | None = None
+        self.token = ""
+        self.failures = self.failures_in_a_row = 0
+        self.last_saved = -1
+        self._last_save_time = time.monotonic()
+        self._pending: _Pending | None = None
+        self._base: dict | None = None  # the weights that LoRA adapters belong to
+
+    # ---- start -------------------------------------------------------------------------------------------------------
+
+    def start(self, state: TrainState) -> Start:
+        """Resume from --save, else load weights from --load, else leave the random start. Fills `state`; raises UserError."""
+        iterations, notes = self._on_rank_0(self._take_over)
+        start = self._resume(state, iterations, notes) if iterations else self._first_start(state)
+        if self.save_directory:
+            self._check_free_space(state)
+        return start
+
+    def _take_over(self) -> tuple[list[int], list[str]]:
+        """Rank 0: own the save directory, clean what a killed run left, list what may be resumed."""
+        if not self.save_directory:
+            return [], []
+        iterations, notes = resume.candidates(self.save_directory)
+        try:
+            self.save_directory.mkdir(parents=True, exist_ok=True)
+            self.owner = Owner(self.save_directory)
+            self.owner.claim(self.log)
+            leftovers = directory.remove_leftovers(self.save_directory)
+        except OSError as error:
+            raise UserError(
+                f"--save {self.save_directory}: {error.strerror or error}; give a directory that can be written"
+            ) from error
+        self.token = self.owner.token
+        if leftovers:
+            notes.append(f"removed what a killed run left unfinished: {', '.join(leftovers)}")
+        return iterations, notes
+
+    def _first_start(self, state: TrainState) -> Start:
+        kind, why = self._on_rank_0(lambda: resume.choose_first_start(self.args))
+        lines = [f"start: {why}"]
+        if kind == "weights":
+            lines += self._load_weights(state, self.args.load, self.args.load_iteration)
+        optimizer_state.initialise(state.optimizer, for_loading=False)
+        return Start(kind, 0, lines)
+
+    def _load_weights(self, state: TrainState, path: str, iteration: int | str) -> list[str]:
+        def load() -> list[str]:
+            source = open_weights(path, iteration)
+            report = load_weights(source, state.model)
+            if self.args.lora_rank:
+                self._base = {"path": str(Path(path).absolute()), "iteration": source.iteration}
+            return [f"{source.path} ({source.kind}): {line}" for line in report.lines()]
+
+        lines = self._everywhere(load)
+        state.optimizer.reload_model_params()  # fp32 master weights from the model's
+        return lines
+
+    def _resume(self, state: TrainState, iterations: list[int], notes: list[str]) -> Start:
+        """Load the newest whole checkpoint; name and skip damaged ones."""
+        damage: list[str] = []
+        for iteration in iterations:
+            where = directory.iteration_directory(self.save_directory, iteration)
+            try:
+                manifest = self._verify(where, checksums=self.args.verify_checkpoint)
+                differences = self._on_rank_0(lambda m=manifest, w=where: self._compare(m, w))
+                try:
+                    lines = self._load(state, where, manifest)
+                except (Damaged, RuntimeError, ValueError, EOFError, OSError):
+                    self._verify(
+                        where, checksums=True
+                    )  # damaged files explain it; else it is not the checkpoint's fault
+                    raise
+            except Damaged as error:
+                damage.append(f"{where.name}: {error}")
+                continue
+            self.last_saved = iteration
+            skipped = iterations[: len(damage)]
+            self._on_rank_0(lambda skipped=skipped: self._put_aside(skipped))
+            lines = [
+                *(f"damaged checkpoint skipped, {line}" for line in damage),
+                *notes,
+                f"resume: {where} (iteration {iteration}, {manifest.state['consumed_samples']} samples, saved {manifest.saved_at})",
+                *lines,
+                *(f"changed on resume: {line}" for line in differences),
+            ]
+            return Start("resume", iteration, lines)
+        raise resume.none_is_whole(self.save_directory, damage)
+
+    def _verify(self, where: Path, *, checksums: bool) -> Manifest:
+        manifest = self._on_rank_0(lambda: read_manifest(where))
+        wrong = self._gather(check_files(where, manifest, checksums=checksums, part=self.rank, parts=self.world_size))
+        wrong = [line for lines in wrong for line in lines]
+        if wrong:
+            raise Damaged(wrong[0] + (f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""))
+        return manifest
+
+    def _compare(self, manifest: Manifest, where: Path) -> list[str]:
+        changed, others = resume.compare(manifest, self.args, self.shape, resume.fingerprint_inputs(self.args))
+        if changed and not self.args.override_checkpoint_args:
+            raise resume.refuse_changes(manifest, changed, where)
+        return [f"{line} (--override-checkpoint-args)" for line in changed] + others
+
+    def _load(self, state: TrainState, where: Path, manifest: Manifest) -> list[str]:
+        """Fill `state` from a verified checkpoint; lines for the log."""
+        lines = []
+        if manifest.base:
+            lines += self._load_weights(state, manifest.base["path"], manifest.base["iteration"] or "latest")
+            self._base = manifest.base
+        saved = manifest.state
+
+        def read() -> None:
+            optimizer_state.initialise(state.optimizer, for_loading=True)
+            model, optimizer = sharding.tensors_of(state.model, state.optimizer, adapters_only=bool(manifest.base))
+            metadata = read_metadata(where)
+            with torch.no_grad():
+                read_tensors(where, [*sharding.without_objects(model), *optimizer], metadata)
+            optimizer_state.set_step(state.optimizer, saved["optimizer_step"])
+            optimizer_state.set_scaler(state.optimizer, saved["loss_scaler"])
+            if manifest.layout == sharding.layout():
+                states = sharding.rng_targets(metadata)
+                read_tensors(where, list(states.values()), metadata)
+                rng.restore({name: target.data for name, target in states.items()})
+            else:  # each rank draws on from seeds that no earlier step used
+                seed = self.args.seed + manifest.iteration
+                torch.manual_seed(seed)
+                tensor_parallel.model_parallel_cuda_manual_seed(seed)
+
+        self._everywhere(read)
+        if manifest.layout != sharding.layout():
+            lines.append(
+                f"layout: was {sharding.layout_name(manifest.layout)}, is {sharding.layout_name(sharding.layout())}; "
+                "weights and optimizer are resharded, random states start from the seed and the iteration"
+            )
+        for name in ("iteration", "consumed_samples", "consumed_tokens", "best", "skipped_iterations"):
+            setattr(state, name, saved[name])
+        state.scheduler.num_steps = saved["scheduler_steps"]
+        state.scheduler.step(0)  # the rate of this command line's schedule at that point
+        return lines
+
+    def _put_aside(self, iterations: list[int]) -> None:
+        with self.owner.writing():
+            for iteration in iterations:
+                if directory.iteration_directory(self.save_directory, iteration).exists():
+                    aside = directory.put_aside(self.save_directory, iteration)
+                    self.log(f"put aside as {aside}; remove it when you have looked")
+
+    def _check_free_space(self, state: TrainState) -> None:
+        """Say at once when the next save cannot fit."""
+        needed = torch.tensor(
+            [sharding.bytes_to_save(state.model, state.optimizer, bool(self._base))], dtype=torch.int64
+        )
+        dist.all_reduce(needed, group=self.group)
+
+        def compare() -> None:
+            free = directory.free_bytes(self.save_directory)
+            if free < needed.item():
+                raise UserError(
+                    f"--save {self.save_directory}: a checkpoint takes {needed.item() / 1e9:.3f} GB, {free / 1e9:.3f} GB are free; "
+                    "free some space, or give a --save elsewhere"
+                )
+
+        self._on_rank_0(compare)
+
+    # ---- save --------------------------------------------------------------------------------------------------------
+
+    def maybe_save(self, state: TrainState) -> bool:
+        """Call after every step: finishes a save in the background that is done, and saves when one is due."""
+        self.poll()
+        due = bool(self.args.save_interval) and state.iteration % self.args.save_interval == 0
+        if not due and self.args.save_interval_mins:
+            minutes = (time.monotonic() - self._last_save_time) / 60
+            due = self._on_rank_0(lambda: minutes >= self.args.save_interval_mins)  # one clock for all
+        return self.save(state) if due else False
+
+    def save(self, state: TrainState, *, best: bool = False) -> bool:
+        """Save now; with --async-save the writing goes on in the background. Whether it went well so far.
+
+        A failed save is logged and counted, and training may go on; the second in a row raises UserError.
+        """
+        if not self.save_directory:
+            return False
+        if self._pending and self._pending.iteration == state.iteration and not best:
+            return True
+        self._finish_pending()
+        if state.iteration == self.last_saved:
+            if best:
+                self._on_rank_0(lambda: self._mark_best(state))
+            return True
+        manifest = self._describe(state)
+        staging = directory.staging_directory(self.save_directory, state.iteration, self._share_token())
+        failure = self._on_rank_0(lambda: _failure_of(lambda: staging.mkdir()))
+        if failure:
+            return self._failed(failure)
+        model, optimizer = sharding.tensors_of(state.model, state.optimizer, adapters_only=bool(self._base))
+        items = [*model, *optimizer, *sharding.rng_tensors()]
+        writer = RankWriter(staging, self.rank, items, background=self.args.async_save)
+        writer.start()
+        self._pending = _Pending(state.iteration, staging, writer, manifest, best)
+        self._last_save_time = time.monotonic()
+        return True if self.args.async_save else self._finish_pending()
+
+    def poll(self) -> None:
+        """Finish a save in the background if every rank has written its part."""
+        if self._pending is None:
+            return
+        running = torch.tensor([self._pending.writer.running], dtype=torch.int32)
+        dist.all_reduce(running, group=self.group)
+        if not running.item():
+            self._finish_pending()
+
+    def finish(self) -> None:
+        """Wait for a save in the background and give the directory up. Raises UserError when the last save failed."""
+        self._finish_pending()
+        if self.failures_in_a_row:
+            raise UserError(
+                f"--save {self.save_directory}: the last save failed, so iteration {self.last_saved if self.last_saved >= 0 else 'none'} "
+                "is the newest on disk; make room or mend the permissions, and start the same command again to go on from there"
+            )
+        self._on_rank_0(lambda: self.owner.release() if self.owner else None)
+
+    def _describe(self, state: TrainState) -> Manifest:
+        args = self.args
+        return Manifest(
+            iteration=state.iteration,
+            shape=self.shape.as_dict(),
+            args=plain_args(args),
+            state={
+                "iteration": state.iteration,
+                "consumed_samples": state.consumed_samples,
+                "consumed_tokens": state.consumed_tokens,
+                "best": dict(state.best) if state.best else None,
+                "skipped_iterations": state.skipped_iterations,
+                "scheduler_steps": state.scheduler.num_steps,
+                "optimizer_step": optimizer_state.get_step(state.optimizer),
+                "loss_scaler": optimizer_state.get_scaler(state.optimizer),
+            },
+            layout=sharding.layout(),
+            data=resume.fingerprint_inputs(args),
+            base=self._base,
+            versions=versions(),
+            git_revision=git_revision() if self.rank == 0 else None,
+            saved_at=now(),
+        )
+
+    def _finish_pending(self) -> bool:
+        """Wait for the writers, then commit on rank 0 what all ranks wrote."""
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return True
+        pending.writer.wait()
+        writer = pending.writer
+        reports = self._gather((writer.error, writer.path.name, writer.file, writer.entries))
+        failure = self._on_rank_0(lambda: self._commit(pending, reports))
+        if failure:
+            return self._failed(failure)
+        self.last_saved = pending.iteration
+        self.failures_in_a_row = 0
+        return True
+
+    def _commit(self, pending: _Pending, reports: list[tuple]) -> str | None:
+        """Rank 0: check, name and announce a checkpoint, then delete what it supersedes. What failed, or None."""
+        failure = next((error for error, *_ in reports if error), None)
+        if failure is None:
+            failure = _failure_of(lambda: self._commit_files(pending, reports))
+        if failure is not None:
+            shutil.rmtree(pending.staging, ignore_errors=True)
+        return failure
+
+    def _commit_files(self, pending: _Pending, reports: list[tuple]) -> None:
+        save, staging, manifest = self.save_directory, pending.staging, pending.manifest
+        write_metadata(staging, [entry for *_, entries in reports for entry in entries])
+        manifest.files = {name: file for _, name, file, _ in reports if file}
+        for name in (".metadata", "common.pt", "metadata.json"):
+            manifest.files[name] = describe_file(staging / name)
+        for name, file in manifest.files.items():
+            path = staging / name
+            if not path.is_file() or path.stat().st_size != file["size"]:
+                raise OSError(
+                    f"{path} is not as its rank wrote it; --save must be on a file system that all nodes share"
+                )
+        manifest.write(staging)
+        with self.owner.writing():
+            directory.commit(save, pending.iteration, staging)
+            directory.replace_file(save / directory.TRACKER, str(pending.iteration).encode())
+            if pending.is_best:
+                directory.replace_file(save / directory.BEST, str(pending.iteration).encode())
+            self._keep_tokenizer()
+            best = (manifest.state["best"] or {}).get("iteration")
+            for old in directory.superseded(
+                directory.list_iterations(save),
+                keep_last=self.args.keep_last,
+                keep_every=self.args.keep_every,
+                best=best,
+            ):
+                directory.discard(directory.iteration_directory(save, old))
+        self.log(f"saved iteration {pending.iteration} to {directory.iteration_directory(save, pending.iteration)}")
+
+    def _mark_best(self, state: TrainState) -> None:
+        """Rank 0: write into a checkpoint that is there already that it is the best."""
+        where = directory.iteration_directory(self.save_directory, state.iteration)
+        with self.owner.writing():
+            manifest = read_manifest(where)
+            manifest.state["best"] = state.best
+            manifest.write(where)
+            directory.replace_file(self.save_directory / directory.BEST, str(state.iteration).encode())
+
+    def _keep_tokenizer(self) -> None:
+        """The save directory holds the tokenizer its models were made with, so that conversion needs nothing else."""
+        source = Path(self.args.tokenizer_file)
+        target = self.save_directory / source.name
+        if source.is_file() and not target.exists():
+            directory.replace_file(target, source.read_bytes())
+
+    def _failed(self, reason: str) -> bool:
+        self.failures += 1
+        self.failures_in_a_row += 1
+        newest = f"iteration {self.last_saved} is the newest whole one" if self.last_saved >= 0 else "none is whole yet"
+        self.log(f"warning: a checkpoint could not be saved ({reason}); {newest}; failed saves so far: {self.failures}")
+        if self.failures_in_a_row >= FAILURES_IN_A_ROW:
+            raise UserError(
+                f"--save {self.save_directory}: {FAILURES_IN_A_ROW} saves in a row failed ({reason}); {newest}; "
+                "make room or mend the permissions, and start the same command again"
+            )
+        return False
+
+    # ---- ranks in step -----------------------------------------------------------------------------------------------
+
+    def _share_token(self) -> str:
+        """The owner's token, which rank 0 made."""
+        self.token = self._on_rank_0(lambda: self.token)
+        return self.token
+
+    def _on_rank_0(self, decide: Callable[[], Any]) -> Any:
+        """Run `decide` on rank 0; every rank returns its result, or raises what it raised."""
+        outcome = [None]
+        if self.rank == 0:
+            outcome = [_outcome_of(decide)]
+        dist.broadcast_object_list(outcome, src=0, group=self.group)
+        return _unfold(outcome[0])
+
+    def _everywhere(self, work: Callable[[], Any]) -> Any:
+        """Run `work` on every rank; if it raised on one, all raise that. Rank 0's result."""
+        outcomes = self._gather(_outcome_of(work))
+        failed = next((outcome for outcome in outcomes if outcome[0] == "raised"), outcomes[0])
+        return _unfold(failed)
+
+    def _gather(self, value: Any) -> list:
+        values = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self.group)
+        return values
+
+
+def _outcome_of(work: Callable[[], Any]) -> tuple[str, Any]:
+    try:
+        return "returned", work()
+    except (UserError, Damaged) as error:  # passed on to all ranks, which raise it
+        return "raised", error
+    except Exception:  # any other error may not survive being sent; its traceback does
+        return "raised", RuntimeError(traceback.format_exc())
+
+
+def _unfold(outcome: tuple[str, Any]) -> Any:
+    kind, value = outcome
+    if kind == "raised":
+        raise value
+    return value
+
+
+def _failure_of(work: Callable[[], Any]) -> str | None:
+    """Run what may fail for want of space or permission; the reason, or None."""
+    try:
+        work()
+    except OSError as error:
+        return f"{error.filename}: {error.strerror}" if error.filename else str(error)
+    return None

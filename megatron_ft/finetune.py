@@ -29,12 +29,11 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     try:
         args = parse_args(argv, int(os.environ.get("WORLD_SIZE", 1)))
-        with _quiet_imports():
-            from megatron_ft.engine import parallel
-            from megatron_ft.engine.device import set_up_device
+        _silence_warnings()
+        from megatron_ft.engine import parallel
+        from megatron_ft.engine.device import set_up_device
 
-            device = set_up_device(args)
-            import megatron_ft.engine.train  # noqa: F401  (all of Megatron-Core, while its warnings are silenced)
+        device = set_up_device(args)
         parallel.initialize(args)
         try:
             return run(args, device, started)
@@ -161,11 +160,12 @@ def check_groups(args: argparse.Namespace, datasets) -> None:
         raise UserError("--early-stop-patience needs a validation group and --eval-interval above 0")
 
 
-def _quiet_imports() -> warnings.catch_warnings:
-    """Megatron-Core warns of each optional package that is missing; the banner says what is used instead."""
+def _silence_warnings() -> None:
+    """Megatron-Core warns of each optional package that is missing and torch of the collectives it uses; neither helps a user."""
     warnings.filterwarnings("ignore", module=r"megatron\.core")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
     logging.getLogger("megatron.core").setLevel(logging.ERROR)
-    return warnings.catch_warnings()
 
 
 if __name__ == "__main__":

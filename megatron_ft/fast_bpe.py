@@ -70,8 +70,9 @@ class FastBPE:
 
     def __init__(self, core, ids: np.ndarray, reference, specials: dict[str, int]):
         self._core = core
-        self._ids = ids  # int32 [ranks], the id of each of tiktoken's ranks, -1 for a byte the vocabulary lacks
-        self._lacks_bytes = bool((ids < 0).any())
+        self._ids = ids  # [ranks], the id of each of tiktoken's ranks; the dtype's highest value for a byte the vocabulary lacks
+        self._none = np.iinfo(ids.dtype).max
+        self._lacks_bytes = bool((ids == self._none).any())
         self._reference = reference
         self._specials = specials
         longest_first = sorted(specials, key=len, reverse=True)
@@ -79,8 +80,10 @@ class FastBPE:
         self._unassigned = np.array([unicodedata.category(chr(c)) == "Cn" for c in range(sys.maxunicode + 1)])
 
     @classmethod
-    def build(cls, spec: dict, reference) -> "FastBPE":
-        """`spec` is the parsed tokenizer.json, `reference` the tokenizers.Tokenizer of the same. Raises CannotExpress."""
+    def build(cls, spec: dict, reference, dtype: np.dtype) -> "FastBPE":
+        """`spec` is the parsed tokenizer.json, `reference` the tokenizers.Tokenizer of the same, ids are of `dtype`.
+
+        Raises CannotExpress."""
         from tiktoken._tiktoken import (
             CoreBPE,  # the Rust core alone; tiktoken's Python layer would want to know about downloads
         )
@@ -88,9 +91,10 @@ class FastBPE:
         pattern, merges = _pattern_of(spec), _merges_of(spec)
         vocab, alphabet = spec["model"]["vocab"], byte_alphabet()
         ranks = {bytes([byte]): byte for byte in range(256)}
-        ids = [-1] * 256
+        none = np.iinfo(dtype).max
+        ids = [none] * 256
         for character, byte in alphabet.items():
-            ids[byte] = vocab.get(character, -1)
+            ids[byte] = vocab.get(character, none)
         model = reference.model
         for left, right in merges:
             token = left + right
@@ -104,20 +108,21 @@ class FastBPE:
             ranks[data] = len(ids)
             ids.append(vocab[token])
         specials = {token["content"]: token["id"] for token in spec["added_tokens"]}
-        encoder = cls(CoreBPE(ranks, {}, pattern), np.array(ids, np.int32), reference, specials)
+        encoder = cls(CoreBPE(ranks, {}, pattern), np.array(ids, dtype), reference, specials)
         if different := encoder.differs([*HARD_CASES, *specials, "x ".join(specials) + " 1"]):
             raise CannotExpress(f"its ids differ on {different[0][:60]!r}")
         return encoder
 
     def encode(self, text: str) -> np.ndarray:
-        """Ids of one text, int32 [tokens]; special tokens spelled out in it are parsed."""
-        if not text.isascii() and self._unassigned[np.frombuffer(text.encode("utf-32-le"), np.uint32)].any():
-            return self._by_reference(text)
+        """Ids of one text, [tokens]; special tokens spelled out in it are parsed."""
         if self._special is None or not self._special.search(text):
             return self._ordinary(text)
         parts, start = [], 0
         for match in self._special.finditer(text):
-            parts += [self._ordinary(text[start : match.start()]), np.array([self._specials[match[0]]], np.int32)]
+            parts += [
+                self._ordinary(text[start : match.start()]),
+                np.array([self._specials[match[0]]], self._ids.dtype),
+            ]
             start = match.end()
         return np.concatenate([*parts, self._ordinary(text[start:])])
 
@@ -126,7 +131,7 @@ class FastBPE:
         return [text for text in texts if not np.array_equal(self.encode(text), self._by_reference(text))]
 
     def _by_reference(self, text: str) -> np.ndarray:
-        return np.array(self._reference.encode(text, add_special_tokens=False).ids, np.int32)
+        return np.array(self._reference.encode(text, add_special_tokens=False).ids, self._ids.dtype)
 
     def _ordinary(self, text: str) -> np.ndarray:
         """Ids of a text without special tokens, cut into calls of bounded size where it is long."""
@@ -145,12 +150,16 @@ class FastBPE:
         return np.concatenate(parts)
 
     def _call(self, text: str) -> np.ndarray:
+        if not text.isascii() and self._unassigned[np.frombuffer(text.encode("utf-32-le"), np.uint32)].any():
+            return self._by_reference(text)
         try:
             ranks = np.frombuffer(self._core.encode_to_tiktoken_buffer(text, set()), np.uint32)
         except ValueError:  # the regex engine's stack overflows on some 500,000 white-space characters in a row
             return self._by_reference(text)
         ids = self._ids[ranks]
-        if self._lacks_bytes and len(ids) and ids.min() < 0:  # the reference drops the byte and merges what it parted
+        if (
+            self._lacks_bytes and len(ids) and ids.max() == self._none
+        ):  # the reference drops the byte and merges what it parted
             return self._by_reference(text)
         return ids
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_ft.data.indexed import token_dtype
 from megatron_ft.errors import UserError
 from megatron_ft.fast_bpe import CannotExpress, FastBPE
 
@@ -36,6 +37,11 @@ class Tokenizer:
         self.path, self._eod = path, eod
 
     @property
+    def dtype(self) -> np.dtype:
+        """dtype of ids in files: uint16 where the vocabulary allows, else int32."""
+        return token_dtype(self.vocab_size)
+
+    @property
     def eod(self) -> int:
         """Id of `<|endoftext|>`, or of the end-of-sequence token of another family. UserError where there is none."""
         if self._eod is None:
@@ -49,7 +55,7 @@ class Tokenizer:
         return self.encode_batch([text])[0].tolist()
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Ids of several texts, each int32 [tokens]. Safe to call from several threads, which run in parallel."""
+        """Ids of several texts, each [tokens] of `dtype`. Safe to call from several threads, which run in parallel."""
         raise NotImplementedError
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -86,7 +92,7 @@ class JsonTokenizer(Tokenizer):
     @cached_property
     def _fast(self) -> FastBPE | None:
         try:
-            return FastBPE.build(self._spec, self._backend)
+            return FastBPE.build(self._spec, self._backend, self.dtype)
         except (CannotExpress, ImportError) as reason:
             self._give_up(str(reason))
             return None
@@ -103,7 +109,7 @@ class JsonTokenizer(Tokenizer):
         if self._fast:
             return [self._fast.encode(text) for text in texts]
         encoded = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [np.array(one.ids, np.int32) for one in encoded]
+        return [np.array(one.ids, self.dtype) for one in encoded]
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._backend.decode([int(i) for i in ids], skip_special_tokens=False)
@@ -132,7 +138,7 @@ class SentencePieceTokenizer(Tokenizer):
         super().__init__(path, eos if named is None else named)
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        return [np.array(self._model.encode(text), np.int32) for text in texts]
+        return [np.array(self._model.encode(text), self.dtype) for text in texts]
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._model.decode([int(i) for i in ids])

@@ -9,6 +9,7 @@ A data set is a pair of such files, one for each field (`field_paths`). Writers 
 them appear together, so a run that was killed leaves nothing that looks whole.
 """
 
+import fcntl
 import mmap
 import os
 import shutil
@@ -124,7 +125,7 @@ class IndexedWriter:
         self.path, self.dtype = str(path), np.dtype(dtype)
         self.num_sequences = self.num_tokens = 0
         Path(self.path).parent.mkdir(parents=True, exist_ok=True)
-        self._bin = open(self.path + ".bin.partial", "wb", buffering=1 << 20)  # noqa: SIM115 (closed by finish or discard)
+        self._bin = _open_alone(self.path + ".bin.partial")
         self._sizes = open(self.path + ".sizes.partial", "w+b", buffering=1 << 16)
 
     def add(self, tokens: Sequence[int] | np.ndarray) -> None:
@@ -201,6 +202,22 @@ def commit(writers: Iterable[IndexedWriter]) -> None:
     for suffix in (".bin", ".idx"):
         for writer in writers:
             os.replace(writer.path + suffix + ".partial", writer.path + suffix)
+
+
+def _open_alone(path: str):
+    """An empty file to write that no other process is writing; UserError where one is."""
+    file = open(path, "ab", buffering=1 << 20)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.stat(path).st_ino == os.fstat(file.fileno()).st_ino:
+            file.truncate(0)
+            return file
+    except (BlockingIOError, FileNotFoundError):
+        pass
+    file.close()
+    raise UserError(
+        f"{path}: another process is writing this; give each its own prefix, such as PREFIX-$SLURM_ARRAY_TASK_ID"
+    )
 
 
 def _sync_and_close(file) -> None:

@@ -1,0 +1,274 @@
+"""JSONL as it comes: plain, .gz or .zst, one file, many, a directory or standard input, read in blocks of whole lines.
+
+`open_sources(paths)` finds the files, `read_blocks(sources, shard)` gives their lines in order, `parse_row` takes one line apart.
+Every defect of a line is a `BadRow` with its reason. A shard is a range of bytes: a line belongs to the shard its first byte lies
+in (a compressed file, which cannot be entered in the middle, to the shard its own first byte lies in), so nothing before a shard is read.
+"""
+
+import gzip
+import io
+import json
+import sys
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import zstandard
+
+from megatron_ft.errors import UserError
+
+SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zst")
+BLOCK_BYTES = 1 << 20
+MAX_LINE_BYTES = 64 << 20
+STDIN = Path("-")
+
+
+class BadRow(ValueError):
+    """A line that is no row; the message is the reason, the same for all lines of its kind."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """One input file: its path, its size in bytes (0 for standard input), whether it is compressed."""
+
+    path: Path
+    size: int
+    compressed: bool
+
+    @property
+    def name(self) -> str:
+        """How messages name it."""
+        return "standard input" if self.path == STDIN else str(self.path)
+
+
+@dataclass(frozen=True)
+class Block:
+    """Whole lines of one source, without their newlines. A line over MAX_LINE_BYTES is represented by None."""
+
+    source: Source
+    lines: list[bytes | None]
+    first_line: int  # number, from 1, of lines[0] counted from `first_byte` of the source on
+    first_byte: int  # where reading the source began
+    consumed: int  # bytes of the file read for this block (compressed bytes where it is compressed)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the lines."""
+        return sum(len(line) for line in self.lines if line)
+
+    def line_number(self, i: int) -> int:
+        """Number, from 1, of lines[i] in its file. After a shard's start this counts the lines before it, once a call."""
+        before = _count_lines(self.source.path, self.first_byte) if self.first_byte else 0
+        return before + self.first_line + i
+
+
+def open_sources(paths: Iterable[str | Path]) -> list[Source]:
+    """The files behind `paths` in order; a directory stands for its JSONL files by name. UserError for what is missing or empty."""
+    sources = []
+    for path in map(Path, paths):
+        if path == STDIN:
+            sources.append(Source(STDIN, 0, False))
+        elif path.is_dir():
+            inside = sorted(file for file in path.iterdir() if file.name.endswith(SUFFIXES) and file.is_file())
+            if not inside:
+                raise UserError(
+                    f"{path}: no JSONL file in this directory; expected names that end in {', '.join(SUFFIXES)}"
+                )
+            sources += [_source(file) for file in inside]
+        else:
+            sources.append(_source(path))
+    if not sources:
+        raise UserError("no input: give one or more JSONL files, a directory, or - for standard input")
+    if sum(source.path == STDIN for source in sources) > 1:
+        raise UserError("standard input (-) can be read once only; name it once")
+    if all(source.size == 0 and source.path != STDIN for source in sources):
+        raise UserError(f"{sources[0].name}: empty; expected one JSON object a line")
+    return sources
+
+
+def _source(path: Path) -> Source:
+    try:
+        return Source(path, path.stat().st_size, path.name.endswith((".gz", ".zst")))
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; give a JSONL file, a directory, or - for standard input") from error
+
+
+def parse_shard(text: str) -> tuple[int, int]:
+    """'I/N' as (I, N) with 1 <= I <= N; UserError otherwise."""
+    index, slash, count = text.partition("/")
+    if not (slash and index.isdecimal() and count.isdecimal() and 1 <= int(index) <= int(count)):
+        raise UserError(f"--shard {text}: expected I/N with I from 1 to N, like 1/8 for the first of eight")
+    return int(index), int(count)
+
+
+def read_blocks(sources: Sequence[Source], shard: tuple[int, int] = (1, 1)) -> Iterator[Block]:
+    """Lines of all sources in order, in blocks of some BLOCK_BYTES; of shard (I, N) only, counted in bytes over all sources.
+
+    Raises UserError where a file cannot be read or decompressed.
+    """
+    index, count = shard
+    if count > 1 and any(source.path == STDIN for source in sources):
+        raise UserError("--shard cannot divide standard input; give files")
+    total = sum(source.size for source in sources)
+    low, high = total * (index - 1) // count, total * index // count
+    offset = 0  # of the source in all bytes
+    for source in sources:
+        start, stop = max(0, low - offset), min(source.size, high - offset)
+        offset += source.size
+        try:
+            if source.path == STDIN:
+                yield from _blocks_of_stream(source, sys.stdin.buffer, None)
+            elif source.compressed:
+                if start == 0 and stop > 0:
+                    with open(source.path, "rb") as raw:
+                        yield from _blocks_of_stream(source, _decompressed(raw, source.path), raw)
+            elif start < stop:
+                yield from _blocks_of_range(source, start, stop)
+        except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
+            raise UserError(
+                f"{source.name}: cannot be read ({error}); the file may be damaged, copy it again"
+            ) from error
+
+
+def shard_bytes(sources: Sequence[Source], shard: tuple[int, int] = (1, 1)) -> int | None:
+    """Bytes of files that `read_blocks` will read, for progress; None with standard input."""
+    if any(source.path == STDIN for source in sources):
+        return None
+    return sum(source.size for source in sources) // shard[1]
+
+
+def _decompressed(raw: io.BufferedReader, path: Path):
+    return gzip.GzipFile(fileobj=raw) if path.name.endswith(".gz") else io.BufferedReader(_ZstdFile(raw), BLOCK_BYTES)
+
+
+class _ZstdFile(io.RawIOBase):
+    """Reads a .zst file of one or more frames; EOFError where the last is cut off, which zstandard's own reader passes over."""
+
+    def __init__(self, raw: io.BufferedReader):
+        self._raw, self._ready = raw, b""
+        self._frame = zstandard.ZstdDecompressor().decompressobj()
+        self._begun = False  # the frame has had input
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        while not self._ready:
+            if self._frame.eof:
+                chunk = self._frame.unused_data or self._raw.read(1 << 17)
+                self._frame, self._begun = zstandard.ZstdDecompressor().decompressobj(), False
+            else:
+                chunk = self._raw.read(1 << 17)
+            if not chunk:
+                if self._begun:
+                    raise EOFError("compressed file ended before the end of its last frame")
+                return 0
+            self._ready, self._begun = self._frame.decompress(chunk), True
+        amount = min(len(buffer), len(self._ready))
+        buffer[:amount], self._ready = self._ready[:amount], self._ready[amount:]
+        return amount
+
+
+def _blocks_of_stream(source: Source, stream, raw) -> Iterator[Block]:
+    """Blocks of a stream from its start; `raw` tells how far the compressed file was read."""
+    line, before = 1, 0
+    for lines, consumed in _whole_lines(stream, None):
+        if raw is not None:
+            before, consumed = raw.tell(), raw.tell() - before
+        yield Block(source, lines, line, 0, consumed)
+        line += len(lines)
+
+
+def _blocks_of_range(source: Source, start: int, stop: int) -> Iterator[Block]:
+    """Blocks of the lines whose first byte lies in [start, stop) of a plain file."""
+    with open(source.path, "rb") as file:
+        if start:  # the line that the byte before belongs to is another shard's
+            file.seek(start - 1)
+            while (rest := file.readline(BLOCK_BYTES)) and not rest.endswith(b"\n"):
+                pass
+        first_byte, line = file.tell(), 1
+        if first_byte >= stop:
+            return
+        for lines, consumed in _whole_lines(file, stop - first_byte):
+            yield Block(source, lines, line, first_byte, consumed)
+            line += len(lines)
+
+
+def _whole_lines(stream, limit: int | None) -> Iterator[tuple[list[bytes | None], int]]:
+    """Lists of whole lines and the bytes they took; with `limit`, only lines that begin before that many bytes."""
+    lines: list[bytes | None] = []
+    position = size = 0
+    while limit is None or position < limit:
+        line = stream.readline(MAX_LINE_BYTES + 2)
+        if not line:
+            break
+        position += len(line)
+        size += len(line)
+        body = line.removesuffix(b"\n")
+        if len(body) > MAX_LINE_BYTES:
+            while not line.endswith(b"\n") and (line := stream.readline(BLOCK_BYTES)):
+                position += len(line)
+                size += len(line)
+            body = None
+        lines.append(body)
+        if size >= BLOCK_BYTES:
+            yield lines, size
+            lines, size = [], 0
+    if lines:
+        yield lines, size
+
+
+def _count_lines(path: Path, stop: int) -> int:
+    """Newlines in the first `stop` bytes of a file."""
+    count = 0
+    with open(path, "rb") as file:
+        while stop > 0 and (chunk := file.read(min(stop, BLOCK_BYTES))):
+            count += chunk.count(b"\n")
+            stop -= len(chunk)
+    return count
+
+
+def parse_object(line: bytes | None) -> dict:
+    """One line as a JSON object; BadRow with the reason where it is none."""
+    if line is None:
+        raise BadRow(f"longer than {MAX_LINE_BYTES >> 20} MiB")
+    try:
+        row = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError:
+        raise BadRow("invalid UTF-8") from None
+    except (ValueError, RecursionError):
+        raise BadRow("not JSON" if line.strip() else "empty line") from None
+    if not isinstance(row, dict):
+        raise BadRow("not a JSON object")
+    return row
+
+
+def parse_row(line: bytes | None, keys: Sequence[Sequence[str]]) -> list[str]:
+    """The texts of one line, one for each entry of `keys`, which lists the names a field may have, the first found taken.
+
+    BadRow where the line is no object, a key is missing, or a value is not a string, is empty, or holds a lone surrogate.
+    """
+    row = parse_object(line)
+    texts = []
+    for names in keys:
+        name = next((name for name in names if name in row), None)
+        if name is None:
+            raise BadRow(f"no key {' or '.join(map(repr, names))}")
+        text = row[name]
+        if not isinstance(text, str):
+            raise BadRow(f"{name!r} is not a string")
+        if not text:
+            raise BadRow(f"{name!r} is empty")
+        check_surrogates(text, line)
+        texts.append(text)
+    return texts
+
+
+def check_surrogates(text: str, line: bytes) -> None:
+    """BadRow where `text`, parsed from `line`, holds half a surrogate pair, which only an escape (\\ud83d) can make."""
+    if b"\\u" in line:
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError:
+            raise BadRow("lone surrogate") from None

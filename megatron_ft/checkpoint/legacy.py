@@ -99,6 +99,7 @@ class LegacySource(WeightSource):
         self.shape = shape_from_megatron_args(self.args, rows, directory)
         self.dtype = self._stages[0][0][embedding].dtype
         self._first_layers = self._count_layers()
+        self._compared: set[str] = set()  # HF names whose replicas were found equal
         for name in self.names():
             dim, pieces = self._cuts(name)
             total = list(pieces[0].shape)
@@ -171,7 +172,9 @@ class LegacySource(WeightSource):
         return firsts
 
     def pieces(self, name: str) -> tuple[int, list[torch.Tensor]]:
-        return self._cuts(name, compare=True)
+        cuts = self._cuts(name, compare=name not in self._compared)
+        self._compared.add(name)
+        return cuts
 
     def _cuts(self, name: str, compare: bool = False) -> tuple[int, list[torch.Tensor]]:
         """Shards in rank order; `compare` also reads the copies that must be equal and raises UserError when they are not."""

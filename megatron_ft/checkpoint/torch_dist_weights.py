@@ -102,6 +102,28 @@ class TorchDistFiles:
         )
         return flat.as_strided(described.shape, described.stride(), described.storage_offset())
 
+    def read_box(self, key: str, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> torch.Tensor:
+        """A box of a tensor, put together from the parts that overlap it. Raises UserError when they do not fill it."""
+        out = torch.empty(sizes, dtype=self.tensors[key].properties.dtype)
+        filled = 0
+        for chunk in self._chunks.get(key, []):
+            low = [max(a, b) for a, b in zip(offsets, chunk.offsets, strict=True)]
+            high = [min(a + n, b + m) for a, n, b, m in zip(offsets, sizes, chunk.offsets, chunk.sizes, strict=True)]
+            if any(last <= first for first, last in zip(low, high, strict=True)):
+                continue
+            target = out[tuple(slice(a - o, b - o) for a, b, o in zip(low, high, offsets, strict=True))]
+            target.copy_(
+                self.chunk(chunk)[tuple(slice(a - o, b - o) for a, b, o in zip(low, high, chunk.offsets, strict=True))]
+            )
+            filled += target.numel()
+        if filled != out.numel():
+            raise UserError(f"{self.path}: the stored parts of {key} do not make the whole; copy the checkpoint again")
+        return out
+
+    def read(self, key: str) -> torch.Tensor:
+        """A whole tensor in memory."""
+        return self.read_box(key, (0,) * len(self.shape(key)), self.shape(key))
+
     def bytes_of(self, key: str) -> bytes:
         """A byte object's contents (a torch archive); load it with `load_pt` or not at all."""
         chunk = self.objects[key]

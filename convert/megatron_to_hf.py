@@ -1,0 +1,144 @@
+"""Convert a Megatron checkpoint to a Hugging Face GPTBigCode directory, in the memory of a few rows.
+
+    python convert/megatron_to_hf.py --load runs/first --output runs/first-hf --tokenizer-file tokenizer.json
+
+Reads torch_dist checkpoints and those of Megatron before Core (BigCode's mtf branch, bigcode/starcoderbase-megatron) in
+any tensor x pipeline parallel layout, in fp32, bf16 or fp16, with the plain or the distributed optimizer. Runs on a login node: no
+GPU, no process groups. Nothing appears under --output until all of it is written; convert/verify.py then proves it right.
+
+A LoRA run becomes a PEFT adapter, or with --merge-lora a whole model.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path[0] = str(
+    Path(__file__).resolve().parents[1]
+)  # not this folder: its tokenize.py would hide the standard library's
+
+import torch
+
+from megatron_ft.arguments import Help, Parser
+from megatron_ft.checkpoint.adapter_weights import AdapterSource, MergedSource, open_adapters
+from megatron_ft.checkpoint.hf_directory import (
+    card_args,
+    parse_size,
+    special_ids,
+    write_configs,
+    write_model_card,
+    write_tokenizer,
+)
+from megatron_ft.checkpoint.hf_writer import total_bytes, write_safetensors, write_tensors
+from megatron_ft.checkpoint.output import new_directory
+from megatron_ft.checkpoint.progress import bytes_bar
+from megatron_ft.checkpoint.weights import WeightSource, open_weights
+from megatron_ft.errors import UserError, run_program
+from megatron_ft.tokenizer import Tokenizer, load_tokenizer
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def main() -> None:
+    parser = Parser(description=__doc__, formatter_class=Help, allow_abbrev=False)
+    add = parser.add_argument
+    add("--load", required=True, metavar="DIR", help="checkpoint: a run's directory, or one iteration's")
+    add("--iteration", default="latest", help="a number, 'release', or 'latest' as the tracker file says")
+    add("--output", required=True, metavar="DIR", help="new Hugging Face directory")
+    add("--tokenizer-file", metavar="FILE", help="tokenizer.json or SentencePiece model; the run's own when not given")
+    add("--tokenizer-from", metavar="DIR", help="Hugging Face directory to take the tokenizer files from")
+    add("--keep-padding", action="store_true", help="keep the embedding rows that pad the vocabulary")
+    add("--dtype", choices=["keep", *DTYPES], default="keep", help="precision to store")
+    add("--max-shard-size", default="5GB", metavar="SIZE", help="largest file")
+    add("--merge-lora", action="store_true", help="add a LoRA run's adapters to its base weights")
+    add("--base", metavar="DIR", help="base weights of a LoRA run; where the run took them from when not given")
+    add("--overwrite", action="store_true", help="replace --output when it is not empty")
+    args = parser.parse_args()
+    if args.tokenizer_file and args.tokenizer_from:
+        raise UserError("--tokenizer-file and --tokenizer-from exclude each other; keep one")
+
+    adapters = open_adapters(args.load, args.iteration)
+    if adapters and not args.merge_lora:
+        write_adapter(adapters, args)
+        return
+    if args.merge_lora and not adapters:
+        raise UserError(f"--merge-lora: {args.load} holds a whole model, no adapters; leave the flag out")
+    source = MergedSource(adapters, args.base) if adapters else open_weights(args.load, args.iteration)
+    path, tokenizer = find_tokenizer(args, source.args)
+    rows = vocabulary_rows(source, tokenizer, args.keep_padding)
+    write_model(source, path, tokenizer, rows, args)
+
+
+def find_tokenizer(args, run: dict | None) -> tuple[Path | None, Tokenizer | None]:
+    """The tokenizer asked for, else the run's own where it can still be found."""
+    given = args.tokenizer_file or args.tokenizer_from
+    path = given or (run or {}).get("tokenizer_file")
+    if not path:
+        return None, None
+    if not given and not Path(path).exists():
+        print(
+            f"the run's tokenizer {path} is not here; no tokenizer files will be written (--tokenizer-file adds them)"
+        )
+        return None, None
+    return Path(path), load_tokenizer(path)
+
+
+def vocabulary_rows(source: WeightSource, tokenizer: Tokenizer | None, keep_padding: bool) -> int:
+    """Embedding rows to write. Raises UserError when the tokenizer has ids the model has no row for."""
+    stored = source.shape.vocab_size
+    if tokenizer and tokenizer.vocab_size > stored:
+        raise UserError(
+            f"{tokenizer.path}: {tokenizer.vocab_size} tokens, but {source.path} has {stored} embedding rows; "
+            "give the tokenizer the model was trained with"
+        )
+    if keep_padding:
+        return stored
+    if tokenizer is None:
+        print(
+            f"without a tokenizer all {stored} embedding rows are kept, padding included (--tokenizer-file cuts them)"
+        )
+        return stored
+    return tokenizer.vocab_size
+
+
+def write_model(source: WeightSource, tokenizer_path, tokenizer: Tokenizer | None, rows: int, args) -> None:
+    dtype = DTYPES.get(args.dtype, source.dtype)
+    output, nbytes = Path(args.output), total_bytes(source, dtype, rows)
+    shape = source.shape.with_vocab(rows)
+    facts = {
+        "from": source.kind + (f", iteration {source.iteration}" if source.iteration is not None else ""),
+        "precision": str(dtype).removeprefix("torch."),
+        "embedding rows": f"{rows} of {source.shape.vocab_size} stored",
+    }
+    with new_directory(output, needed=nbytes, overwrite=args.overwrite) as directory:
+        with bytes_bar(nbytes, "converting") as advance:
+            files = write_safetensors(
+                source, directory, dtype=dtype, vocab_rows=rows, max_shard_bytes=parse_size(args.max_shard_size), advance=advance
+            )  # fmt: skip
+        write_configs(directory, shape, dtype, special_ids(tokenizer) if tokenizer else {})
+        if tokenizer:
+            write_tokenizer(directory, tokenizer_path, tokenizer, shape.max_position_embeddings)
+        write_model_card(directory, name=output.name, shape=shape, facts=facts, args=card_args(source.args))
+    print(
+        f"{output}: {len(source.names())} tensors, {nbytes / 1e9:.2f} GB in {len(files)} files, {facts['precision']}, {facts['embedding rows']}"
+    )
+    print(f"check it: python convert/verify.py {args.load} {output}")
+
+
+def write_adapter(adapters: AdapterSource, args) -> None:
+    """PEFT's directory of a LoRA run: adapter_model.safetensors and adapter_config.json."""
+    import json
+
+    tensors = adapters.peft_tensors(DTYPES.get(args.dtype))
+    nbytes = sum(tensor.nbytes for tensor in tensors.values())
+    with new_directory(Path(args.output), needed=nbytes, overwrite=args.overwrite) as directory:
+        described = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+        write_tensors(directory / "adapter_model.safetensors", described, lambda name: iter([tensors[name]]))
+        base = args.base or adapters.base_path
+        config = adapters.config.to_peft(str(base) if base else None)
+        (directory / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    print(f"{args.output}: PEFT adapter of rank {adapters.config.rank}, {len(tensors)} tensors, {nbytes / 1e6:.2f} MB")
+    print("--merge-lora writes a whole model instead")
+
+
+if __name__ == "__main__":
+    run_program(main)

@@ -1,0 +1,137 @@
+"""Write a Hugging Face GPTBigCode directory from any source of weights, a block of rows at a time.
+
+safetensors files are a JSON header and the tensors' bytes one after the other, so they are written as a stream: shards are
+planned from the shapes alone, and no more than `BLOCK` bytes of weights are in memory at once.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+
+from megatron_ft.checkpoint.names import WTE, hf_shape
+from megatron_ft.checkpoint.weights import WeightSource
+from megatron_ft.errors import UserError
+
+BLOCK = 64 << 20  # bytes
+DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+
+
+def tensor_blocks(
+    source: WeightSource, name: str, rows: int | None = None, block: int = BLOCK
+) -> Iterator[torch.Tensor]:
+    """The tensor's first `rows` rows (all when None) in contiguous blocks of at most `block` bytes (at least one row)."""
+    shape = hf_shape(source.shape, name)
+    rows = shape[0] if rows is None else rows
+    row_bytes = (shape[1] if len(shape) == 2 else 1) * source.dtype.itemsize
+    step = max(1, block // row_bytes)
+    for first in range(0, rows, step):
+        yield source.read_slice(name, 0, first, min(rows, first + step)).contiguous()
+
+
+def converted(tensor: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
+    """`tensor` in another dtype. Raises UserError when fp16 cannot hold a value."""
+    if tensor.dtype == dtype:
+        return tensor
+    cast = tensor.to(dtype)
+    if dtype == torch.float16 and bool(torch.isinf(cast).any()) and not bool(torch.isinf(tensor).any()):
+        raise UserError(
+            f"{name}: holds values up to {tensor.abs().max().item():.3g}, too large for fp16; use --dtype bf16"
+        )
+    return cast
+
+
+def raw(tensor: torch.Tensor) -> memoryview:
+    """Bytes of a contiguous tensor, without a copy."""
+    return memoryview(tensor.view(-1).view(torch.uint8).numpy())
+
+
+def output_shape(source: WeightSource, name: str, vocab_rows: int) -> tuple[int, ...]:
+    """Shape in the HF model when the embedding is cut to `vocab_rows`."""
+    shape = hf_shape(source.shape, name)
+    return (vocab_rows, *shape[1:]) if name == WTE else shape
+
+
+def plan_shards(source: WeightSource, dtype: torch.dtype, vocab_rows: int, max_shard_bytes: int) -> list[list[str]]:
+    """Tensor names of each file, in order; a file exceeds `max_shard_bytes` only when one tensor does."""
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name in source.names():
+        nbytes = _nbytes(output_shape(source, name, vocab_rows), dtype)
+        if shards[-1] and size + nbytes > max_shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += nbytes
+    return shards
+
+
+def total_bytes(source: WeightSource, dtype: torch.dtype, vocab_rows: int) -> int:
+    """Bytes of all tensors as they will be written."""
+    return sum(_nbytes(output_shape(source, name, vocab_rows), dtype) for name in source.names())
+
+
+def write_safetensors(
+    source: WeightSource,
+    directory: Path,
+    *,
+    dtype: torch.dtype,
+    vocab_rows: int,
+    max_shard_bytes: int,
+    advance: Callable[[int], None] = lambda nbytes: None,
+) -> list[Path]:
+    """Write model.safetensors, or shards with their index; `advance` hears of every block's bytes. Returns the files."""
+    shards = plan_shards(source, dtype, vocab_rows, max_shard_bytes)
+    files, weight_map = [], {}
+    for number, names in enumerate(shards, start=1):
+        file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        shapes = {name: output_shape(source, name, vocab_rows) for name in names}
+        write_tensors(
+            directory / file,
+            {name: (dtype, shape) for name, shape in shapes.items()},
+            lambda name, shapes=shapes: (
+                converted(block, dtype, name) for block in tensor_blocks(source, name, shapes[name][0])
+            ),
+            advance,
+        )
+        files.append(directory / file)
+        weight_map |= dict.fromkeys(names, file)
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total_bytes(source, dtype, vocab_rows)}, "weight_map": weight_map}
+        (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+    return files
+
+
+def write_tensors(
+    file: Path,
+    tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]],
+    blocks_of: Callable[[str], Iterator[torch.Tensor]],
+    advance: Callable[[int], None] = lambda nbytes: None,
+) -> None:
+    """Write one safetensors file: dtype and shape of each tensor are known, its contiguous blocks come from `blocks_of(name)`."""
+    header, offset = {"__metadata__": {"format": "pt"}}, 0
+    for name, (dtype, shape) in tensors.items():
+        end = offset + _nbytes(shape, dtype)
+        header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with file.open("wb") as out:
+        out.write(len(text).to_bytes(8, "little") + text)
+        for name in tensors:
+            for block in blocks_of(name):
+                out.write(raw(block))
+                advance(block.nbytes)
+        if out.tell() != 8 + len(text) + offset:
+            raise AssertionError(f"{file}: {out.tell() - 8 - len(text)} bytes of tensors written, {offset} announced")
+        out.flush()
+        os.fsync(out.fileno())
+
+
+def _nbytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    count = 1
+    for size in shape:
+        count *= size
+    return count * dtype.itemsize

@@ -92,6 +92,7 @@ def run(args: argparse.Namespace, device, started: float) -> int:
         device_name=torch.cuda.get_device_name() if device.type == "cuda" else None,
     )
     log = MetricsLog(args, shape, plan, args.save, writes=dist.get_rank() == 0)
+    checkpointer.log = log.event
     log.banner(data=datasets.train.description, start="; ".join(start.reasons))
     for notice in [*args.notices, *datasets.notices]:
         log.event(notice)

@@ -128,3 +128,63 @@ def golden_steps(flags: str, golden: Path) -> dict:
         chunk.disable_forward_pre_hook()
     result["weights"] = largest_weight_difference(model, args, branch_weights(golden / "train/weights_after_step8.npz"))
     return result
+
+
+def packed_rows(seed: int, rows: int, length: int, documents: int, vocab_size: int):
+    """A collated Batch of random rows, each of about `documents` documents of random lengths, some of them short of the row's end."""
+    from megatron_ft.data.batch import collate
+    from megatron_ft.data.packed_dataset import PackedSample
+
+    random = np.random.default_rng(seed)
+    samples = []
+    for row in range(rows):
+        tail = 0 if row % 2 == 0 else random.integers(1, max(2, length // 8))
+        cuts = np.sort(random.choice(np.arange(1, length - tail), documents - 1, replace=False))
+        lengths = np.diff([0, *cuts, length + 1 - tail])
+        segments = np.repeat([*range(1, documents + 1), 0], [*lengths, tail]).astype(np.int32)
+        within = np.concatenate([np.arange(n) for n in [*lengths, tail]])
+        inputs = within < np.repeat([*(lengths // 2), 0], [*lengths, tail])
+        tokens = np.where(segments > 0, random.integers(0, vocab_size, length + 1), 0)
+        samples.append(PackedSample(tokens.astype(np.int64), segments, inputs))
+    return collate(samples, eod=0)
+
+
+def loss_and_gradient_error(
+    flags: str, weights: Path, tokenizer: Path, gradients: Path, seed: int
+) -> tuple[float, float]:
+    """Loss of one step on `packed_rows(seed, ...)` from the weights of a HF directory, and the largest difference of its gradients
+    from the HF model's, saved as {name: tensor} in `gradients`."""
+    from megatron_ft.checkpoint.load_weights import load_weights, unwrap
+    from megatron_ft.checkpoint.weights import WeightSource, open_weights
+    from megatron_ft.engine import parallel
+    from megatron_ft.engine.model import build_model, wrap_for_data_parallel
+    from megatron_ft.engine.optimizer import build_optimizer
+    from megatron_ft.engine.rows import micro_batch_from
+    from megatron_ft.engine.train import forward_backward
+
+    source = open_weights(weights)
+    flags += f" --num-layers {source.shape.num_layers} --hidden-size {source.shape.hidden_size} --num-attention-heads 4"
+    flags += " --max-position-embeddings 256 --seq-length 256 --hidden-dropout 0 --attention-dropout 0 --data-prefix unused --train-iters 1"
+    flags += f" --attention-head-type {'multiquery' if source.shape.multi_query else 'multihead'}"
+    args = start(flags, tokenizer)
+    chunks = build_model(args, args.shape, source.shape.vocab_size)
+    load_weights(source, chunks)
+    model = wrap_for_data_parallel(args, chunks)
+    optimizer = build_optimizer(args, model)
+    batch = packed_rows(seed, args.micro_batch_size, 256, 6, 1000)
+    micro = micro_batch_from(batch, batch.loss_mask, "token", [0])
+    losses = forward_backward(args, model, optimizer, [micro], micro.weight, 1000)
+    (loss,) = parallel.sum_over_all([sum(losses) if parallel.counts_here() else 0.0])
+
+    stored = torch.load(gradients)
+
+    class Gradients(WeightSource):
+        shape, path, kind, dtype = source.shape, gradients, "gradients", torch.float32
+
+        def pieces(self, name: str):
+            return 0, [stored[name]]
+
+    reference = build_model(args, args.shape, source.shape.vocab_size)
+    load_weights(Gradients(), reference)
+    pairs = zip(unwrap(model[0]).parameters(), unwrap(reference[0]).parameters(), strict=True)
+    return loss, max((ours.main_grad - theirs).abs().max().item() for ours, theirs in pairs)

@@ -153,7 +153,7 @@ def _build(
     opened = [_documents_and_packing(part, args, split) for part in group.parts]
     if vocab_size is not None:
         for documents, _ in opened:
-            _check_vocabulary(documents, vocab_size)
+            check_vocabulary(documents, vocab_size)
     once = [load_index(documents, packing, args.data_cache_path) for documents, packing in opened]
     if samples is None:
         limits = np.array([len(index) for index in once])
@@ -200,7 +200,8 @@ def _documents_and_packing(part: Part, args: argparse.Namespace, split: str) -> 
     return documents, packing
 
 
-def _check_vocabulary(documents: TokenizedDocuments, vocab_size: int) -> None:
+def check_vocabulary(documents: TokenizedDocuments, vocab_size: int) -> None:
+    """UserError where a probed document has a token id of `vocab_size` or above: it was made with another tokenizer."""
     for reader in (documents.inputs, documents.targets):
         for i in range(0, len(reader), max(1, len(reader) // PROBED_DOCUMENTS)):
             sequence = reader[i]

@@ -14,8 +14,12 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # not this folder: its files would hide others' of the same name
 
+from launch import mtf
 from launch.command import as_shell, local_gpus, model_parallel_size, rank_environment, training_command
 from launch.local_ranks import local_environment, run_local_ranks
+from launch.slurm_job import Job, inside_batch_job
+from launch.slurm_ranks import ranks_command, ranks_environment
+from launch.supervise import supervise
 from megatron_ft.arguments import Help, Parser, build_parser, parse_args
 from megatron_ft.errors import EXIT_DONE, UserError, run_program
 
@@ -28,7 +32,13 @@ def launch_parser() -> Parser:
         "--num-processes",
         type=int,
         metavar="N",
-        help="local processes; all GPUs, or TP x PP x CP on the CPU, when not given",
+        help="local processes, also inside a job; all GPUs, or TP x PP x CP on the CPU, when not given",
+    )
+    add(
+        "--engine",
+        choices=["megatron-core", "mtf"],
+        default="megatron-core",
+        help="mtf drives the branch's checkout at MEGATRON_PATH",
     )
     add("--dry-run", action="store_true", help="print the exact command and environment, start nothing")
     return parser
@@ -60,19 +70,45 @@ def main() -> int:
         print(build_parser().format_help())
         return EXIT_DONE
     launch = parser.parse_args(own)
-    num_processes = launch.num_processes
+    job = Job.from_environment() if inside_batch_job() and launch.num_processes is None else None
+    num_processes = job.num_tasks if job else launch.num_processes
     if num_processes is None:
         num_processes = local_gpus() or model_parallel_size(flags)
     if num_processes < 1:
         raise UserError(f"--num-processes {num_processes}: must be at least 1")
-    args = parse_args(flags, world_size=num_processes)
-    command = training_command(flags)
+
+    if launch.engine == "mtf":
+        checkout = mtf.megatron_path()
+        common, branch_only = mtf.split_branch_only(flags, mtf.branch_flags(checkout))
+        args = parse_args(common, world_size=num_processes)
+        command = mtf.mtf_command(args, branch_only, checkout)
+        stop_signal = mtf.STOP_SIGNAL
+    else:
+        args = parse_args(flags, world_size=num_processes)
+        command, stop_signal = training_command(flags), None
+
+    if job:
+        extra = {"MEGATRON_FT_STOP_SIGNAL": str(int(stop_signal))} if stop_signal else {}
+        if launch.dry_run:
+            print(
+                f"# job {job.id}: {job.num_tasks} ranks on {', '.join(job.nodes)}; srun sets RANK, LOCAL_RANK and WORLD_SIZE through launch/rank.py"
+            )
+            print(
+                as_shell(
+                    {**ranks_environment(job), **extra}, ranks_command(job, command, Path(args.save or ".") / "logs")
+                )
+            )
+            return EXIT_DONE
+        return supervise(job, args, command, extra)
+
     environment = local_environment(num_processes)
     if launch.dry_run:
         print(f"# rank 0 of {num_processes}; the others differ in RANK and LOCAL_RANK")
         print(as_shell({**environment, **rank_environment(0, num_processes, 0, num_processes)}, command))
         return EXIT_DONE
-    return run_local_ranks(command, num_processes, environment, Path(args.save) / "logs" if args.save else None)
+    return run_local_ranks(
+        command, num_processes, environment, Path(args.save) / "logs" if args.save else None, stop_signal
+    )
 
 
 if __name__ == "__main__":

@@ -27,13 +27,18 @@ def local_environment(num_processes: int) -> dict[str, str]:
 
 
 def run_local_ranks(
-    command: Sequence[str], num_processes: int, environment: Mapping[str, str], log_dir: Path | None
+    command: Sequence[str],
+    num_processes: int,
+    environment: Mapping[str, str],
+    log_dir: Path | None,
+    stop_signal: signal.Signals | None = None,
 ) -> int:
     """Run `command` on `num_processes` ranks and return the status the whole ended with (EXIT_DONE, EXIT_RESUME, or the first failure's).
 
-    Ranks above 0 append to `log_dir`/rank-NNN.log, or say nothing without a directory.
+    Ranks above 0 append to `log_dir`/rank-NNN.log, or say nothing without a directory. An engine that saves at `stop_signal` alone
+    (and then ends with 0) gets that one whatever came.
     """
-    stop = _StopRequests()
+    stop = _StopRequests(stop_signal)
     ranks: list[subprocess.Popen] = []
     logs = [log_dir / f"rank-{rank:03d}.log" if log_dir and rank else None for rank in range(num_processes)]
     ends = [start_log(log) if log else 0 for log in logs]
@@ -54,7 +59,8 @@ def run_local_ranks(
                 output.close()
         failed = _wait(ranks, stop)
         if failed is None:
-            return EXIT_RESUME if any(rank.returncode == EXIT_RESUME for rank in ranks) else EXIT_DONE
+            resume = any(rank.returncode == EXIT_RESUME for rank in ranks) or (stop_signal and stop.passed_on)
+            return EXIT_RESUME if resume else EXIT_DONE
         status = ranks[failed].returncode
         _end(ranks)
     finally:
@@ -92,8 +98,10 @@ def print_end_of_log(rank: int, log: Path | None, start: int = 0) -> None:
 class _StopRequests:
     """Signals caught since the start, in order, until `restore` gives the old handlers back."""
 
-    def __init__(self) -> None:
+    def __init__(self, passed_on_as: signal.Signals | None) -> None:
         self.caught: list[int] = []
+        self.passed_on_as = passed_on_as
+        self.passed_on = False
         self._old = {
             number: signal.signal(number, lambda number, _: self.caught.append(number)) for number in STOP_SIGNALS
         }
@@ -114,9 +122,10 @@ def _wait(ranks: list[subprocess.Popen], stop: _StopRequests) -> int | None:
                     raise KeyboardInterrupt
                 interrupted, number = True, signal.SIGTERM
                 print("\nstopping: every rank saves after this step (Ctrl-C again ends them at once)", file=sys.stderr)
+            stop.passed_on = True
             for rank in ranks:
                 if rank.poll() is None:
-                    rank.send_signal(number)
+                    rank.send_signal(stop.passed_on_as or number)
         statuses = [rank.poll() for rank in ranks]
         for number, status in enumerate(statuses):
             if status not in (None, EXIT_DONE, EXIT_RESUME):

@@ -130,7 +130,7 @@ class Layout:
         return ", ".join(parts)
 
     @property
-    def activation_bytes(self) -> int:
+    def number_bytes(self) -> int:
         """Bytes of one weight or activation number."""
         return 4 if self.precision == "fp32" else 2
 
@@ -216,8 +216,8 @@ def state_bytes(shape: ModelShape, padded_vocab_size: int, layout: Layout, stage
     adapters = adapter_parameters_on_rank(shape, layout)
     parameters = parameters_on_rank(shape, padded_vocab_size, layout, stage) + adapters
     trained = adapters if layout.lora_rank else parameters
-    weights = parameters * layout.activation_bytes
-    gradients = trained * (4 if layout.fp32_gradients else layout.activation_bytes)
+    weights = parameters * layout.number_bytes
+    gradients = trained * (4 if layout.fp32_gradients else layout.number_bytes)
     per_parameter = (8 if layout.optimizer == "adam" else 4) + (4 if layout.precision != "fp32" else 0)
     shards = layout.data_parallel * layout.context_parallel if layout.distributed_optimizer else 1
     optimizer = 0 if layout.optimizer_cpu_offload else -(-trained * per_parameter // shards)
@@ -225,45 +225,56 @@ def state_bytes(shape: ModelShape, padded_vocab_size: int, layout: Layout, stage
 
 
 def activation_bytes(shape: ModelShape, padded_vocab_size: int, layout: Layout, seq_length: int, stage: int = 0) -> int:
-    """Bytes that backward keeps on one rank of a stage at its fullest moment, logits included.
+    """Bytes of activations on one rank of a stage at its fullest moment, between forward and backward.
 
     After Korthikanti et al., "Reducing Activation Recomputation in Large Transformer Models" (2022), less the s x s terms, which
     attention without a mask never stores. A stage holds the micro-batches that one-forward-one-backward has in flight there.
     """
     tokens = layout.micro_batch * seq_length // layout.context_parallel
-    size, tp = layout.activation_bytes, layout.tensor_parallel
-    split = tp if layout.sequence_parallel else 1
-    row = tokens * shape.hidden_size // split  # numbers of one residual-stream tensor
     layers = shape.num_layers // layout.pipeline_parallel
-    layer = layer_activation_bytes(shape, layout, tokens)
-
-    if layout.recompute == "full":
-        unit = layout.recompute_num_layers
-        if layout.recompute_method == "uniform":  # the input of every unit, and one unit at work
-            kept, working = -(-layers // unit) * row * size, unit * layer
-        else:  # block: the first `unit` layers are recomputed one by one, the rest keep everything
-            recomputed = min(unit, layers)
-            kept, working = recomputed * row * size + (layers - recomputed) * layer, layer
-    else:
-        kept, working = layers * layer, 0
-
     in_flight = min(layout.pipeline_parallel - stage, layout.num_microbatches)
-    total = in_flight * kept + working
+    kept = in_flight * kept_by_layers(shape, layout, tokens, layers)
     if stage == 0 and shape.hidden_dropout:
-        total += in_flight * row  # the embedding's dropout mask
+        kept += in_flight * tokens * shape.hidden_size // _split(layout)  # the embedding's dropout mask
+    working = layout.recompute_num_layers if layout.recompute_method == "uniform" else 1
+    working = working * layer_activation_bytes(shape, layout, tokens) if layout.recompute == "full" else 0
+    head = 0
     if stage == layout.pipeline_parallel - 1:
-        logits = tokens * padded_vocab_size // tp
-        total += (
-            2 * row * size + tokens * shape.hidden_size * size
-        )  # final norm in and out, gathered input of the logits
-        total += logits * (4 + size)  # the softmax in fp32, and logits (later their gradient) in the model's precision
-    return total
+        head = kept_by_head(shape, padded_vocab_size, layout, tokens)
+        if layout.precision != "fp32":  # the logits' gradient in 16 bit, beside the softmax
+            head += tokens * padded_vocab_size // layout.tensor_parallel * 2
+    return kept + max(working, head)
+
+
+def kept_by_layers(shape: ModelShape, layout: Layout, tokens: int, layers: int) -> int:
+    """Bytes that `layers` layers keep for backward of one micro-batch of `tokens` positions."""
+    whole = layer_activation_bytes(shape, layout, tokens)
+    if layout.recompute != "full":  # selective recompute drops what attention without a mask does not keep anyway
+        return layers * whole
+    unit_input = tokens * shape.hidden_size // _split(layout) * layout.number_bytes
+    if layout.recompute_method == "uniform":
+        return -(-layers // layout.recompute_num_layers) * unit_input
+    recomputed = min(
+        layout.recompute_num_layers, layers
+    )  # block: that many layers one by one, the rest keep everything
+    return recomputed * unit_input + (layers - recomputed) * whole
+
+
+def kept_by_head(shape: ModelShape, padded_vocab_size: int, layout: Layout, tokens: int) -> int:
+    """Bytes that final norm, logits and loss keep: norm's input and output, that output gathered, the softmax in fp32."""
+    row = tokens * shape.hidden_size * layout.number_bytes
+    gathered = row if layout.sequence_parallel else 0
+    return 2 * row // _split(layout) + gathered + 4 * tokens * padded_vocab_size // layout.tensor_parallel
+
+
+def _split(layout: Layout) -> int:
+    """Over how many ranks sequence parallelism cuts norms, dropout and residuals."""
+    return layout.tensor_parallel if layout.sequence_parallel else 1
 
 
 def layer_activation_bytes(shape: ModelShape, layout: Layout, tokens: int) -> int:
     """Bytes that one layer keeps for backward when nothing is recomputed."""
-    size, tp, h = layout.activation_bytes, layout.tensor_parallel, shape.hidden_size
-    split = tp if layout.sequence_parallel else 1
+    size, tp, h, split = layout.number_bytes, layout.tensor_parallel, shape.hidden_size, _split(layout)
     kv = 2 * shape.kv_channels * (1 if shape.multi_query else shape.num_attention_heads // tp)
     numbers = 4 * h // split  # input and output of both layer norms
     numbers += h // tp + kv  # queries, keys and values

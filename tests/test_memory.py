@@ -1,0 +1,269 @@
+"""The planner's numbers against real Megatron-Core models: parameters, state and activations, and FLOPs by torch's counter."""
+
+import contextlib
+import itertools
+
+import pytest
+import torch
+from ranks import run_ranks
+
+from megatron_ft import memory
+from megatron_ft.arguments import parse_args
+from megatron_ft.models import PRESETS, padded_vocab_size
+
+
+def args_for(tmp_path, *words, world_size=1):
+    (tmp_path / "tokenizer.json").write_text("{}")
+    fixed = ["--data-prefix", "none", "--tokenizer-file", str(tmp_path / "tokenizer.json"), "--train-iters", "1"]
+    return parse_args([*fixed, *words], world_size)
+
+
+def meta_parameters(args, rank, world_size):
+    """Parameters (all, trainable) and bytes of a rank's real model, built on the meta device in a process group that never speaks."""
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    from megatron_ft.engine.device import set_up_device
+    from megatron_ft.engine.lora import add_lora
+    from megatron_ft.engine.model import build_model
+
+    set_up_device(args)
+    dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
+    parallel_state.initialize_model_parallel(
+        args.tensor_model_parallel_size, args.pipeline_model_parallel_size, create_gloo_process_groups=False
+    )
+    model_parallel_cuda_manual_seed(1)
+    torch.cuda.current_device = lambda: torch.device("meta")
+    padded = padded_vocab_size(args.shape.vocab_size, 128, args.tensor_model_parallel_size)
+    with torch.device("meta"):
+        chunks = build_model(args, args.shape, padded)
+        if args.lora_rank:
+            add_lora(chunks, args)
+    parameters = list(chunks[0].parameters())
+    assert all(p.is_meta for p in parameters)
+    return (
+        sum(p.numel() for p in parameters),
+        sum(p.numel() for p in parameters if p.requires_grad),
+        sum(p.numel() * p.element_size() for p in parameters),
+    )
+
+
+def meta_ranks(args_of_layouts):
+    """[(all, trainable, bytes) of every stage's first rank] for each layout; one process a rank, none holds weights."""
+    (results,) = run_ranks(_meta_in_children, 1, args_of_layouts)
+    return results
+
+
+def _meta_in_children(args_of_layouts):
+    import os
+
+    results = []
+    for args, world_size, rank in args_of_layouts:
+        reading, writing = os.pipe()
+        child = os.fork()  # a process group and patched functions each of its own
+        if not child:
+            import traceback
+
+            try:
+                os.write(writing, repr(meta_parameters(args, rank, world_size)).encode())
+            except BaseException:
+                os.write(writing, traceback.format_exc().encode())
+            os._exit(0)
+        os.close(writing)
+        with os.fdopen(reading) as answer:
+            text = answer.read()
+        os.waitpid(child, 0)
+        assert text.startswith("("), text
+        results.append(tuple(int(n) for n in text.strip("()").split(",")))
+    return results
+
+
+LAYOUTS = [
+    ("starcoderbase", 4, 4, "--bf16 --sequence-parallel"),
+    ("starcoderbase", 1, 1, ""),
+    ("starcoderbase-7b", 8, 1, "--bf16"),
+    ("starcoderbase-3b", 2, 2, "--fp16"),
+    ("starcoderbase-1b", 1, 1, "--bf16"),
+    ("santacoder", 1, 2, "--attention-head-type multihead"),
+    ("starcoderbase", 4, 2, "--bf16 --lora-rank 16"),
+]
+
+
+def test_parameters_and_weights_are_those_of_real_models_on_every_stage(tmp_path):
+    wanted, expected = [], []
+    for preset, tp, pp, flags in LAYOUTS:
+        words = (
+            f"--preset {preset} --tensor-model-parallel-size {tp} --pipeline-model-parallel-size {pp} {flags}".split()
+        )
+        args = args_for(tmp_path, *words, world_size=tp * pp)
+        layout = memory.Layout.from_args(args)
+        padded = padded_vocab_size(args.shape.vocab_size, 128, tp)
+        adapters = memory.adapter_parameters_on_rank(args.shape, layout)
+        for stage in {0, pp // 2, pp - 1}:
+            wanted.append((args, tp * pp, stage * tp))
+            base = memory.parameters_on_rank(args.shape, padded, layout, stage)
+            weights, _, _ = memory.state_bytes(args.shape, padded, layout, stage)
+            expected.append((base + adapters, adapters or base, weights))
+    assert meta_ranks(wanted) == expected  # exact; the promise is 2 %
+
+
+def test_one_rank_holds_what_the_model_table_says():
+    for shape in PRESETS.values():
+        assert memory.parameters_on_rank(shape, shape.vocab_size, memory.Layout(), 0) == shape.num_parameters()
+
+
+def state_bytes_of_run(args):
+    """Bytes of weights, gradient buffers and optimizer state of a real rank after a step."""
+    from megatron_ft.engine.device import set_up_device
+    from megatron_ft.engine.lora import add_lora
+    from megatron_ft.engine.model import build_model, wrap_for_data_parallel
+    from megatron_ft.engine.optimizer import build_optimizer
+    from megatron_ft.engine.parallel import initialize
+
+    set_up_device(args)
+    initialize(args)
+    chunks = build_model(args, args.shape, args.shape.vocab_size)
+    if args.lora_rank:
+        add_lora(chunks, args)
+    wrapped = wrap_for_data_parallel(args, chunks)
+    optimizer = build_optimizer(args, wrapped)
+    for parameter in chunks[0].parameters():
+        if parameter.requires_grad:
+            parameter.main_grad.fill_(1e-3)
+    optimizer.step()
+    weights = {p.untyped_storage().data_ptr() for p in chunks[0].parameters()}
+    gradients = sum(b.grad_data.numel() * b.grad_data.element_size() for b in wrapped[0].buffers)
+    held = {}
+    for inner in getattr(optimizer, "chained_optimizers", [optimizer]):
+        for group in inner.optimizer.param_groups:
+            for master in group["params"]:
+                tensors = [master, *inner.optimizer.state[master].values()]
+                for tensor in (t for t in tensors if torch.is_tensor(t) and t.numel() > 1):
+                    if tensor.untyped_storage().data_ptr() not in weights:
+                        held[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
+    return sum(p.numel() * p.element_size() for p in chunks[0].parameters()), gradients, sum(held.values())
+
+
+@pytest.mark.parametrize(
+    "flags, world_size",
+    [
+        ("--bf16", 2),
+        ("--no-use-distributed-optimizer", 1),
+        ("--bf16 --no-accumulate-allreduce-grads-in-fp32 --tensor-model-parallel-size 2", 2),
+        ("--bf16 --lora-rank 8", 1),
+    ],
+)
+def test_state_is_what_a_real_run_holds_after_a_step(tmp_path, flags, world_size):
+    args = args_for(tmp_path, "--preset", "tiny", *flags.split(), world_size=world_size)
+    ranks = run_ranks(state_bytes_of_run, world_size, args)
+    expected = memory.state_bytes(args.shape, args.shape.vocab_size, memory.Layout.from_args(args), 0)
+    weights, gradients, optimizer = ranks[0]
+    assert weights == expected[0]
+    assert gradients == pytest.approx(expected[1], rel=0.02)
+    assert sum(r[2] for r in ranks) / world_size == pytest.approx(expected[2], rel=0.02)
+
+
+def activations_of_run(args, vocab, count_flops=False):
+    """Bytes that autograd keeps after a real forward pass and loss, every storage once, weights not counted; and the FLOPs of both passes."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from megatron_ft.engine.device import set_up_device
+    from megatron_ft.engine.loss import token_losses
+    from megatron_ft.engine.model import build_model
+    from megatron_ft.engine.packed_attention import PackedRow
+    from megatron_ft.engine.parallel import initialize
+
+    set_up_device(args)
+    initialize(args)
+    model = build_model(args, args.shape.with_vocab(vocab), vocab)[0]
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage  # held, so that no address is used twice
+        return tensor
+
+    tokens, length = args.micro_batch_size * args.seq_length, args.seq_length
+    bounds = torch.arange(0, tokens + 1, length).int()
+    inputs = torch.randint(vocab, (1, tokens)), torch.arange(length).repeat(tokens // length)[None]
+    kernel = sdpa_kernel(SDPBackend.MATH) if count_flops else contextlib.nullcontext()  # the fused one is not counted
+    with FlopCounterMode(display=False) as counter, kernel:
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            logits = model(*inputs, None, packed_seq_params=PackedRow.from_cu_seqlens(bounds))
+            loss = token_losses(logits, inputs[0], vocab).mean()
+        total = sum(storage.nbytes() for storage in kept.values())
+        loss.backward()
+    return total, counter.get_total_flops()
+
+
+@pytest.mark.parametrize(
+    "flags",
+    ["--bf16", "", "--bf16 --recompute-granularity full", "--bf16 --tensor-model-parallel-size 2 --sequence-parallel"],
+)
+def test_activations_are_what_autograd_keeps(tmp_path, flags):
+    words = """--num-layers 6 --hidden-size 256 --num-attention-heads 4 --max-position-embeddings 256 --micro-batch-size 2
+        --attention-head-type multihead --hidden-dropout 0 --attention-dropout 0""".split()
+    world_size = 2 if "parallel" in flags else 1
+    args = args_for(tmp_path, *words, *flags.split(), world_size=world_size)
+    total, _ = run_ranks(activations_of_run, world_size, args, 512)[0]
+    layout = memory.Layout.from_args(args)
+    expected = memory.kept_by_layers(args.shape, layout, 512, 6) + memory.kept_by_head(args.shape, 512, layout, 512)
+    # On a CPU attention works document by document and keeps its output once more.
+    copies = 0 if args.recompute_granularity else 6 * 512 * 256 // world_size * layout.number_bytes
+    assert total - copies == pytest.approx(expected, rel=0.03)
+
+
+def test_flops_are_those_that_torch_counts(tmp_path):
+    words = """--num-layers 4 --hidden-size 256 --num-attention-heads 4 --max-position-embeddings 256 --micro-batch-size 2
+        --hidden-dropout 0 --attention-dropout 0""".split()
+    args = args_for(tmp_path, *words)
+    ((_, counted),) = run_ranks(activations_of_run, 1, args, 512, True)
+    linear = memory.flops_per_token(args.shape.with_vocab(512), 0) * 512
+    attention = memory.flops_per_token(args.shape.with_vocab(512), 256) * 512 - linear
+    assert counted == linear + 2 * attention  # plain products count all of s x s, twice what is causal
+
+
+def test_memory_falls_with_every_layout_that_should_lower_it():
+    shape = PRESETS["starcoderbase"]
+
+    def total(**layout):
+        return memory.estimate(shape, 49152, memory.Layout(**{"num_microbatches": 8, **layout}), 8192).total
+
+    assert total(tensor_parallel=2) < total()
+    assert total(tensor_parallel=4, sequence_parallel=True) < total(tensor_parallel=4)
+    assert total(data_parallel=8) < total() == total(data_parallel=8, distributed_optimizer=False)
+    assert total(recompute="full") < total()
+    assert total(recompute="full") < total(recompute="full", recompute_method="block", recompute_num_layers=10)
+    assert total(optimizer_cpu_offload=True) < total()
+    assert total(lora_rank=16, lora_targets=("linear_qkv",)) < total() / 2
+    assert total(pipeline_parallel=4) < total()
+
+
+def test_known_devices_are_found_and_unknown_ones_are_not_guessed():
+    names = {
+        "NVIDIA H100 80GB HBM3": "h100-80gb",
+        "NVIDIA H100 PCIe": "h100-pcie-80gb",
+        "NVIDIA A100-SXM4-40GB": "a100-40gb",
+        "NVIDIA A100-SXM4-80GB": "a100-80gb",
+        "NVIDIA GH200 480GB": "gh200-96gb",
+        "NVIDIA H200": "h200-141gb",
+        "Tesla V100-SXM2-32GB": "v100-32gb",
+        "NVIDIA L40S": "l40s-48gb",
+        "NVIDIA A40": "a40-48gb",
+    }
+    assert {name: memory.find_gpu(name).name for name in names} == names
+    assert memory.find_gpu("NVIDIA GeForce RTX 3090") is None
+    assert memory.find_gpu("NVIDIA A10G") is None
+
+
+def test_a_gpu_is_full_before_its_last_byte():
+    gpu = memory.GPUS["a100-40gb"]
+    sizes = [memory.Memory(gib * memory.GIB, 0, 0, 0) for gib in range(30, 41)]
+    fits = [size.fits(gpu) for size in sizes]
+    assert fits[0] and not fits[-1]
+    assert all(a >= b for a, b in itertools.pairwise(fits))

@@ -56,13 +56,15 @@ class Page(HTMLParser):
             assert self.open.pop() == tag
 
     def handle_data(self, text):
-        if self.open[-1] == "span":
+        if self.open and self.open[-1] == "span":
             self.texts.append((dict(self.attributes[-2:])["class"], text))
 
 
 def test_rows_on_the_terminal_and_as_a_page_are_those_of_training(data, tmp_path):
     prefix, tokenizer_file, texts, tokenizer = data
-    args = training_flags("--data-prefix", prefix, "--validation-share", "0", seq_length=128)
+    args = training_flags(
+        "--data-prefix", prefix, "--validation-share", "0", "--data-cache-path", tmp_path / "cache", seq_length=128
+    )
     dataset = build_datasets(args, train_samples=2, pad=1).train
     common = (VIEW, prefix, "--tokenizer-file", tokenizer_file, "--seq-length", "128", "--rows", "1")
     shown = run_program(*common, "--color", "always").stdout
@@ -82,8 +84,10 @@ def test_rows_on_the_terminal_and_as_a_page_are_those_of_training(data, tmp_path
     learned = int((~dataset[1].is_inputs & (dataset[1].segment_ids != 0)).sum())
     assert f"{len(documents)} documents, loss on {learned} tokens" in shown
 
-    page_file = tmp_path / "rows.html"
-    run_program(*common, "--html", page_file, "--norm-target-loss", "--stats", "--plot", tmp_path / "lengths.png")
+    out = tmp_path / "out"
+    out.mkdir()
+    page_file = out / "rows.html"
+    run_program(*common, "--html", page_file, "--norm-target-loss", "--stats", "--plot", out / "lengths.png")
     text = page_file.read_text()
     page = Page(text)
     assert page.open == [] and not re.search(r"https?://|src=|<link|<script", text)
@@ -97,8 +101,8 @@ def test_rows_on_the_terminal_and_as_a_page_are_those_of_training(data, tmp_path
     answer_tokens = len(tokenizer.encode(texts[documents[0]][1]).ids)
     assert f"{answer_tokens} tokens, weight {1 / answer_tokens:.3g} each" in html.unescape(text)
     assert "fill rate" in text
-    assert (tmp_path / "lengths.png").read_bytes().startswith(b"\x89PNG")
-    assert sorted(os.listdir(tmp_path)) == ["lengths.png", "rows.html"]  # nothing temporary
+    assert (out / "lengths.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(os.listdir(out)) == ["lengths.png", "rows.html"]  # nothing temporary
     assert not os.path.exists(f"{prefix}_packing")  # looking writes nothing beside the data
 
 

@@ -188,3 +188,70 @@ def loss_and_gradient_error(
     load_weights(Gradients(), reference)
     pairs = zip(unwrap(model[0]).parameters(), unwrap(reference[0]).parameters(), strict=True)
     return loss, max((ours.main_grad - theirs).abs().max().item() for ours, theirs in pairs)
+
+
+def dense_attention(query, key, value, lengths: list[int], scale=None, dropout=0.0):
+    """What packed attention must equal: all scores, a [t, t] mask, softmax in fp32."""
+    n, g, d = query.shape[1], key.shape[1], query.shape[2]
+    key, value = (x.repeat_interleave(n // g, dim=1) for x in (key, value))
+    document = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    mask = (document[:, None] == document[None]).tril()
+    scores = torch.einsum("qnd,knd->nqk", query.float(), key.float()) * d**-0.5
+    probabilities = scores.masked_fill(~mask, float("-inf")).softmax(-1)
+    return torch.einsum("nqk,knd->qnd", probabilities, value.float()).to(query.dtype).flatten(1)
+
+
+def difference_from_dense_model(flags: str, golden: Path) -> dict[str, float]:
+    """Relative difference, in norm, of the logits or the gradient (the larger), of the model with packed and with dense attention."""
+    import megatron_ft.engine.packed_attention as packed_attention
+    from megatron_ft.engine import parallel
+    from megatron_ft.engine.model import build_model
+    from megatron_ft.engine.rows import micro_batch_from
+    from megatron_ft.models import padded_vocab_size
+
+    flags = f"{flags} --preset tiny --num-layers 2 --seq-length 256 --data-prefix unused --train-iters 1"
+    args = start(flags, golden / "data/tokenizer.json")
+    by_document = packed_attention.attend_by_document
+    errors = {}
+    for precision, documents in (("fp32", 1), ("fp32", 100), ("bf16", 1), ("bf16", 100)):
+        args.bf16 = precision == "bf16"
+        batch = packed_rows(5, args.micro_batch_size, 256, documents, 1000)
+        micro = micro_batch_from(batch, batch.loss_mask, "token", [0])
+        results = []
+        for attention in (by_document, dense_attention):
+            packed_attention.attend_by_document = attention
+            parallel.seed_start(1)
+            (model,) = build_model(args, args.shape, padded_vocab_size(1000, 128, args.tensor_model_parallel_size))
+            logits = model(micro.tokens, micro.position_ids, None, packed_seq_params=micro.row)
+            logits.float().square().mean().backward()
+            gradient = torch.cat([p.grad.float().flatten() for p in model.parameters()])
+            results.append([logits.detach().float(), gradient])
+        packed_attention.attend_by_document = by_document
+        worst = max(((ours - dense).norm() / dense.norm()).item() for ours, dense in zip(*results, strict=True))
+        errors[precision] = max(errors.get(precision, 0.0), worst)
+    return errors
+
+
+def golden_logits_error(flags: str, golden: Path) -> float:
+    """Largest difference of this rank's logit columns from the branch's at the documents' positions of packed rows.
+
+    At a row's padding the branch attends to nothing, which its softmax turns into everything; no loss is there.
+    """
+    from megatron.core import parallel_state
+
+    from megatron_ft.checkpoint.load_weights import load_weights
+    from megatron_ft.engine.model import build_model
+    from megatron_ft.engine.packed_attention import PackedRow
+
+    args = start(f"{GOLDEN_FLAGS} {flags}", golden / "data/tokenizer.json")
+    (model,) = build_model(args, args.shape, 1024)
+    load_weights(branch_weights(golden / "train/weights_after_step0.npz"), [model])
+    reference = {name: torch.from_numpy(array) for name, array in np.load(golden / "train/ref_short_s257.npz").items()}
+    tokens, positions = (reference[name].reshape(1, -1) for name in ("tokens", "position_ids"))
+    bounds = torch.cat([torch.nonzero(positions[0] == 0).flatten(), torch.tensor([tokens.numel()])]).int()
+    logits = model.eval()(tokens, positions, None, packed_seq_params=PackedRow.from_cu_seqlens(bounds))
+    columns = logits.shape[-1]
+    first = columns * parallel_state.get_tensor_model_parallel_rank()
+    expected = reference["logits"].reshape(1, -1, 1024)[..., first : first + columns]
+    documents = reference["segment_ids"].reshape(1, -1) > 0
+    return (logits - expected)[documents].abs().max().item()

@@ -1,0 +1,49 @@
+"""Packed attention equals attention with the [t, t] mask it does without: forward, gradients, whole models."""
+
+import pytest
+import torch
+from engine_runs import dense_attention, difference_from_dense_model, golden_logits_error
+from ranks import run_ranks
+
+from megatron_ft.engine.packed_attention import attend_by_document
+
+ROWS = {"one document": [300], "hundreds": [1 + n % 3 for n in range(250)], "uneven": [1, 150, 2, 97, 50]}
+
+
+@pytest.mark.parametrize("groups", [1, 4], ids=["multi-query", "multi-head"])
+@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+def test_equals_the_dense_mask(row, groups, dtype, tolerance):
+    lengths = ROWS[row]
+    torch.manual_seed(0)
+    shapes = [(sum(lengths), 4, 16), (sum(lengths), groups, 16), (sum(lengths), groups, 16)]
+    values = [torch.randn(shape).to(dtype) for shape in shapes]
+    weight = torch.randn(sum(lengths), 64).to(dtype)
+    results = []
+    for attention in (attend_by_document, dense_attention):
+        inputs = [v.clone().requires_grad_() for v in values]
+        out = attention(*inputs, lengths)
+        (out * weight).mean().backward()
+        results.append([out, *(x.grad for x in inputs)])
+    for ours, dense in zip(*results, strict=True):
+        torch.testing.assert_close(ours, dense, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "flags"),
+    [
+        (1, "--micro-batch-size 1"),
+        (1, "--micro-batch-size 3 --recompute-granularity selective"),
+        (2, "--micro-batch-size 2 --tensor-model-parallel-size 2 --sequence-parallel --recompute-granularity full"),
+    ],
+)
+def test_model_equals_the_model_with_dense_masks(ranks, flags, golden):
+    for errors in run_ranks(difference_from_dense_model, ranks, flags, golden):
+        assert errors["fp32"] < 1e-5
+        assert errors["bf16"] < 1e-2
+
+
+@pytest.mark.parametrize(("ranks", "flags"), [(1, ""), (2, "--tensor-model-parallel-size 2 --sequence-parallel")])
+def test_logits_of_packed_rows_equal_the_branch(ranks, flags, golden):
+    for error in run_ranks(golden_logits_error, ranks, flags, golden):
+        assert error < 1e-5

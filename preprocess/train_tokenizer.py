@@ -1,0 +1,114 @@
+"""Train a byte-level BPE tokenizer of StarCoder's kind on JSONL rows: for demonstrations, and for languages StarCoder never saw.
+
+    python preprocess/train_tokenizer.py --input rows.jsonl --output tokenizer.json --vocab-size 2048
+
+Pre-tokenisation is StarCoder's (digits one by one, then byte level), and its 19 special tokens come first, in its order, so
+<|endoftext|> is 0. Special tokens spelled out in the rows are not trained on. To fine-tune a published model use that model's tokenizer.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path[0] = str(
+    Path(__file__).resolve().parents[1]
+)  # not this folder: its tokenize.py would hide the standard library's
+
+import argparse
+import re
+from collections.abc import Iterator, Sequence
+
+from megatron_ft.arguments import Help, Parser
+from megatron_ft.data.jsonl import BadRow, Source, open_sources, parse_row, read_blocks, shard_bytes
+from megatron_ft.errors import UserError, run_program
+from megatron_ft.output import OutputFile, writing
+from megatron_ft.progress import Progress
+
+# StarCoder's, in the order of their ids.
+SPECIAL_TOKENS = [
+    "<|endoftext|>", "<fim_prefix>", "<fim_middle>", "<fim_suffix>", "<fim_pad>", "<filename>", "<gh_stars>", "<issue_start>", "<issue_comment>",
+    "<issue_closed>", "<jupyter_start>", "<jupyter_text>", "<jupyter_code>", "<jupyter_output>", "<empty_output>", "<commit_before>",
+    "<commit_msg>", "<commit_after>", "<reponame>",
+]  # fmt: skip
+SMALLEST = 256 + len(SPECIAL_TOKENS)
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = Parser(description=__doc__, formatter_class=Help, allow_abbrev=False)
+    add = parser.add_argument
+    add(
+        "--input",
+        nargs="+",
+        required=True,
+        metavar="FILE",
+        help="JSONL files (.gz, .zst, directories, - for standard input)",
+    )
+    add("--output", required=True, metavar="FILE", help="tokenizer.json to write")
+    add("--vocab-size", type=int, default=49152, help="ids, the special tokens and the 256 bytes among them")
+    add(
+        "--keys",
+        nargs="+",
+        default=["inputs", "outputs"],
+        help="texts of a row to train on; 'outputs' may be 'targets'",
+    )
+    args = parser.parse_args(argv)
+    if args.vocab_size < SMALLEST:
+        raise UserError(
+            f"--vocab-size {args.vocab_size}: must be at least {SMALLEST}, the bytes and the special tokens"
+        )
+    return args
+
+
+def main() -> None:
+    args = parse_args()
+    sources = open_sources(args.input)
+    tokenizer = train(texts_of(sources, args.keys), args.vocab_size)
+    with OutputFile(args.output) as output, writing(args.output):
+        output.write(tokenizer.to_str().encode())
+        output.commit()
+    size = tokenizer.get_vocab_size()
+    fewer = f" (the rows hold no more than that; {args.vocab_size} were asked for)" if size < args.vocab_size else ""
+    print(f"tokenizer of {size} ids{fewer} -> {args.output}", file=sys.stderr)
+
+
+def texts_of(sources: list[Source], keys: list[str]) -> Iterator[str]:
+    """The texts of all rows between the special tokens they spell out; UserError where a row is bad or there is none."""
+    special = re.compile("|".join(map(re.escape, SPECIAL_TOKENS)))
+    names = [["outputs", "targets"] if key == "outputs" else [key] for key in keys]
+    rows = 0
+    with Progress("read rows", shard_bytes(sources), "B") as progress:
+        for block in read_blocks(sources):
+            for i, line in enumerate(block.lines):
+                try:
+                    texts = parse_row(line, names)
+                except BadRow as reason:
+                    where = f"{block.source.name}, line {block.line_number(i)}"
+                    raise UserError(f"{where}: {reason}; mend the row, or name other --keys") from reason
+                rows += 1
+                for text in texts:
+                    yield from filter(None, special.split(text))
+            progress.update(block.consumed)
+    if not rows:
+        raise UserError(f"{sources[0].name}: no row; expected one JSON object a line")
+
+
+def train(texts: Iterator[str], vocab_size: int):
+    """A tokenizers.Tokenizer trained on `texts`. The same texts give the same tokenizer."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=SPECIAL_TOKENS,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+if __name__ == "__main__":
+    run_program(main)

@@ -14,8 +14,13 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def training_command(flags: Sequence[str]) -> list[str]:
-    """Command line of one Megatron-Core rank. -P: a file called tokenize.py where it is started must not hide Python's own."""
-    return [sys.executable, "-P", "-m", "megatron_ft.finetune", *flags]
+    """Command line of one Megatron-Core rank, in the site's container where cluster.env names one.
+
+    -P: a file called tokenize.py where it is started must not hide Python's own.
+    """
+    container = shlex.split(os.environ.get("CONTAINER_COMMAND", ""))
+    python = (os.environ.get("CONTAINER_PYTHON") or "python") if container else sys.executable
+    return [*container, python, "-P", "-m", "megatron_ft.finetune", *flags]
 
 
 def shared_environment(ranks_on_node: int) -> dict[str, str]:

@@ -8,6 +8,7 @@ and the same command line goes on where it stopped.
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # not this folder: its f
 from launch import mtf
 from launch.command import as_shell, local_gpus, model_parallel_size, rank_environment, training_command
 from launch.local_ranks import local_environment, run_local_ranks
+from launch.preflight import needed_files
 from launch.slurm_job import Job, inside_batch_job
 from launch.slurm_ranks import ranks_command, ranks_environment
 from launch.supervise import supervise
@@ -39,6 +41,11 @@ def launch_parser() -> Parser:
         choices=["megatron-core", "mtf"],
         default="megatron-core",
         help="mtf drives the branch's checkout at MEGATRON_PATH",
+    )
+    add(
+        "--check",
+        action="store_true",
+        help="check flags, data and the mtf checkout, start nothing; what submission does",
     )
     add("--dry-run", action="store_true", help="print the exact command and environment, start nothing")
     return parser
@@ -87,6 +94,10 @@ def main() -> int:
         args = parse_args(flags, world_size=num_processes)
         command, stop_signal = training_command(flags), None
 
+    if launch.check:
+        for path in filter(lambda path: not os.path.exists(path), needed_files(args)):
+            raise UserError(f"{path} is not there; correct --data-prefix, the split files, --tokenizer-file or --load")
+        return EXIT_DONE
     if job:
         extra = {"MEGATRON_FT_STOP_SIGNAL": str(int(stop_signal))} if stop_signal else {}
         if launch.dry_run:

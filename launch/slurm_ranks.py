@@ -4,6 +4,7 @@ srun's own words go to stderr and rank 0's to stdout, each through this process,
 and the exit status be that of the rank that failed first, not that of the ranks SLURM ended because of it.
 """
 
+import math
 import os
 import re
 import signal
@@ -102,9 +103,15 @@ def run_ranks(command: Sequence[str], environment: Mapping[str, str], signals: S
     ]
     for thread in threads:
         thread.start()
-    sent = -REPEAT_SECONDS
+    sent = -math.inf
     while srun.poll() is None:
         if signals.save and not signals.end and time.monotonic() - sent > REPEAT_SECONDS:
+            if sent < 0:
+                name = signal.Signals(signals.save).name
+                print(
+                    f"=== {time.strftime('%Y-%m-%d %H:%M:%S')} warned by {name}: every rank saves after this step",
+                    flush=True,
+                )
             sent = time.monotonic()
             srun.send_signal(signals.save)
         if heard.first_failure and time.monotonic() - heard.first_failure > STRAGGLER_SECONDS:

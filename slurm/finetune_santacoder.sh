@@ -1,0 +1,23 @@
+#!/bin/bash
+#SBATCH --job-name=finetune_santacoder
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=8
+#SBATCH --gpus-per-node=8
+#SBATCH --exclusive
+#SBATCH --time=12:00:00
+#SBATCH --signal=B:USR2@300
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%j.log
+# SantaCoder, 1.1 B: one node, data parallel 8.
+#   DATA_PREFIX=data/commits TOKENIZER_FILE=tokenizer.json LOAD=checkpoints/base bash slurm/finetune_santacoder.sh [flags]
+# or sbatch [options] slurm/finetune_santacoder.sh [flags]. Flags of the training program and sbatch's options override what stands here.
+script=$(realpath -- "$0")
+if [ -n "${SLURM_JOB_ID:-}" ]; then script=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=//p'); fi # SLURM runs a copy
+# shellcheck source=launch/job.sh
+source "${MEGATRON_FT:-${script%%/slurm/finetune_santacoder.sh*}}/launch/job.sh"
+
+SAVE=${SAVE:-$SCRATCH/runs/santacoder}
+finetune --preset santacoder --bf16 \
+  --micro-batch-size 1 --global-batch-size 128 --train-iters 10000 --lr 5e-5 --min-lr 5e-6 --lr-decay-style cosine --lr-warmup-iters 100 \
+  --save-interval 250 --eval-interval 250 --log-interval 10 "$@"

@@ -1,0 +1,200 @@
+"""Tiny training runs for the tests of checkpoints: their data, their flags, ranks that can be killed, and the bytes they end with."""
+
+import hashlib
+import json
+import os
+import random
+import signal
+import time
+from multiprocessing.connection import wait
+from pathlib import Path
+
+import torch
+from ranks import _context, _rank_main, free_port
+from token_files import write_documents
+
+FLAGS = (
+    "--preset tiny --num-layers 2 --hidden-size 32 --num-attention-heads 4 --max-position-embeddings 64 --from-scratch "
+    "--make-vocab-size-divisible-by 16 --seq-length 32 --global-batch-size 4 --lr 1e-3 --save-interval 2 --log-interval 1000 "
+    "--eval-interval 0 --num-workers 1 --distributed-timeout-minutes 1 --watchdog-mins 2"
+)
+DROPOUT = "--hidden-dropout 0.1 --attention-dropout 0.1"
+LAYOUTS = {  # name: (ranks, flags)
+    "1": (1, ""),
+    "DP2": (2, ""),
+    "TP2": (2, "--tensor-model-parallel-size 2"),
+    "PP2": (2, "--pipeline-model-parallel-size 2"),
+    "TP2 DP2": (4, "--tensor-model-parallel-size 2 --sequence-parallel"),
+    "TP2 PP2": (4, "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2"),
+}
+
+
+def write_inputs(folder: Path) -> str:
+    """Two small data sets, a file that blends them, and a byte-level tokenizer; the flags that name these."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    alphabet = ["<|endoftext|>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokenizer = Tokenizer(models.BPE(vocab={text: i for i, text in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.add_special_tokens(["<|endoftext|>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    draw = random.Random(7)
+    for name in ("first", "second"):
+        documents = [
+            (
+                [draw.randrange(1, 257) for _ in range(draw.randrange(1, 12))],
+                [draw.randrange(1, 257) for _ in range(9)] + [0],
+            )
+            for _ in range(60)
+        ]
+        write_documents(folder / name, documents)
+    (folder / "train.txt").write_text(f"train: 0.7 0:0.8 {folder / 'first'}, 0.3 0:0.8 {folder / 'second'}\n")
+    (folder / "valid.txt").write_text(f"valid: 1.0 0.8:1 {folder / 'first'}\n")
+    return (
+        f"--train-weighted-split-paths-path {folder / 'train.txt'} --valid-weighted-split-paths-path {folder / 'valid.txt'} "
+        f"--tokenizer-file {folder / 'tokenizer.json'}"
+    )
+
+
+def train(words: list[str]) -> tuple[int | str, list[str]]:
+    """The training program on this rank: its exit status, or the line of its error; and how it said it started."""
+    from megatron_ft.checkpoint.state import Checkpointer
+    from megatron_ft.errors import UserError
+    from megatron_ft.finetune import main
+
+    reasons: list[str] = []
+    began = Checkpointer.start
+
+    def start(self, state):
+        found = began(self, state)
+        reasons.extend(found.reasons)
+        return found
+
+    Checkpointer.start = start
+    try:
+        return main(words), reasons
+    except UserError as error:
+        return f"error: {error}", reasons
+
+
+def state_and_checkpointer(words: list[str]):
+    """What finetune.py builds before it trains, without data: (arguments, TrainState, Checkpointer), not yet started."""
+    from megatron_ft.arguments import parse_args
+    from megatron_ft.checkpoint.state import Checkpointer, TrainState
+    from megatron_ft.engine import parallel
+    from megatron_ft.engine.device import set_up_device
+    from megatron_ft.engine.model import build_model, wrap_for_data_parallel
+    from megatron_ft.engine.optimizer import build_optimizer
+    from megatron_ft.engine.schedule import build_scheduler, plan_length
+
+    args = parse_args(words, int(os.environ["WORLD_SIZE"]))
+    set_up_device(args)
+    parallel.initialize(args)
+    shape = args.shape.with_vocab(257)
+    model = wrap_for_data_parallel(args, build_model(args, shape, 272))
+    optimizer = build_optimizer(args, model)
+    state = TrainState(model, optimizer, build_scheduler(args, optimizer, plan_length(args, 100)))
+    return args, state, Checkpointer(args, shape)
+
+
+class Ranks:
+    """Ranks of a run that the test may signal: `with Ranks(function, 2, words) as ranks: ranks.kill(); ranks.results()`."""
+
+    def __init__(self, function, world_size: int, *args) -> None:
+        port = free_port()
+        self.processes, self.connections = [], []
+        for rank in range(world_size):
+            ours, theirs = _context.Pipe(duplex=False)
+            process = _context.Process(target=_rank_main, args=(theirs, function, rank, world_size, port, {}, args))
+            process.start()
+            theirs.close()
+            self.processes.append(process)
+            self.connections.append(ours)
+
+    def __enter__(self) -> "Ranks":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.signal(signal.SIGKILL)
+        for process in self.processes:
+            process.join()
+
+    def signal(self, number: int) -> None:
+        """Send a signal to every rank that still runs."""
+        for process in self.processes:
+            if process.is_alive():
+                os.kill(process.pid, number)
+
+    @property
+    def running(self) -> bool:
+        """Whether a rank still runs."""
+        return any(process.is_alive() for process in self.processes)
+
+    def results(self, timeout: float = 120) -> list:
+        """What every rank returned, None for one that was killed. Raises what a rank raised."""
+        found = []
+        for connection in self.connections:
+            assert wait([connection], timeout), "a rank neither ended nor died"
+            try:
+                ok, value = connection.recv()
+            except EOFError:
+                ok, value = True, None
+            assert ok, value
+            found.append(value)
+        for process in self.processes:
+            process.join(10)
+        return found
+
+
+def iterations_done(save: Path) -> int:
+    """Last iteration in a run's metrics file."""
+    try:
+        lines = (save / "metrics.jsonl").read_text().splitlines()
+        return json.loads(lines[-1])["iteration"] if lines else 0
+    except (FileNotFoundError, ValueError):
+        return 0
+
+
+def wait_for_iteration(ranks: Ranks, save: Path, iteration: int, timeout: float = 60) -> None:
+    """Return when the run has finished that iteration, or has ended."""
+    until = time.monotonic() + timeout
+    while ranks.running and iterations_done(save) < iteration:
+        assert time.monotonic() < until, f"iteration {iteration} was not reached"
+        time.sleep(0.01)
+
+
+def tensor_bytes(directory: Path) -> dict[str, str]:
+    """Digest of every tensor of a checkpoint (weights and optimizer), whatever layout wrote it; random states are left out."""
+    from megatron_ft.checkpoint.torch_dist_weights import TorchDistFiles
+
+    files, found = TorchDistFiles(directory), {}
+    for key in sorted(files.tensors):
+        if key.startswith("rng."):
+            continue
+        whole = torch.zeros(files.shape(key), dtype=files.tensors[key].properties.dtype)
+        for chunk in files.chunks_of(key):
+            whole[tuple(slice(o, o + s) for o, s in zip(chunk.offsets, chunk.sizes, strict=True))] = files.chunk(chunk)
+        found[key] = hashlib.sha256(whole.view(torch.uint8).numpy().tobytes()).hexdigest()
+    return found
+
+
+def steps(save: Path) -> list[dict]:
+    """The metrics of every step, without those that measure time."""
+    timing = {
+        "step_seconds",
+        "tokens_per_second",
+        "tflops_per_gpu",
+        "mfu",
+        "memory_bytes",
+        "time",
+        "part",
+    }  # part: number of the start
+    lines = [json.loads(line) for line in (save / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in timing} for line in lines]
+
+
+def the_end(save: Path) -> tuple:
+    """Everything a finished run leaves that a number depends on: weights, optimizer, counters and metrics."""
+    newest = max(save.glob("iter_*"))
+    state = json.loads((newest / "manifest.json").read_text())["state"]
+    return newest.name, tensor_bytes(newest), state, steps(save)

@@ -1,0 +1,204 @@
+"""Checkpoints of real runs: exact resume, any layout to any other, damage named and skipped, what may change on a resume."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+from checkpoint_runs import DROPOUT, FLAGS, LAYOUTS, steps, the_end, train, write_inputs
+from ranks import run_ranks
+
+NO_DROPOUT = "--hidden-dropout 0 --attention-dropout 0"
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> str:
+    return write_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+def run(layout: str, inputs: str, save: Path, *more: str) -> list:
+    """One start of the training program on the ranks of a layout; (status or error line, reasons) of each rank."""
+    ranks, flags = LAYOUTS[layout]
+    words = f"{FLAGS} {flags} {inputs} --save {save} {' '.join(more)}".split()
+    return run_ranks(train, ranks, words)
+
+
+def statuses(results: list) -> set:
+    return {status for status, _ in results}
+
+
+def said(results: list) -> str:
+    return "\n".join(results[0][1])
+
+
+@pytest.fixture(scope="module")
+def source(inputs, tmp_path_factory) -> Path:
+    """A run of TP2 DP2 that stopped after 3 of 6 steps."""
+    save = tmp_path_factory.mktemp("source") / "save"
+    assert statuses(run("TP2 DP2", inputs, save, NO_DROPOUT, "--train-iters 6 --exit-interval 3")) == {75}
+    return save
+
+
+@pytest.fixture(scope="module")
+def unbroken(source, inputs, tmp_path_factory) -> list[float]:
+    """Losses of the same run when nothing stops it."""
+    save = tmp_path_factory.mktemp("unbroken") / "save"
+    assert statuses(run("TP2 DP2", inputs, save, NO_DROPOUT, "--train-iters 6")) == {0}
+    return [step["loss"] for step in steps(save)]
+
+
+@pytest.mark.parametrize(
+    "layout, more",
+    [
+        ("1", ""),
+        ("PP2", "--no-use-distributed-optimizer"),
+        ("DP2", "--overlap-grad-reduce --overlap-param-gather"),
+        ("TP2 PP2", ""),
+    ],
+)
+def test_any_layout_continues_any_other(source, unbroken, inputs, tmp_path, layout, more):
+    save = tmp_path / "save"
+    shutil.copytree(source, save)
+    results = run(layout, inputs, save, NO_DROPOUT, "--train-iters 6", more)
+    assert statuses(results) == {0}
+    assert "weights and optimizer are resharded" in said(results)
+    continued = [step["loss"] for step in steps(save)]
+    assert len(continued) == 6
+    assert max(abs(a - b) for a, b in zip(continued, unbroken, strict=True)) < 1e-5
+    assert math.isfinite(continued[-1]) and continued[-1] < continued[0]
+
+
+def test_interrupted_run_ends_with_the_bytes_of_the_unbroken_one(inputs, tmp_path):
+    flags = [DROPOUT, "--bf16 --train-iters 6 --eval-interval 3 --eval-iters 1 --async-save"]
+    assert statuses(run("DP2", inputs, tmp_path / "unbroken", *flags)) == {0}
+    for stop in ("--exit-interval 1", "--exit-interval 3", ""):
+        results = run("DP2", inputs, tmp_path / "broken", *flags, stop)
+    assert statuses(results) == {0}
+    assert the_end(tmp_path / "broken") == the_end(tmp_path / "unbroken")
+
+
+@pytest.fixture(scope="module")
+def three(inputs, tmp_path_factory) -> Path:
+    """A one-rank run with checkpoints at 2, 4 and 6, the best at 3, of 8 steps."""
+    save = tmp_path_factory.mktemp("three") / "save"
+    flags = "--keep-last 0 --train-iters 8 --exit-interval 6"
+    assert statuses(run("1", inputs, save, NO_DROPOUT, flags)) == {75}
+    assert sorted(p.name for p in save.glob("iter_*")) == ["iter_0000002", "iter_0000004", "iter_0000006"]
+    return save
+
+
+def test_damaged_checkpoints_are_named_skipped_and_put_aside(three, inputs, tmp_path):
+    save = tmp_path / "save"
+    shutil.copytree(three, save)
+    shard = save / "iter_0000006/__0_0.distcp"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    flipped = bytearray((save / "iter_0000004/.metadata").read_bytes())
+    flipped[len(flipped) // 2] ^= 1
+    (save / "iter_0000004/.metadata").write_bytes(flipped)
+    results = run("1", inputs, save, NO_DROPOUT, "--train-iters 8 --exit-interval 3")
+    assert statuses(results) == {75}
+    assert "iter_0000006: " in said(results) and "__0_0.distcp has" in said(results)
+    assert ".metadata does not have the checksum" in said(results)
+    assert "iter_0000002 (iteration 2" in said(results)
+    assert (save / "damaged-iter_0000006").is_dir() and (save / "damaged-iter_0000004").is_dir()
+    assert [step["iteration"] for step in steps(save)] == [1, 2, 3]
+
+
+def test_never_a_fresh_start_over_damaged_checkpoints(three, inputs, tmp_path):
+    save = tmp_path / "save"
+    shutil.copytree(three, save)
+    (save / "iter_0000006/manifest.json").unlink()
+    (save / "iter_0000004/__0_0.distcp").unlink()
+    manifest = save / "iter_0000002/manifest.json"
+    manifest.write_text(manifest.read_text().replace('"consumed_samples": 8', '"consumed_samples": 9'))
+    before = sorted(p.name for p in save.iterdir())
+    (status,) = statuses(run("1", inputs, save, NO_DROPOUT, "--train-iters 8"))
+    assert "none of its 3 checkpoints is whole" in status
+    assert (
+        "manifest.json is missing" in status and "__0_0.distcp is missing" in status and "checksum it names" in status
+    )
+    assert set(before) <= {p.name for p in save.iterdir()}  # nothing was renamed or removed
+
+
+def test_what_may_change_on_a_resume_and_what_may_not(three, inputs, tmp_path):
+    save = tmp_path / "save"
+    shutil.copytree(three, save)
+    first = inputs.split()[1]
+    other = tmp_path / "other.txt"
+    other.write_text(Path(first).read_text().replace("0.7", "0.6"))
+    refused = run(
+        "1", inputs.replace(first, str(other)), save, NO_DROPOUT, "--train-iters 8 --seed 7 --global-batch-size 2"
+    )
+    (line,) = statuses(refused)
+    for expected in (
+        "--seed was 1234, is 7",
+        "--global-batch-size was 4, is 2",
+        "--train-weighted-split-paths-path was",
+        "--override-checkpoint-args",
+    ):
+        assert expected in line
+    (line,) = statuses(run("1", inputs, save, NO_DROPOUT, "--train-iters 8 --ffn-hidden-size 64"))
+    assert "ffn-hidden-size was 128, is 64" in line
+    moved = tmp_path / "moved.txt"  # the same file elsewhere is no change
+    moved.write_text(Path(first).read_text())
+    allowed = run(
+        "1", inputs.replace(first, str(moved)), save, NO_DROPOUT, "--train-iters 9 --lr 2e-3 --exit-interval 7"
+    )
+    assert statuses(allowed) == {75}
+    assert "--lr was 0.001, is 0.002" in said(allowed) and "--train-iters was 8, is 9" in said(allowed)
+    overridden = run("1", inputs, save, NO_DROPOUT, "--train-iters 8 --seed 7 --override-checkpoint-args")
+    assert statuses(overridden) == {0}
+    assert "--seed was 1234, is 7 (--override-checkpoint-args)" in said(overridden)
+
+
+def test_directories_that_cannot_be_resumed_are_explained(three, inputs, tmp_path):
+    def start(save: Path, *more: str) -> tuple[str, str]:
+        (found,) = run("1", inputs, save, NO_DROPOUT, "--train-iters 7", *more)
+        return str(found[0]), "\n".join(found[1])
+
+    def copy(name: str) -> Path:
+        shutil.copytree(three, tmp_path / name)
+        return tmp_path / name
+
+    tracker = "latest_checkpointed_iteration.txt"
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    (empty / tracker).write_text("250")
+    assert "names iteration 250, but" in start(empty)[0]
+    foreign = tmp_path / "foreign"
+    (foreign / "iter_0000007/mp_rank_00").mkdir(parents=True)
+    assert "holds checkpoints of another program" in start(foreign)[0]
+    newer = copy("newer")
+    for path in newer.glob("iter_*/manifest.json"):
+        from megatron_ft.checkpoint import manifest as manifests
+
+        content = json.loads(path.read_text()) | {"format": 99}
+        content.pop("checksum")
+        path.write_text(json.dumps(content | {"checksum": manifests._checksum(content)}))
+    assert "install the newer package" in start(newer)[0]
+    file = tmp_path / "file"
+    file.write_text("")
+    assert "File exists" in start(file)[0] or "Not a directory" in start(file)[0]
+    (line, _) = start(tmp_path / "none", "--load", str(tmp_path / "nowhere"))
+    assert line.startswith("error: ") and "nowhere" in line
+    lost = copy("lost")
+    (lost / tracker).write_text("8")
+    status, reasons = start(lost)
+    assert status == "0" and "names iteration 8, which is not there" in reasons
+    untracked = copy("untracked")
+    (untracked / tracker).unlink()
+    status, reasons = start(untracked)
+    assert status == "0" and "is missing; found by looking: iteration 6" in reasons
+    assert (untracked / tracker).read_text() == "7"
+
+
+def test_keeps_the_last_the_best_and_every_nth(inputs, tmp_path):
+    save = tmp_path / "save"
+    flags = "--train-iters 9 --save-interval 1 --keep-last 2 --keep-every 4 --eval-interval 3 --eval-iters 1 --lr 1e-30 --lr-decay-style constant"
+    assert statuses(run("1", inputs, save, NO_DROPOUT, flags)) == {0}
+    best = int((save / "best_checkpointed_iteration.txt").read_text())
+    assert best in (3, 6, 9)
+    kept = {int(path.name.removeprefix("iter_")) for path in save.glob("iter_*")}
+    assert kept == {4, 8, 9} | {best}
+    assert (save / "tokenizer.json").is_file()

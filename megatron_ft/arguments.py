@@ -329,7 +329,7 @@ def parse_args(argv: Sequence[str], world_size: int = 1) -> argparse.Namespace:
     `args.notices` (lines for the log) are added. Raises UserError."""
     parser = build_parser()
     known = {option for action in parser._actions for option in action.option_strings}
-    words, notices = _normalise(argv, known)
+    words, notices = normalise(argv, known)
     args = parser.parse_args(words)
     args.notices = notices
     args.world_size = world_size
@@ -338,7 +338,7 @@ def parse_args(argv: Sequence[str], world_size: int = 1) -> argparse.Namespace:
     return args
 
 
-def _normalise(argv: Sequence[str], known: set[str]) -> tuple[list[str], list[str]]:
+def normalise(argv: Sequence[str], known: set[str]) -> tuple[list[str], list[str]]:
     """Underscores to hyphens, accepted flags taken out, refused and unknown ones named."""
     words, notices, skip = [], [], 0
     for word in argv:

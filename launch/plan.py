@@ -1,0 +1,299 @@
+"""Will it fit, and how long will it take? Memory a GPU, steps and hours of a training run, before a job is queued. Needs no GPU.
+
+    python launch/plan.py --preset starcoderbase --nodes 8 --gpus-per-node 8 --gpu h100-80gb --data-prefix data/commits
+
+Training flags are the training program's own, so a plan is made by putting these in front of a command line that exists. With
+--tensor-model-parallel-size or --pipeline-model-parallel-size it judges that layout (exit status 1 when it does not fit); without
+them it proposes the best three. Bytes are exact for weights, gradients and optimizer, and within some per cent for activations;
+hours follow from --mfu, which is an assumption: measure a few steps and put in what the log says.
+"""
+
+import argparse
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # not this folder: its files would hide others' of the same name
+
+from megatron_ft import memory
+from megatron_ft.arguments import Help, Parser, build_parser, fill_in, normalise
+from megatron_ft.errors import EXIT_DONE, UserError, run_program
+from megatron_ft.memory import GIB, GPUS, Layout, Memory
+from megatron_ft.models import ModelShape, padded_vocab_size
+
+DOES_NOT_FIT = 1
+# How the assumed MFU, which is that of one GPU alone with nothing recomputed, shrinks in a layout.
+TENSOR_PARALLEL_LOSS = 0.06  # a doubling of TP inside a node: collectives in every layer, smaller products
+PIPELINE_LOSS = 0.02  # the first and last stage carry embedding and logits besides
+ASSUMED_FILL = 0.98  # of rows, when only the number of tokens is known
+
+
+def plan_parser() -> Parser:
+    """The flags that are the planner's own."""
+    parser = Parser(
+        prog="launch/plan.py",
+        description=__doc__,
+        formatter_class=Help,
+        allow_abbrev=False,
+        epilog="training flags that matter here: --preset or --load or the model's numbers, --seq-length, "
+        "--micro-batch-size, --global-batch-size, --tensor-model-parallel-size, --pipeline-model-parallel-size, "
+        "--sequence-parallel, --recompute-granularity, --[no-]use-distributed-optimizer, --optimizer-cpu-offload, "
+        "--lora-rank, --data-prefix or --train-weighted-split-paths-path, --train-epochs and the other lengths",
+    )
+    add = parser.add_argument
+    add("--nodes", type=int, default=1, help="nodes of the job")
+    add("--gpus-per-node", type=int, default=8, help="GPUs a node")
+    add("--gpu", required=True, choices=sorted(GPUS), help="kind of GPU")
+    add("--precision", choices=["bf16", "fp16", "fp32"], default="bf16", help="--bf16 and --fp16 say it too")
+    add("--mfu", type=float, default=0.45, help="assumed model FLOP/s utilisation of one GPU, nothing recomputed")
+    add("--dataset-tokens", type=float, help="tokens of the training data, like 2.5e8, when there are no files yet")
+    add("--document-tokens", type=float, default=500, help="typical document, for attention's share of the work")
+    return parser
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A layout with what it needs and how fast it is expected to be."""
+
+    layout: Layout
+    memory: Memory
+    step_seconds: float
+    mfu: float  # expected, with the layout's losses
+
+    def flags(self) -> str:
+        """Training flags that ask for it."""
+        layout = self.layout
+        words = [f"--{self.layout.precision}"] if layout.precision != "fp32" else []
+        words += [f"--tensor-model-parallel-size {layout.tensor_parallel}"] if layout.tensor_parallel > 1 else []
+        words += [f"--pipeline-model-parallel-size {layout.pipeline_parallel}"] if layout.pipeline_parallel > 1 else []
+        words += ["--sequence-parallel"] if layout.sequence_parallel else []
+        words += [f"--recompute-granularity {layout.recompute}"] if layout.recompute else []
+        rows = layout.micro_batch * layout.num_microbatches * layout.data_parallel
+        return " ".join([*words, f"--micro-batch-size {layout.micro_batch}", f"--global-batch-size {rows}"])
+
+
+def main() -> int:
+    """Parse, plan, print; 1 when a given layout, or every layout, does not fit."""
+    cluster, args = parse(sys.argv[1:])
+    shape = model_shape(args)
+    gpu, world_size = GPUS[cluster.gpu], cluster.nodes * cluster.gpus_per_node
+    batch = args.global_batch_size or max(128, world_size)
+    given = bool(args.tensor_model_parallel_size or args.pipeline_model_parallel_size)
+    fitting, others = judge_all(shape, args, cluster, batch, as_given=given)
+    rows, source = rows_an_epoch(cluster, args)
+    print(
+        f"{args.preset or 'model'}: {shape.num_parameters():,} parameters; rows of {args.seq_length:,} tokens, {batch} a step"
+    )
+    print(
+        f"{world_size} x {gpu.name}, {gpu.memory / GIB:.1f} GiB each, {cluster.nodes} node{'s' * (cluster.nodes > 1)}"
+    )
+    if rows:
+        print(f"an epoch: {rows:,} rows ({source}), {math.ceil(rows / batch):,} steps")
+
+    if given:
+        print(f"\nthis layout {'fits' if fitting else 'DOES NOT FIT'}:")
+        describe((fitting or others)[0], gpu, args, rows, batch)
+        if fitting:
+            return EXIT_DONE
+        fitting, _ = judge_all(shape, args, cluster, batch, as_given=False)
+    if not fitting:
+        ways = ["more nodes", "a shorter --seq-length"]
+        ways += [] if args.optimizer_cpu_offload else ["--optimizer-cpu-offload"]
+        ways += [] if args.lora_rank else ["--lora-rank 16"]
+        print(f"\nno layout fits {world_size} x {gpu.name}; ways out: {', '.join(ways)}")
+        return DOES_NOT_FIT
+    for number, proposal in enumerate(best(fitting, 3), 1):
+        print(f"\nproposal {number}:")
+        describe(proposal, gpu, args, rows, batch)
+    return DOES_NOT_FIT if given else EXIT_DONE
+
+
+def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, argparse.Namespace]:
+    """The planner's flags, and the training program's with None for the layout that was not given."""
+    own, training = plan_parser(), build_parser()
+    undecided = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "micro_batch_size", "global_batch_size")
+    training.set_defaults(**dict.fromkeys(undecided))
+    known = {option for parser in (own, training) for action in parser._actions for option in action.option_strings}
+    words, _ = normalise(argv, known)
+    cluster, rest = own.parse_known_args(words)
+    args = training.parse_args(rest)
+    for name in ("nodes", "gpus_per_node", "mfu"):
+        if getattr(cluster, name) <= 0:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(cluster, name)}: must be above 0")
+    if cluster.mfu >= 1:
+        raise UserError(f"--mfu {cluster.mfu:g} is a share of the peak, below 1; 45 % is 0.45")
+    for name in undecided:
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
+    args.bf16 = args.bf16 or (cluster.precision == "bf16" and not args.fp16)
+    args.fp16 = args.fp16 or (cluster.precision == "fp16" and not args.bf16)
+    return cluster, args
+
+
+def model_shape(args: argparse.Namespace) -> ModelShape:
+    """The model that flags or the checkpoint to start from describe; settles --seq-length. Raises UserError."""
+    resolved = argparse.Namespace(**vars(args))
+    for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "micro_batch_size"):
+        setattr(resolved, name, getattr(args, name) or 1)
+    resolved.world_size = 1
+    fill_in(resolved)
+    shape = resolved.shape
+    if shape is None and resolved.load:
+        from megatron_ft.checkpoint.weights import open_weights
+
+        shape = open_weights(resolved.load, resolved.load_iteration).shape
+    if shape is None:
+        raise UserError("no model: give --preset, --load DIR, or --num-layers, --hidden-size and --num-attention-heads")
+    args.seq_length = args.seq_length or shape.max_position_embeddings
+    args.recompute_method, args.recompute_num_layers = resolved.recompute_method, resolved.recompute_num_layers
+    args.recompute_granularity = resolved.recompute_granularity
+    return shape
+
+
+def rows_an_epoch(cluster: argparse.Namespace, args: argparse.Namespace) -> tuple[int | None, str]:
+    """Packed rows of one pass over the data, and where the number comes from; None when nothing is said of data."""
+    if args.data_prefix or args.train_weighted_split_paths or args.train_weighted_split_paths_path:
+        from megatron_ft.data.packed_dataset import rows_per_epoch
+
+        return rows_per_epoch(args), "packed"
+    if cluster.dataset_tokens:
+        return math.ceil(cluster.dataset_tokens / ASSUMED_FILL / (args.seq_length + 1)), "estimated"
+    return None, ""
+
+
+def layouts(
+    shape: ModelShape, args: argparse.Namespace, cluster: argparse.Namespace, batch: int, *, as_given: bool
+) -> list[Layout]:
+    """Layouts to judge: the given one (with every choice left open tried), or all that divide model, cluster and batch.
+
+    Tensor parallelism stays inside a node, and sequence parallelism goes with it. Raises UserError when the given sizes divide nothing.
+    """
+    world_size = cluster.nodes * cluster.gpus_per_node
+    given_tp, given_pp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
+    tps = [given_tp or 1] if as_given else [n for n in (1, 2, 4, 8, 16) if cluster.gpus_per_node % n == 0]
+    pps = [given_pp or 1] if as_given else [n for n in range(1, shape.num_layers + 1) if shape.num_layers % n == 0]
+    recomputes = [args.recompute_granularity] if args.recompute_granularity or as_given else [None, "full"]
+    found, refusal = [], None
+    for tp in tps:
+        for pp in pps:
+            try:
+                shape.check_layout(tp, pp)
+                if world_size % (tp * pp):
+                    raise UserError(
+                        f"{world_size} GPUs are not a multiple of TP {tp} x PP {pp}; choose sizes that divide them"
+                    )
+                dp = world_size // (tp * pp)
+                micros = [args.micro_batch_size] if args.micro_batch_size else [1] if as_given else [1, 2, 4]
+                micros = [m for m in micros if batch % (m * dp) == 0]
+                if not micros:
+                    raise UserError(
+                        f"--global-batch-size {batch} is not a multiple of the micro batch x {dp} data-parallel ranks"
+                    )
+            except UserError as error:
+                refusal = error
+                continue
+            found += [
+                Layout(
+                    tensor_parallel=tp,
+                    pipeline_parallel=pp,
+                    data_parallel=dp,
+                    sequence_parallel=tp > 1 and (args.sequence_parallel or not as_given),
+                    distributed_optimizer=args.use_distributed_optimizer,
+                    precision="bf16" if args.bf16 else "fp16" if args.fp16 else "fp32",
+                    fp32_gradients=args.accumulate_allreduce_grads_in_fp32,
+                    optimizer=args.optimizer,
+                    optimizer_cpu_offload=args.optimizer_cpu_offload,
+                    micro_batch=micro,
+                    num_microbatches=batch // (micro * dp),
+                    recompute=recompute,
+                    recompute_method=args.recompute_method or "uniform",
+                    recompute_num_layers=args.recompute_num_layers or 1,
+                    lora_rank=args.lora_rank,
+                    lora_targets=tuple(args.lora_targets.split(",")) if args.lora_rank else (),
+                )
+                for micro in micros
+                for recompute in recomputes
+            ]
+    if not found:
+        raise refusal
+    return found
+
+
+def judge_all(
+    shape: ModelShape, args: argparse.Namespace, cluster: argparse.Namespace, batch: int, *, as_given: bool
+) -> tuple[list[Proposal], list[Proposal]]:
+    """Proposals that fit, fastest first, and those that do not, smallest first."""
+    judged = [
+        judge(shape, args, cluster, layout, batch) for layout in layouts(shape, args, cluster, batch, as_given=as_given)
+    ]
+    fitting = [p for p in judged if p.memory.fits(GPUS[cluster.gpu])]
+    others = [p for p in judged if not p.memory.fits(GPUS[cluster.gpu])]
+    by_speed = sorted(fitting, key=lambda p: (p.step_seconds, p.memory.total))
+    return by_speed, sorted(others, key=lambda p: p.memory.total)
+
+
+def judge(
+    shape: ModelShape, args: argparse.Namespace, cluster: argparse.Namespace, layout: Layout, batch: int
+) -> Proposal:
+    """Memory and expected speed of a layout."""
+    padded = padded_vocab_size(shape.vocab_size, args.make_vocab_size_divisible_by, layout.tensor_parallel)
+    need = memory.estimate(shape, padded, layout, args.seq_length)
+    mfu = cluster.mfu * (1 - TENSOR_PARALLEL_LOSS) ** math.log2(layout.tensor_parallel)
+    pp, micros = layout.pipeline_parallel, layout.num_microbatches
+    mfu *= micros / (micros + pp - 1) * (1 - PIPELINE_LOSS if pp > 1 else 1)  # the pipeline's bubble
+    lora = bool(layout.lora_rank)
+    if layout.recompute == "full":  # one more forward pass: 8 for 6, or 6 for 4 with frozen weights
+        mfu *= 4 / 6 if lora else 6 / 8
+    attended = min(cluster.document_tokens, args.seq_length)
+    flops = batch * args.seq_length * memory.flops_per_token(shape, attended, lora=lora)
+    peak = GPUS[cluster.gpu].peak_flops(layout.precision) * cluster.nodes * cluster.gpus_per_node
+    return Proposal(layout, need, flops / (peak * mfu), mfu)
+
+
+def best(fitting: list[Proposal], count: int) -> list[Proposal]:
+    """The fastest of each TP, PP and recompute, so that proposals differ in kind and not in the micro batch alone."""
+    chosen: dict[Layout, Proposal] = {}
+    for proposal in fitting:
+        kind = replace(proposal.layout, micro_batch=1, num_microbatches=1)
+        chosen.setdefault(kind, proposal)
+    return list(chosen.values())[:count]
+
+
+def describe(proposal: Proposal, gpu: memory.Gpu, args: argparse.Namespace, rows: int | None, batch: int) -> None:
+    """Print a proposal."""
+    need, layout, step = proposal.memory, proposal.layout, proposal.step_seconds
+    parts = " + ".join(
+        f"{name} {getattr(need, name) / GIB:.1f}" for name in ("weights", "gradients", "optimizer", "activations")
+    )
+    room = "fits" if need.fits(gpu) else "does not fit"
+    tokens = batch * args.seq_length
+    print(f"  layout   {layout}, micro batch {layout.micro_batch} x {layout.num_microbatches}")
+    print(f"  flags    {proposal.flags()}")
+    print(f"  memory   {parts} = {need.total / GIB:.1f} GiB of {gpu.memory / GIB:.1f}: {room}")
+    print(f"  speed    {tokens / step:,.0f} tokens/s, {step:.2f} s a step at {100 * proposal.mfu:.0f} % MFU")
+    if rows:
+        print(f"  epoch    {math.ceil(rows / batch):,} steps, {rows / batch * step / 3600:.1f} h")
+    if steps := steps_of_run(args, rows, batch):
+        print(
+            f"  run      {steps:,} steps, {steps * step / 3600:.1f} h, {steps * step / 3600 * layout_gpus(layout):,.0f} GPU hours"
+        )
+
+
+def layout_gpus(layout: Layout) -> int:
+    """GPUs of a layout."""
+    return layout.tensor_parallel * layout.pipeline_parallel * layout.data_parallel
+
+
+def steps_of_run(args: argparse.Namespace, rows: int | None, batch: int) -> int | None:
+    """Steps of the whole run, by whichever length was given."""
+    if args.train_iters:
+        return args.train_iters
+    samples = args.train_samples or (args.train_tokens and args.train_tokens / args.seq_length)
+    samples = samples or (args.train_epochs and rows and args.train_epochs * rows)
+    return math.ceil(samples / batch) if samples else None
+
+
+if __name__ == "__main__":
+    run_program(main)

@@ -1,0 +1,101 @@
+"""launch/plan.py: what it proposes fits and divides, what it refuses is named, and its steps are the training program's."""
+
+import re
+
+import numpy as np
+import pytest
+from conftest import one_error_line, run_program
+
+from megatron_ft import memory
+from megatron_ft.data.indexed import IndexedWriter, commit, field_paths
+from megatron_ft.models import PRESETS
+
+
+def plan(*words, ok=True):
+    return run_program("launch/plan.py", *words, ok=ok)
+
+
+def proposals(text):
+    """[(flags, GiB, fits, step seconds)] of an answer."""
+    return [
+        (flags, float(gib), fits == "fits", float(step))
+        for flags, gib, fits, step in re.findall(
+            r"flags +(.+)\n  memory .+ = ([\d.]+) GiB of [\d.]+: (fits|does not fit)\n  speed .+tokens/s, ([\d.]+) s a step",
+            text,
+        )
+    ]
+
+
+def test_three_proposals_fit_are_sorted_and_differ():
+    text = plan(
+        *"--preset starcoderbase --nodes 8 --gpus-per-node 8 --gpu h100-80gb --dataset-tokens 2.5e8".split()
+    ).stdout
+    found = proposals(text)
+    assert len(found) == 3 and all(fits for _, _, fits, _ in found)
+    assert [step for *_, step in found] == sorted(step for *_, step in found)
+    assert len({re.sub("--micro-batch-size .*", "", flags) for flags, *_ in found}) == 3
+    assert "15,517,456,384 parameters" in text and "an epoch: 31,137 rows (estimated), 244 steps" in text
+
+
+def test_what_it_proposes_judged_again_gives_the_same_numbers():
+    base = "--preset starcoderbase-7b --nodes 1 --gpus-per-node 8 --gpu a100-80gb".split()
+    first = proposals(plan(*base).stdout)[0]
+    again = proposals(plan(*base, *first[0].split()).stdout)
+    assert again == [first]
+
+
+def test_a_layout_that_is_too_large_is_said_to_be_with_ways_out():
+    words = "--preset starcoderbase --nodes 2 --gpus-per-node 8 --gpu a100-40gb --tensor-model-parallel-size 2".split()
+    done = plan(*words, ok=False)
+    assert done.returncode == 1 and "this layout DOES NOT FIT" in done.stdout
+    first, *others = proposals(done.stdout)
+    assert not first[2] and others and all(fits for _, _, fits, _ in others)
+
+    words = "--preset starcoderbase --nodes 1 --gpus-per-node 1 --gpu v100-16gb --lora_rank 16".split()
+    done = plan(*words, ok=False)
+    assert done.returncode == 1 and "ways out: more nodes" in done.stdout and "--lora-rank 16" not in done.stdout
+
+
+def test_steps_and_hours_follow_from_real_data_and_the_length_asked_for(tmp_path):
+    prefix = tmp_path / "data"
+    writers = [IndexedWriter(path, np.dtype("uint16")) for path in field_paths(prefix)]
+    for writer in writers:
+        for _ in range(200):
+            writer.add(np.arange(32))
+    commit(writers)
+    words = (
+        f"--preset tiny --seq-length 127 --gpu a100-80gb --gpus-per-node 1 --global-batch-size 4 --data-prefix {prefix}"
+    )
+    text = plan(*words.split(), "--train-epochs", "3", "--mfu", "0.25").stdout
+    # 95 % of 200 documents of 64 tokens, two to a row of 128
+    assert "an epoch: 95 rows (packed), 24 steps" in text
+    flops = 4 * 127 * memory.flops_per_token(PRESETS["tiny"], 127)
+    seconds = flops / (0.25 * 312e12)
+    assert re.search(r"run +72 steps, 0.0 h, 0 GPU hours", text)
+    tokens = float(re.search(r"([\d,]+) tokens/s", text).group(1).replace(",", ""))
+    assert tokens == pytest.approx(4 * 127 / seconds, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        ("--gpu a100-80gb", "no model: give --preset, --load DIR"),
+        ("--gpu a100 --preset tiny", "invalid choice: 'a100'"),
+        (
+            "--gpu a100-80gb --preset starcoderbase --tensor-model-parallel-size 5",
+            "does not divide the 48 attention heads",
+        ),
+        (
+            "--gpu a100-80gb --preset tiny --tensor-model-parallel-size 4 --nodes 3 --gpus-per-node 2",
+            "6 GPUs are not a multiple of TP 4",
+        ),
+        (
+            "--gpu a100-80gb --preset tiny --pipeline-model-parallel-size 1 --global-batch-size 12",
+            "not a multiple of the micro batch",
+        ),
+        ("--gpu a100-80gb --preset tiny --mfu 45", "45 % is 0.45"),
+        ("--gpu a100-80gb --preset tiny --tensor-paralel 2", "unknown flag --tensor-paralel"),
+    ],
+)
+def test_mistakes_end_in_one_line(words, said):
+    assert said in one_error_line(plan(*words.split(), ok=False))

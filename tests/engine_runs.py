@@ -255,3 +255,44 @@ def golden_logits_error(flags: str, golden: Path) -> float:
     expected = reference["logits"].reshape(1, -1, 1024)[..., first : first + columns]
     documents = reference["segment_ids"].reshape(1, -1) > 0
     return (logits - expected)[documents].abs().max().item()
+
+
+def finetune(flags: list[str], during: str = "") -> int:
+    """`python -m megatron_ft.finetune FLAGS` on this rank; `during` names something that happens meanwhile (see below)."""
+    import os
+    import signal
+    import time
+
+    from megatron_ft import finetune
+    from megatron_ft.engine import evaluate, signals, train
+
+    signals.forget()
+    what, _, when = during.partition(" ")
+    calls = 0
+
+    def after(function, act):
+        def wrapped(*args, **kwargs):
+            nonlocal calls
+            calls += 1
+            if calls == int(when or 1):
+                act()
+            return function(*args, **kwargs)
+
+        return wrapped
+
+    last_rank = int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1
+    if what == "SIGTERM-in-step" and last_rank:
+        train.forward_backward = after(train.forward_backward, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    if what == "SIGUSR2-in-validation" and last_rank:
+        evaluate._count = after(evaluate._count, lambda: os.kill(os.getpid(), signal.SIGUSR2))
+    if what == "hang-in-step":
+        train.forward_backward = after(train.forward_backward, lambda: time.sleep(60))
+    try:
+        return finetune.main(flags)
+    except Exception as error:
+        from megatron_ft.errors import EXIT_USER_ERROR, UserError
+
+        if isinstance(error, UserError):
+            print(f"error: {error}", flush=True)
+            return EXIT_USER_ERROR
+        raise

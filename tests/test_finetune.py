@@ -1,0 +1,191 @@
+"""Whole runs of the training program: how they go on, agree with each other, and end."""
+
+import json
+from pathlib import Path
+
+import pytest
+from engine_runs import finetune
+from ranks import run_ranks
+
+from megatron_ft.engine.metrics import DETERMINISTIC_KEYS
+from megatron_ft.errors import EXIT_DONE, EXIT_RESUME, EXIT_USER_ERROR
+
+TP2 = "--tensor-model-parallel-size 2 --sequence-parallel"
+PP2 = "--pipeline-model-parallel-size 2"
+
+
+class Runs:
+    """Runs of the tiny reference model on real rows, each in a save directory of its own."""
+
+    def __init__(self, golden: Path, tmp_path: Path) -> None:
+        self.tmp_path = tmp_path
+        self.common = [
+            *f"--load {golden}/hf/hf_tiny --tokenizer-file {golden}/data/tokenizer.json --data-prefix {golden}/data/short".split(),
+            *f"--data-cache-path {tmp_path}/cache --validation-share 0.1 --seq-length 128 --lr 1e-3 --log-interval 100".split(),
+        ]
+
+    def __call__(self, name: str, flags: str, ranks: int = 1, during: str = "") -> list[int]:
+        """Exit statuses of the ranks."""
+        return run_ranks(finetune, ranks, [*self.common, "--save", str(self.tmp_path / name), *flags.split()], during)
+
+    def lines(self, name: str, file: str = "metrics.jsonl") -> list[dict]:
+        return [json.loads(line) for line in (self.tmp_path / name / file).read_text().splitlines()]
+
+    def steps(self, name: str) -> list[dict]:
+        return [{key: line[key] for key in DETERMINISTIC_KEYS} for line in self.lines(name)]
+
+    def validations(self, name: str) -> list[dict]:
+        return [
+            {key: value for key, value in line.items() if key != "time"}
+            for line in self.lines(name, "validation.jsonl")
+        ]
+
+
+@pytest.fixture
+def runs(golden, tmp_path) -> Runs:
+    return Runs(golden, tmp_path)
+
+
+def column(lines: list[dict], key: str) -> list:
+    return [line[key] for line in lines]
+
+
+def test_a_stopped_run_goes_on_bitwise_where_it_was(runs):
+    flags = f"{TP2} --train-iters 8 --micro-batch-size 2 --global-batch-size 4 --eval-interval 4 --eval-iters full"
+    flags += " --lr-warmup-iters 2 --hidden-dropout 0.1 --attention-dropout 0.1"
+    assert runs("unbroken", flags, 2) == [EXIT_DONE] * 2
+    assert runs("stopped", flags, 2, "SIGTERM-in-step 3") == [EXIT_RESUME] * 2
+    assert column(runs.steps("stopped"), "iteration") == [1, 2, 3]
+    assert runs("stopped", flags, 2, "SIGUSR2-in-validation 1") == [EXIT_RESUME] * 2
+    assert runs.steps("stopped")[-1]["iteration"] == 4
+    assert runs("stopped", flags, 2) == [EXIT_DONE] * 2
+    assert runs.steps("stopped") == runs.steps("unbroken")
+    assert runs.validations("stopped") == runs.validations("unbroken")
+    assert column(runs.validations("stopped"), "iteration") == [4, 8]
+    assert runs("stopped", flags, 2) == [EXIT_DONE] * 2, "a finished run has nothing to do"
+    assert runs.steps("stopped") == runs.steps("unbroken")
+
+
+LAYOUTS = {
+    "one_rank": (1, "--micro-batch-size 4"),
+    "dp2": (2, "--micro-batch-size 1 --overlap-grad-reduce --overlap-param-gather"),
+    "tp2": (2, f"--micro-batch-size 2 {TP2} --recompute-granularity full"),
+    "pp2": (2, f"--micro-batch-size 1 {PP2}"),
+}
+
+
+def test_runs_agree_in_every_layout(runs):
+    flags = "--train-iters 5 --global-batch-size 4 --norm-target-loss --hidden-dropout 0 --attention-dropout 0"
+    flags += " --eval-interval 5 --eval-iters full --keep-last 1"
+    for name, (ranks, layout) in LAYOUTS.items():
+        assert runs(name, f"{flags} {layout}", ranks) == [EXIT_DONE] * ranks
+    one, (validated,) = runs.steps("one_rank"), runs.validations("one_rank")
+    for name in list(LAYOUTS)[1:]:
+        steps, (validation,) = runs.steps(name), runs.validations(name)
+        assert column(steps, "loss") == pytest.approx(column(one, "loss"), abs=2e-5), name
+        assert column(steps, "grad_norm") == pytest.approx(column(one, "grad_norm"), rel=1e-3), name
+        assert validation == pytest.approx(validated, abs=2e-4, rel=1e-4), name
+        assert validation["tokens"] == validated["tokens"] and validation["rows"] == validated["rows"]
+
+
+def test_validation_counts_every_row_once_whatever_the_batch(runs):
+    flags = "--train-iters 1 --eval-interval 1 --eval-iters full --hidden-dropout 0 --attention-dropout 0 --lr 0"
+    for batch in (1, 4, 5):
+        runs(f"batch_{batch}", f"{flags} --global-batch-size {batch}")
+    (first,), *others = (runs.validations(f"batch_{batch}") for batch in (1, 4, 5))
+    assert first["rows"] > 1 and first["rows"] % 5 and first["rows"] % 4
+    for (other,) in others:
+        assert other == pytest.approx(first, rel=1e-6)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_follows_fp32(runs, precision):
+    flags = "--train-iters 6 --micro-batch-size 2 --global-batch-size 4 --eval-interval 0 --hidden-dropout 0 --attention-dropout 0"
+    runs("fp32", flags)
+    scaling = "--initial-loss-scale 1024" if precision == "fp16" else "--overlap-grad-reduce --overlap-param-gather"
+    runs("half", f"{flags} --{precision} {scaling}", 2)
+    assert column(runs.steps("half"), "loss") == pytest.approx(column(runs.steps("fp32"), "loss"), abs=0.05)
+
+
+def test_fp16_overflow_is_skipped_counted_and_lowers_the_scale(runs):
+    flags = "--train-iters 6 --global-batch-size 2 --eval-interval 0 --fp16 --initial-loss-scale 1e9 --hysteresis 1"
+    assert runs("fp16", flags) == [EXIT_DONE]
+    steps = runs.steps("fp16")
+    skipped = column(steps, "skipped_iterations")
+    assert skipped[0] == 1 and skipped[-1] < 6
+    assert steps[0]["grad_norm"] is None and steps[-1]["grad_norm"] is not None
+    assert steps[1]["lr"] == steps[0]["lr"], "a skipped step does not move the schedule"
+    assert steps[-1]["loss_scale"] < 1e9
+
+
+def test_a_loss_that_is_no_number_ends_with_its_documents(runs):
+    flags = "--train-iters 9 --global-batch-size 2 --lr 1e25 --clip-grad 0 --eval-interval 0 --save-interval 100"
+    assert runs("nan", flags, 2) == [EXIT_USER_ERROR] * 2
+    (path,) = (runs.tmp_path / "nan").glob("nonfinite_loss_iteration_*.json")
+    found = json.loads(path.read_text())
+    rows = [row for micro_batch in found["micro_batches"] for row in micro_batch["rows"]]
+    assert column(rows, "sample") == [found["consumed_samples"], found["consumed_samples"] + 1]
+    assert all(row["prefix"].endswith("data/short") and row["documents"] for row in rows)
+    assert not list((runs.tmp_path / "nan").glob("iter_*"))
+
+
+def test_time_limit_and_exit_interval_save_and_ask_to_be_resumed(runs):
+    flags = "--train-iters 4 --global-batch-size 2 --eval-interval 0"
+    assert runs("limits", f"{flags} --exit-duration-in-mins 0.0001", 2) == [EXIT_RESUME] * 2
+    assert column(runs.steps("limits"), "iteration") == [1]
+    assert runs("limits", f"{flags} --exit-interval 3", 2) == [EXIT_RESUME] * 2
+    assert column(runs.steps("limits"), "iteration") == [1, 2, 3]
+    assert runs("limits", flags, 2) == [EXIT_DONE] * 2
+    assert column(runs.steps("limits"), "iteration") == [1, 2, 3, 4]
+
+
+def test_early_stop_keeps_and_marks_the_best(runs):
+    flags = "--train-iters 20 --global-batch-size 2 --eval-interval 2 --eval-iters 1 --early-stop-patience 2 --lr 0.3 --clip-grad 0"
+    assert runs("early", flags) == [EXIT_DONE]
+    losses = column(runs.validations("early"), "loss")
+    best = min(range(len(losses)), key=losses.__getitem__)
+    assert len(losses) == best + 3 < 10
+    save = runs.tmp_path / "early"
+    assert (save / "best_checkpointed_iteration.txt").read_text() == str(2 * best + 2)
+    assert (save / f"iter_{2 * best + 2:07d}").is_dir()
+    assert runs("early", flags) == [EXIT_DONE]
+    assert len(runs.validations("early")) == len(losses), "a run stopped early stays stopped"
+
+
+def test_batch_ramps_up(runs):
+    flags = "--train-samples 20 --global-batch-size 4 --micro-batch-size 1 --rampup-batch-size 2 2 6 --eval-interval 0"
+    assert runs("ramp", flags, 2) == [EXIT_DONE] * 2
+    steps = runs.steps("ramp")
+    assert column(steps, "global_batch_size") == [2, 2, 2, 4, 4, 4, 4]
+    assert column(steps, "consumed_samples") == [2, 4, 6, 10, 14, 18, 22]
+
+
+def test_a_hanging_rank_is_ended_with_stack_traces(runs):
+    flags = "--train-iters 4 --global-batch-size 2 --eval-interval 0 --watchdog-mins 0.05"
+    with pytest.raises(RuntimeError, match="process died"):
+        runs("hang", flags, 2, "hang-in-step 3")
+    for rank in (0, 1):
+        traces = (runs.tmp_path / f"hang/watchdog/rank_{rank:05d}.txt").read_text()
+        assert f"rank {rank}: nothing finished" in traces and "in step" in traces
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--context-parallel-size 2 --train-iters 1", ["--context-parallel-size 2", "Transformer Engine"]),
+        ("--optimizer-cpu-offload --train-iters 1", ["--optimizer-cpu-offload", "no GPU"]),
+        ("--lr-warmup-iters 5 --train-iters 5", ["warm-up", "--lr-warmup-iters"]),
+        ("--lr-decay-style WSD --train-iters 5", ["--lr-wsd-decay-iters"]),
+        (
+            "--rampup-batch-size 1 2 6 --global-batch-size 4 --train-iters 5",
+            ["--rampup-batch-size", "whole increments"],
+        ),
+        ("--best-group other --train-iters 5", ["--best-group other", "valid"]),
+    ],
+)
+def test_contradictions_end_in_one_line(runs, flags, words, capfd):
+    ranks = 2 if "context" in flags else 1
+    assert runs("wrong", flags, ranks) == [EXIT_USER_ERROR] * ranks
+    (line,) = [line for line in capfd.readouterr().out.splitlines() if line.startswith("error: ")]
+    assert all(word in line for word in words), line
+    assert not list((runs.tmp_path / "wrong").glob("iter_*"))

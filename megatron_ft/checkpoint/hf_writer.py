@@ -1,7 +1,7 @@
 """Write a Hugging Face GPTBigCode directory from any source of weights, a block of rows at a time.
 
 safetensors files are a JSON header and the tensors' bytes one after the other, so they are written as a stream: shards are
-planned from the shapes alone, and no more than `BLOCK` bytes of weights are in memory at once.
+planned from the shapes alone, and a block of weights at a time is in memory.
 """
 
 import json
@@ -12,40 +12,10 @@ from pathlib import Path
 import torch
 
 from megatron_ft.checkpoint.names import WTE, hf_shape
+from megatron_ft.checkpoint.stream import box_blocks, nbytes, raw
 from megatron_ft.checkpoint.weights import WeightSource
-from megatron_ft.errors import UserError
 
-BLOCK = 64 << 20  # bytes
 DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
-
-
-def tensor_blocks(
-    source: WeightSource, name: str, rows: int | None = None, block: int = BLOCK
-) -> Iterator[torch.Tensor]:
-    """The tensor's first `rows` rows (all when None) in contiguous blocks of at most `block` bytes (at least one row)."""
-    shape = hf_shape(source.shape, name)
-    rows = shape[0] if rows is None else rows
-    row_bytes = (shape[1] if len(shape) == 2 else 1) * source.dtype.itemsize
-    step = max(1, block // row_bytes)
-    for first in range(0, rows, step):
-        yield source.read_slice(name, 0, first, min(rows, first + step)).contiguous()
-
-
-def converted(tensor: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
-    """`tensor` in another dtype. Raises UserError when fp16 cannot hold a value."""
-    if tensor.dtype == dtype:
-        return tensor
-    cast = tensor.to(dtype)
-    if dtype == torch.float16 and bool(torch.isinf(cast).any()) and not bool(torch.isinf(tensor).any()):
-        raise UserError(
-            f"{name}: holds values up to {tensor.abs().max().item():.3g}, too large for fp16; use --dtype bf16"
-        )
-    return cast
-
-
-def raw(tensor: torch.Tensor) -> memoryview:
-    """Bytes of a contiguous tensor, without a copy."""
-    return memoryview(tensor.view(-1).view(torch.uint8).numpy())
 
 
 def output_shape(source: WeightSource, name: str, vocab_rows: int) -> tuple[int, ...]:
@@ -59,18 +29,18 @@ def plan_shards(source: WeightSource, dtype: torch.dtype, vocab_rows: int, max_s
     shards: list[list[str]] = [[]]
     size = 0
     for name in source.names():
-        nbytes = _nbytes(output_shape(source, name, vocab_rows), dtype)
-        if shards[-1] and size + nbytes > max_shard_bytes:
+        size_here = nbytes(dtype, output_shape(source, name, vocab_rows))
+        if shards[-1] and size + size_here > max_shard_bytes:
             shards.append([])
             size = 0
         shards[-1].append(name)
-        size += nbytes
+        size += size_here
     return shards
 
 
 def total_bytes(source: WeightSource, dtype: torch.dtype, vocab_rows: int) -> int:
     """Bytes of all tensors as they will be written."""
-    return sum(_nbytes(output_shape(source, name, vocab_rows), dtype) for name in source.names())
+    return sum(nbytes(dtype, output_shape(source, name, vocab_rows)) for name in source.names())
 
 
 def write_safetensors(
@@ -80,7 +50,7 @@ def write_safetensors(
     dtype: torch.dtype,
     vocab_rows: int,
     max_shard_bytes: int,
-    advance: Callable[[int], None] = lambda nbytes: None,
+    advance: Callable[[int], None] = lambda count: None,
 ) -> list[Path]:
     """Write model.safetensors, or shards with their index; `advance` hears of every block's bytes. Returns the files."""
     shards = plan_shards(source, dtype, vocab_rows, max_shard_bytes)
@@ -91,9 +61,7 @@ def write_safetensors(
         write_tensors(
             directory / file,
             {name: (dtype, shape) for name, shape in shapes.items()},
-            lambda name, shapes=shapes: (
-                converted(block, dtype, name) for block in tensor_blocks(source, name, shapes[name][0])
-            ),
+            lambda name, shapes=shapes: box_blocks(source, name, dtype, (0, shapes[name][0])),
             advance,
         )
         files.append(directory / file)
@@ -108,12 +76,12 @@ def write_tensors(
     file: Path,
     tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]],
     blocks_of: Callable[[str], Iterator[torch.Tensor]],
-    advance: Callable[[int], None] = lambda nbytes: None,
+    advance: Callable[[int], None] = lambda count: None,
 ) -> None:
     """Write one safetensors file: dtype and shape of each tensor are known, its contiguous blocks come from `blocks_of(name)`."""
     header, offset = {"__metadata__": {"format": "pt"}}, 0
     for name, (dtype, shape) in tensors.items():
-        end = offset + _nbytes(shape, dtype)
+        end = offset + nbytes(dtype, shape)
         header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
@@ -128,10 +96,3 @@ def write_tensors(
             raise AssertionError(f"{file}: {out.tell() - 8 - len(text)} bytes of tensors written, {offset} announced")
         out.flush()
         os.fsync(out.fileno())
-
-
-def _nbytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count * dtype.itemsize

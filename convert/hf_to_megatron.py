@@ -1,0 +1,101 @@
+"""Convert a Hugging Face GPTBigCode model (StarCoder of any size, SantaCoder's GPTBigCode form) to a Megatron checkpoint.
+
+    python convert/hf_to_megatron.py --load starcoderbase-1b --save starcoderbase-1b-megatron --format torch_dist
+    python convert/hf_to_megatron.py --load starcoderbase --save starcoderbase-megatron --format legacy \\
+        --tensor-parallel 4 --pipeline-parallel 4
+
+torch_dist is Megatron-Core's format: any layout loads it, --tensor-parallel only sets the padding of the vocabulary and how files are
+cut. legacy is what BigCode's mtf branch loads at exactly this layout. Training here also starts from the Hugging Face directory itself.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path[0] = str(
+    Path(__file__).resolve().parents[1]
+)  # not this folder: its tokenize.py would hide the standard library's
+
+import warnings
+
+import torch
+
+from megatron_ft.arguments import Help, Parser
+from megatron_ft.checkpoint.legacy_writer import legacy_bytes, write_legacy
+from megatron_ft.checkpoint.output import new_directory
+from megatron_ft.checkpoint.progress import bytes_bar
+from megatron_ft.checkpoint.weights import open_weights
+from megatron_ft.errors import UserError, run_program
+from megatron_ft.models import padded_vocab_size
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def main() -> None:
+    parser = Parser(description=__doc__, formatter_class=Help, allow_abbrev=False)
+    add = parser.add_argument
+    add("--load", required=True, metavar="HF_DIR", help="Hugging Face directory, safetensors or .bin")
+    add("--save", required=True, metavar="OUT", help="new checkpoint directory")
+    add("--format", required=True, choices=["torch_dist", "legacy"], help="Megatron-Core's, or the mtf branch's")
+    add("--tensor-parallel", type=int, default=1, metavar="T", help="tensor parallel ranks")
+    add("--pipeline-parallel", type=int, default=1, metavar="P", help="pipeline stages")
+    add("--make-vocab-size-divisible-by", type=int, default=128, metavar="N", help="pad to a multiple of this times T")
+    add("--dtype", choices=["keep", *DTYPES], default="keep", help="precision to store")
+    add(
+        "--data-parallel", type=int, default=0, metavar="D",
+        help="with legacy: data-parallel ranks that will run the branch with --use-distributed-optimizer, whose empty optim.pt it wants to find",
+    )  # fmt: skip
+    add("--overwrite", action="store_true", help="replace --save when it is not empty")
+    args = parser.parse_args()
+    tp, pp = args.tensor_parallel, args.pipeline_parallel
+    for flag in ("tensor_parallel", "pipeline_parallel", "make_vocab_size_divisible_by"):
+        if getattr(args, flag) < 1:
+            raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be at least 1")
+
+    source = open_weights(args.load)
+    if source.kind != "Hugging Face":
+        raise UserError(f"{args.load}: a {source.kind} checkpoint; change its layout with convert/reshard.py")
+    check_layout(source.shape, tp, pp)
+    dtype = DTYPES.get(args.dtype, source.dtype)
+    rows = padded_vocab_size(source.shape.vocab_size, args.make_vocab_size_divisible_by, tp)
+    if args.format == "torch_dist":
+        warnings.filterwarnings("ignore", module=r"megatron\.core")  # it warns of each optional package that is missing
+        from megatron_ft.checkpoint.core_writer import core_bytes, write_core
+
+        total = core_bytes(source, dtype, rows)
+    else:
+        total = legacy_bytes(source, dtype, tp, pp, rows)
+    with (
+        new_directory(Path(args.save), needed=total, overwrite=args.overwrite) as directory,
+        bytes_bar(total, "converting") as advance,
+    ):
+        if args.format == "torch_dist":
+            write_core(
+                source, directory, dtype=dtype, tp=tp, pp=pp, padded_vocab=rows, vocab_size=source.shape.vocab_size,
+                advance=advance,
+            )  # fmt: skip
+        else:
+            write_legacy(
+                source, directory, dtype=dtype, tp=tp, pp=pp, padded_vocab=rows,
+                divisible_by=args.make_vocab_size_divisible_by, optim_ranks=args.data_parallel, advance=advance,
+            )  # fmt: skip
+    print(
+        f"{args.save}: {args.format}, TP{tp} PP{pp}, {total / 1e9:.2f} GB, {str(dtype).removeprefix('torch.')}, "
+        f"{source.shape.vocab_size} embedding rows padded to {rows}"
+    )
+    print(f"check it: python convert/verify.py {args.load} {args.save}")
+
+
+def check_layout(shape, tp: int, pp: int) -> None:
+    """Raise UserError with this program's flag names when TP x PP does not divide the shape."""
+    try:
+        shape.check_layout(tp, pp)
+    except UserError as error:
+        raise UserError(
+            str(error)
+            .replace("--tensor-model-parallel-size", "--tensor-parallel")
+            .replace("--pipeline-model-parallel-size", "--pipeline-parallel")
+        ) from None
+
+
+if __name__ == "__main__":
+    run_program(main)

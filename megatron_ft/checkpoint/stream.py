@@ -1,0 +1,59 @@
+"""Tensors as streams of blocks: any box of any source's tensor, converted on the way, never whole in memory."""
+
+from collections.abc import Iterator
+
+import torch
+
+from megatron_ft.checkpoint.names import hf_shape
+from megatron_ft.checkpoint.weights import WeightSource
+from megatron_ft.errors import UserError
+
+BLOCK = 64 << 20  # bytes of weights in memory at once
+
+
+def box_blocks(
+    source: WeightSource,
+    name: str,
+    dtype: torch.dtype,
+    rows: tuple[int, int] | None = None,
+    columns: tuple[int, int] | None = None,
+) -> Iterator[torch.Tensor]:
+    """Contiguous blocks, in order, of rows first..last and columns first..last (all where None) of a tensor, in `dtype`.
+
+    Rows beyond the tensor are zeros, as padding of a vocabulary is.
+    """
+    shape = hf_shape(source.shape, name)
+    first, last = rows or (0, shape[0])
+    width = 1 if len(shape) == 1 else shape[1]
+    step = max(1, BLOCK // (width * max(dtype.itemsize, source.dtype.itemsize)))
+    for row in range(first, last, step):
+        stop = min(last, row + step)
+        there = source.read_slice(name, 0, min(row, shape[0]), min(stop, shape[0]))
+        if columns:
+            there = there[:, columns[0] : columns[1]]
+        there = converted(there, dtype, name)
+        if stop > shape[0]:
+            there = torch.cat([there, there.new_zeros(stop - max(row, shape[0]), *there.shape[1:])])
+        yield there.contiguous()
+
+
+def converted(tensor: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
+    """`tensor` in another dtype. Raises UserError when fp16 cannot hold a value."""
+    if tensor.dtype == dtype:
+        return tensor
+    cast = tensor.to(dtype)
+    if dtype == torch.float16 and bool(torch.isinf(cast).any()) and not bool(torch.isinf(tensor).any()):
+        raise UserError(
+            f"{name}: holds values up to {tensor.abs().max().item():.3g}, too large for fp16; use --dtype bf16"
+        )
+    return cast
+
+
+def raw(tensor: torch.Tensor) -> memoryview:
+    """Bytes of a contiguous tensor, without a copy."""
+    return memoryview(tensor.view(-1).view(torch.uint8).numpy())
+
+
+def nbytes(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
+    """Bytes of a tensor."""
+    return torch.Size(shape).numel() * dtype.itemsize

@@ -458,6 +458,12 @@ def _validate_data(args: argparse.Namespace) -> None:
         raise UserError("no training data: give --data-prefix PREFIX or --train-weighted-split-paths-path FILE")
     if not 0 <= args.validation_share < 1:
         raise UserError(f"--validation-share {args.validation_share}: must be at least 0 and below 1, like 0.05")
+    if args.packing_lookahead < 1:
+        raise UserError(f"--packing-lookahead {args.packing_lookahead}: must be at least 1, like 4096")
+    if args.seq_length is not None and args.seq_length < 1:
+        raise UserError(f"--seq-length {args.seq_length}: must be at least 1, like 2048")
+    if not 0 <= args.seed < 2**32:
+        raise UserError(f"--seed {args.seed}: must be at least 0 and below 2^32")
     if not args.tokenizer_file:
         raise UserError("--tokenizer-file is missing: give the tokenizer the data were made with")
     if not Path(args.tokenizer_file).exists():

@@ -161,3 +161,13 @@ def test_mistakes_in_the_data_end_in_one_line(tmp_path):
     assert f"group 1, column {len(f'train: 1 0:1 {good}, 1 0:1 x')}: {tmp_path}/absent_inputs_document.idx" in missing
     assert "the train range 0:0.01 of" in message("--train-weighted-split-paths", f"train: 1 0:0.01 {good}")
     assert "document 5 has token id 5, the tokenizer has 5 entries" in message("--data-prefix", good, vocab_size=5)
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--packing-lookahead", "0"], "--packing-lookahead 0: must be at least 1"),
+    (["--seed", "-1"], "--seed -1: must be at least 0"),
+    (["--seq-length", "0"], "--seq-length 0: must be at least 1"),
+])  # fmt: skip
+def test_flags_no_packing_can_follow_are_refused(flags, message):
+    with pytest.raises(UserError, match=message):
+        training_flags("--data-prefix", "x", *flags)

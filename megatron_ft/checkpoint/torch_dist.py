@@ -14,6 +14,7 @@ import math
 import mmap
 import os
 import pickle
+import re
 import threading
 from collections import defaultdict
 from pathlib import Path
@@ -35,6 +36,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from megatron_ft.checkpoint.manifest import Damaged
 from megatron_ft.checkpoint.safe_pickle import load_dcp_metadata
+from megatron_ft.errors import UserError
 
 METADATA = ".metadata"
 
@@ -194,11 +196,22 @@ def _read_file(path: Path, reads: list[tuple]) -> None:
         loaded_at, tensor = -1, None
         for position, length, source, place in sorted(reads, key=lambda read: read[0]):
             if position != loaded_at:
-                tensor = torch.load(
-                    io.BytesIO(content[position : position + length]), map_location="cpu", weights_only=True
-                )
+                tensor = _load_tensor(path, position, content[position : position + length])
                 loaded_at = position
             place.copy_(tensor[source])
+
+
+def _load_tensor(path: Path, position: int, content: bytes) -> torch.Tensor:
+    try:
+        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        wanted = re.search(r"GLOBAL (\S+)|function (\S+)", str(error))
+        name = (wanted.group(1) or wanted.group(2)) if wanted else "more than a tensor"
+        raise UserError(
+            f"{path}: refused, a pickle in it (byte {position}) wants {name}; the file was tampered with"
+        ) from None
+    except (RuntimeError, EOFError, ValueError) as error:
+        raise Damaged(f"{path} is damaged at byte {position} ({str(error).splitlines()[0][:100]})") from None
 
 
 def _by_first_axis(chunks: list[ChunkStorageMetadata]):

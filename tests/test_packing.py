@@ -86,7 +86,7 @@ def test_every_document_once_an_epoch_none_split_none_over_length(
     start = data.draw(st.integers(0, len(lengths) - 1))
     stop = data.draw(st.integers(start + 1, len(lengths)))
     inputs, targets = np.array(lengths, np.int32).T
-    taken = row_lengths(inputs, targets, capacity, overlong)
+    taken = row_lengths(inputs + targets, targets, capacity, overlong)
     packing = Packing(start, stop, capacity, order, lookahead, overlong, seed % 2**32, epochs, keep_last=True)
     with tempfile.TemporaryDirectory() as folder:
         documents = TokenizedDocuments(write_documents(Path(folder) / "set", numbered_documents(lengths)))
@@ -98,6 +98,7 @@ def test_every_document_once_an_epoch_none_split_none_over_length(
         index = pack(documents, packing)
         again = pack(documents, packing)
         more = pack(documents, Packing(**{**vars(packing), "epochs": epochs + 1}))
+        full = pack(documents, Packing(**{**vars(packing), "keep_last": False}))
     rows = [index.documents[a:b].tolist() for a, b in index.rows]
     packed = np.concatenate(rows)
     expected = np.arange(start, stop)[fits]
@@ -108,6 +109,7 @@ def test_every_document_once_an_epoch_none_split_none_over_length(
     assert index.facts["packed_tokens"] == taken[packed].sum()
     np.testing.assert_array_equal(index.documents, again.documents)
     np.testing.assert_array_equal(index.rows, again.rows)
+    assert full.facts["packed_tokens"] == sum(taken[full.documents[a:b]].sum() for a, b in full.rows)
     unfinished = 1 if order == "greedy" else 0
     np.testing.assert_array_equal(more.rows[: len(rows) - unfinished], index.rows[: len(rows) - unfinished])
 

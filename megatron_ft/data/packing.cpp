@@ -8,6 +8,7 @@
 #include <pybind11/pybind11.h>
 
 #include <algorithm>
+#include <array>
 #include <cstdint>
 #include <stdexcept>
 #include <utility>
@@ -171,8 +172,7 @@ private:
     };
 
     void fill_rows() {
-        // Equal lengths keep their shuffled order.
-        std::stable_sort(window_.begin(), window_.end(), [](const Document& a, const Document& b) { return a.length > b.length; });
+        sort_longest_first();
         rows_.clear();
         chain_.assign(window_.size(), NONE);
         for (size_t i = 0; i < window_.size(); ++i) {
@@ -192,6 +192,20 @@ private:
         for (const Row& row : rows_) {
             row_with_[row.space] = NONE;
             spaces_.erase(row.space);
+        }
+    }
+
+    // Radix sort; equal lengths keep their shuffled order.
+    void sort_longest_first() {
+        constexpr int BITS = 11, DIGITS = 1 << BITS;
+        for (int shift = 0; capacity_ >> shift; shift += BITS) {
+            const auto digit = [&](const Document& d) { return ((capacity_ - d.length) >> shift) & (DIGITS - 1); };
+            std::array<int32_t, DIGITS + 1> next{};
+            for (const Document& document : window_) ++next[digit(document) + 1];
+            for (int d = 0; d < DIGITS; ++d) next[d + 1] += next[d];
+            sorted_.resize(window_.size());
+            for (const Document& document : window_) sorted_[next[digit(document)]++] = document;
+            std::swap(window_, sorted_);
         }
     }
 
@@ -241,7 +255,7 @@ private:
     Random random_;
     OrderedSet spaces_;              // the free spaces that some row has
     std::vector<int32_t> row_with_;  // a row with that space, the others linked by same_space
-    std::vector<Document> window_;
+    std::vector<Document> window_, sorted_;
     std::vector<int32_t> chain_;
     std::vector<Row> rows_;
 };

@@ -85,13 +85,12 @@ class PackedIndex:
         return self.facts["packed_tokens"] / max(1, len(self.rows) * self.facts["capacity"])
 
 
-def row_lengths(inputs: np.ndarray, targets: np.ndarray, capacity: int, overlong: str) -> np.ndarray:
+def row_lengths(total: np.ndarray, targets: np.ndarray, capacity: int, overlong: str) -> np.ndarray:
     """Tokens each document takes in a row: int32, `capacity + 1` for one that is left out.
 
     `drop` leaves out what is longer than a row; `truncate` cuts such a document's inputs from the left, and leaves it out
     where its outputs leave no room for a single input token.
     """
-    total = inputs.astype(np.int64) + targets
     lengths = np.minimum(total, capacity + 1).astype(np.int32)
     if overlong == "truncate":
         lengths[(total > capacity) & (targets < capacity)] = capacity
@@ -101,27 +100,26 @@ def row_lengths(inputs: np.ndarray, targets: np.ndarray, capacity: int, overlong
 def pack(documents: TokenizedDocuments, packing: Packing) -> PackedIndex:
     """Compute an index in memory. Raises UserError where no document of the range fits a row."""
     chosen = slice(packing.start, packing.stop)
-    inputs, targets = documents.inputs.sizes[chosen], documents.targets.sizes[chosen]
-    lengths = row_lengths(inputs, targets, packing.capacity, packing.overlong)
-    total = inputs.astype(np.int64) + targets
+    targets = documents.targets.sizes[chosen]
+    total = np.add(documents.inputs.sizes[chosen], targets, dtype=np.int64)
+    lengths = row_lengths(total, targets, packing.capacity, packing.overlong)
     overlong, left_out = total > packing.capacity, lengths > packing.capacity
     _check_something_fits(documents.prefix, packing, total, left_out)
-    if packing.order == "greedy":
-        order, rows = _greedy(lengths, packing)
-    else:
-        order, rows = _best_fit(lengths, packing)
-    taken = np.concatenate([[0], np.cumsum(np.where(left_out, 0, lengths)[order], dtype=np.int64)])
+    order, rows = _greedy(lengths, packing) if packing.order == "greedy" else _best_fit(lengths, packing)
+    kept = np.where(left_out, 0, lengths)
+    tokens, kept_tokens = int(total.sum()), int(kept.sum(dtype=np.int64))
+    in_rows = rows[-1, 1] if len(rows) else 0  # what comes after is greedy's unfinished row
     facts = {
         "documents": len(total),
-        "tokens": int(total.sum()),
+        "tokens": tokens,
         "overlong_documents": int(overlong.sum()),
         "left_out_documents": int(left_out.sum()),
-        "lost_tokens": int((total - np.where(left_out, 0, lengths)).sum()),
+        "lost_tokens": tokens - kept_tokens,
         "capacity": packing.capacity,
-        "packed_tokens": int((taken[rows[:, 1]] - taken[rows[:, 0]]).sum()),
-        "longest": int(total.max()),
+        "packed_tokens": packing.epochs * kept_tokens - int(kept[order[in_rows:]].sum(dtype=np.int64)),
     }
-    return PackedIndex(order + packing.start, rows, facts)
+    order += packing.start
+    return PackedIndex(order, rows, facts)
 
 
 def _check_something_fits(prefix: str, packing: Packing, total: np.ndarray, left_out: np.ndarray) -> None:
@@ -158,7 +156,7 @@ def _best_fit(lengths: np.ndarray, packing: Packing) -> tuple[np.ndarray, np.nda
         orders.append(order)
         bounds.append(bounds[-1][-1] + ends)
     bounds = np.concatenate(bounds)
-    return np.concatenate(orders), np.stack([bounds[:-1], bounds[1:]], axis=1)
+    return np.concatenate(orders) if len(orders) > 1 else orders[0], np.stack([bounds[:-1], bounds[1:]], axis=1)
 
 
 def load_index(documents: TokenizedDocuments, packing: Packing, cache: str | None = None) -> PackedIndex:

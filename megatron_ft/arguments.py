@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
+from megatron_ft.engine.schedule import check_rampup
 from megatron_ft.errors import UserError
 from megatron_ft.models import PRESETS, ModelShape
 
@@ -211,7 +212,7 @@ def _add_precision(add) -> None:
 def _add_parallel(add) -> None:
     add("--tensor-model-parallel-size", type=int, default=1, help="tensor parallel ranks (TP)")
     add("--pipeline-model-parallel-size", type=int, default=1, help="pipeline stages (PP)")
-    add("--context-parallel-size", type=int, default=1, help="context parallel ranks (needs Transformer Engine)")
+    add("--context-parallel-size", type=int, default=1, help="context parallel ranks; only 1 is supported")
     add("--sequence-parallel", action="store_true", help="shard norms and dropout over tensor parallel ranks")
     add(
         "--use-distributed-optimizer",
@@ -408,6 +409,11 @@ def validate(args: argparse.Namespace) -> None:
     ):
         if getattr(args, flag) < 1:
             raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be at least 1")
+    if cp > 1:
+        raise UserError(
+            f"--context-parallel-size {cp}: Megatron-Core cuts packed rows over ranks only inside Transformer Engine's attention, "
+            "which this program does not rely on; leave it at 1 and use --sequence-parallel or --recompute-granularity full for long rows"
+        )
     if args.world_size % (tp * pp * cp):
         raise UserError(
             f"{args.world_size} processes cannot be split into --tensor-model-parallel-size {tp} x "
@@ -481,6 +487,7 @@ def _validate_length(args: argparse.Namespace) -> None:
             f"{' and '.join(given) + ' exclude each other' if given else 'length of training is missing'}; "
             "give one of --train-iters, --train-samples, --train-tokens, --train-epochs"
         )
+    check_rampup(args)
     warmups = [f"--lr-warmup-{unit}" for unit in ("iters", "samples", "fraction") if getattr(args, f"lr_warmup_{unit}")]
     if len(warmups) > 1:
         raise UserError(f"{' and '.join(warmups)} exclude each other; keep one")

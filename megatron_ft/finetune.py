@@ -59,13 +59,12 @@ def run(args: argparse.Namespace, device, started: float) -> int:
     from megatron_ft.engine.model import build_model, wrap_for_data_parallel
     from megatron_ft.engine.optimizer import build_optimizer
     from megatron_ft.engine.rows import Rows
-    from megatron_ft.engine.schedule import build_scheduler, check_rampup, plan_length
+    from megatron_ft.engine.schedule import build_scheduler, plan_length
     from megatron_ft.engine.train import Run, train
     from megatron_ft.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(args.tokenizer_file)
     shape = model_shape(args).with_vocab(tokenizer.vocab_size)
-    check_rampup(args)
     epoch = rows_per_epoch(args)
     length = plan_length(args, epoch)
     pad = tokenizer.eod if tokenizer.pad is None else tokenizer.pad

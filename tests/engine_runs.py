@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from megatron_ft.errors import EXIT_USER_ERROR, UserError
+
 GOLDEN_FLAGS = (
     "--num-layers 4 --hidden-size 64 --num-attention-heads 4 --max-position-embeddings 256 --seq-length 256 "
     "--hidden-dropout 0 --attention-dropout 0 --micro-batch-size 2 --global-batch-size 4 --train-iters 8 --lr 1e-3 --min-lr 1e-4 "
@@ -289,10 +291,15 @@ def finetune(flags: list[str], during: str = "") -> int:
         train.forward_backward = after(train.forward_backward, lambda: time.sleep(60))
     try:
         return finetune.main(flags)
-    except Exception as error:
-        from megatron_ft.errors import EXIT_USER_ERROR, UserError
+    except UserError:
+        return EXIT_USER_ERROR
 
-        if isinstance(error, UserError):
-            print(f"error: {error}", flush=True)
-            return EXIT_USER_ERROR
-        raise
+
+def finetune_error(flags: list[str]) -> str:
+    """The line that a user's mistake ends in."""
+    from megatron_ft.finetune import main
+
+    try:
+        return f"no error, status {main(flags)}"
+    except UserError as error:
+        return str(error)

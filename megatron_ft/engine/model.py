@@ -43,13 +43,7 @@ def uses_transformer_engine(args: argparse.Namespace) -> bool:
         raise UserError(
             "--transformer-impl transformer_engine: Transformer Engine or its GPU is missing; use --transformer-impl local"
         )
-    use = args.transformer_impl != "local" and HAVE_TE and torch.cuda.is_available()
-    if args.context_parallel_size > 1 and not use:
-        raise UserError(
-            f"--context-parallel-size {args.context_parallel_size} needs Transformer Engine, which is not in use here; "
-            "set it to 1 and use --sequence-parallel or --recompute-granularity full for long rows"
-        )
-    return use
+    return args.transformer_impl != "local" and HAVE_TE and torch.cuda.is_available()
 
 
 def transformer_config(args: argparse.Namespace, shape: ModelShape) -> TransformerConfig:

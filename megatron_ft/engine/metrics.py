@@ -103,7 +103,7 @@ class MetricsLog:
         for name, text in lines:
             self._print(f"{name:>{width}} | {text}")
         self.event("start", iteration=self.plan.start_iteration, **facts)
-        if sys.stdout.isatty():
+        if sys.stderr.isatty():
             from tqdm import tqdm
 
             self._bar = tqdm(

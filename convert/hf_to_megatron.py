@@ -21,7 +21,7 @@ import torch
 
 from megatron_ft.arguments import Help, Parser
 from megatron_ft.checkpoint.legacy_writer import legacy_bytes, write_legacy
-from megatron_ft.checkpoint.output import new_directory
+from megatron_ft.checkpoint.output import check_layout, new_directory
 from megatron_ft.checkpoint.progress import bytes_bar
 from megatron_ft.checkpoint.weights import open_weights
 from megatron_ft.errors import UserError, run_program
@@ -47,14 +47,11 @@ def main() -> None:
     add("--overwrite", action="store_true", help="replace --save when it is not empty")
     args = parser.parse_args()
     tp, pp = args.tensor_parallel, args.pipeline_parallel
-    for flag in ("tensor_parallel", "pipeline_parallel", "make_vocab_size_divisible_by"):
-        if getattr(args, flag) < 1:
-            raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be at least 1")
 
     source = open_weights(args.load)
     if source.kind != "Hugging Face":
         raise UserError(f"{args.load}: a {source.kind} checkpoint; change its layout with convert/reshard.py")
-    check_layout(source.shape, tp, pp)
+    check_layout(source.shape, tp, pp, args.make_vocab_size_divisible_by)
     dtype = DTYPES.get(args.dtype, source.dtype)
     rows = padded_vocab_size(source.shape.vocab_size, args.make_vocab_size_divisible_by, tp)
     if args.format == "torch_dist":
@@ -83,18 +80,6 @@ def main() -> None:
         f"{source.shape.vocab_size} embedding rows padded to {rows}"
     )
     print(f"check it: python convert/verify.py {args.load} {args.save}")
-
-
-def check_layout(shape, tp: int, pp: int) -> None:
-    """Raise UserError with this program's flag names when TP x PP does not divide the shape."""
-    try:
-        shape.check_layout(tp, pp)
-    except UserError as error:
-        raise UserError(
-            str(error)
-            .replace("--tensor-model-parallel-size", "--tensor-parallel")
-            .replace("--pipeline-model-parallel-size", "--pipeline-parallel")
-        ) from None
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""A converter's output directory: refused when it is in use, measured against the disk, and there whole or not at all."""
+"""What converters may write and where: a layout that divides the model, a directory that is not in use, on a disk with room,
+and there whole or not at all."""
 
 import os
 import shutil
@@ -10,6 +11,7 @@ from pathlib import Path
 
 from megatron_ft.checkpoint.directory import free_bytes, sync_directory
 from megatron_ft.errors import UserError
+from megatron_ft.models import ModelShape
 
 SPARE = 64 << 20  # bytes left free for configuration, tokenizer and the file system's own
 
@@ -67,3 +69,18 @@ def _terminated_like_interrupted() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def check_layout(shape: ModelShape, tensor_parallel: int, pipeline_parallel: int, divisible_by: int) -> None:
+    """Raise UserError, with the converters' flag names, when a layout does not divide the shape."""
+    for flag, value in (
+        ("--tensor-parallel", tensor_parallel),
+        ("--pipeline-parallel", pipeline_parallel),
+        ("--make-vocab-size-divisible-by", divisible_by),
+    ):
+        if value < 1:
+            raise UserError(f"{flag} {value}: must be at least 1")
+    try:
+        shape.check_layout(tensor_parallel, pipeline_parallel)
+    except UserError as error:
+        raise UserError(str(error).replace("-model-parallel-size", "-parallel")) from None

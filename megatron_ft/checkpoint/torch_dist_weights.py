@@ -45,6 +45,7 @@ class TorchDistFiles:
         self.objects: dict[str, Chunk] = {}
         self._chunks: dict[str, list[Chunk]] = {}
         self._maps: dict[Path, mmap.mmap] = {}
+        self._opened: dict[Chunk, torch.Tensor] = {}
         sizes = {path.name: path.stat().st_size for path in directory.glob("*.distcp")}
         missing = sorted({info.relative_path for info in metadata.storage_data.values()} - set(sizes))
         if missing:
@@ -80,6 +81,11 @@ class TorchDistFiles:
 
     def chunk(self, chunk: Chunk) -> torch.Tensor:
         """One part as a memory-mapped tensor (do not write to it)."""
+        if chunk not in self._opened:
+            self._opened[chunk] = self._open(chunk)
+        return self._opened[chunk]
+
+    def _open(self, chunk: Chunk) -> torch.Tensor:
         view = _Window(self._map(chunk.file), chunk.start, chunk.length)
         try:
             # On the meta device torch reads the small pickle alone: dtype, strides and all.

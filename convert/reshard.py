@@ -1,0 +1,123 @@
+"""Rewrite a Megatron checkpoint for another tensor x pipeline parallel layout, in its own format.
+
+    python convert/reshard.py --load runs/first --save runs/first-tp2 --tensor-parallel 2 --pipeline-parallel 1
+
+torch_dist: optimizer state comes along, and training resumes from the result (the trainer here also resumes any layout from the
+original). legacy (the mtf branch's): weights alone, written as `release`, since its optimizer state is tied to its layout.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path[0] = str(
+    Path(__file__).resolve().parents[1]
+)  # not this folder: its tokenize.py would hide the standard library's
+
+import json
+import shutil
+import warnings
+
+from megatron_ft.arguments import Help, Parser
+from megatron_ft.checkpoint.directory import TRACKER
+from megatron_ft.checkpoint.legacy_writer import legacy_bytes, write_legacy
+from megatron_ft.checkpoint.output import check_layout, new_directory
+from megatron_ft.checkpoint.progress import bytes_bar
+from megatron_ft.checkpoint.torch_dist_weights import TorchDistSource
+from megatron_ft.checkpoint.weights import WeightSource, open_weights
+from megatron_ft.errors import UserError, run_program
+from megatron_ft.models import padded_vocab_size
+
+
+def main() -> None:
+    parser = Parser(description=__doc__, formatter_class=Help, allow_abbrev=False)
+    add = parser.add_argument
+    add("--load", required=True, metavar="DIR", help="checkpoint: a run's directory, or one iteration's")
+    add("--iteration", default="latest", help="a number, 'release', or 'latest' as the tracker file says")
+    add("--save", required=True, metavar="OUT", help="new checkpoint directory")
+    add("--tensor-parallel", type=int, required=True, metavar="T", help="tensor parallel ranks")
+    add("--pipeline-parallel", type=int, default=1, metavar="P", help="pipeline stages")
+    add("--make-vocab-size-divisible-by", type=int, default=128, metavar="N", help="pad to a multiple of this times T")
+    add("--vocab-size", type=int, metavar="V", help="rows that are not padding; as the checkpoint says when not given")
+    add(
+        "--data-parallel", type=int, default=0, metavar="D",
+        help="with legacy: data-parallel ranks that will run the branch with --use-distributed-optimizer, whose empty optim.pt it wants to find",
+    )  # fmt: skip
+    add("--overwrite", action="store_true", help="replace --save when it is not empty")
+    args = parser.parse_args()
+    source = open_weights(args.load, args.iteration)
+    if source.kind == "Hugging Face":
+        raise UserError(f"{args.load}: a Hugging Face model; use convert/hf_to_megatron.py")
+    check_layout(source.shape, args.tensor_parallel, args.pipeline_parallel, args.make_vocab_size_divisible_by)
+    rows = vocabulary_rows(source, args)
+    if isinstance(source, TorchDistSource):
+        total = reshard_torch_dist(source, rows, args)
+    else:
+        total = reshard_legacy(source, rows, args)
+    print(
+        f"{args.save}: {source.kind}, TP{args.tensor_parallel} PP{args.pipeline_parallel}, {total / 1e9:.2f} GB, {rows} embedding rows"
+    )
+    print(f"check it: python convert/verify.py {args.load} {args.save}")
+
+
+def vocabulary_rows(source: WeightSource, args) -> int:
+    """Embedding rows in the new layout: the vocabulary where it is known, else all stored rows, padded anew."""
+    stored = source.shape.vocab_size
+    manifest = source.path / "manifest.json"
+    known = json.loads(manifest.read_text())["shape"]["vocab_size"] if manifest.is_file() else stored
+    vocab = args.vocab_size or known
+    if vocab > stored:
+        raise UserError(f"--vocab-size {vocab}: {source.path} has only {stored} embedding rows")
+    return padded_vocab_size(vocab, args.make_vocab_size_divisible_by, args.tensor_parallel)
+
+
+def reshard_torch_dist(source: TorchDistSource, rows: int, args) -> int:
+    """Weights, optimizer state and manifest, under the same iteration. Returns bytes of tensors."""
+    warnings.filterwarnings("ignore", module=r"megatron\.core")  # it warns of each optional package that is missing
+    from megatron_ft.checkpoint.core_reshard import reshard_core, resharded_bytes
+    from megatron_ft.checkpoint.manifest import describe_file, read_manifest
+
+    total = resharded_bytes(source.files, rows)
+    with (
+        new_directory(Path(args.save), needed=total, overwrite=args.overwrite) as directory,
+        bytes_bar(total, "resharding") as advance,
+    ):
+        name = f"iter_{source.iteration:07d}" if isinstance(source.iteration, int) else "release"
+        place = directory / name
+        place.mkdir()
+        reshard_core(
+            source.files, place, tp=args.tensor_parallel, pp=args.pipeline_parallel, padded_vocab=rows, advance=advance
+        )
+        if (source.path / "manifest.json").is_file():
+            manifest = read_manifest(source.path)
+            # No run has 0 data-parallel ranks: the random states were left out, so a resume must not look for its own.
+            manifest.layout = {
+                "tensor": args.tensor_parallel,
+                "pipeline": args.pipeline_parallel,
+                "context": 1,
+                "data": 0,
+            }
+            manifest.files = {path.name: describe_file(path) for path in sorted(place.iterdir())}
+            manifest.write(place)
+        else:
+            shutil.copyfile(source.path / "common.pt", place / "common.pt")
+        (directory / TRACKER).write_text(str(source.iteration) if isinstance(source.iteration, int) else "release")
+    return total
+
+
+def reshard_legacy(source: WeightSource, rows: int, args) -> int:
+    """Weights alone, as `release`. Returns their bytes."""
+    tp, pp = args.tensor_parallel, args.pipeline_parallel
+    total = legacy_bytes(source, source.dtype, tp, pp, rows)
+    with (
+        new_directory(Path(args.save), needed=total, overwrite=args.overwrite) as directory,
+        bytes_bar(total, "resharding") as advance,
+    ):
+        write_legacy(
+            source, directory, dtype=source.dtype, tp=tp, pp=pp, padded_vocab=rows,
+            divisible_by=args.make_vocab_size_divisible_by, optim_ranks=args.data_parallel, advance=advance,
+        )  # fmt: skip
+    return total
+
+
+if __name__ == "__main__":
+    run_program(main)

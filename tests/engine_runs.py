@@ -303,3 +303,88 @@ def finetune_error(flags: list[str]) -> str:
         return f"no error, status {main(flags)}"
     except UserError as error:
         return str(error)
+
+
+def losses_of_splits(golden: Path) -> dict:
+    """One step on the same four rows with micro-batches of 2 and of 1: {average: [(loss, gradient norm), ...]}, and by hand."""
+    from megatron_ft.checkpoint.load_weights import load_weights
+    from megatron_ft.checkpoint.weights import open_weights
+    from megatron_ft.data.batch import Batch
+    from megatron_ft.engine import parallel
+    from megatron_ft.engine.loss import token_losses
+    from megatron_ft.engine.model import build_model, wrap_for_data_parallel
+    from megatron_ft.engine.optimizer import build_optimizer
+    from megatron_ft.engine.rows import micro_batch_from
+    from megatron_ft.engine.train import forward_backward
+
+    flags = "--num-layers 4 --hidden-size 64 --num-attention-heads 4 --max-position-embeddings 256 --seq-length 256"
+    flags += " --hidden-dropout 0 --attention-dropout 0 --data-prefix unused --train-iters 1 --global-batch-size 4"
+    args = start(flags, golden / "data/tokenizer.json")
+    rows = packed_rows(11, 4, 256, 5, 1000)
+    rows.loss_mask[0, 20:] = 0  # few output tokens
+    rows.loss_mask[2] = 0  # none
+
+    def micro_batches(size: int, average: str):
+        ranks, rank = parallel.data_parallel_size(), parallel.data_parallel_rank()
+        result = []
+        for first in range(rank * size, 4, size * ranks):
+            pieces = [getattr(rows, n)[first : first + size] for n in ("tokens", "labels", "position_ids", "loss_mask")]
+            bounds = rows.cu_seqlens - first * 256
+            bounds = bounds[(bounds >= 0) & (bounds <= size * 256)]
+            batch = Batch(*pieces, rows.segment_ids[first : first + size], bounds, 256)
+            result.append(micro_batch_from(batch, batch.loss_mask, average, []))
+        return result
+
+    results: dict = {"token": [], "microbatch": [], "by hand": {}}
+    chunks = build_model(args, args.shape, 1024)
+    load_weights(open_weights(golden / "hf/hf_tiny"), chunks)
+    model = wrap_for_data_parallel(args, chunks)
+    optimizer = build_optimizer(args, model)
+    for average in ("token", "microbatch"):
+        for size in (2, 1):
+            args.micro_batch_size = size
+            ours = micro_batches(size, average)
+            (weight,) = parallel.sum_over_data_parallel([sum(m.weight for m in ours)])
+            shares = forward_backward(args, model, optimizer, ours, weight, 1000)
+            (loss,) = parallel.sum_over_all([sum(shares) if parallel.counts_here() else 0.0])
+            optimizer.prepare_grads()
+            results[average].append((loss, float(optimizer.get_grad_norm())))
+    if parallel.data_parallel_size() == 1:
+        with torch.no_grad():
+            per_row = []
+            for micro in micro_batches(1, "token"):
+                logits = model[0](micro.tokens, micro.position_ids, None, packed_seq_params=micro.row)
+                losses = token_losses(logits, micro.labels, 1000) * micro.loss_mask
+                per_row.append((losses.sum().item(), micro.loss_mask.sum().item()))
+        results["by hand"]["token"] = sum(loss for loss, _ in per_row) / sum(n for _, n in per_row)
+        results["by hand"]["microbatch"] = sum(loss / n for loss, n in per_row if n) / 3
+    return results
+
+
+def padding_probability(golden: Path) -> tuple[float, float, float, list[float]]:
+    """Probability of the 24 padding columns when masked and when not, their largest gradient, and two tokens' hits."""
+    import os
+
+    from megatron.core import parallel_state
+
+    from megatron_ft.engine.loss import token_hits, token_losses
+
+    ranks = int(os.environ["WORLD_SIZE"])
+    flags = f"--preset tiny --data-prefix unused --train-iters 1 --tensor-model-parallel-size {ranks}"
+    start(flags, golden / "data/tokenizer.json")
+    torch.manual_seed(0)
+    whole = torch.randn(1, 2, 1024)
+    whole[..., 1000:] += 5
+    labels = torch.tensor([[whole[0, 0, :1000].argmax().item(), 999]])
+    rank = parallel_state.get_tensor_model_parallel_rank()
+    columns = 1024 // ranks
+    part = whole[..., rank * columns : (rank + 1) * columns].clone()
+    exact = -torch.log_softmax(whole[..., :1000], -1).gather(-1, labels[..., None])[..., 0]
+    hits = token_hits(part.clone(), labels, 1000)[0].tolist()
+    logits = part.clone().requires_grad_()
+    losses = token_losses(logits * 1, labels, 1000)
+    losses.sum().backward()
+    unmasked = token_losses(part.clone(), labels, None)
+    padding = logits.grad[..., max(0, 1000 - rank * columns) :]
+    gradient = padding.abs().max().item() if padding.numel() else 0.0
+    return (losses - exact).abs().max().item(), (unmasked - exact).min().item(), gradient, hits

@@ -106,12 +106,12 @@ def test_half_precision_follows_fp32(runs, precision):
 
 
 def test_fp16_overflow_is_skipped_counted_and_lowers_the_scale(runs):
-    flags = "--train-iters 10 --global-batch-size 2 --eval-interval 0 --fp16 --initial-loss-scale 3e7 --hysteresis 1"
+    flags = "--train-iters 9 --global-batch-size 2 --eval-interval 0 --fp16 --initial-loss-scale 3e7 --hysteresis 1"
     assert runs("fp16", flags) == [EXIT_DONE]
     steps = runs.steps("fp16")
     skipped = column(steps, "skipped_iterations")
-    assert skipped[0] == 1 and skipped[-1] < 10
-    assert steps[0]["grad_norm"] is None and steps[-1]["grad_norm"] is not None
+    assert skipped[0] == 1 and skipped[-1] < 9
+    assert steps[0]["grad_norm"] is None and any(step["grad_norm"] for step in steps)
     assert steps[1]["lr"] == steps[0]["lr"], "a skipped step does not move the schedule"
     assert steps[-1]["loss_scale"] < 3e7
 

@@ -1,0 +1,88 @@
+"""Length of training and learning-rate schedules, against Megatron's own calculator and the formulas' values."""
+
+import math
+
+import pytest
+import torch
+
+from megatron_ft.arguments import parse_args
+from megatron_ft.engine.schedule import build_scheduler, global_batch_at, plan_length, samples_of
+from megatron_ft.errors import UserError
+
+
+def flags(tmp_path, text: str, world_size: int = 1):
+    tokenizer = tmp_path / "tokenizer.json"
+    tokenizer.touch()
+    common = ["--preset", "tiny", "--seq-length", "128", "--data-prefix", "unused", "--tokenizer-file", str(tokenizer)]
+    return parse_args([*common, *text.split()], world_size)
+
+
+@pytest.mark.parametrize(
+    ("text", "rows_per_epoch", "iterations", "samples"),
+    [
+        ("--train-iters 7 --global-batch-size 4", None, 7, 28),
+        ("--train-samples 28 --global-batch-size 4", None, 7, 28),
+        ("--train-samples 29 --global-batch-size 4", None, 8, 32),
+        ("--train-tokens 3000 --global-batch-size 4", None, 6, 24),
+        ("--train-epochs 3 --global-batch-size 4", 10, 8, 32),
+        ("--train-epochs 0.5 --global-batch-size 4", 10, 2, 8),
+        ("--train-iters 5 --global-batch-size 8 --rampup-batch-size 2 2 12", None, 5, 2 + 2 + 4 + 6 + 8),
+        ("--train-samples 37 --global-batch-size 8 --rampup-batch-size 2 2 12", None, 7, 38),
+    ],
+)
+def test_length_follows_from_any_unit(tmp_path, text, rows_per_epoch, iterations, samples):
+    args = flags(tmp_path, text)
+    length = plan_length(args, rows_per_epoch)
+    assert (length.iterations, length.samples) == (iterations, samples)
+    assert samples_of(args, iterations) == samples
+
+
+def test_ramp_up_is_megatrons(tmp_path):
+    from megatron.core.num_microbatches_calculator import RampupBatchsizeNumMicroBatchesCalculator
+
+    args = flags(tmp_path, "--train-iters 1 --micro-batch-size 2 --global-batch-size 20 --rampup-batch-size 4 4 70")
+    megatron = RampupBatchsizeNumMicroBatchesCalculator(20, 2, 1, False, 1, 4, 4, 70)
+    for consumed in range(0, 120):
+        megatron.update(consumed, consistency_check=True)
+        assert global_batch_at(args, consumed) == megatron.get_current_global_batch_size(), consumed
+
+
+def rates(args, steps: int) -> list[float]:
+    """The learning rate each step uses, from a scheduler on a real optimizer."""
+
+    class Optimizer:
+        param_groups = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0).param_groups
+
+    scheduler = build_scheduler(args, Optimizer, plan_length(args))
+    used = []
+    for _ in range(steps):
+        used.append(Optimizer.param_groups[0]["lr"])
+        scheduler.step(increment=args.global_batch_size)
+    return used
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("--lr-decay-style constant --lr-warmup-iters 2", [0, 0.5, 1, 1, 1, 1, 1, 1, 1, 1]),
+        ("--lr-decay-style linear --min-lr 0.2 --lr-warmup-samples 8", [0, 0.5, *[0.2 + 0.8 * (10 - i) / 8 for i in range(2, 10)]]),
+        ("--lr-decay-style cosine --lr-warmup-fraction 0.2 --lr-warmup-init 0.1", [0.1, 0.55, *[0.5 + 0.5 * math.cos(math.pi * (i - 2) / 8) for i in range(2, 10)]]),
+        ("--lr-decay-style inverse-square-root --lr-warmup-iters 1", [0, 1, *[i**-0.5 for i in range(2, 10)]]),
+        ("--lr-decay-style WSD --lr-wsd-decay-iters 4", [1] * 7 + [0.75, 0.5, 0.25]),
+        ("--lr-decay-style WSD --lr-wsd-decay-samples 16 --lr-wsd-decay-style minus_sqrt", [1] * 7 + [1 - (i / 4) ** 0.5 for i in (1, 2, 3)]),
+        ("--lr-decay-style linear --lr-decay-iters 5", [1, 0.8, 0.6, 0.4, 0.2, 0, 0, 0, 0, 0]),
+    ],
+)  # fmt: skip
+def test_schedules(tmp_path, text, expected):
+    args = flags(tmp_path, f"--train-iters 10 --global-batch-size 4 --lr 1 {text}")
+    assert rates(args, 10) == pytest.approx(expected, abs=1e-12)
+
+
+def test_impossible_schedules_are_named(tmp_path):
+    for text, word in [
+        ("--lr-warmup-iters 10", "--lr-warmup-iters"),
+        ("--lr-decay-style WSD", "--lr-wsd-decay-iters"),
+        ("--lr-decay-style WSD --lr-wsd-decay-iters 9 --lr-warmup-iters 2", "--lr-wsd-decay-iters"),
+    ]:
+        with pytest.raises(UserError, match=word):
+            rates(flags(tmp_path, f"--train-iters 10 --global-batch-size 4 --lr 1 {text}"), 1)

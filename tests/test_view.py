@@ -3,11 +3,14 @@
 import html
 import os
 import re
+import shutil
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import one_error_line, run_program
+from doc_commands import run_page
 from token_files import numbered_documents, training_flags, write_documents
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -152,3 +155,14 @@ def test_mistakes_end_in_one_line(data, flags, message):
 def test_missing_data_end_in_one_line(tmp_path):
     line = one_error_line(run_program(VIEW, tmp_path / "absent", "--stats", ok=False))
     assert "absent_inputs_document.idx" in line and "preprocess/tokenize.py" in line
+
+
+def test_the_page_on_packing_shows_commands_that_work(data, tmp_path):
+    prefix, tokenizer_file, _, _ = data
+    (tmp_path / "data").mkdir()
+    for path in Path(prefix).parent.glob("set_*document.*"):
+        shutil.copy(path, tmp_path / "data" / path.name.replace("set", "commits"))
+    shutil.copy(tokenizer_file, tmp_path / "tokenizer.json")
+    printed = run_page("packing.md", tmp_path)
+    assert "── row 1: 513 places" in printed and "«answer 7é" in printed and "steps, best-fit" in printed
+    assert (tmp_path / "rows.html").is_file() and (tmp_path / "lengths.png").is_file()

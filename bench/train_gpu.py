@@ -1,0 +1,253 @@
+"""Time training on one GPU: packed rows of 8192 tokens with documents of about 500, and what a dense attention mask would cost.
+
+    python bench/train_gpu.py
+
+Needs one GPU and no data. StarCoderBase 1b in bf16: MFU, tokens a second and memory of the packed path; of attention with the [s, s] mask
+through torch's fused kernel; and of the mtf branch's way, plain products with the mask and softmax stored, recomputed in backward. Then
+3b and 7b, with full recompute and the optimizer in host memory as far as they need it. Where there is no GPU it says so and ends.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path[0] = str(
+    Path(__file__).resolve().parents[1]
+)  # not this folder: its tokenize.py would hide the standard library's
+
+import argparse
+import gc
+import random
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from megatron_ft import memory
+from megatron_ft.arguments import Help, Parser, parse_args
+from megatron_ft.data.batch import Batch
+from megatron_ft.engine import device
+from megatron_ft.errors import run_program
+from megatron_ft.memory import GIB
+
+
+@dataclass
+class Result:
+    """One line of the table."""
+
+    model: str
+    path: str
+    seconds: float  # a step
+    tokens: int  # positions of a step
+    flops: float  # of a step, recomputation not counted
+    bytes: int  # most that was allocated
+    loss: float  # of the first step
+
+
+def main() -> None:
+    """Run every model and path that fits, print the table last."""
+    parser = Parser(prog="bench/train_gpu.py", description=__doc__, formatter_class=Help)
+    parser.add_argument(
+        "--models", nargs="+", default=["1b", "3b", "7b"], choices=["1b", "3b", "7b"], help="which to run"
+    )
+    parser.add_argument("--steps", type=int, default=5, help="timed steps, after two that are not")
+    parser.add_argument("--micro-batches", type=int, default=4, help="rows of a step")
+    parser.add_argument("--seq-length", type=int, default=8192, help="tokens of a row")
+    parser.add_argument("--document-tokens", type=int, default=500, help="mean document")
+    flags = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("skipped: no GPU here; run `python bench/train_gpu.py` on a machine with one")
+        return
+    name = torch.cuda.get_device_name()
+    gpu = memory.find_gpu(name)
+    print(
+        f"{name}, torch {torch.__version__}; rows of {flags.seq_length} tokens, documents of about {flags.document_tokens}"
+    )
+    results, notes = [], []
+    for model in flags.models:
+        for path in paths_of(model):
+            result = attempt(model, path, flags)
+            if isinstance(result, Result):
+                results.append(result)
+                print(f"{model} {path}: {result.seconds:.3f} s a step, first loss {result.loss:.4f}", flush=True)
+            else:
+                notes.append(result)
+    print()
+    print_table(results, notes, gpu)
+
+
+# Training flags of each way to run a model.
+PATHS = {
+    "packed": "",
+    "dense mask, fused": "",
+    "dense mask, plain": "",
+    "packed, full recompute": "--recompute-granularity full",
+    "packed, full recompute, optimizer on host": "--recompute-granularity full --optimizer-cpu-offload",
+}
+
+
+def paths_of(model: str) -> list[str]:
+    """The ways `model` is run: 1b to compare, the larger ones to see what fits."""
+    names = list(PATHS)
+    return names[:4] if model == "1b" else names[3:]
+
+
+def attempt(model: str, path: str, flags: argparse.Namespace) -> Result | str:
+    """Measure one line, or say why there is none."""
+    try:
+        return measure(f"starcoderbase-{model}", path, flags)
+    except torch.OutOfMemoryError:
+        return f"{model} {path}: does not fit"
+    finally:
+        release()
+
+
+def measure(preset: str, path: str, flags: argparse.Namespace) -> Result:
+    """Build the model, take two steps to warm up and `flags.steps` timed ones; forward, loss, backward, clipping, Adam."""
+    from megatron_ft.engine.model import build_model, wrap_for_data_parallel
+    from megatron_ft.engine.optimizer import build_optimizer
+    from megatron_ft.engine.parallel import initialize
+    from megatron_ft.engine.rows import micro_batch_from
+    from megatron_ft.engine.train import forward_backward
+
+    with tempfile.NamedTemporaryFile() as nobody_reads_it:
+        words = f"--preset {preset} --bf16 --seq-length {flags.seq_length} --global-batch-size {flags.micro_batches} {PATHS[path]}"
+        words += f" --hidden-dropout 0 --attention-dropout 0 --train-iters 1 --data-prefix none --tokenizer-file {nobody_reads_it.name}"
+        args = parse_args([*words.split(), "--transformer-impl", "local"])
+    where = device.set_up_device()
+    initialize(args)
+    vocabulary = args.shape.vocab_size
+    chunks = build_model(args, args.shape, vocabulary)
+    if path in DENSE:
+        for module in chunks[0].modules():
+            if hasattr(module, "core_attention"):
+                module.core_attention = DENSE[path]()
+    model = wrap_for_data_parallel(args, chunks)
+    optimizer = build_optimizer(args, model)
+    rows = [packed_row(args, flags.document_tokens, seed) for seed in range(flags.micro_batches)]
+    micros = [to_device(micro_batch_from(row, row.loss_mask, "token", [i]), where) for i, row in enumerate(rows)]
+    weight = sum(micro.weight for micro in micros)
+
+    def step() -> float:
+        losses = forward_backward(args, model, optimizer, micros, weight, vocabulary)
+        optimizer.step()
+        return sum(losses)
+
+    first_loss = step()
+    step()
+    seconds = timed(step, flags.steps)
+    tokens = args.seq_length * flags.micro_batches
+    attended = sum(micro.squared_lengths for micro in micros) / tokens
+    flops = tokens * memory.flops_per_token(args.shape, attended)
+    peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+    return Result(preset.removeprefix("starcoderbase-"), path, seconds, tokens, flops, peak, first_loss)
+
+
+def timed(step: Callable, count: int) -> float:
+    """Mean seconds of `count` steps, the device's work waited for."""
+    torch.cuda.synchronize()
+    begun = time.perf_counter()
+    for _ in range(count):
+        step()
+    torch.cuda.synchronize()
+    return (time.perf_counter() - begun) / count
+
+
+def release() -> None:
+    """Give the GPU back between models."""
+    from megatron_ft.engine.parallel import destroy
+
+    destroy()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def packed_row(args: argparse.Namespace, document_tokens: int, seed: int) -> Batch:
+    """One full row of documents around `document_tokens` long, with loss everywhere."""
+    draw, lengths = random.Random(seed), []
+    while (left := args.seq_length - sum(lengths)) > 0:
+        lengths.append(min(left, max(16, int(draw.gauss(document_tokens, document_tokens / 3)))))
+    tokens = torch.randint(
+        args.shape.vocab_size, (1, args.seq_length + 1), generator=torch.Generator().manual_seed(seed)
+    )
+    return Batch(
+        tokens=tokens[:, :-1],
+        labels=tokens[:, 1:],
+        position_ids=torch.cat([torch.arange(n) for n in lengths])[None],
+        loss_mask=torch.ones(1, args.seq_length),
+        segment_ids=torch.cat([torch.full((n,), i + 1, dtype=torch.int32) for i, n in enumerate(lengths)])[None],
+        cu_seqlens=torch.tensor([0, *lengths]).cumsum(0).int(),
+        max_seqlen=max(lengths),
+    )
+
+
+def to_device(micro, where: torch.device):
+    """The micro-batch's tensors on `where`."""
+    for name in ("tokens", "labels", "position_ids", "loss_mask", "weights"):
+        setattr(micro, name, getattr(micro, name).to(where))
+    micro.row.cu_seqlens_q = micro.row.cu_seqlens_kv = micro.row.cu_seqlens_q.to(where)
+    return micro
+
+
+class DenseMask(torch.nn.Module):
+    """Attention over the whole row with the [t, t] mask that keeps documents apart, through torch's fused kernel."""
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, *args, packed_seq_params=None, **kwargs) -> Tensor:
+        """query [t, n, d], key and value [t, 1, d]; returns [t, n * d]."""
+        mask = document_mask(packed_seq_params.cu_seqlens_q, len(query))
+        query, key, value = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))
+        return (
+            self.attend(query, key.expand_as(query), value.expand_as(query), mask).squeeze(0).transpose(0, 1).flatten(1)
+        )
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+        """All [1, n, t, d]; `mask` bool [t, t], True where attention may look."""
+        return torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+
+
+class DenseMaskPlain(DenseMask):
+    """The same by plain products and a stored softmax, recomputed in backward: what the mtf branch does at long rows."""
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+        """As above."""
+        return checkpoint(self.products, query, key, value, mask, use_reentrant=False)
+
+    def products(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+        """softmax(q k^T) v with the scores [1, n, t, t] stored; softmax in fp32."""
+        scores = torch.matmul(query, key.transpose(-1, -2)) * query.shape[-1] ** -0.5
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+        return torch.matmul(torch.softmax(scores, -1, dtype=torch.float32).to(query.dtype), value)
+
+
+DENSE = {"dense mask, fused": DenseMask, "dense mask, plain": DenseMaskPlain}
+
+
+def document_mask(cu_seqlens: Tensor, tokens: int) -> Tensor:
+    """bool [tokens, tokens]: True where a position may look, earlier in its own document."""
+    places = torch.arange(tokens, device=cu_seqlens.device)
+    document = torch.bucketize(places, cu_seqlens[1:], right=True)
+    return (document[:, None] == document[None]) & (places[:, None] >= places[None])
+
+
+def print_table(results: list[Result], notes: list[str], gpu: memory.Gpu | None) -> None:
+    """The figures, ratios to the packed path of the same model."""
+    print(f"{'model':<6}{'path':<43}{'step s':>8}{'tokens/s':>10}{'TFLOP/s':>9}{'MFU %':>7}{'GiB':>7}{'packed is':>11}")
+    for r in results:
+        rate = r.flops / r.seconds
+        mfu = f"{100 * rate / gpu.peak_flops('bf16'):.1f}" if gpu else "?"
+        packed = next((p.seconds for p in results if p.model == r.model and p.path == "packed"), None)
+        ratio = f"{r.seconds / packed:.2f}x" if packed else ""
+        print(
+            f"{r.model:<6}{r.path:<43}{r.seconds:>8.3f}{r.tokens / r.seconds:>10,.0f}{rate / 1e12:>9.1f}{mfu:>7}{r.bytes / GIB:>7.1f}{ratio:>11}"
+        )
+    for note in notes:
+        print(note)
+
+
+if __name__ == "__main__":
+    run_program(main)

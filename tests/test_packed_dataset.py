@@ -82,13 +82,14 @@ def test_overlong_documents_are_dropped_or_cut_from_the_left_of_the_input(tmp_pa
     ]
     prefix = write_documents(tmp_path / "set", documents)
     flags = ("--data-prefix", prefix, "--validation-share", "0")
-    dropped = build_datasets(training_flags(*flags, seq_length=32), train_samples=1, pad=PAD).train
-    assert dropped.provenance(0)["documents"] == [0]
-    assert "2 documents are over 33 tokens: 2 left out, 92.86% of the tokens" in dropped.description
-    cut = build_datasets(
-        training_flags(*flags, "--overlong", "truncate", seq_length=32), train_samples=2, pad=PAD
-    ).train
-    assert "2 documents are over 33 tokens: 1 left out, 1 cut, 59.18% of the tokens" in cut.description
+    dropped = build_datasets(training_flags(*flags, seq_length=32), train_samples=1, pad=PAD)
+    assert dropped.train.provenance(0)["documents"] == [0]
+    summary = f"train: 2 of 3 documents of {prefix} are over 33 tokens:"
+    assert dropped.notices == [f"{summary} 2 left out, 92.86% of the tokens (--overlong drop)"]
+    cut_flags = training_flags(*flags, "--overlong", "truncate", seq_length=32)
+    datasets = build_datasets(cut_flags, train_samples=2, pad=PAD)
+    assert datasets.notices == [f"{summary} 1 left out, 1 cut, 59.18% of the tokens (--overlong truncate)"]
+    cut = datasets.train
     (row,) = [cut[i] for i in range(2) if cut.provenance(i)["documents"] == [1]]
     assert row.tokens.tolist() == list(range(117, 140)) + list(range(200, 210))
     assert row.is_inputs.tolist() == [True] * 23 + [False] * 10

@@ -53,6 +53,14 @@ def test_changed_data_get_a_new_index(prefix):
     assert len(indices(prefix)) == 2
 
 
+def test_a_damaged_index_is_named(prefix):
+    load_index(TokenizedDocuments(prefix), Packing(0, 40, 20))
+    damaged = indices(prefix)[0] / "documents.npy"
+    os.truncate(damaged, damaged.stat().st_size - 1)
+    with pytest.raises(UserError, match="this packing index is damaged .* remove the directory"):
+        load_index(TokenizedDocuments(prefix), Packing(0, 40, 20))
+
+
 def test_flags_that_do_not_shape_the_rows_share_an_index(prefix):
     for flags in (["--micro-batch-size", "2"], ["--norm-target-loss"], ["--lr", "1"]):
         rows_per_epoch(training_flags("--data-prefix", prefix, *flags))

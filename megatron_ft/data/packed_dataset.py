@@ -89,18 +89,24 @@ class PackedDataset:
     def _describe(self, part: Part, number: int) -> str:
         rows = self.parts[number]
         facts = rows.index.facts
-        text = (
+        return (
             f"{self.name}: {part.prefix} {part.start:g}:{part.end:g}, {facts['documents']:,} documents, {facts['tokens']:,} tokens, "
             f"{rows.index.fill_rate:.2%} of its rows filled, gives {int((self._source == number).sum()):,} rows"
         )
-        if facts["overlong_documents"]:
-            cut = facts["overlong_documents"] - facts["left_out_documents"]
-            done = f"{facts['left_out_documents']:,} left out" + (f", {cut:,} cut" if cut else "")
-            text += (
-                f"; {facts['overlong_documents']:,} documents are over {rows.capacity:,} tokens: {done}, "
-                f"{facts['lost_tokens'] / facts['tokens']:.2%} of the tokens"
-            )
-        return text
+
+    def overlong(self) -> list[str]:
+        """A line for each data set with documents that are longer than a row: how many, and what became of them."""
+        lines = []
+        for part in self.parts:
+            facts, policy = part.index.facts, part.packing.overlong
+            left_out, cut = facts["left_out_documents"], facts["overlong_documents"] - facts["left_out_documents"]
+            if facts["overlong_documents"]:
+                done = f"{left_out:,} left out" + (f", {cut:,} cut" if cut else "")
+                lines.append(
+                    f"{self.name}: {facts['overlong_documents']:,} of {facts['documents']:,} documents of {part.documents.prefix} are over "
+                    f"{part.capacity:,} tokens: {done}, {facts['lost_tokens'] / facts['tokens']:.2%} of the tokens (--overlong {policy})"
+                )
+        return lines
 
 
 @dataclass
@@ -140,8 +146,11 @@ def build_datasets(
     for split, built in (("valid", datasets.valid), ("test", datasets.test)):
         for group in groups_of(args, split):
             built[group.name] = _build(group, args, split, pad, vocab_size)
+    others = [*datasets.valid.values(), *datasets.test.values()]
+    for dataset in [datasets.train, *others] if datasets.train else others:
+        datasets.notices += dataset.overlong()
     if datasets.train:
-        datasets.notices += _overlaps(datasets.train, {**datasets.valid, **datasets.test})
+        datasets.notices += _overlaps(datasets.train, others)
     return datasets
 
 
@@ -212,14 +221,16 @@ def check_vocabulary(documents: TokenizedDocuments, vocab_size: int) -> None:
                 )
 
 
-def _overlaps(train: PackedDataset, others: dict[str, PackedDataset]) -> list[str]:
+def _overlaps(train: PackedDataset, others: list[PackedDataset]) -> list[str]:
     """A line for each data set of a validation or test group whose documents are trained on as well."""
     notices = []
-    for name, dataset in others.items():
+    for dataset in others:
         for part in dataset.parts:
             for trained in train.parts:
                 ours, theirs = part.packing, trained.packing
                 shared = min(ours.stop, theirs.stop) - max(ours.start, theirs.start)
                 if shared > 0 and Path(part.documents.prefix).resolve() == Path(trained.documents.prefix).resolve():
-                    notices.append(f"{name}: {shared:,} documents of {part.documents.prefix} are trained on as well")
+                    notices.append(
+                        f"{dataset.name}: {shared:,} documents of {part.documents.prefix} are trained on as well"
+                    )
     return notices

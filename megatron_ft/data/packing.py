@@ -180,11 +180,16 @@ def load_index(documents: TokenizedDocuments, packing: Packing, cache: str | Non
         (partial / "index.json").write_text(json.dumps({"settings": settings, "facts": index.facts}, indent=1))
 
     build_once(directory, build)
-    return PackedIndex(
-        np.load(directory / "documents.npy", mmap_mode="r").view(np.ndarray),
-        np.load(directory / "rows.npy", mmap_mode="r").view(np.ndarray),
-        json.loads((directory / "index.json").read_text())["facts"],
-    )
+    try:
+        return PackedIndex(
+            np.load(directory / "documents.npy", mmap_mode="r").view(np.ndarray),
+            np.load(directory / "rows.npy", mmap_mode="r").view(np.ndarray),
+            json.loads((directory / "index.json").read_text())["facts"],
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"{directory}: this packing index is damaged ({error}); remove the directory and start again"
+        ) from error
 
 
 def load_index_of_rows(

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
+from megatron_ft.branch_flags import ACCEPTED, REFUSED, RENAMED
 from megatron_ft.engine.schedule import check_rampup
 from megatron_ft.errors import UserError
 from megatron_ft.models import PRESETS, ModelShape
@@ -64,6 +65,12 @@ def _add_model(add) -> None:
         "--attention-head-type",
         choices=["multiquery", "multihead"],
         help="one key/value head for all, or one a query head",
+    )
+    add(
+        "--position-embedding-type",
+        choices=["absolute", "learned_absolute"],
+        default="absolute",
+        help="learned positions, the only ones GPTBigCode has",
     )
     add("--layernorm-epsilon", type=float, help="epsilon of the layer norms")
     add("--init-method-std", type=float, help="standard deviation of a random start")
@@ -309,20 +316,6 @@ def _add_logging(add) -> None:
 
 
 LORA_TARGETS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
-# Flags that Megatron or the branch has and this program refuses, each with what to do instead.
-REFUSED = {
-    "--num-layers-per-virtual-pipeline-stage": "interleaved pipeline stages are not supported; leave it out",
-    "--data-path": "use --data-prefix, or --train-weighted-split-paths-path",
-    "--split": "use --validation-share, or ranges in --train-weighted-split-paths-path",
-    "--deepspeed": "the engine is Megatron-Core; leave DeepSpeed flags out",
-}
-# Flags of the branch that say what this program always does, or set what no longer exists: accepted with a notice (value: number of words that follow).
-ACCEPTED = {
-    "--tokenizer-type": 1, "--vocab-file": 1, "--merge-file": 1, "--data-impl": 1, "--mmap-warmup": 0, "--use-flash-attn": 0,
-    "--no-masked-softmax-fusion": 0, "--no-bias-gelu-fusion": 0, "--no-bias-dropout-fusion": 0, "--no-gradient-accumulation-fusion": 0,
-    "--DDP-impl": 1, "--distributed-backend": 1, "--use-cpu-initialization": 0, "--append-eod": 0, "--sequence-length": 0,
-    "--no-async-tensor-model-parallel-allreduce": 0, "--finetune-mtf": 0,
-}  # fmt: skip
 
 
 def parse_args(argv: Sequence[str], world_size: int = 1) -> argparse.Namespace:
@@ -352,6 +345,7 @@ def normalise(argv: Sequence[str], known: set[str]) -> tuple[list[str], list[str
         flag, equals, value = word.partition("=")
         if flag not in ACCEPTED:
             flag = flag.replace("_", "-")
+        flag = RENAMED.get(flag, flag)
         if flag in known:
             words.append(flag + equals + value)
         elif flag in ACCEPTED:

@@ -2,8 +2,9 @@
 
     srun ... python launch/rank.py LOGDIR COMMAND...
 
-Rank 0 writes to srun's output, the others append to LOGDIR/rank-NNN.log. Signals to the step reach training alone: this process lets them pass.
-Until training has its handlers, SIGUSR1 and SIGUSR2 are ignored instead of killing it; the launcher repeats them. How the rank ended is said in one
+Rank 0 writes to srun's output, the others append to LOGDIR/rank-NNN.log. Signals are handed on to training: with proctrack/cgroup SLURM signals
+a task's first process alone, with proctrack/pgid all of them, and two of a kind do no harm. Until training has its handlers, SIGUSR1 and SIGUSR2 are
+ignored instead of killing it; the launcher repeats them. How the rank ended is said in one
 line on stderr (`ended` below), for the launcher; a rank that has saved and wants to be resumed ends well for srun, so that --kill-on-bad-exit
 does not end the ranks that are a moment slower.
 """
@@ -48,22 +49,19 @@ def main() -> int:
     else:
         os.dup2(1, 2)
     for number in (signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)
+        signal.signal(number, signal.SIG_IGN)  # what training inherits
     training = subprocess.Popen(command)
     stop_signal = int(
         os.environ.get("MEGATRON_FT_STOP_SIGNAL", "0")
-    )  # set for an engine that saves at another signal only
+    )  # for an engine that saves at one signal only, and then ends with 0
     stopped = []
 
-    def pass_on(number: int, frame) -> None:
+    def hand_on(number: int, frame) -> None:
         stopped.append(number)
-        if number != signal.SIGTERM:  # that one reaches training by itself
-            training.send_signal(stop_signal)
+        training.send_signal(stop_signal or number)
 
-    signal.signal(signal.SIGTERM, pass_on)
-    if stop_signal:
-        for number in (signal.SIGUSR1, signal.SIGUSR2):
-            signal.signal(number, pass_on)
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, hand_on)
     status = training.wait()
     if stop_signal and stopped and status == 0:
         status = EXIT_RESUME

@@ -115,11 +115,19 @@ class Job:
             "constraint": _value(fields.get("Features")),
             "reservation": _value(fields.get("Reservation")),
             "exclude": exclude,
-            "export": env.get("SLURM_EXPORT_ENV_OF_JOB"),
+            "export": self._export(),
         }
         given = [f"--{name}={value}" for name, value in options.items() if value]
         requeue = ["--no-requeue"] if fields.get("Requeue") == "0" else []
         return ["sbatch", "--parsable", *given, *requeue, script, *arguments]
+
+    def _export(self) -> str | None:
+        """The job's own --export, with the count of restarts added where it does not let the whole environment through."""
+        export = os.environ.get("SLURM_EXPORT_ENV")
+        if export is None or export.startswith("ALL"):
+            return None
+        count = f"MEGATRON_FT_RESUBMITTED={self.restarts + 1}"
+        return count if export == "NONE" else f"{export},{count}"
 
     def _environment_to_submit(self) -> dict[str, str]:
         """This job's environment without what describes this job; the count of restarts goes on."""

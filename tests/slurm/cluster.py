@@ -139,11 +139,11 @@ class Cluster:
         )
         self.run("srun", f"-N{NODES}", f"-n{NODES}", "--immediate=10", "true")
 
-    def _daemon(self, program: str, *flags: str) -> None:
+    def _daemon(self, program: str, *flags: str, prefix: tuple[str, ...] = ()) -> None:
         name = flags[-1] if program == "slurmd" else program
         with open(self.dir / f"{name}.out", "ab") as out:
             self.daemons[name] = subprocess.Popen(
-                [program, "-D", *flags], env=self.env, stdout=out, stderr=out, start_new_session=True
+                [*prefix, program, "-D", *flags], env=self.env, stdout=out, stderr=out, start_new_session=True
             )
 
     def log(self, name: str) -> str:
@@ -193,11 +193,39 @@ class Cluster:
         self.daemons[node].kill()
         self.daemons.pop(node).wait()
 
-    def start_node(self, node: str) -> None:
-        self._daemon("slurmd", "-N", node)
+    def crash_node(self, node: str) -> None:
+        """The daemon and everything it started die at once."""
+        self.kill_node(node)
+        for process in psutil.process_iter():
+            try:
+                stepd = process.name() == "slurmstepd" and any(
+                    str(self.dir / "spool" / node) in file.path for file in process.open_files()
+                )
+                if stepd or (self._ours(process) and process.environ().get("SLURMD_NODENAME") == node):
+                    process.kill()
+            except psutil.Error:
+                continue
+
+    def start_node(self, node: str, hide: Path | None = None) -> None:
+        """Start its daemon; `hide` is a directory that this node alone does not see (as root)."""
+        covered = ("unshare", "--mount", "sh", "-c", 'mount -t tmpfs none "$0" && exec "$@"', str(hide)) if hide else ()
+        self._daemon("slurmd", "-N", node, prefix=covered)
         wait_for(
-            lambda: self.run("sinfo", "-h", "-n", node, "-p", "main", "-o", "%t").stdout.strip() == "idle", 30, node
+            lambda: self.node_state(node) == "idle",
+            30,
+            lambda: f"{node} is {self.node_state(node)}\n{self.log('slurmd-' + node)}",
         )
+
+    def restart_node(self, node: str, hide: Path | None = None) -> None:
+        self.daemons[node].terminate()
+        self.daemons.pop(node).wait(10)
+        self.start_node(node, hide)
+
+    def node_state(self, node: str) -> str:
+        return self.run("sinfo", "-h", "-n", node, "-p", "main", "-o", "%t").stdout.strip()
+
+    def _ours(self, process: psutil.Process) -> bool:
+        return process.environ().get("SLURM_CONF") == self.env["SLURM_CONF"]
 
     def free(self) -> None:
         """No jobs left: what a test leaves behind must not meet the next one."""
@@ -247,8 +275,8 @@ def missing() -> str | None:
     return f"SLURM is not installed ({', '.join(absent)} missing); .ci/install-slurm installs it" if absent else None
 
 
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[Cluster]:
+@pytest.fixture(scope="module", name="cluster")
+def running_cluster() -> Iterator[Cluster]:
     """A running cluster; the test is skipped with the reason where SLURM is not installed."""
     reason = missing()
     if reason:

@@ -4,7 +4,8 @@ import re
 
 import numpy as np
 import pytest
-from conftest import one_error_line, run_program
+from conftest import ROOT, one_error_line, run_program
+from doc_commands import run_page
 
 from megatron_ft import memory
 from megatron_ft.data.indexed import IndexedWriter, commit, field_paths
@@ -99,3 +100,12 @@ def test_steps_and_hours_follow_from_real_data_and_the_length_asked_for(tmp_path
 )
 def test_mistakes_end_in_one_line(words, said):
     assert said in one_error_line(plan(*words.split(), ok=False))
+
+
+def test_the_pages_commands_print_what_the_page_shows(tmp_path):
+    printed = run_page("planning.md", tmp_path)
+    page = (ROOT / "docs/planning.md").read_text()
+    shown = [line[4:] for line in page.splitlines() if line.startswith("    ") and not line.lstrip().startswith("--")]
+    assert len(shown) >= 8
+    for line in shown:
+        assert line in printed.splitlines(), line

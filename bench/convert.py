@@ -1,0 +1,151 @@
+"""Convert a checkpoint of real shapes and measure it: seconds against `cp -r` of the same bytes, and memory.
+
+    python bench/convert.py --preset starcoderbase --directory /scratch/bench
+    python bench/convert.py --preset starcoderbase --directory /scratch/bench --scale 0.5     half the layers
+
+Makes a random bf16 checkpoint (TP4 PP4 unless told otherwise), copies it with `cp -r`, removes the copy, and runs convert/megatron_to_hf.py on
+it. Needs twice the checkpoint's size on the disk and removes all it made. Peak memory is sampled from /proc: RssAnon is memory of the
+process's own, VmHWM counts mapped file pages too, which the kernel takes back when it needs them.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path[0] = str(
+    Path(__file__).resolve().parents[1]
+)  # not this folder: its tokenize.py would hide the standard library's
+
+import json
+import shutil
+import subprocess
+import time
+import zlib
+
+import torch
+
+from megatron_ft.arguments import Help, Parser
+from megatron_ft.checkpoint.directory import free_bytes
+from megatron_ft.checkpoint.legacy_writer import legacy_bytes, write_legacy
+from megatron_ft.checkpoint.names import hf_shape
+from megatron_ft.checkpoint.progress import bytes_bar
+from megatron_ft.checkpoint.stream import BLOCK
+from megatron_ft.checkpoint.weights import WeightSource
+from megatron_ft.errors import UserError, run_program
+from megatron_ft.models import PRESETS, ModelShape
+
+ROOT = Path(__file__).resolve().parents[1]
+DTYPE = torch.bfloat16
+
+
+class RandomWeights(WeightSource):
+    """Random bf16 weights of a shape: every row begins at a place of its own in one buffer of noise."""
+
+    kind = "random"
+
+    def __init__(self, shape: ModelShape) -> None:
+        self.shape, self.dtype = shape, DTYPE
+        self._noise = torch.randn(BLOCK, generator=torch.Generator().manual_seed(1)).to(DTYPE)
+
+    def pieces(self, name: str) -> tuple[int, list[torch.Tensor]]:
+        raise NotImplementedError("only slices of rows are made")
+
+    def read_slice(self, name: str, dim: int, start: int, stop: int) -> torch.Tensor:
+        size = (stop - start, *hf_shape(self.shape, name)[1:])
+        count = torch.Size(size).numel()
+        first = zlib.crc32(f"{name} {start}".encode()) % (len(self._noise) - count)
+        return self._noise[first : first + count].view(size)
+
+
+def main() -> None:
+    parser = Parser(description=__doc__, formatter_class=Help, allow_abbrev=False)
+    add = parser.add_argument
+    add("--preset", choices=sorted(PRESETS), default="starcoderbase", help="model whose shapes to take")
+    add("--directory", required=True, metavar="DIR", help="where to write; a folder in it is made and removed")
+    add("--scale", type=float, default=1.0, help="share of the layers to keep")
+    add("--tensor-parallel", type=int, default=4, metavar="T", help="tensor parallel ranks of the checkpoint")
+    add("--pipeline-parallel", type=int, default=4, metavar="P", help="pipeline stages of the checkpoint")
+    add("--report", metavar="FILE", help="write the figures as JSON")
+    args = parser.parse_args()
+    shape, tp, pp = PRESETS[args.preset], args.tensor_parallel, args.pipeline_parallel
+    layers = max(pp, round(shape.num_layers * args.scale / pp) * pp)
+    shape = ModelShape(**{**shape.as_dict(), "num_layers": layers})
+    shape.check_layout(tp, pp)
+    source = RandomWeights(shape)
+    size = legacy_bytes(source, DTYPE, tp, pp, shape.vocab_size)
+    work = Path(args.directory) / "megatron-ft-bench-convert"
+    if free_bytes(work) < 2 * size + (1 << 30):
+        raise UserError(
+            f"{args.directory}: {2 * size / 1e9:.0f} GB are needed, {free_bytes(work) / 1e9:.0f} GB are free; give --scale"
+        )
+    try:
+        report = measure(source, work, tp, pp, size)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    report = {
+        "preset": args.preset,
+        "layers": layers,
+        "parameters": shape.num_parameters(),
+        "tp": tp,
+        "pp": pp,
+        **report,
+    }
+    width = max(map(len, report))
+    print("\n".join(f"{name:<{width}}  {value}" for name, value in report.items()))
+    if args.report:
+        Path(args.report).write_text(json.dumps(report, indent=2) + "\n")
+
+
+def measure(source: RandomWeights, work: Path, tp: int, pp: int, size: int) -> dict:
+    """Make, copy, convert; figures in seconds, GB and MiB."""
+    megatron = work / "megatron"
+    megatron.mkdir(parents=True)
+    with bytes_bar(size, "making a random checkpoint") as advance:
+        write_legacy(
+            source, megatron, dtype=DTYPE, tp=tp, pp=pp, padded_vocab=source.shape.vocab_size, divisible_by=128,
+            advance=advance,
+        )  # fmt: skip
+    began = time.monotonic()
+    subprocess.run(["sync", "-f", str(megatron)], check=True)
+    began = time.monotonic()
+    subprocess.run(["cp", "-r", str(megatron), str(work / "copy")], check=True)
+    copied = time.monotonic() - began
+    subprocess.run(["sync", "-f", str(work)], check=True)
+    durable = time.monotonic() - began
+    shutil.rmtree(work / "copy")
+    command = [sys.executable, str(ROOT / "convert/megatron_to_hf.py"), "--load", megatron, "--output", work / "hf"]
+    began = time.monotonic()
+    peaks = run_and_sample([str(word) for word in command])
+    converted = time.monotonic() - began
+    return {
+        "gigabytes": round(size / 1e9, 2),
+        "cp -r, seconds": round(copied, 1),
+        "cp -r and sync, seconds": round(durable, 1),
+        "convert, seconds": round(converted, 1),
+        "convert / cp -r": round(converted / copied, 2),
+        "convert / cp -r and sync": round(converted / durable, 2),
+        "peak RssAnon, MiB": peaks["RssAnon"],
+        "peak VmHWM, MiB": peaks["VmHWM"],
+    }
+
+
+def run_and_sample(command: list[str], interval: float = 0.02) -> dict[str, int]:
+    """Run a program; peaks in MiB of its own memory (RssAnon, sampled) and of all its resident pages (VmHWM, the kernel's count)."""
+    peaks = {"RssAnon": 0, "VmHWM": 0}
+    process = subprocess.Popen(command)
+    while process.poll() is None:
+        try:
+            status = Path(f"/proc/{process.pid}/status").read_text()
+        except OSError:
+            break
+        for line in status.splitlines():
+            name, _, value = line.partition(":")
+            if name in peaks:
+                peaks[name] = max(peaks[name], int(value.split()[0]) // 1024)
+        time.sleep(interval)
+    if process.wait():
+        raise UserError(f"{' '.join(command)} ended with status {process.returncode}")
+    return peaks
+
+
+if __name__ == "__main__":
+    run_program(main)

@@ -5,7 +5,7 @@ import torch
 from engine_runs import dense_attention, difference_from_dense_model, golden_logits_error
 from ranks import run_ranks
 
-from megatron_ft.engine.packed_attention import attend_by_document
+from megatron_ft.engine.packed_attention import PackedRow, attend_by_document, flex_attend
 
 ROWS = {"one document": [300], "hundreds": [1 + n % 3 for n in range(250)], "uneven": [1, 150, 2, 97, 50]}
 
@@ -27,6 +27,15 @@ def test_equals_the_dense_mask(row, groups, dtype, tolerance):
         results.append([out, *(x.grad for x in inputs)])
     for ours, dense in zip(*results, strict=True):
         torch.testing.assert_close(ours, dense, atol=tolerance, rtol=tolerance)
+
+
+def test_flex_attention_sees_the_same_documents():
+    """Forward alone: on the CPU it has no backward."""
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(300, heads, 16) for heads in (4, 1, 1))
+    row = PackedRow.from_cu_seqlens(torch.tensor([0, 1, 151, 153, 250, 300], dtype=torch.int32))
+    out = flex_attend(query, key, value, row, compiled=False)
+    torch.testing.assert_close(out, dense_attention(query, key, value, ROWS["uneven"]), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(

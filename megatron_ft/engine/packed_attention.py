@@ -1,10 +1,12 @@
 """Causal attention inside the documents of a packed row, without an [s, s] mask.
 
 `PackedAttention` is the core-attention module that the model's ModuleSpec gives to Megatron-Core. It takes the row's document bounds
-from `PackedRow` and chooses a kernel: variable-length flash attention on a GPU, one scaled-dot-product call a document elsewhere.
+from `PackedRow` and chooses a kernel. On a GPU: torch's variable-length flash attention (half precision, no dropout), else the flash-attn package (half
+precision), else FlexAttention with a block mask (no dropout). Elsewhere: one scaled-dot-product call a document, which does everything.
 """
 
 import contextlib
+import functools
 from dataclasses import dataclass, field
 
 import torch
@@ -13,6 +15,7 @@ from megatron.core import tensor_parallel
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 try:
     from torch.nn.attention.varlen import varlen_attn
@@ -29,6 +32,7 @@ class PackedRow(PackedSeqParams):
     """Megatron's description of a packed row [1, t], and the documents' lengths on the host, so that no kernel waits for them."""
 
     lengths: list[int] = field(default_factory=list)
+    block_mask: object = None  # FlexAttention's, made by the first layer that needs it
 
     @classmethod
     def from_cu_seqlens(cls, cu_seqlens: Tensor, device: torch.device | None = None) -> "PackedRow":
@@ -88,6 +92,8 @@ class PackedAttention(nn.Module):
             if flash_attn_varlen_func is not None:
                 with self._random_state():
                     return _flash(query, key, value, packed_seq_params, self.scale, dropout)
+        if query.is_cuda and not dropout and isinstance(packed_seq_params, PackedRow):
+            return flex_attend(query, key, value, packed_seq_params, self.scale, compiled=True)
         lengths = getattr(packed_seq_params, "lengths", None) or packed_seq_params.cu_seqlens_q.diff().tolist()
         with self._random_state():
             return attend_by_document(query, key, value, lengths, self.scale, dropout)
@@ -162,3 +168,31 @@ def _flash(
         causal=True,
     )
     return out.flatten(1)
+
+
+def flex_attend(
+    query: Tensor, key: Tensor, value: Tensor, row: PackedRow, scale: float | None = None, *, compiled: bool
+) -> Tensor:
+    """Attention by FlexAttention, which skips blocks that no document reaches; shapes as `attend_by_document`. Only `compiled` has a backward."""
+    if row.block_mask is None:
+        row.block_mask = _block_mask(row, query.device, compiled)
+    attend = _compiled_flex_attention() if compiled else flex_attention
+    query, key, value = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))
+    out = attend(query, key, value, block_mask=row.block_mask, scale=scale, enable_gqa=query.shape[1] != key.shape[1])
+    return out.squeeze(0).transpose(0, 1).flatten(1)
+
+
+def _block_mask(row: PackedRow, device: torch.device, compiled: bool):
+    tokens = sum(row.lengths)
+    lengths = torch.tensor(row.lengths, device=device)
+    document = torch.repeat_interleave(torch.arange(len(row.lengths), device=device), lengths, output_size=tokens)
+
+    def sees(batch, head, q, k):
+        return (q >= k) & (document[q] == document[k])
+
+    return create_block_mask(sees, None, None, tokens, tokens, device=device, _compile=compiled)
+
+
+@functools.cache
+def _compiled_flex_attention():
+    return torch.compile(flex_attention)

@@ -64,6 +64,17 @@ def test_a_stopped_run_goes_on_bitwise_where_it_was(runs):
     assert runs.steps("stopped") == runs.steps("unbroken")
 
 
+def test_recompute_repeats_the_dropout_of_the_forward_pass(runs):
+    flags = (
+        f"{TP2} --train-iters 3 --global-batch-size 2 --eval-interval 0 --hidden-dropout 0.2 --attention-dropout 0.2"
+    )
+    runs("plain", flags, 2)
+    for granularity in ("full", "selective"):
+        runs(granularity, f"{flags} --recompute-granularity {granularity}", 2)
+        assert column(runs.steps(granularity), "loss") == column(runs.steps("plain"), "loss")
+        assert column(runs.steps(granularity), "grad_norm") == column(runs.steps("plain"), "grad_norm")
+
+
 LAYOUTS = {
     "one_rank": (1, "--micro-batch-size 4"),
     "dp2": (2, "--micro-batch-size 1 --overlap-grad-reduce --overlap-param-gather"),
@@ -135,6 +146,25 @@ def test_time_limit_and_exit_interval_save_and_ask_to_be_resumed(runs):
     assert column(runs.steps("limits"), "iteration") == [1, 2, 3]
     assert runs("limits", flags, 2) == [EXIT_DONE] * 2
     assert column(runs.steps("limits"), "iteration") == [1, 2, 3, 4]
+
+
+def test_named_groups_are_validated_and_tested_once(runs, golden):
+    short = golden / "data/short"
+    splits = f"train: 1.0 0:0.8 {short}", f"one: 1.0 0.8:0.9 {short}", f"two: 1.0 0.9:1.0 {short}"
+    for name, split in zip(("train", "valid", "test"), splits, strict=True):
+        (runs.tmp_path / f"{name}.txt").write_text(f'"{split}"\n')
+    (runs.tmp_path / "valid.txt").write_text(f'"{splits[1]}" "{splits[2]}"\n')
+    at = runs.common.index("--data-prefix")
+    del runs.common[at : at + 2]
+    files = [f"--{name}-weighted-split-paths-path {runs.tmp_path}/{name}.txt" for name in ("train", "valid", "test")]
+    flags = f"{' '.join(files)} --train-epochs 0.1 --global-batch-size 2 --eval-interval 2 --best-group two"
+    assert runs("groups", flags) == [EXIT_DONE]
+    assert runs("groups", flags) == [EXIT_DONE]
+    lines = runs.lines("groups", "validation.jsonl")
+    assert [(line["iteration"], line["group"]) for line in lines] == [
+        (2, "one"), (2, "two"), (3, "one"), (3, "two"), (3, "test two"),
+    ]  # fmt: skip
+    assert lines[-1]["loss"] == lines[-2]["loss"] != lines[-3]["loss"]
 
 
 def test_early_stop_keeps_and_marks_the_best(runs):

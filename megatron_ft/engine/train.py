@@ -254,7 +254,7 @@ def _finish(run: Run) -> int:
         stop = _validate(run)
     with _weights_in_place(run):
         run.checkpointer.save(state)
-    if stop is None and run.test_rows:
+    if stop is None and run.test_rows and not _tested(run):
         records = _evaluate_groups(run, run.test_rows)
         stop = None if records is not None else signals.received() or "a signal to another rank"
         for group, record in (records or {}).items():
@@ -264,6 +264,17 @@ def _finish(run: Run) -> int:
         return EXIT_RESUME
     run.log.event(f"done: {state.iteration} iterations, {state.consumed_samples} rows, {state.consumed_tokens} tokens")
     return EXIT_DONE
+
+
+def _tested(run: Run) -> bool:
+    """Whether an earlier start of this finished run has evaluated the test groups already."""
+    found = [False]
+    path = Path(run.args.save or ".") / "validation.jsonl"
+    if run.args.save and dist.get_rank() == 0 and path.exists():
+        lines = map(json.loads, path.read_text().splitlines())
+        found = [any(x["group"].startswith("test ") and x["iteration"] == run.state.iteration for x in lines)]
+    dist.broadcast_object_list(found, src=0)
+    return found[0]
 
 
 @contextlib.contextmanager

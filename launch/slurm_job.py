@@ -6,6 +6,7 @@ where the site or `sbatch --no-requeue` forbids that, it hands itself in again a
 
 import json
 import os
+import re
 import shlex
 import subprocess
 import time
@@ -40,6 +41,16 @@ class Job:
     @property
     def num_tasks(self) -> int:
         return len(self.nodes) * self.tasks_per_node
+
+    @property
+    def may_requeue(self) -> bool:
+        """False after `sbatch --no-requeue`, or where that is the site's default."""
+        return self.fields.get("Requeue") != "0"
+
+    def slurmd_timeout(self) -> int:
+        """Seconds after which SLURM takes a silent node for down; its default where it does not say."""
+        found = re.search(r"^SlurmdTimeout\s*=\s*(\d+)", _output("scontrol", "show", "config"), flags=re.MULTILINE)
+        return int(found[1]) if found else 300
 
     @classmethod
     def from_environment(cls) -> "Job":
@@ -118,7 +129,7 @@ class Job:
             "export": self._export(),
         }
         given = [f"--{name}={value}" for name, value in options.items() if value]
-        requeue = ["--no-requeue"] if fields.get("Requeue") == "0" else []
+        requeue = [] if self.may_requeue else ["--no-requeue"]
         return ["sbatch", "--parsable", *given, *requeue, script, *arguments]
 
     def _export(self) -> str | None:

@@ -28,6 +28,7 @@ _LOST_TASK = re.compile(
     r"srun: error: (\S+): tasks? ([\d,-]+): (?!Exited with exit code)"
 )  # ended so that rank.py could not say it
 _LOST_NODE = re.compile(r"srun: error: Node failure on (\S+)")
+_WAITING = re.compile(r"step creation temporarily disabled|Step created for")  # until the preflight step is cleaned up
 _ENDED_BY_SLURM = (128 + signal.SIGTERM, 128 + signal.SIGKILL)
 
 

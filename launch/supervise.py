@@ -76,7 +76,7 @@ def supervise(job: Job, args: argparse.Namespace, command: Sequence[str], extra_
     lost = sorted({*end.lost_nodes, *silent_nodes(job)})
     if lost and not signals.end:
         _say(f"node {', '.join(lost)} is lost")
-        return _come_back(job, exclude=lost)
+        return _leave_nodes(job, lost, signals)
     where = "" if end.rank is None else f"rank {end.rank} on {end.node}: "
     _say(f"failed, {where}status {end.status}; the newest checkpoint is of iteration {reached}")
     if end.rank:
@@ -101,6 +101,22 @@ def silent_nodes(job: Job) -> list[str]:
         process.kill()
         out, _ = process.communicate()
     return [node for node in job.nodes if node not in out.split()]
+
+
+def _leave_nodes(job: Job, lost: Sequence[str], signals: Signals) -> int:
+    """Come back without lost nodes. SLURM requeues the job by itself once it has noticed, after its SlurmdTimeout.
+
+    Requeueing before that is answered, in 22.05 at least, by a next life without its GPUs: the old allocation is cleaned up after the new one is made.
+    """
+    if job.may_requeue:
+        seconds = job.slurmd_timeout() + 60
+        _say(f"SLURM takes up to {seconds - 60} s to notice, and then requeues job {job.id} by itself")
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            if signals.end:
+                return EXIT_RESUME
+            time.sleep(0.2)
+    return _come_back(job, exclude=lost)
 
 
 def _come_back(job: Job, exclude: Sequence[str] = ()) -> int:

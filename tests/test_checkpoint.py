@@ -134,14 +134,17 @@ def test_what_may_change_on_a_resume_and_what_may_not(three, inputs, tmp_path):
     for expected in (
         "--seed was 1234, is 7",
         "--global-batch-size was 4, is 2",
-        "--train-weighted-split-paths-path was",
+        "training data was 0.7 0:0.8 first",
+        "is 0.6 0:0.8 first",
         "--override-checkpoint-args",
     ):
         assert expected in line
     (line,) = statuses(run("1", inputs, save, NO_DROPOUT, "--train-iters 8 --ffn-hidden-size 64"))
     assert "ffn-hidden-size was 128, is 64" in line
-    moved = tmp_path / "moved.txt"  # the same file elsewhere is no change
-    moved.write_text(Path(first).read_text())
+    elsewhere = tmp_path / "elsewhere"  # the same data in another place are no change
+    shutil.copytree(Path(first).parent, elsewhere)
+    moved = elsewhere / "train.txt"
+    moved.write_text(Path(first).read_text().replace(str(Path(first).parent), str(elsewhere)))
     allowed = run(
         "1", inputs.replace(first, str(moved)), save, NO_DROPOUT, "--train-iters 9 --lr 2e-3 --exit-interval 7"
     )

@@ -223,7 +223,7 @@ def save_on_a_full_disk(words, disk):
     def save():
         state.iteration += 1
         outcomes.append(checkpointer.save(state))
-        checkpointer._finish_pending()
+        checkpointer.wait()
         dist.barrier()
 
     save()

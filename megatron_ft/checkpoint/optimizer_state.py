@@ -18,6 +18,11 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 
+NOT_STORED = (
+    "step",
+    "master_param",
+)  # a count, kept in the manifest; and the offloaded optimizer's second name for `param`
+
 
 def parts(optimizer) -> list:
     """The optimizers that Megatron-Core chained into one, without those that hold no parameter of this rank."""
@@ -72,6 +77,13 @@ def initialise(optimizer, *, for_loading: bool) -> None:
             part._init_optimizer_states_with_dummy_values()
 
 
+def refresh_copies(optimizer) -> None:
+    """With --optimizer-cpu-offload the host optimizes copies of the fp32 weights: set them from those that were just filled."""
+    for part in parts(optimizer):
+        for main, copy in getattr(part.optimizer, "gpu_params_map_cpu_copy", {}).items():
+            copy.data.copy_(main.data)
+
+
 def has_state(optimizer) -> bool:
     """Whether every part has made its state."""
     return all(len(part.optimizer.state) > 0 for part in parts(optimizer))
@@ -88,7 +100,9 @@ def sharded_tensors(optimizer, model_tensors: dict[int, ShardedTensor]) -> list[
             place = model_tensors[id(parameter)]
             if isinstance(part, DistributedOptimizer):  # data-parallel ranks own different ranges: none is a replica
                 place = replace(place, replica_id=(*place.replica_id[:2], 0))
-            state = {name: value for name, value in part.optimizer.state.get(main, {}).items() if name != "step"}
+            state = {
+                name: value for name, value in part.optimizer.state.get(main, {}).items() if name not in NOT_STORED
+            }
             for name, value in {"param": main, **state}.items():
                 found += _boxes_of(f"optimizer.state.{name}.{place.key}", value.detach(), place, start, end)
     return found

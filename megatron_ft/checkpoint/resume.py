@@ -3,20 +3,20 @@
 A save directory that holds checkpoints is resumed; else `--load` gives weights for step 0; else `--from-scratch` allows random weights.
 """
 
-import hashlib
 from argparse import Namespace
 from dataclasses import fields
 from pathlib import Path
 
 from megatron_ft.checkpoint.directory import TRACKER, iteration_directory, list_iterations, read_tracker
-from megatron_ft.checkpoint.manifest import NAME, Damaged, Manifest, read_manifest
+from megatron_ft.checkpoint.manifest import NAME, Damaged, Manifest, file_checksum, read_manifest
 from megatron_ft.checkpoint.weights import open_weights
+from megatron_ft.data.indexed import field_paths
+from megatron_ft.data.splits import groups_of
 from megatron_ft.errors import UserError
 from megatron_ft.models import ModelShape
 
-# Flags a run's numbers follow from. Changing one on a resume would make it another run without a word.
+# Flags a run's numbers follow from, beside its architecture and data. Changing one on a resume would make it another run without a word.
 FIXED = (
-    "data_prefix", "validation_share", "train_weighted_split_paths", "train_weighted_split_paths_path",
     "seq_length", "packing", "packing_lookahead", "overlong",
     "loss_on_targets_only", "norm_target_loss", "loss_average", "softmax_over_padding", "eod_mask_loss",
     "reset_position_ids", "reset_attention_mask",
@@ -25,7 +25,7 @@ FIXED = (
 # Flags that concern where a run is, not what it is: differences are not worth a line.
 SILENT = (
     "save", "load", "finetune_from", "load_iteration", "from_scratch", "finetune", "no_load_optim", "no_load_rng", "reset_progress",
-    "override_checkpoint_args", "verify_checkpoint", "preset", "world_size", "data_parallel_size", "data_cache_path", "tokenizer_file",
+    "override_checkpoint_args", "verify_checkpoint", "preset", "world_size", "data_parallel_size", "data_cache_path", "tokenizer_file", "notices",
     "num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size", "max_position_embeddings", "attention_head_type",
     "layernorm_epsilon", "init_method_std", "hidden_dropout", "attention_dropout",
 )  # fmt: skip
@@ -100,7 +100,7 @@ def choose_first_start(args: Namespace) -> tuple[str, str]:
     )
 
 
-def compare(manifest: Manifest, args: Namespace, shape: ModelShape, fingerprint: dict) -> tuple[list[str], list[str]]:
+def compare(manifest: Manifest, args: Namespace, shape: ModelShape, now_data: dict) -> tuple[list[str], list[str]]:
     """Differences between a checkpoint's run and this command line: those that make it another run, and the others."""
     changed, others = [], []
     for f in fields(ModelShape):
@@ -111,10 +111,11 @@ def compare(manifest: Manifest, args: Namespace, shape: ModelShape, fingerprint:
         if name in SILENT or name not in manifest.args or manifest.args[name] == now:
             continue
         line = f"--{name.replace('_', '-')} was {manifest.args[name]}, is {now}"
-        (changed if name in FIXED and not _moved_file(name, manifest, fingerprint) else others).append(line)
-    for name, now in fingerprint.items():
-        if name in manifest.data and manifest.data[name] != now:
-            changed.append(f"the content of --{name.replace('_', '-')} is not what it was")
+        (changed if name in FIXED else others).append(line)
+    for what, is_now in now_data.items():
+        was = manifest.data.get(what, is_now)
+        if was != is_now:
+            changed.append(f"{what} was {was}, is {is_now}")
     return changed, others
 
 
@@ -129,16 +130,16 @@ def refuse_changes(manifest: Manifest, changed: list[str], where: Path) -> UserE
     )
 
 
-def fingerprint_inputs(args: Namespace) -> dict[str, str]:
-    """Digests of the small files whose content decides the run: split files and the tokenizer."""
-    found = {}
-    for name in ("train_weighted_split_paths_path", "tokenizer_file"):
-        path = Path(getattr(args, name, None) or "")
-        if path.is_file():
-            found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+def describe_data(args: Namespace) -> dict[str, str]:
+    """What a run reads, without where it lies: the blend of its training groups with the files' sizes, and the tokenizer's digest."""
+    blend = []
+    for group in groups_of(args, "train"):
+        for part in group.parts:
+            files = [Path(field + suffix) for field in field_paths(part.prefix) for suffix in (".bin", ".idx")]
+            size = sum(file.stat().st_size for file in files if file.is_file())
+            blend.append(f"{part.weight:g} {part.start:g}:{part.end:g} {Path(part.prefix).name} ({size} bytes)")
+    found = {"training data": ", ".join(blend)}
+    tokenizer = Path(args.tokenizer_file)
+    if tokenizer.is_file():
+        found["tokenizer"] = f"{tokenizer.name} (sha256 {file_checksum(tokenizer)[:12]})"
     return found
-
-
-def _moved_file(name: str, manifest: Manifest, fingerprint: dict) -> bool:
-    """Whether a flag names another path to the very file it named before."""
-    return name in fingerprint and manifest.data.get(name) == fingerprint[name]

@@ -142,6 +142,7 @@ class Checkpointer:
 
         lines = self._everywhere(load)
         state.optimizer.reload_model_params()  # fp32 master weights from the model's
+        optimizer_state.refresh_copies(state.optimizer)
         return lines
 
     def _resume(self, state: TrainState, iterations: list[int], notes: list[str]) -> Start:
@@ -184,7 +185,7 @@ class Checkpointer:
         return manifest
 
     def _compare(self, manifest: Manifest, where: Path) -> list[str]:
-        changed, others = resume.compare(manifest, self.args, self.shape, resume.fingerprint_inputs(self.args))
+        changed, others = resume.compare(manifest, self.args, self.shape, resume.describe_data(self.args))
         if changed and not self.args.override_checkpoint_args:
             raise resume.refuse_changes(manifest, changed, where)
         return [f"{line} (--override-checkpoint-args)" for line in changed] + others
@@ -203,6 +204,7 @@ class Checkpointer:
             metadata = read_metadata(where)
             with torch.no_grad():
                 read_tensors(where, [*sharding.without_objects(model), *optimizer], metadata)
+            optimizer_state.refresh_copies(state.optimizer)
             optimizer_state.set_step(state.optimizer, saved["optimizer_step"])
             optimizer_state.set_scaler(state.optimizer, saved["loss_scaler"])
             if manifest.layout == sharding.layout():
@@ -270,14 +272,14 @@ class Checkpointer:
             return False
         if self._pending and self._pending.iteration == state.iteration and not best:
             return True
-        self._finish_pending()
+        self.wait()
         if state.iteration == self.last_saved:
             if best:
                 self._on_rank_0(lambda: self._mark_best(state))
             return True
         manifest = self._describe(state)
         staging = directory.staging_directory(self.save_directory, state.iteration, self._share_token())
-        failure = self._on_rank_0(lambda: _failure_of(lambda: staging.mkdir()))
+        failure = self._on_rank_0(lambda: _failure_of(lambda: self._open_staging(staging)))
         if failure:
             return self._failed(failure)
         model, optimizer = sharding.tensors_of(state.model, state.optimizer, adapters_only=bool(self._base))
@@ -286,20 +288,29 @@ class Checkpointer:
         writer.start()
         self._pending = _Pending(state.iteration, staging, writer, manifest, best)
         self._last_save_time = time.monotonic()
-        return True if self.args.async_save else self._finish_pending()
+        return True if self.args.async_save else self.wait()
+
+    def _open_staging(self, staging: Path) -> None:
+        with self.owner.writing():
+            staging.mkdir()
+
+    @property
+    def writing(self) -> bool:
+        """Whether this rank still writes its part of a save in the background."""
+        return self._pending is not None and self._pending.writer.running
 
     def poll(self) -> None:
         """Finish a save in the background if every rank has written its part."""
         if self._pending is None:
             return
-        running = torch.tensor([self._pending.writer.running], dtype=torch.int32)
+        running = torch.tensor([self.writing], dtype=torch.int32)
         dist.all_reduce(running, group=self.group)
         if not running.item():
-            self._finish_pending()
+            self.wait()
 
     def finish(self) -> None:
         """Wait for a save in the background and give the directory up. Raises UserError when the last save failed."""
-        self._finish_pending()
+        self.wait()
         if self.failures_in_a_row:
             raise UserError(
                 f"--save {self.save_directory}: the last save failed, so iteration {self.last_saved if self.last_saved >= 0 else 'none'} "
@@ -324,15 +335,15 @@ class Checkpointer:
                 "loss_scaler": optimizer_state.get_scaler(state.optimizer),
             },
             layout=sharding.layout(),
-            data=resume.fingerprint_inputs(args),
+            data=resume.describe_data(args),
             base=self._base,
             versions=versions(),
             git_revision=git_revision() if self.rank == 0 else None,
             saved_at=now(),
         )
 
-    def _finish_pending(self) -> bool:
-        """Wait for the writers, then commit on rank 0 what all ranks wrote."""
+    def wait(self) -> bool:
+        """Wait for a save in the background and commit it. Whether it went well."""
         pending, self._pending = self._pending, None
         if pending is None:
             return True

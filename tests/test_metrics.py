@@ -172,5 +172,16 @@ def test_wandb_that_is_not_installed_is_named(tmp_path):
         MetricsLog(args, args.shape, RunPlan(train_iters=40), tmp_path / "run")
 
 
+@pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="wandb is not installed")
+def test_wandb_goes_on_in_the_same_run_after_a_resume(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    args, save = make_args(tmp_path, "--wandb-project", "p"), tmp_path / "run"
+    run(args, save, 1, 10).close()
+    first = (save / "wandb_run_id").read_text()
+    run(args, save, 6, 12).close()
+    assert (save / "wandb_run_id").read_text() == first
+    assert len(list(save.glob(f"wandb/*/run-{first}.wandb"))) == 2
+
+
 def test_clock_reads_like_one():
     assert clock(59) == "0:00:59" and clock(3723) == "1:02:03" and clock(90061) == "1d 01:01:01"

@@ -27,6 +27,7 @@ import importlib.util
 import json
 import math
 import os
+import secrets
 import sys
 import time
 from dataclasses import dataclass
@@ -203,8 +204,9 @@ class MetricsLog:
         need = memory.estimate(self.shape, self._padded_vocab(), self.layout, self.args.seq_length)
         parts = [(need.weights, "weights"), (need.gradients, "gradients"), (need.optimizer, "optimizer")]
         parts += [(need.activations, "activations")]
-        line = f"about {need.total / memory.GIB:.1f} GiB a rank: "
-        line += ", ".join(f"{name} {size / memory.GIB:.1f}" for size, name in parts)
+        unit, size = ("GiB", memory.GIB) if need.total >= memory.GIB else ("MiB", 2**20)
+        line = f"about {need.total / size:.1f} {unit} a rank: "
+        line += ", ".join(f"{name} {part / size:.1f}" for part, name in parts)
         if self.gpu and not need.fits(self.gpu):
             line += f"; MORE than {self.gpu.name} holds: see launch/plan.py"
         return line
@@ -259,7 +261,9 @@ class MetricsLog:
             f"grad norm {mean['grad_norm']:>8.3f}" if "grad_norm" in mean else "grad norm     none",
             f"scale {last['loss_scale']:>7g}",
             f"{weigh['tokens_per_second']:>9,.0f} tok/s",
-            f"{weigh['tflops_per_gpu']:>7.2f} TFLOP/s",
+            f"{weigh['tflops_per_gpu']:>7.2f} TFLOP/s"
+            if self.plan.device_name
+            else f"{1e3 * weigh['tflops_per_gpu']:>7.2f} GFLOP/s",
         ]
         if self.gpu:
             peak = self.gpu.peak_flops(self.layout.precision)
@@ -351,7 +355,8 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """A W&B run whose id is kept beside the checkpoints, so that a resumed run goes on in the same curves.
+    """A W&B run whose id is kept beside the checkpoints, so that a resumed run goes on in the same curves (steps done again are
+    left as they were: W&B takes none twice).
 
     On compute nodes without network, WANDB_MODE=offline and `wandb sync` afterwards.
     """
@@ -360,7 +365,7 @@ class WeightsAndBiases:
         import wandb
 
         id_file = save_dir / "wandb_run_id" if save_dir else None
-        run_id = id_file.read_text().strip() if id_file and id_file.exists() else wandb.util.generate_id()
+        run_id = id_file.read_text().strip() if id_file and id_file.exists() else secrets.token_hex(8)
         if id_file:
             id_file.write_text(run_id)
         config = {name: value for name, value in vars(args).items() if isinstance(value, int | float | str | bool)}

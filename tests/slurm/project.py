@@ -42,7 +42,7 @@ class Project:
         self, *options: str, env: dict[str, str] | None = None, flags: tuple[str, ...] = (), save: Path | None = None
     ) -> int:
         return self.cluster.sbatch(
-            "--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1", "--time=5", f"--output={self.log}", *options,
+            "--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1", "--time=30", f"--output={self.log}", *options,
             self.checkout / "slurm" / "finetune_starcoderbase.sh",
             "--preset", "tiny", "--from-scratch", "--tensor-model-parallel-size=2", "--pipeline-model-parallel-size=1", "--seq-length=256",
             "--global-batch-size=1", "--data-prefix=data", "--tokenizer-file=tokenizer.json", "--train-iters=30", "--lr-warmup-iters=0",

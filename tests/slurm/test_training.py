@@ -1,0 +1,151 @@
+"""Real training of the tiny model on two nodes of a real cluster, stopped in every way a site stops it: the weights come out the same."""
+
+import json
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from cluster import Cluster, running_cluster, wait_for  # noqa: F401
+from project import Project
+
+from megatron_ft.checkpoint.weights import open_weights
+
+pytestmark = pytest.mark.slow
+STEPS = 30
+
+
+class TrainingProject(Project):
+    """The reference data, tokenized; checkpoints every tenth step."""
+
+    def __init__(self, cluster: Cluster, directory: Path, golden: Path) -> None:
+        super().__init__(cluster, directory)
+        for file in golden.glob("data/eod_*_document.*"):
+            shutil.copy(file, self.directory / file.name.replace("eod_", "data_"))
+        shutil.copy(golden / "data" / "tokenizer.json", self.directory)
+
+    def submit(self, *options: str, **kwargs) -> int:
+        flags = ("--log-interval=1", "--save-interval=10", "--eval-interval=0", *kwargs.pop("flags", ()))
+        return super().submit(*options, flags=flags, **kwargs)
+
+    def steps(self) -> list[int]:
+        path = self.save / "metrics.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else []
+        return [json.loads(line)["iteration"] for line in lines if line.endswith("}") and '"loss"' in line]
+
+    def wait_step(self, step: int) -> None:
+        wait_for(lambda: step in self.steps(), 60, lambda: f"only steps {self.steps()}\n{self.text()}")
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        source = open_weights(self.save)
+        assert source.iteration == STEPS
+        return {name: source.read(name) for name in source.names()}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(cluster, golden, tmp_path_factory) -> dict[str, torch.Tensor]:
+    """Weights of a clean run, submitted with --export=NONE from the project's directory."""
+    project = TrainingProject(cluster, tmp_path_factory.mktemp("clean"), golden)
+    job = project.submit("--export=NONE")
+    assert project.end(job, 120)["JobState"] == "COMPLETED", project.text()
+    assert len(project.starts()) == 1 and project.steps() == list(range(1, STEPS + 1))
+    assert cluster.processes(job) == []
+    return project.weights()
+
+
+@pytest.fixture
+def project(cluster, golden, tmp_path) -> Iterator[TrainingProject]:
+    yield TrainingProject(cluster, tmp_path, golden)
+    cluster.free()
+
+
+def assert_as_uninterrupted(
+    project: TrainingProject, job: int, uninterrupted: dict[str, torch.Tensor], starts: int
+) -> None:
+    """The job is over, and was restarted as often as expected, without a trace in the weights or a process left."""
+    assert project.end(job, 120)["JobState"] == "COMPLETED", project.text()
+    assert len(project.starts()) == starts, project.text()
+    assert project.steps() == list(range(1, STEPS + 1)), "every step is in the metrics once"
+    weights = project.weights()
+    assert weights.keys() == uninterrupted.keys()
+    assert all(torch.equal(weights[name], uninterrupted[name]) for name in weights)
+    wait_for(lambda: not project.cluster.processes(job), 20, lambda: str(project.cluster.processes(job)))
+
+
+def test_a_time_limit_reached_twice(project, uninterrupted):
+    cluster = project.cluster
+    job = project.submit("--signal=B:USR2@60")
+    project.wait_step(3)
+    ranks = [
+        process
+        for process in cluster.processes(job)
+        if "megatron_ft.finetune" in process.cmdline() and "rank.py" not in " ".join(process.cmdline())
+    ]
+    assert len(ranks) == 2
+    for rank in ranks:  # the controller looks at limits every 30 s: training must not be over by then
+        rank.send_signal(signal.SIGSTOP)
+    end = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(time.time() + 65))
+    cluster.run("scontrol", "update", f"JobId={job}", f"EndTime={end}")
+    project.wait_text("warned by SIGUSR2", 60)
+    for rank in ranks:
+        rank.send_signal(signal.SIGCONT)
+    project.wait_text("is requeued")
+    project.wait_text("resumes from iteration", 60)
+    resumed = project.starts()[1]["iteration"]
+    project.wait_step(resumed + 2)
+    cluster.run("scancel", "--batch", "--signal=USR2", str(job))
+    project.wait_text("is requeued", times=2)
+    assert_as_uninterrupted(project, job, uninterrupted, starts=3)
+
+
+def test_preempted_with_and_without_grace(project, uninterrupted):
+    cluster = project.cluster
+    job = project.submit("--partition=grace", "--nodelist=" + ",".join(cluster.nodes[:2]))
+    for partition in ("grace", "main"):
+        project.wait_step(3 if partition == "grace" else 12)
+        preemptor = cluster.sbatch(
+            "--partition=high", "--exclusive", "--nodes=3", "--output=/dev/null", "--wrap=sleep 1"
+        )
+        cluster.wait_job(job, "PENDING", seconds=40, log=project.log)
+        if partition == "grace":
+            cluster.run("scontrol", "update", f"JobId={job}", "Partition=main")
+        cluster.wait_job(preemptor, "COMPLETED", seconds=60)
+    assert "warned by SIGUSR2" in project.text() and "ended by SLURM" in project.text()
+    assert_as_uninterrupted(project, job, uninterrupted, starts=3)
+
+
+def test_a_cancelled_job_stays_cancelled_and_the_same_command_resumes_it(project, uninterrupted):
+    job = project.submit()
+    project.wait_step(4)
+    project.cluster.run("scancel", str(job))
+    project.wait_text("ended by SLURM")
+    wait_for(lambda: not project.cluster.processes(job), 20, "the cancelled job has processes")
+    assert project.cluster.state(job) == "CANCELLED"
+    assert_as_uninterrupted(project, project.submit(), uninterrupted, starts=2)
+    assert project.cluster.state(job) == "CANCELLED"
+
+
+def test_a_node_whose_daemon_is_killed(project, uninterrupted):
+    """Its rank lives on, stale, and must not write into the next life's checkpoints."""
+    cluster = project.cluster
+    job = project.submit("--nodelist=" + ",".join(cluster.nodes[:2]))
+    project.wait_step(2)
+    lost = cluster.nodes[0]  # the node of rank 0, which writes the checkpoints
+    ranks = [process for process in cluster.processes(job) if "megatron_ft.finetune" in process.cmdline()]
+    for rank in ranks:  # a partition: nothing moves until SLURM has given the node up
+        rank.send_signal(signal.SIGSTOP)
+    cluster.kill_node(lost)
+    try:
+        cluster.wait_job(job, "PENDING", seconds=60, log=project.log)
+        cluster.run("scontrol", "update", f"JobId={job}", "ReqNodeList=")
+        project.wait_text("start 2", 60)
+        for rank in ranks:  # the stale rank wakes up beside the new run
+            if rank.is_running():
+                rank.send_signal(signal.SIGCONT)
+        assert_as_uninterrupted(project, job, uninterrupted, starts=2)
+        assert lost not in project.starts()[1]["nodes"]
+    finally:
+        cluster.start_node(lost)

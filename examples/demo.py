@@ -8,6 +8,7 @@ as a scheduler would stop it, and the same command line resumes it.
 
 import argparse
 import json
+import os
 import shlex
 import shutil
 import signal
@@ -22,24 +23,27 @@ sys.path[0] = str(ROOT)
 from megatron_ft.errors import EXIT_RESUME, UserError, run_program
 
 FEWEST_ROWS = 100  # a history with fewer single-file commits teaches nothing: the shipped rows are used instead
-VOCABULARY = 2048
-SEQUENCE = 1024
+VOCABULARY = 2000  # padded to 2048 in training, cut again in conversion
 
 
 def show(text: str) -> None:
     print(text, flush=True)
 
 
-def start(program: str, *flags: str | int | Path) -> subprocess.Popen:
-    """Start a program of the checkout; its command line is shown as a user would type it."""
-    words = [str(f) for f in flags]
-    show(f"\n$ python {program} " + shlex.join(words))
-    return subprocess.Popen([sys.executable, str(ROOT / program), *words], cwd=ROOT)
+def start(program: str, *words: Path, **flags: object) -> subprocess.Popen:
+    """Start a program of the checkout, `flag_name=value` as `--flag-name value`; its command line is shown as a user would type it."""
+    command = [program, *map(str, words)]
+    for name, value in flags.items():
+        command.append("--" + name.replace("_", "-"))
+        if value is not True:
+            command.append(str(value))
+    show("\n$ python " + shlex.join(command))
+    return subprocess.Popen([sys.executable, *command])
 
 
-def run(program: str, *flags: str | int | Path) -> None:
+def run(program: str, *words: Path, **flags: object) -> None:
     """Run a program to its end; the demonstration ends where one fails."""
-    status = start(program, *flags).wait()
+    status = start(program, *words, **flags).wait()
     if status:
         raise UserError(f"{program} ended with status {status}; its last lines above say why")
 
@@ -57,23 +61,24 @@ def collect_commits(repo: Path, rows: Path) -> str:
     elif inside.stdout.strip() == "true":
         reason = f"{repo} is a shallow clone"
     else:
-        run("preprocess/commits.py", "--repo", repo, "--output", rows)
+        run("preprocess/commits.py", repo=repo, output=rows)
         found = len(rows.read_text().splitlines())
         if found >= FEWEST_ROWS:
             return str(repo)
         reason = f"{repo} has {found} commits of one text file, under the {FEWEST_ROWS} a demonstration needs"
-    shipped = ROOT / "examples/commits.jsonl"
+    shipped = Path("examples/commits.jsonl")
     shutil.copyfile(shipped, rows)
-    show(f"{reason}: using the rows shipped in {shipped.relative_to(ROOT)}")
-    return str(shipped.relative_to(ROOT))
+    show(f"{reason}: using the rows shipped in {shipped}")
+    return str(shipped)
 
 
-def train(save: Path, flags: list, iterations: int) -> int:
+def train(save: Path, train_iters: int, **flags: object) -> int:
     """Train, stop half-way as a scheduler would, resume with the very same command line. Returns the step resumed at."""
+    flags = {"save": save, "train_iters": train_iters, **flags}
     metrics = save / "metrics.jsonl"
-    process = start("launch/finetune.py", *flags)
+    process = start("launch/finetune.py", **flags)
     while process.poll() is None and not (
-        metrics.is_file() and len(metrics.read_text().splitlines()) >= iterations // 2
+        metrics.is_file() and len(metrics.read_text().splitlines()) >= train_iters // 2
     ):
         time.sleep(0.1)
     if process.poll() is None:
@@ -85,7 +90,7 @@ def train(save: Path, flags: list, iterations: int) -> int:
             f"launch/finetune.py ended with status {status}, expected {EXIT_RESUME} after SIGTERM; see its lines above"
         )
     resumed_at = int((save / "latest_checkpointed_iteration.txt").read_text())
-    run("launch/finetune.py", *flags)
+    run("launch/finetune.py", **flags)
     return resumed_at
 
 
@@ -97,10 +102,12 @@ def main() -> None:
     parser.add_argument(
         "--output", type=Path, default=ROOT / "demo", help="where everything goes; emptied first (default: demo/)"
     )
-    parser.add_argument("--iterations", type=int, default=60, help="optimizer steps (default: 60)")
+    parser.add_argument("--iterations", type=int, default=100, help="optimizer steps (default: 100)")
     args = parser.parse_args()
     began = time.monotonic()
-    out = args.output.resolve()
+    repo, out = args.repo.resolve(), args.output.resolve()
+    os.chdir(ROOT)
+    out = out.relative_to(ROOT) if out.is_relative_to(ROOT) else out  # short paths in what is shown
     if out.exists():
         if any(out.iterdir()) and not (out / ".demo").exists():
             raise UserError(
@@ -110,83 +117,38 @@ def main() -> None:
     out.mkdir(parents=True)
     (out / ".demo").touch()
 
-    source = collect_commits(args.repo.resolve(), out / "commits.jsonl")
-    run("preprocess/commits_to_jsonl.py", "--input", out / "commits.jsonl", "--output", out / "instructions.jsonl")
-    tokenizer = out / "tokenizer.json"
-    run(
-        "preprocess/train_tokenizer.py",
-        "--input",
-        out / "instructions.jsonl",
-        "--vocab-size",
-        VOCABULARY,
-        "--output",
-        tokenizer,
+    rows, tokenizer, data, save, model = (
+        out / name for name in ("rows.jsonl", "tokenizer.json", "data", "checkpoints", "hf")
     )
-    prefix = out / "data"
-    run(
-        "preprocess/tokenize.py",
-        "--input",
-        out / "instructions.jsonl",
-        "--output-prefix",
-        prefix,
-        "--tokenizer-file",
-        tokenizer,
+    source = collect_commits(repo, out / "commits.jsonl")
+    run("preprocess/commits_to_jsonl.py", input=out / "commits.jsonl", output=rows)
+    run("preprocess/train_tokenizer.py", input=rows, vocab_size=VOCABULARY, output=tokenizer)
+    run("preprocess/tokenize.py", input=rows, output_prefix=data, tokenizer_file=tokenizer)
+    resumed_at = train(
+        save=save,
+        preset="tiny",
+        from_scratch=True,
+        data_prefix=data,
+        validation_share=0.05,
+        tokenizer_file=tokenizer,
+        tensor_model_parallel_size=2,
+        sequence_parallel=True,
+        use_distributed_optimizer=True,
+        seq_length=1024,
+        overlong="truncate",
+        micro_batch_size=2,
+        global_batch_size=4,
+        train_iters=args.iterations,
+        lr=2e-3,
+        lr_warmup_iters=5,
+        eval_interval=args.iterations // 2,
+        eval_iters="full",
+        log_interval=5,
     )
-
-    save = out / "checkpoints"
-    flags = [
-        "--preset",
-        "tiny",
-        "--from-scratch",
-        "--data-prefix",
-        prefix,
-        "--validation-share",
-        0.05,
-        "--tokenizer-file",
-        tokenizer,
-    ]
-    flags += [
-        "--tensor-model-parallel-size",
-        2,
-        "--sequence-parallel",
-        "--use-distributed-optimizer",
-        "--seq-length",
-        SEQUENCE,
-    ]
-    flags += [
-        "--micro-batch-size",
-        2,
-        "--global-batch-size",
-        4,
-        "--train-iters",
-        args.iterations,
-        "--lr",
-        2e-3,
-        "--lr-warmup-iters",
-        5,
-    ]
-    flags += [
-        "--overlong",
-        "truncate",
-        "--eval-interval",
-        args.iterations // 2,
-        "--eval-iters",
-        "full",
-        "--log-interval",
-        5,
-        "--save",
-        save,
-    ]
-    resumed_at = train(save, flags, args.iterations)
-
-    model = out / "hf"
-    run("convert/megatron_to_hf.py", "--load", save, "--output", model, "--tokenizer-file", tokenizer)
-    run("convert/verify.py", save, model, "--logits", "--report", out / "verify.json")
-    prompt = out / "prompt.txt"
-    prompt.write_text(
-        read_jsonl(out / "instructions.jsonl")[-1]["inputs"][-1500:]
-    )  # the last rows are the validation range
-    run("convert/generate.py", model, "--prompt-file", prompt, "--max-new-tokens", 64)
+    run("convert/megatron_to_hf.py", load=save, output=model, tokenizer_file=tokenizer)
+    run("convert/verify.py", save, model, logits=True, report=out / "verify.json")
+    (out / "prompt.txt").write_text(read_jsonl(rows)[-1]["inputs"])  # the last rows are the validation range
+    run("convert/generate.py", model, prompt_file=out / "prompt.txt", max_new_tokens=64)
     summarise(out, source, resumed_at, time.monotonic() - began)
 
 
@@ -200,7 +162,7 @@ def summarise(out: Path, source: str, resumed_at: int, seconds: float) -> None:
     verified = json.loads((out / "verify.json").read_text())
     fill = sum(s["fill_rate"] for s in steps) / len(steps)
     table = [
-        ("rows", f"{len((out / 'instructions.jsonl').read_text().splitlines()):,} from {source}"),
+        ("rows", f"{len((out / 'rows.jsonl').read_text().splitlines()):,} from {source}"),
         ("tokens trained on", f"{steps[-1]['consumed_tokens']:,}"),
         ("packed fill rate", f"{fill:.1%}"),
         ("steps", f"{steps[-1]['iteration']}"),

@@ -180,7 +180,7 @@ def test_wandb_goes_on_in_the_same_run_after_a_resume(tmp_path, monkeypatch):
     first = (save / "wandb_run_id").read_text()
     run(args, save, 6, 12).close()
     assert (save / "wandb_run_id").read_text() == first
-    assert len(list(save.glob(f"wandb/*/run-{first}.wandb"))) == 2
+    assert len(list(save.glob(f"wandb/offline-run-*/run-{first}.wandb"))) == 2
 
 
 def test_clock_reads_like_one():

@@ -362,6 +362,8 @@ def normalise(argv: Sequence[str], known: set[str]) -> tuple[list[str], list[str
 def fill_in(args: argparse.Namespace) -> None:
     """Resolve what flags say of each other: preset to shape, other names to one, batch sizes."""
     args.load = args.load or args.finetune_from
+    if args.lora_rank and args.transformer_impl == "auto":  # Transformer Engine's layers take no adapters
+        args.transformer_impl = "local"
     if args.recompute_activations:
         args.recompute_granularity = args.recompute_granularity or "selective"
     if args.recompute_granularity == "full":
@@ -421,6 +423,8 @@ def validate(args: argparse.Namespace) -> None:
         )
     if args.fp16 and args.bf16:
         raise UserError("--fp16 and --bf16 exclude each other; keep one")
+    if args.optimizer_cpu_offload and not ((args.bf16 or args.fp16) and args.use_distributed_optimizer):
+        raise UserError("--optimizer-cpu-offload needs --bf16 or --fp16, and the distributed optimizer; add the first")
     if args.sequence_parallel and tp == 1:
         args.sequence_parallel = False
         args.notices.append("--sequence-parallel needs --tensor-model-parallel-size above 1 and is off")
@@ -487,5 +491,7 @@ def _validate_length(args: argparse.Namespace) -> None:
         raise UserError(f"{' and '.join(warmups)} exclude each other; keep one")
     if args.lora_rank < 0:
         raise UserError(f"--lora-rank {args.lora_rank}: must be 0 (off) or a positive rank, like 16")
+    if not 0 <= args.lora_dropout < 1:
+        raise UserError(f"--lora-dropout {args.lora_dropout:g}: must be at least 0 and below 1, like 0.05")
     if unknown := [name for name in args.lora_targets.split(",") if name not in LORA_TARGETS]:
         raise UserError(f"--lora-targets: {unknown[0]!r} is not one of {', '.join(LORA_TARGETS)}")

@@ -63,6 +63,10 @@ def run(args: argparse.Namespace, device, started: float) -> int:
     from megatron_ft.engine.train import Run, train
     from megatron_ft.tokenizer import load_tokenizer
 
+    if args.optimizer_cpu_offload and device.type == "cpu":
+        raise UserError(
+            "--optimizer-cpu-offload moves optimizer state from the GPU to the host; there is no GPU here, leave it out"
+        )
     tokenizer = load_tokenizer(args.tokenizer_file)
     shape = model_shape(args).with_vocab(tokenizer.vocab_size)
     epoch = rows_per_epoch(args)

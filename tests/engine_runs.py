@@ -132,6 +132,37 @@ def golden_steps(flags: str, golden: Path) -> dict:
     return result
 
 
+def golden_steps_offloaded(flags: str, golden: Path) -> dict:
+    """`golden_steps` with the optimizer's state kept apart on the "host", on a machine where both are the CPU: tensors pass for the
+    GPU's until `.cpu()` copies them, which is all that Megatron's HybridDeviceOptimizer goes by."""
+    from megatron.core.optimizer.cpu_offloading.hybrid_optimizer import HybridDeviceOptimizer
+    from torch.overrides import TorchFunctionMode
+
+    on_host = []
+
+    class TwoDevices(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            kwargs = {name: value for name, value in (kwargs or {}).items() if name != "pin_memory"}
+            if func == torch.Tensor.is_cuda.__get__:
+                return not any(args[0] is tensor for tensor in on_host)
+            if func is torch.Tensor.cpu:
+                on_host.append(args[0].clone())
+                return on_host[-1]
+            return args[0] if func is torch.Tensor.pin_memory else func(*args, **kwargs)
+
+    def on_two_devices(method):
+        def wrapped(*args, **kwargs):
+            with TwoDevices():
+                return method(*args, **kwargs)
+
+        return wrapped
+
+    for name in ("_get_sub_optimizer_param_groups", "step"):
+        setattr(HybridDeviceOptimizer, name, on_two_devices(getattr(HybridDeviceOptimizer, name)))
+    result = golden_steps(flags, golden)
+    return {**result, "tensors on the host": len(on_host)}
+
+
 def packed_rows(seed: int, rows: int, length: int, documents: int, vocab_size: int):
     """A collated Batch of random rows, each of about `documents` documents of random lengths, some of them short of the row's end."""
     from megatron_ft.data.batch import collate

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from engine_runs import golden_steps
+from engine_runs import golden_steps, golden_steps_offloaded
 from ranks import run_ranks
 
 LAYOUTS = {
@@ -24,9 +24,21 @@ LAYOUTS = {
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_eight_steps_equal_the_branch(layout, golden):
     ranks, flags = LAYOUTS[layout]
-    branch = [json.loads(line) for line in (golden / "train/tp1pp1_steps.jsonl").read_text().splitlines()]
     for result in run_ranks(golden_steps, ranks, flags, golden):
-        assert result["loss"] == pytest.approx([step["loss"]["lm loss"] for step in branch], abs=5e-5)
-        assert result["grad_norm"] == pytest.approx([step["grad_norm"] for step in branch], rel=1e-3)
-        assert result["lr"] == pytest.approx([step["groups"][0]["lr"] for step in branch], abs=1e-12)
-        assert result["weights"] < 2e-4
+        check(result, golden)
+
+
+@pytest.mark.slow
+def test_optimizer_on_the_host_does_the_same_steps(golden):
+    here = run_ranks(golden_steps, 2, "--bf16", golden)[0]
+    for result in run_ranks(golden_steps_offloaded, 2, "--bf16 --optimizer-cpu-offload", golden):
+        assert result["loss"] == pytest.approx(here["loss"], abs=1e-3)
+        assert result["tensors on the host"] > 10
+
+
+def check(result: dict, golden) -> None:
+    branch = [json.loads(line) for line in (golden / "train/tp1pp1_steps.jsonl").read_text().splitlines()]
+    assert result["loss"] == pytest.approx([step["loss"]["lm loss"] for step in branch], abs=5e-5)
+    assert result["grad_norm"] == pytest.approx([step["grad_norm"] for step in branch], rel=1e-3)
+    assert result["lr"] == pytest.approx([step["groups"][0]["lr"] for step in branch], abs=1e-12)
+    assert result["weights"] < 2e-4

@@ -64,6 +64,7 @@ def test_a_stopped_run_goes_on_bitwise_where_it_was(runs):
     assert runs.steps("stopped") == runs.steps("unbroken")
 
 
+@pytest.mark.slow
 def test_recompute_repeats_the_dropout_of_the_forward_pass(runs):
     flags = (
         f"{TP2} --train-iters 3 --global-batch-size 2 --eval-interval 0 --hidden-dropout 0.2 --attention-dropout 0.2"
@@ -188,6 +189,7 @@ def test_batch_ramps_up(runs):
     assert column(steps, "consumed_samples") == [2, 4, 6, 10, 14, 18, 22]
 
 
+@pytest.mark.slow
 def test_a_hanging_rank_is_ended_with_stack_traces(runs):
     flags = "--train-iters 4 --global-batch-size 2 --eval-interval 0 --watchdog-mins 0.05"
     with pytest.raises(RuntimeError, match="process died"):
@@ -201,7 +203,8 @@ def test_a_hanging_rank_is_ended_with_stack_traces(runs):
     ("flags", "words"),
     [
         ("--context-parallel-size 2 --train-iters 1", ["--context-parallel-size 2", "Transformer Engine"]),
-        ("--optimizer-cpu-offload --train-iters 1", ["--optimizer-cpu-offload", "no GPU"]),
+        ("--optimizer-cpu-offload --train-iters 1", ["--optimizer-cpu-offload", "--bf16"]),
+        ("--optimizer-cpu-offload --bf16 --train-iters 1", ["--optimizer-cpu-offload", "no GPU"]),
         ("--lr-warmup-iters 5 --train-iters 5", ["warm-up", "--lr-warmup-iters"]),
         ("--lr-decay-style WSD --train-iters 5", ["--lr-wsd-decay-iters"]),
         (

@@ -8,8 +8,6 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.utils import get_model_config
 from torch import nn
 
-from megatron_ft.errors import UserError
-
 
 def build_optimizer(args: argparse.Namespace, chunks: list[nn.Module]):
     """Megatron's optimizer for DDP-wrapped `chunks`: no weight decay on biases and norms; frozen parameters are left out.
@@ -17,10 +15,6 @@ def build_optimizer(args: argparse.Namespace, chunks: list[nn.Module]):
     Also tells the model's configuration what the pipeline schedules ask of it (loss scaling, gradient reduction).
     """
     offload = args.optimizer_cpu_offload
-    if offload and not torch.cuda.is_available():
-        raise UserError(
-            "--optimizer-cpu-offload moves optimizer state from the GPU to the host; there is no GPU here, leave it out"
-        )
     config = OptimizerConfig(
         optimizer=args.optimizer,
         lr=args.lr,

@@ -91,7 +91,7 @@ def test_every_document_once_an_epoch_none_split_none_over_length(
     with tempfile.TemporaryDirectory() as folder:
         documents = TokenizedDocuments(write_documents(Path(folder) / "set", numbered_documents(lengths)))
         fits = taken[start:stop] <= capacity
-        if not fits.any() or not (inputs + targets)[start:stop].any():
+        if not fits.any() or not (inputs + targets)[start:stop][fits].any():
             with pytest.raises(UserError):
                 pack(documents, packing)
             return
@@ -157,7 +157,7 @@ def test_best_fit_fills_real_instruction_rows(golden):
 @pytest.mark.parametrize("overlong, lengths, message", [
     ("drop", [(20, 20), (30, 5)], "all 2 documents are longer than a row of 33 tokens (the shortest has 35); raise --seq-length or give --overlong truncate"),
     ("truncate", [(1, 40), (0, 33)], "raise --seq-length"),
-    ("drop", [(0, 0), (0, 0)], "all 2 documents are empty"),
+    ("drop", [(0, 0), (0, 0)], "all 2 documents that fit a row are empty"),
 ])  # fmt: skip
 def test_a_data_set_without_a_document_that_fits_is_an_error(tmp_path, order, overlong, lengths, message):
     if overlong == "truncate":

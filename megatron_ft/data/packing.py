@@ -104,9 +104,9 @@ def pack(documents: TokenizedDocuments, packing: Packing) -> PackedIndex:
     total = np.add(documents.inputs.sizes[chosen], targets, dtype=np.int64)
     lengths = row_lengths(total, targets, packing.capacity, packing.overlong)
     overlong, left_out = total > packing.capacity, lengths > packing.capacity
-    _check_something_fits(documents.prefix, packing, total, left_out)
-    order, rows = _greedy(lengths, packing) if packing.order == "greedy" else _best_fit(lengths, packing)
     kept = np.where(left_out, 0, lengths)
+    _check_something_fits(documents.prefix, packing, total, left_out, kept)
+    order, rows = _greedy(lengths, packing) if packing.order == "greedy" else _best_fit(lengths, packing)
     tokens, kept_tokens = int(total.sum()), int(kept.sum(dtype=np.int64))
     in_rows = rows[-1, 1] if len(rows) else 0  # what comes after is greedy's unfinished row
     facts = {
@@ -122,7 +122,9 @@ def pack(documents: TokenizedDocuments, packing: Packing) -> PackedIndex:
     return PackedIndex(order, rows, facts)
 
 
-def _check_something_fits(prefix: str, packing: Packing, total: np.ndarray, left_out: np.ndarray) -> None:
+def _check_something_fits(
+    prefix: str, packing: Packing, total: np.ndarray, left_out: np.ndarray, kept: np.ndarray
+) -> None:
     if len(total) == 0:
         raise UserError(f"{prefix}: the range holds no document; widen START:END or take a larger data set")
     if left_out.all():
@@ -131,8 +133,10 @@ def _check_something_fits(prefix: str, packing: Packing, total: np.ndarray, left
             f"{prefix}: all {len(total)} documents are longer than a row of {packing.capacity} tokens (the shortest has {total.min()}); "
             f"raise --seq-length{remedy}"
         )
-    if total.max() == 0:
-        raise UserError(f"{prefix}: all {len(total)} documents are empty; make the data set again")
+    if kept.max() == 0:
+        raise UserError(
+            f"{prefix}: all {(~left_out).sum()} documents that fit a row are empty; make the data set again"
+        )
 
 
 def _greedy(lengths: np.ndarray, packing: Packing) -> tuple[np.ndarray, np.ndarray]:

@@ -68,7 +68,7 @@ def groups_of(args: argparse.Namespace, split: str) -> list[Group]:
 def read_split_file(path: str | Path) -> list[Group]:
     """All groups of a split file; UserError with file, line and column for a mistake."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read as a split file ({error}); {FORM}") from error
     groups = []

@@ -47,8 +47,8 @@ class Result:
     loss: float  # of the first step
 
 
-def main() -> None:
-    """Run every model and path that fits, print the table last."""
+def main() -> int | None:
+    """Run every model and path that fits, print the table last; status 1 when a path failed for another reason than memory."""
     parser = Parser(prog="bench/train_gpu.py", description=__doc__, formatter_class=Help)
     parser.add_argument(
         "--models", nargs="+", default=["1b", "3b", "7b"], choices=["1b", "3b", "7b"], help="which to run"
@@ -60,7 +60,7 @@ def main() -> None:
     flags = parser.parse_args()
     if not torch.cuda.is_available():
         print("skipped: no GPU here; run `python bench/train_gpu.py` on a machine with one")
-        return
+        return None
     name = torch.cuda.get_device_name()
     gpu = memory.find_gpu(name)
     print(
@@ -77,6 +77,7 @@ def main() -> None:
                 notes.append(result)
     print()
     print_table(results, notes, gpu)
+    return any("FAILED" in note for note in notes)
 
 
 # Training flags of each way to run a model.
@@ -101,6 +102,8 @@ def attempt(model: str, path: str, flags: argparse.Namespace) -> Result | str:
         return measure(f"starcoderbase-{model}", path, flags)
     except torch.OutOfMemoryError:
         return f"{model} {path}: does not fit"
+    except Exception as error:  # one path that a card or an installation lacks must not cost the others' figures
+        return f"{model} {path}: FAILED, {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     finally:
         release()
 

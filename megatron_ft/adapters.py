@@ -50,7 +50,7 @@ class AdapterConfig:
     def from_args(cls, args: argparse.Namespace | Mapping) -> "AdapterConfig":
         """From training flags, parsed or as a checkpoint keeps them."""
         flags = args if isinstance(args, Mapping) else vars(args)
-        targets = tuple(flags["lora_targets"].split(","))
+        targets = tuple(dict.fromkeys(flags["lora_targets"].split(",")))
         return cls(flags["lora_rank"], flags["lora_alpha"], flags["lora_dropout"], targets)
 
     def to_peft(self, base_model: str | None = None) -> dict:

@@ -243,6 +243,9 @@ def test_dropout_masks_agree_where_inputs_are_whole_and_differ_where_they_are_cu
 
 def test_peft_targets_are_gptbigcodes_modules_and_unknown_ones_are_named(base):
     assert list(HF_TARGETS.values()) == ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]
+    args = parse_args(flags_for(base, "--lora-targets linear_fc1,linear_fc1 --transformer-impl auto"))
+    assert AdapterConfig.from_args(args).targets == ("linear_fc1",)
+    assert args.transformer_impl == "local"  # Transformer Engine's layers take no adapters
     words = flags_for(base, "--lora-targets linear_qkv,c_attn")
     with pytest.raises(UserError, match="'c_attn' is not one of linear_qkv, linear_proj"):
         parse_args(words)

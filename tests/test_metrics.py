@@ -1,11 +1,17 @@
 """The log of a run: each iteration once over resumes, aligned lines, TensorBoard, and the report's curves."""
 
+import contextlib
 import importlib.util
 import json
+import os
 import re
+import subprocess
+import sys
+import termios
 from html.parser import HTMLParser
 
 import pytest
+from conftest import ROOT
 
 from megatron_ft.arguments import parse_args
 from megatron_ft.engine.metrics import DETERMINISTIC_KEYS, TIMING_KEYS, MetricsLog, RunPlan, Spikes, clock
@@ -181,6 +187,39 @@ def test_wandb_goes_on_in_the_same_run_after_a_resume(tmp_path, monkeypatch):
     run(args, save, 6, 12).close()
     assert (save / "wandb_run_id").read_text() == first
     assert len(list(save.glob(f"wandb/offline-run-*/run-{first}.wandb"))) == 2
+
+
+def test_the_page_documents_every_key_in_order():
+    keys = re.findall(r"^\| `(\w+)` \|", (ROOT / "docs/logs.md").read_text(), flags=re.MULTILINE)
+    assert tuple(keys) == DETERMINISTIC_KEYS + TIMING_KEYS
+
+
+ON_A_TERMINAL = """
+import sys
+sys.path[:0] = [{root!r}, {root!r} + "/tests"]
+from pathlib import Path
+import test_metrics
+test_metrics.run(test_metrics.make_args(Path({folder!r})), None, 1, 40).close()
+"""
+
+
+def test_on_a_terminal_a_bar_shows_loss_speed_and_time_left(tmp_path):
+    ours, theirs = os.openpty()
+    termios.tcsetwinsize(theirs, (40, 160))
+    script = ON_A_TERMINAL.format(root=str(ROOT), folder=str(tmp_path))
+    child = subprocess.Popen(
+        [sys.executable, "-c", script], stdout=theirs, stderr=theirs, env={**os.environ, "COLUMNS": "120"}
+    )
+    os.close(theirs)
+    shown = b""
+    with contextlib.suppress(OSError):  # how a terminal's other side says that it is closed
+        while piece := os.read(ours, 4096):
+            shown += piece
+    os.close(ours)
+    assert child.wait() == 0
+    bar = shown.decode().replace("\r", "\n")
+    assert re.search(r"100%\|.*40/40 \[\d\d:\d\d<\d\d:\d\d.*loss 0\.0500, 800 tokens/s", bar), bar
+    assert bar.count(" iteration ") == 8
 
 
 def test_clock_reads_like_one():

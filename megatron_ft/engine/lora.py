@@ -131,7 +131,7 @@ class LoraColumnParallelLinear(_Lora, ColumnParallelLinear):
             low = gather_from_sequence_parallel_region(low, group=self.tp_group)
         else:
             low = copy_to_tensor_model_parallel_region(low, group=self.tp_group)
-        return output + self.lora_scaling * F.linear(low, self.lora_b), bias
+        return torch.add(output, F.linear(low, self.lora_b), alpha=self.lora_scaling), bias
 
 
 class LoraRowParallelLinear(_Lora, RowParallelLinear):
@@ -147,7 +147,7 @@ class LoraRowParallelLinear(_Lora, RowParallelLinear):
             low = reduce_scatter_to_sequence_parallel_region(low, group=self.tp_group)
         else:
             low = reduce_from_tensor_model_parallel_region(low, group=self.tp_group)
-        return output + self.lora_scaling * F.linear(low, self.lora_b), bias
+        return torch.add(output, F.linear(low, self.lora_b), alpha=self.lora_scaling), bias
 
     def _drop(self, input_: Tensor) -> Tensor:
         """Dropout of an input cut over ranks: each draws its own, from the tensor-parallel random state."""

@@ -12,6 +12,7 @@ import pytest
 import torch
 from conversions import convert, refusal, tiny_hf
 
+from megatron_ft.checkpoint.manifest import describe_file, read_manifest
 from megatron_ft.checkpoint.safe_pickle import load_dcp_metadata, load_pt
 from megatron_ft.checkpoint.weights import open_weights
 from megatron_ft.errors import UserError
@@ -89,6 +90,9 @@ def test_poisoned_files_are_refused_by_name_and_nothing_runs(checkpoints, tmp_pa
                 info.length = len(stream.getvalue())
         (file.parent / ".metadata").write_bytes(pickle.dumps(metadata))
         file.write_bytes(content)
+        manifest = read_manifest(file.parent)  # whoever can poison a file can write its checksum
+        manifest.files = {name: describe_file(file.parent / name) for name in manifest.files}
+        manifest.write(file.parent)
 
     directories = [
         (poisoned("legacy", legacy_file, {**good, "args": Namespace(**vars(good["args"]), more=evil)}), legacy_file),

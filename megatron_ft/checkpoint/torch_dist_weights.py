@@ -14,8 +14,8 @@ from typing import NamedTuple
 import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, TensorStorageMetadata
 
-from megatron_ft.checkpoint.hf import read_json
 from megatron_ft.checkpoint.legacy import shape_from_megatron_args
+from megatron_ft.checkpoint.manifest import NAME, Damaged, Manifest, check_files, read_manifest
 from megatron_ft.checkpoint.names import WPE, WTE, hf_to_core, hf_to_stacked
 from megatron_ft.checkpoint.safe_pickle import load_dcp_metadata, load_pt
 from megatron_ft.checkpoint.weights import WeightSource, check_shape
@@ -191,6 +191,12 @@ class TorchDistSource(WeightSource):
         self.path = directory
         self.iteration = iteration
         self.files = TorchDistFiles(directory)
+        manifest = _whole(directory) if (directory / NAME).is_file() else None
+        if manifest and manifest.base:
+            raise UserError(
+                f"{directory}: the adapters of a LoRA run, not a whole model; "
+                "merge them first with convert/megatron_to_hf.py --merge-lora"
+            )
         embedding, _ = hf_to_stacked(WTE)
         if embedding not in self.files.tensors or hf_to_stacked(WPE)[0] not in self.files.tensors:
             raise UserError(
@@ -198,15 +204,12 @@ class TorchDistSource(WeightSource):
             )
         rows = self.files.shape(embedding)[0]
         self.dtype = self.files.tensors[embedding].properties.dtype
-        if (directory / "manifest.json").is_file():
-            manifest = read_json(directory / "manifest.json")
+        if manifest is not None:
+            self.args = manifest.args
             try:
-                self.args = manifest.get("args")
-                self.shape = ModelShape(**manifest["shape"]).with_vocab(rows)
-            except (KeyError, TypeError) as error:
-                raise UserError(
-                    f"{directory / 'manifest.json'}: has no usable shape ({error}); copy it again"
-                ) from None
+                self.shape = ModelShape(**manifest.shape).with_vocab(rows)
+            except TypeError as error:
+                raise UserError(f"{directory / NAME}: has no usable shape ({error}); copy it again") from None
         else:
             common = load_pt(directory / "common.pt")
             if not isinstance(common, dict) or "args" not in common:
@@ -246,6 +249,20 @@ class TorchDistSource(WeightSource):
         if layer is None:
             return axis, tensors
         return axis - 1, [tensor[layer - chunk.offsets[0]] for chunk, tensor in zip(ordered, tensors, strict=True)]
+
+
+def _whole(directory: Path) -> Manifest:
+    """The manifest of a checkpoint whose files are all there, of the right sizes. Raises UserError naming the first that is not."""
+    try:
+        manifest = read_manifest(directory)
+        wrong = check_files(directory, manifest, checksums=False)
+    except TypeError as error:  # valid JSON of another kind
+        raise UserError(f"{directory / NAME}: not a manifest ({error}); copy the checkpoint again") from None
+    except Damaged as error:
+        raise UserError(f"{error}; copy the checkpoint again, or use another iteration") from None
+    if wrong:
+        raise UserError(f"{wrong[0]}; copy the checkpoint again, or use another iteration")
+    return manifest
 
 
 def _along_one_axis(chunks: list[Chunk], shape: tuple[int, ...], first_axis: int) -> tuple[int, list[Chunk]]:

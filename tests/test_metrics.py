@@ -9,13 +9,14 @@ import subprocess
 import sys
 import termios
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
 
 from megatron_ft.arguments import parse_args
 from megatron_ft.engine.metrics import DETERMINISTIC_KEYS, TIMING_KEYS, MetricsLog, RunPlan, Spikes, clock
-from megatron_ft.engine.report import POINTS, thin, write_report
+from megatron_ft.engine.report import POINTS, read_lines, thin, write_report
 from megatron_ft.errors import UserError
 from megatron_ft.memory import flops_per_token
 
@@ -150,6 +151,28 @@ def test_losses_that_are_not_numbers_stay_valid_json(tmp_path, capsys):
     ]
     assert all(step["loss"] is None and step["grad_norm"] is None for step in steps)
     assert "loss      none" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full, which is a full disk")
+def test_a_full_disk_costs_lines_and_not_the_run(tmp_path, capsys):
+    args, save = make_args(tmp_path), tmp_path / "run"
+    save.mkdir()
+    log = MetricsLog(args, args.shape, RunPlan(train_iters=40), save)
+    log.step(record(1))
+    log.close()
+    (save / "metrics.jsonl").rename(save / "real")
+    (save / "metrics.jsonl").symlink_to("/dev/full")
+    for iteration in range(2, 5):
+        log.step(record(iteration))
+    (save / "metrics.jsonl").unlink()
+    with (save / "real").open("a") as file:
+        file.write('{"iteration": 2, "cons')  # as much as the disk took
+    (save / "real").rename(save / "metrics.jsonl")
+    log.step(record(5))
+    log.close()
+    assert capsys.readouterr().out.count("lines are lost until there is room again") == 1
+    assert [step["iteration"] for step in read_lines(save / "metrics.jsonl")] == [1, 5]
+    assert "5 in 1 part" in (save / "report.html").read_text()
 
 
 def test_ranks_that_do_not_write_leave_no_trace(tmp_path, capsys):

@@ -34,7 +34,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_ft import memory
-from megatron_ft.engine.report import write_report
+from megatron_ft.engine.report import read_lines, whole_line, write_report
 from megatron_ft.errors import UserError
 from megatron_ft.models import ModelShape, padded_vocab_size
 
@@ -79,7 +79,7 @@ class MetricsLog:
         self.gpu = memory.find_gpu(plan.device_name) if plan.device_name else None
         self.save_dir = Path(save_dir) if save_dir else None
         self.part, self.spikes = 0, Spikes()
-        self._files, self._interval, self._sinks, self._bar = {}, [], [], None
+        self._files, self._failed, self._interval, self._sinks, self._bar = {}, set(), [], [], None
         self._iteration = plan.start_iteration
         if not writes:
             return
@@ -174,8 +174,13 @@ class MetricsLog:
         for sink in self._sinks:
             sink.close()
         self._sinks.clear()
-        if self.writes and self.save_dir and (self.save_dir / "metrics.jsonl").exists():
-            write_report(self.save_dir)
+        if self.writes and self.save_dir and read_lines(self.save_dir / "metrics.jsonl"):
+            try:
+                write_report(self.save_dir)
+            except OSError as error:
+                self._print(
+                    f"{self.save_dir / 'report.html'}: {error.strerror}; python -m megatron_ft.engine.report writes it later"
+                )
 
     # --- banner ---
 
@@ -301,12 +306,22 @@ class MetricsLog:
             os.replace(kept, path)
 
     def _write(self, name: str, record: dict) -> None:
+        """Append a line. A disk that is full costs lines of the log, not the run: said once, tried again with every line."""
         if not self.save_dir:
             return
-        if name not in self._files:
-            self._files[name] = (self.save_dir / name).open("a")
-        self._files[name].write(json.dumps(record) + "\n")
-        self._files[name].flush()
+        try:
+            if name not in self._files:
+                self._files[name] = (self.save_dir / name).open("ab", buffering=0)
+                if name in self._failed:  # what was written of the last line must not spoil this one
+                    self._files[name].write(b"\n")
+            self._files[name].write(json.dumps(record).encode() + b"\n")
+            self._failed.discard(name)
+        except OSError as error:
+            if name not in self._failed:
+                self._print(f"{self.save_dir / name}: {error.strerror}; lines are lost until there is room again")
+            self._failed.add(name)
+            if name in self._files:
+                self._files.pop(name).close()
 
     def _print(self, text: str) -> None:
         if self._bar is not None:
@@ -369,14 +384,18 @@ class WeightsAndBiases:
         if id_file:
             id_file.write_text(run_id)
         config = {name: value for name, value in vars(args).items() if isinstance(value, int | float | str | bool)}
-        self._run = wandb.init(
-            project=args.wandb_project,
-            name=args.wandb_run_name,
-            id=run_id,
-            resume="allow",
-            dir=save_dir,
-            config={**config, **shape.as_dict()},
-        )
+        try:
+            self._run = wandb.init(
+                project=args.wandb_project,
+                name=args.wandb_run_name,
+                id=run_id,
+                resume="allow",
+                dir=save_dir,
+                config={**config, **shape.as_dict()},
+            )
+        except wandb.Error as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"--wandb-project: {reason}; without network set WANDB_MODE=offline") from error
 
     def write(self, iteration: int, numbers: dict[str, float]) -> None:
         """Log numbers at `iteration`."""
@@ -385,16 +404,6 @@ class WeightsAndBiases:
     def close(self) -> None:
         """Finish the run."""
         self._run.finish()
-
-
-def whole_line(line: str) -> dict | None:
-    """The object on a line of a .jsonl file, or None for a line torn by a crash."""
-    if not line.endswith("\n"):
-        return None
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError:
-        return None
 
 
 def clock(seconds: float) -> str:

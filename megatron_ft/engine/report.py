@@ -53,11 +53,21 @@ def write_report(save_dir: Path) -> Path:
 
 
 def read_lines(path: Path) -> list[dict]:
-    """Objects of a .jsonl file, none when it does not exist; a torn last line is left out."""
+    """Objects of a .jsonl file, none when it does not exist; torn lines are left out."""
     if not path.exists():
         return []
     with path.open() as file:
-        return [json.loads(line) for line in file if line.endswith("\n")]
+        return [record for line in file if (record := whole_line(line)) is not None]
+
+
+def whole_line(line: str) -> dict | None:
+    """The object on a line of a .jsonl file, or None for a line torn by a crash or a full disk."""
+    if not line.endswith("\n"):
+        return None
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError:
+        return None
 
 
 def render(steps: list[dict], validations: list[dict], events: list[dict], title: str) -> str:

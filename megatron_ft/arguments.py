@@ -423,6 +423,11 @@ def validate(args: argparse.Namespace) -> None:
         )
     if args.fp16 and args.bf16:
         raise UserError("--fp16 and --bf16 exclude each other; keep one")
+    if args.optimizer == "sgd" and args.use_distributed_optimizer:
+        args.use_distributed_optimizer = False
+        args.notices.append(
+            "--optimizer sgd: only Adam's state is sharded over data-parallel ranks, each keeps its own"
+        )
     if args.optimizer_cpu_offload and not ((args.bf16 or args.fp16) and args.use_distributed_optimizer):
         raise UserError("--optimizer-cpu-offload needs --bf16 or --fp16, and the distributed optimizer; add the first")
     if args.sequence_parallel and tp == 1:

@@ -181,6 +181,14 @@ def test_early_stop_keeps_and_marks_the_best(runs):
     assert len(runs.validations("early")) == len(losses), "a run stopped early stays stopped"
 
 
+def test_sgd_trains_and_goes_on(runs):
+    flags = "--optimizer sgd --lr 0.1 --train-iters 6 --global-batch-size 4 --eval-interval 0"
+    assert runs("sgd", f"{flags} --exit-interval 3", 2) == [EXIT_RESUME] * 2
+    assert runs("sgd", flags, 2) == [EXIT_DONE] * 2
+    losses = column(runs.steps("sgd"), "loss")
+    assert len(losses) == 6 and losses[-1] < losses[0] - 0.05
+
+
 def test_batch_ramps_up(runs):
     flags = "--train-samples 20 --global-batch-size 4 --micro-batch-size 1 --rampup-batch-size 2 2 6 --eval-interval 0"
     assert runs("ramp", flags, 2) == [EXIT_DONE] * 2

@@ -19,6 +19,9 @@ _entered: "CpuForCuda | None" = None
 def set_up_device(args: argparse.Namespace | None = None) -> torch.device:
     """Choose this rank's device (LOCAL_RANK's GPU, else the CPU through the adapter) and return it. Safe to call again."""
     global _entered
+    if args is not None and args.tensor_model_parallel_size > 1:
+        # One hardware queue: tensor-parallel communication is then issued in the order that lets it overlap with computation.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
         torch.cuda.set_device(device)

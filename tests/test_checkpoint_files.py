@@ -132,7 +132,7 @@ def threading_wait(seconds: float) -> None:
 def test_two_runs_never_share_a_save_directory(inputs, tmp_path):
     from checkpoint_runs import train
 
-    words = f"{FLAGS} {inputs} {DROPOUT} --train-iters 100000 --save {tmp_path}".split()
+    words = f"{FLAGS} {inputs} {DROPOUT} --train-iters 3000 --save {tmp_path}".split()
     with Ranks(train, 1, words) as ranks:
         wait_for_iteration(ranks, tmp_path, 3)
         ((second, _),) = run_ranks(train, 1, words)
@@ -359,6 +359,8 @@ def test_adapters_are_saved_alone_and_resumed_on_their_base(inputs, tmp_path):
     ).split()
     assert [status for status, _ in run_ranks(train, 2, [*words, str(tmp_path / "unbroken")])] == [0, 0]
     run_ranks(train, 2, [*words, str(save), "--exit-interval", "1"])
+    base.rename(tmp_path / "moved")
+    words[words.index("--load") + 1] = str(tmp_path / "moved")
     results = run_ranks(train, 2, [*words, str(save)])
     assert [status for status, _ in results] == [0, 0]
     tensors = tensor_bytes(save / "iter_0000004")
@@ -367,7 +369,7 @@ def test_adapters_are_saved_alone_and_resumed_on_their_base(inputs, tmp_path):
         name.startswith("optimizer.state.exp_avg.") for name in tensors
     )
     manifest = read_manifest(save / "iter_0000004")
-    assert manifest.base == {"path": str(base), "iteration": 2}
+    assert manifest.base == {"path": str(tmp_path / "moved"), "iteration": 2}
 
 
 # ---- intervals --------------------------------------------------------------------------------------------------------

@@ -194,8 +194,7 @@ class Checkpointer:
         """Fill `state` from a verified checkpoint; lines for the log."""
         lines = []
         if manifest.base:
-            lines += self._load_weights(state, manifest.base["path"], manifest.base["iteration"] or "latest")
-            self._base = manifest.base
+            lines += self._load_base(state, manifest.base)
         saved = manifest.state
 
         def read() -> None:
@@ -227,6 +226,13 @@ class Checkpointer:
         state.scheduler.num_steps = saved["scheduler_steps"]
         state.scheduler.step(0)  # the rate of this command line's schedule at that point
         return lines
+
+    def _load_base(self, state: TrainState, base: dict) -> list[str]:
+        """The weights that adapters belong to, from where they were or, if they moved, from --load."""
+        there = self._on_rank_0(lambda: Path(base["path"]).is_dir())
+        if not there and self.args.load:
+            return self._load_weights(state, self.args.load, self.args.load_iteration)
+        return self._load_weights(state, base["path"], "latest" if base["iteration"] is None else base["iteration"])
 
     def _put_aside(self, iterations: list[int]) -> None:
         with self.owner.writing():
@@ -349,7 +355,9 @@ class Checkpointer:
             return True
         pending.writer.wait()
         writer = pending.writer
-        reports = self._gather((writer.error, writer.path.name, writer.file, writer.entries))
+        reports: list = [None] * self.world_size if self.rank == 0 else []
+        report = (writer.error, writer.path.name, writer.file, writer.entries)
+        dist.gather_object(report, reports if self.rank == 0 else None, dst=0, group=self.group)
         failure = self._on_rank_0(lambda: self._commit(pending, reports))
         if failure:
             return self._failed(failure)

@@ -153,7 +153,7 @@ def read_tensors(directory: Path, wanted: list[ShardedTensor], metadata: Metadat
     """Fill the data of `wanted` in place, whatever layout wrote them; values are converted to the data's dtype.
 
     A tensor that may differ in size (a padded vocabulary) is filled as far as the checkpoint goes and zero beyond.
-    Raises Damaged for what is missing, KeyError-like mismatches included, naming the tensor.
+    Raises UserError for a tensor that is not there or has another shape, Damaged for one that cannot be read whole.
     """
     metadata = metadata or read_metadata(directory)
     reads: dict[str, list[tuple]] = defaultdict(list)
@@ -161,10 +161,13 @@ def read_tensors(directory: Path, wanted: list[ShardedTensor], metadata: Metadat
     for target in wanted:
         stored = metadata.state_dict_metadata.get(target.key)
         if not isinstance(stored, TensorStorageMetadata):
-            raise Damaged(f"{directory} holds no tensor {target.key}")
+            raise UserError(
+                f"{directory} holds no {target.key}, which this run's flags ask for; give it as --load to take its weights alone"
+            )
         if tuple(stored.size) != tuple(target.global_shape) and not target.allow_shape_mismatch:
-            raise Damaged(
-                f"{directory}: {target.key} has shape {tuple(stored.size)}, this run's has {tuple(target.global_shape)}"
+            raise UserError(
+                f"{directory}: {target.key} has shape {list(stored.size)}, this run's has {list(target.global_shape)}; "
+                "use the architecture flags it was saved with"
             )
         if target.key not in chunks_at:
             chunks_at[target.key] = _by_first_axis(stored.chunks)

@@ -13,9 +13,11 @@ import torch
 import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
+from megatron_ft.checkpoint.state import Checkpointer, TrainState
 from megatron_ft.engine import parallel, signals
 from megatron_ft.engine.evaluate import evaluate
 from megatron_ft.engine.loss import token_losses
+from megatron_ft.engine.metrics import MetricsLog
 from megatron_ft.engine.optimizer import learning_rate
 from megatron_ft.engine.rows import MicroBatch, Rows
 from megatron_ft.engine.schedule import Length, global_batch_at
@@ -29,9 +31,9 @@ class Run:
     args: argparse.Namespace
     vocab_size: int | None  # columns of the logits that take part in the softmax; None: all, padding too
     length: Length
-    state: object  # checkpoint.state.TrainState
-    checkpointer: object  # checkpoint.state.Checkpointer
-    log: object  # engine.metrics.MetricsLog
+    state: TrainState
+    checkpointer: Checkpointer
+    log: MetricsLog
     watchdog: signals.Watchdog
     train_rows: Rows
     valid_rows: dict[str, Rows]
@@ -189,8 +191,8 @@ def _end_with_provenance(run: Run, what: str, micro_batches: list[MicroBatch], l
     run.log.event(f"{what} at iteration {state.iteration + 1}; rows and documents in {path}")
     run.log.close()
     raise UserError(
-        f"{what} at iteration {state.iteration + 1}; its rows and documents are in {path}, nothing was saved after iteration "
-        f"{state.iteration}'s last checkpoint: lower --lr, take those documents out, or use --bf16 instead of --fp16"
+        f"{what} at iteration {state.iteration + 1}; its rows and documents are in {path}, and the checkpoints are from before: "
+        "lower --lr, take those documents out, or use --bf16 instead of --fp16"
     )
 
 
@@ -213,6 +215,7 @@ def _validate(run: Run) -> str | None:
         run.log.validation(state.iteration, group, record)
     group = args.best_group or next(iter(records))
     loss = records[group]["loss"]
+    loss = loss if math.isfinite(loss) else math.inf  # a group without output tokens has none
     better = state.best is None or loss < state.best["loss"]
     if better:
         state.best = {"group": group, "loss": loss, "iteration": state.iteration, "waited": 0}
@@ -242,7 +245,7 @@ def _evaluate_groups(run: Run, groups: dict[str, Rows]) -> dict[str, dict] | Non
     return records
 
 
-def _stopped_early(state) -> bool:
+def _stopped_early(state: TrainState) -> bool:
     return bool(state.best and state.best["stopped"])
 
 

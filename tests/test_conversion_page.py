@@ -1,0 +1,16 @@
+"""The journeys that docs/conversion.md shows, on a tiny model."""
+
+import json
+
+import pytest
+from doc_commands import run_page
+
+
+@pytest.mark.slow
+def test_the_journeys_of_the_conversion_page_run(tmp_path):
+    printed = run_page("conversion.md", tmp_path)
+    assert printed.count("\nequal\n") == 5 and "DIFFERENT" not in printed
+    assert "TP2 PP2" in printed and "largest difference" in printed
+    config = json.loads((tmp_path / "from-mtf/config.json").read_text())
+    assert config["dtype"] == "bfloat16" and config["vocab_size"] == 600
+    assert (tmp_path / "finetuned-pp2/iter_0000004/.metadata").is_file()

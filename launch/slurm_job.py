@@ -78,11 +78,18 @@ class Job:
             job_id, env.get("SLURM_JOB_NAME", job_id), nodes, tasks, int(cpus) if cpus else None, restarts, fields
         )
 
+    def has_moved_on(self) -> bool:
+        """True when SLURM has started this job anew, or has asked it to come back: on a node that was cut off, this process is a leftover."""
+        now = _fields(_output("scontrol", "show", "job", self.id)).get("Restarts")
+        return now is not None and int(now) > int(os.environ.get("SLURM_RESTART_COUNT") or 0)
+
     def requeue(self, exclude: Sequence[str] = ()) -> str:
         """Bring this job back, not on the nodes in `exclude`; says in one line how. Raises UserError when the site refuses both ways.
 
         After a success SLURM ends this process with SIGTERM, and a few seconds later with SIGKILL.
         """
+        if self.has_moved_on():
+            return f"job {self.id} has been requeued already"
         barred = ",".join(filter(None, [_value(self.fields.get("ExcNodeList")), *exclude]))
         asked = subprocess.run(["scontrol", "requeue", self.id], capture_output=True, text=True)
         if asked.returncode == 0:

@@ -113,9 +113,9 @@ def _leave_nodes(job: Job, lost: Sequence[str], signals: Signals) -> int:
         _say(f"SLURM takes up to {seconds - 60} s to notice, and then requeues job {job.id} by itself")
         end = time.monotonic() + seconds
         while time.monotonic() < end:
-            if signals.end:
+            if signals.end or job.has_moved_on():
                 return EXIT_RESUME
-            time.sleep(0.2)
+            time.sleep(1)
     return _come_back(job, exclude=lost)
 
 

@@ -142,7 +142,7 @@ class FastBPE:
             end = _cut(text, start)
             piece = text[start:end]
             parts.append(
-                self._one_piece(piece.encode())
+                self._ids_of(self._one_piece(piece.encode()), piece)
                 if len(piece) > LONG_TEXT and ONE_PIECE.fullmatch(piece)
                 else self._call(piece)
             )
@@ -156,6 +156,9 @@ class FastBPE:
             ranks = np.frombuffer(self._core.encode_to_tiktoken_buffer(text, set()), np.uint32)
         except ValueError:  # the regex engine's stack overflows on some 500,000 white-space characters in a row
             return self._by_reference(text)
+        return self._ids_of(ranks, text)
+
+    def _ids_of(self, ranks: np.ndarray, text: str) -> np.ndarray:
         ids = self._ids[ranks]
         if (
             self._lacks_bytes and len(ids) and ids.max() == self._none
@@ -164,24 +167,24 @@ class FastBPE:
         return ids
 
     def _one_piece(self, piece: bytes) -> np.ndarray:
-        """Ids of one long pre-token, window by window.
+        """Ranks of one long pre-token, window by window.
 
         A sequence of tokens is the BPE encoding if every two neighbours are the encoding of their own bytes. So two windows may be
         joined inside two neighbouring tokens that both of them have at the same place.
         """
-        done: list[np.ndarray] = []  # ranks
-        start, carried = 0, np.zeros(0, np.int64)  # bytes in `done`; tokens after them that the last window found
+        done: list[np.ndarray] = []
+        start, carried = 0, np.zeros(0, np.uint32)  # bytes in `done`; tokens after them that the last window found
         while True:
             window = piece[start : start + WINDOW]
-            tokens = np.array(self._core.encode_single_piece(window), np.int64)
+            tokens = np.array(self._core.encode_single_piece(window), np.uint32)
             if len(carried):
                 joint = _joint(self._lengths(carried), self._lengths(tokens), carried, tokens)
                 if joint is None:  # never seen; the whole piece at once is right at any rate
-                    return self._ids[np.array(self._core.encode_single_piece(piece))]
+                    return np.array(self._core.encode_single_piece(piece))
                 ours, theirs = joint
                 tokens = np.concatenate([carried[:ours], tokens[theirs:]])
             if start + WINDOW >= len(piece):
-                return self._ids[np.concatenate([*done, tokens])]
+                return np.concatenate([*done, tokens])
             keep = max(1, len(tokens) - OVERLAP)
             done.append(tokens[:keep])
             start += int(self._lengths(tokens[:keep]).sum())
@@ -212,8 +215,8 @@ def _cut(text: str, start: int) -> int:
     end = start + LONG_TEXT
     if end >= len(text):
         return len(text)
-    for back in (1 << 8, 1 << 14, LONG_TEXT - 1):
-        cuts = [match.start() for match in CUT.finditer(text, end - back, end)]
+    for back in (1 << 8, 1 << 14, LONG_TEXT):
+        cuts = [match.start() for match in CUT.finditer(text, max(start + 1, end - back), end)]
         if cuts:
             return cuts[-1]
     match = CUT.search(text, end)

@@ -1,0 +1,185 @@
+"""How fast preprocess/tokenize.py is, beside what people use today, on 50 MB of rows made from the standard library's sources.
+
+    python bench/tokenize.py --tokenizer-file tokenizer.json
+    python bench/tokenize.py --tokenizer-file tokenizer.json --peer ~/Megatron-LM
+
+Timed in turn, `--repeats` times, the best of each kept, wall clock and the processor time of all cores (which other jobs on the machine
+hardly change): ours, both fields in one run, from the start of its process to the end; with
+--peer, that checkout's tools/preprocess_data.py, one run a field as it needs, whose files must be the same bytes as ours; and bare
+`tokenizers.Tokenizer.encode_batch` on the same texts, encoding alone, on as many threads.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path[0] = str(
+    Path(__file__).resolve().parents[1]
+)  # not this folder: its tokenize.py would hide the standard library's
+
+import argparse
+import filecmp
+import itertools
+import json
+import os
+import resource
+import subprocess
+import sysconfig
+import tempfile
+import time
+
+from megatron_ft.arguments import Help, Parser
+from megatron_ft.data.indexed import field_paths
+from megatron_ft.errors import UserError, run_program
+
+ROOT = Path(__file__).resolve().parents[1]
+BATCH = 1000  # texts of one encode_batch call
+
+# The peer imports packages that tokenizing never uses and that are seldom installed; it finds empty ones instead. It also uses numpy.float,
+# which numpy has dropped.
+PEER_STAND_INS = """
+import importlib.abc, importlib.machinery, importlib.util, sys, types
+import numpy
+
+class Empty(types.ModuleType):
+    __path__ = []
+    def __getattr__(self, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return Empty(name) if name[0].islower() else type(name, (), {})
+
+class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("apex", "amp_C", "datasets", "nltk", "six"):
+            return importlib.machinery.ModuleSpec(name, self, is_package=True)
+    def create_module(self, spec):
+        return Empty(spec.name)
+    def exec_module(self, module):
+        pass
+
+sys.meta_path.append(Finder())
+numpy.float = float
+"""
+
+
+def main() -> None:
+    parser = Parser(description=__doc__, formatter_class=Help, allow_abbrev=False)
+    add = parser.add_argument
+    add("--tokenizer-file", type=Path, required=True, help="tokenizer.json to encode with")
+    add("--peer", type=Path, metavar="DIR", help="Megatron-LM checkout (the mtf branch) to time in turn with ours")
+    add("--megabytes", type=int, default=50, help="size of the JSONL file")
+    add("--workers", type=int, default=2, help="threads of ours and of encode_batch, processes of the peer")
+    add("--repeats", type=int, default=3, help="rounds; the best time of each is kept")
+    args = parser.parse_args()
+    os.environ["RAYON_NUM_THREADS"] = str(args.workers)
+    if args.peer and not (args.peer / "tools/preprocess_data.py").is_file():
+        raise UserError(f"--peer {args.peer}: no tools/preprocess_data.py there; give a Megatron-LM checkout")
+    with tempfile.TemporaryDirectory() as directory:
+        bench(args, Path(directory))
+
+
+def bench(args: argparse.Namespace, directory: Path) -> None:
+    rows = directory / "rows.jsonl"
+    size = make_rows(rows, args.megabytes * 1_000_000)
+    texts = [text for line in rows.read_bytes().splitlines() for text in json.loads(line).values()]
+    print(f"{size / 1e6:.1f} MB of JSONL, {len(texts):,} texts, {args.workers} workers")
+    seconds: dict[str, list[tuple[float, float]]] = {"ours": [], "encode_batch": []}
+    for _ in range(args.repeats):
+        seconds["ours"].append(run_ours(args, rows, directory / "ours"))
+        if args.peer:
+            seconds.setdefault("peer", []).append(run_peer(args, rows, directory / "peer"))
+            for ours, theirs in zip(field_paths(directory / "ours"), field_paths(directory / "peer"), strict=True):
+                for suffix in (".bin", ".idx"):
+                    if not filecmp.cmp(ours + suffix, theirs + suffix, shallow=False):
+                        raise UserError(f"the peer's {Path(theirs).name}{suffix} differs from ours")
+        seconds["encode_batch"].append(run_encode_batch(args, texts))
+    names = {
+        "ours": "preprocess/tokenize.py, both fields",
+        "peer": "tools/preprocess_data.py, two runs (same bytes)",
+        "encode_batch": "tokenizers encode_batch, encoding alone",
+    }
+    best = {name: [min(column) for column in zip(*times, strict=True)] for name, times in seconds.items()}
+    for name, (wall, cpu) in best.items():
+        print(f"{names[name]:50} {wall:6.2f} s wall, {size / 1e6 / wall:5.1f} MB/s; {cpu:6.2f} s of processors")
+    for name in [name for name in best if name != "ours"]:
+        wall, cpu = (theirs / ours for theirs, ours in zip(best[name], best["ours"], strict=True))
+        print(f"ours against {names[name]}: {wall:.1f}x by wall clock, {cpu:.1f}x by processor time")
+
+
+def make_rows(path: Path, size: int) -> int:
+    """Write rows whose texts are pieces of the standard library's sources, 1 to 8 thousand characters each; returns the bytes."""
+    sources = sorted(Path(sysconfig.get_path("stdlib")).rglob("*.py"))
+    written = 0
+    with open(path, "w", encoding="utf-8") as file:
+        for round in itertools.count():
+            for source in sources:
+                if "site-packages" in source.parts:
+                    continue
+                try:
+                    text = source.read_text(encoding="utf-8")
+                except UnicodeDecodeError:
+                    continue
+                length = 1000 + (len(text) * 7 + round * 1777) % 7000
+                pieces = [text[i : i + length] for i in range(0, len(text), length)]
+                for inputs, targets in zip(pieces[::2], pieces[1::2], strict=False):
+                    written += file.write(json.dumps({"inputs": inputs, "targets": targets}) + "\n")
+                    if written >= size:
+                        return written
+
+
+def timed(command: list, **kwargs) -> tuple[float, float]:
+    """Seconds by the clock and of processors that a command takes."""
+    start, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, **kwargs)
+    if done.returncode:
+        raise UserError(f"{command[1]} failed: {done.stderr.strip().splitlines()[-1]}")
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.perf_counter() - start, after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
+
+
+def run_ours(args: argparse.Namespace, rows: Path, prefix: Path) -> tuple[float, float]:
+    """Seconds of the whole program, its start included."""
+    program = ROOT / "preprocess/tokenize.py"
+    return timed(
+        [
+            sys.executable,
+            program,
+            rows,
+            "--tokenizer-file",
+            args.tokenizer_file.resolve(),
+            "--output-prefix",
+            prefix,
+            "--workers",
+            args.workers,
+        ]
+    )
+
+
+def run_peer(args: argparse.Namespace, rows: Path, prefix: Path) -> tuple[float, float]:
+    """Seconds of the peer's two runs: inputs without, targets with an end-of-text token."""
+    stand_ins = prefix.parent / "stand-ins"
+    stand_ins.mkdir(exist_ok=True)
+    (stand_ins / "sitecustomize.py").write_text(PEER_STAND_INS)
+    command = [sys.executable, args.peer / "tools/preprocess_data.py", "--input", rows, "--output-prefix", prefix]
+    command += ["--tokenizer-type", "TokenizerFromFile", "--tokenizer-file", args.tokenizer_file.resolve()]
+    command += ["--workers", args.workers, "--chunk-size", 100, "--log-interval", 100000]
+    env = {**os.environ, "PYTHONPATH": str(stand_ins)}
+    runs = [
+        timed([*command, "--json-keys", "inputs"], env=env),
+        timed([*command, "--json-keys", "targets", "--append-eod"], env=env),
+    ]
+    return tuple(map(sum, zip(*runs, strict=True)))
+
+
+def run_encode_batch(args: argparse.Namespace, texts: list[str]) -> tuple[float, float]:
+    """Seconds of encoding alone, the tokenizer loaded and the texts in memory."""
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(args.tokenizer_file))
+    start, before = time.perf_counter(), time.process_time()
+    for i in range(0, len(texts), BATCH):
+        tokenizer.encode_batch(texts[i : i + BATCH], add_special_tokens=False)
+    return time.perf_counter() - start, time.process_time() - before
+
+
+if __name__ == "__main__":
+    run_program(main)

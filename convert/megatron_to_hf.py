@@ -63,6 +63,8 @@ def main() -> None:
     if args.merge_lora and not adapters:
         raise UserError(f"--merge-lora: {args.load} holds a whole model, no adapters; leave the flag out")
     source = MergedSource(adapters, args.base) if adapters else open_weights(args.load, args.iteration)
+    if source.kind == "Hugging Face":
+        raise UserError(f"{args.load}: a Hugging Face model already; give a Megatron checkpoint")
     path, tokenizer = find_tokenizer(args, source.args)
     rows = vocabulary_rows(source, tokenizer, args.keep_padding)
     write_model(source, path, tokenizer, rows, args)

@@ -223,6 +223,7 @@ def test_mistakes_end_in_one_line_and_leave_nothing(tiny, tmp_path):
         "reshard", "--load", tiny, "--save", out, "--tensor-parallel", "1"
     )
     assert "convert/reshard.py" in refusal("hf_to_megatron", "--load", used, "--format", "legacy", "--save", out)
+    assert "a Hugging Face model already" in refusal("megatron_to_hf", "--load", tiny, "--output", out)
     back = ("megatron_to_hf", "--load", used, "--output", out)
     assert "no such tokenizer" in refusal(*back, "--tokenizer-file", tmp_path / "none.json")
     assert "iteration 5 was asked for; there are release" in refusal(*back, "--iteration", "5")
@@ -305,3 +306,15 @@ def test_a_tiny_model_converts_in_seconds(tiny, tmp_path):
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         # Seconds of work, imports included: what the clock shows when nothing else runs.
         assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 10
+
+
+@pytest.mark.slow
+def test_a_model_of_real_width_converts_in_little_memory(tmp_path):
+    """Four layers of StarCoderBase-1B's width, TP4 PP4: 0.9 GB in, 0.6 GB out."""
+    report = tmp_path / "report.json"
+    command = [sys.executable, str(ROOT / "bench/convert.py"), "--preset", "starcoderbase-1b", "--scale", "0.17"]
+    subprocess.run([*command, "--directory", str(tmp_path), "--report", str(report)], check=True, cwd="/")
+    found = json.loads(report.read_text())
+    assert found["layers"] == 4 and found["gigabytes"] > 0.8
+    assert found["peak RssAnon, MiB"] < 1024
+    assert [path.name for path in tmp_path.iterdir()] == ["report.json"]

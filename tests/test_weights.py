@@ -142,6 +142,24 @@ def test_a_legacy_checkpoint_that_does_not_belong_together_is_refused_by_name(go
     with pytest.raises(UserError, match="mp_rank_00_000: has no encoder.layers.1.mlp.dense_h_to_4h.bias"):
         open_weights(short)
 
+    # Checkpoint tools write this into merged arguments, which elsewhere turned into the exact GELU.
+    merged = damaged("merged")
+    for rank in merged.glob("mp_rank_*"):
+        edit(rank / "model_optim_rng.pt", lambda found: setattr(found["args"], "bias_gelu_fusion", False))
+    assert open_weights(merged).shape.to_hf_config()["activation_function"] == "gelu_pytorch_tanh"
+    for changes, what in (
+        ({"checkpoint_version": 1.0}, "checkpoint_version 1 of a multi-query model"),
+        ({"checkpoint_version": 4.0}, "checkpoint_version 4 of a multi-query model"),
+    ):
+        old = damaged(what.replace(" ", "_"))
+        edit(old / "mp_rank_00_000/model_optim_rng.pt", lambda found, changes=changes: found.update(changes))
+        with pytest.raises(UserError, match=what):
+            open_weights(old)
+    gated = damaged("gated")
+    edit(gated / "mp_rank_00_000/model_optim_rng.pt", lambda found: setattr(found["args"], "glu_activation", "swiglu"))
+    with pytest.raises(UserError, match="a gated activation .glu_activation='swiglu'.; expected a GPTBigCode"):
+        open_weights(gated)
+
     with pytest.raises(UserError, match="iteration 8 was asked for; there are iter_0000007"):
         open_weights(golden / "legacy/tp2pp2", 8)
     (tmp_path / "empty").mkdir()

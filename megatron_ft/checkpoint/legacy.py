@@ -98,6 +98,11 @@ class LegacySource(WeightSource):
         rows = sum(rank[embedding].shape[0] for rank in self._stages[0])
         self.shape = shape_from_megatron_args(self.args, rows, directory)
         self.dtype = self._stages[0][0][embedding].dtype
+        if self.version not in (0, 1, 2, 3) or (self.version < 2 and self.shape.multi_query):
+            raise UserError(
+                f"{directory}: checkpoint_version {self.version:g} of a {'multi-query' if self.shape.multi_query else 'multi-head'} "
+                "model, whose query-key-value order is not known; expected version 2 or 3 (0 and 1 for multi-head models)"
+            )
         self._first_layers = self._count_layers()
         self._compared: set[str] = set()  # HF names whose replicas were found equal
         for name in self.names():
@@ -226,9 +231,7 @@ class LegacySource(WeightSource):
         d, rest = self.shape.kv_channels, shard.shape[1:]
         if self.version == 0:
             return shard.view(3, -1, d, *rest).transpose(0, 1).reshape(shard.shape)
-        if self.version == 1:
-            return shard.view(-1, d, 3, *rest).transpose(1, 2).reshape(shard.shape)
-        raise UserError(f"{self.path}: checkpoint_version {self.version} is not known; expected 0, 1, 2 or 3")
+        return shard.view(-1, d, 3, *rest).transpose(1, 2).reshape(shard.shape)
 
 
 def _difference(a: torch.Tensor, b: torch.Tensor) -> str:

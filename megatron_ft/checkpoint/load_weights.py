@@ -63,18 +63,13 @@ def load_weights(source: WeightSource, model_chunks: Iterable[nn.Module]) -> Loa
         first_layer = layers[0].layer_number - 1 if len(layers) else 0
         _check_architecture(source, model)
         for core_name, parameter in model.named_parameters():
-            name = core_to_hf(base_name(core_name), first_layer)
+            name = core_to_hf(core_name, first_layer)
             if name is None:
                 report.untouched.append(core_name)
                 continue
             _fill(parameter.data, source, name, tp_rank, tp_size, report)
             report.loaded.append(name)
     return report
-
-
-def base_name(parameter: str) -> str:
-    """Name of a parameter as it would be without LoRA around its layer."""
-    return parameter.replace(".base_layer.", ".")
 
 
 def _fill(

@@ -48,7 +48,7 @@ def record(iteration, loss=None):
 
 def run(args, save, first, last, **plan):
     log = MetricsLog(args, args.shape, RunPlan(train_iters=40, start_iteration=first - 1, **plan), save)
-    log.banner(data="two prefixes", start="from scratch")
+    log.banner(data="two prefixes", start="resume: iter_0000012\nlayout: was TP1, is TP2")
     for iteration in range(first, last + 1):
         log.step(record(iteration))
     return log
@@ -84,7 +84,9 @@ def test_metrics_hold_each_iteration_once_after_a_resume_with_lost_steps(tmp_pat
     other = lines(tmp_path / "straight" / "metrics.jsonl")
     assert [[s[k] for k in DETERMINISTIC_KEYS] for s in steps] == [[s[k] for k in DETERMINISTIC_KEYS] for s in other]
 
-    shown = [line for line in capsys.readouterr().out.splitlines() if line.startswith(" iteration")]
+    shown = capsys.readouterr().out
+    assert "    start | resume: iter_0000012\n          | layout: was TP1, is TP2\n" in shown
+    shown = [line for line in shown.splitlines() if line.startswith(" iteration")]
     assert len({len(line) for line in shown}) == 1, "interval lines are aligned"
     columns = [[m.start() for m in re.finditer(r"\|", line)] for line in shown]
     assert all(c == columns[0] for c in columns)

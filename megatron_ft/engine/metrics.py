@@ -94,7 +94,8 @@ class MetricsLog:
     # --- what the loop calls ---
 
     def banner(self, **facts: str) -> None:
-        """Print what is about to run: model, layout, memory and length, and the `facts` the caller knows (data=..., start=...)."""
+        """Print what is about to run: model, layout, memory and length, and the `facts` the caller knows (data=..., start=...),
+        each of one line or several."""
         if not self.writes:
             return
         lines = [("model", self._model_line()), ("layout", str(self.layout)), ("precision", self._precision_line())]
@@ -102,7 +103,8 @@ class MetricsLog:
         lines += [(name.replace("_", " "), text) for name, text in facts.items()]
         width = max(len(name) for name, _ in lines)
         for name, text in lines:
-            self._print(f"{name:>{width}} | {text}")
+            for number, line in enumerate(text.split("\n")):
+                self._print(f"{'' if number else name:>{width}} | {line}")
         self.event("start", iteration=self.plan.start_iteration, **facts)
         if sys.stderr.isatty():
             from tqdm import tqdm

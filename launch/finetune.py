@@ -95,7 +95,8 @@ def main() -> int:
         command, stop_signal = training_command(flags), None
 
     if launch.check:
-        for path in filter(lambda path: not os.path.exists(path), needed_files(args)):
+        comes = os.environ.get("MEGATRON_FT_DATA_COMES")  # an earlier job of a pipeline writes them
+        for path in filter(lambda path: not comes and not os.path.exists(path), needed_files(args)):
             raise UserError(f"{path} is not there; correct --data-prefix, the split files, --tokenizer-file or --load")
         return EXIT_DONE
     if job:

@@ -2,6 +2,10 @@
 # What all of slurm/*.sh share, sourced by them on a login node and inside the job alike. Reads slurm/cluster.env, puts the venv first on PATH,
 # and defines `finetune` and `run`. On a login node a script checks itself and goes to sbatch: see launch/submit.py.
 set -euo pipefail
+fail() {
+  echo "error: $*" >&2
+  exit 2
+}
 trap '' USR1 USR2 # a warning that comes before the launcher listens must not kill the script; the launcher sets handlers of its own
 MEGATRON_FT=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 export MEGATRON_FT
@@ -25,7 +29,8 @@ export MEGATRON_FT_ARGUMENTS
 if [ "$#" = 0 ]; then MEGATRON_FT_ARGUMENTS=""; fi
 
 # On a login node: hand the script in, with everything checked first. submit.py itself runs the script with MEGATRON_FT_CHECK set.
-if [ -z "${SLURM_JOB_ID:-}" ] && [ -z "${MEGATRON_FT_CHECK:-}" ]; then
+# A script that sets OWN_SUBMISSION submits itself, in several jobs.
+if [ -z "${SLURM_JOB_ID:-}${MEGATRON_FT_CHECK:-}${OWN_SUBMISSION:-}" ]; then
   exec python -P "$MEGATRON_FT/launch/submit.py" "$(realpath -- "$0")" "$@"
 fi
 
@@ -45,8 +50,6 @@ finetune() {
 
 # run PROGRAM ARGS...: one program of this checkout, on the job's first node.
 run() {
-  if [ -n "${MEGATRON_FT_CHECK:-}" ]; then exit 0; fi
-  local program=$1
-  shift
-  exec python -P "$MEGATRON_FT/$program" "$@"
+  if [ -n "${MEGATRON_FT_CHECK:-}" ]; then return 0; fi
+  python -P "$MEGATRON_FT/$1" "${@:2}"
 }

@@ -1,0 +1,63 @@
+#!/bin/bash
+#SBATCH --job-name=preprocess
+#SBATCH --nodes=1
+#SBATCH --ntasks=1
+#SBATCH --cpus-per-task=16
+#SBATCH --time=04:00:00
+#SBATCH --output=%x-%A_%a.log
+# Tokenize JSONL in shards, one array task each, then merge them: byte for byte what one run would have written.
+#   SHARDS=16 TOKENIZER_FILE=tokenizer.json OUTPUT_PREFIX=data/rows bash slurm/preprocess.sh rows.jsonl [more.jsonl ...] [flags of preprocess/tokenize.py]
+# submits the shards that are not there yet, and the merge that waits for them: after a failed task, the same command again does what is missing.
+# SBATCH_OPTIONS="--cpus-per-task=32" changes the jobs. Prints the merge's job id last.
+OWN_SUBMISSION=1
+script=$(realpath -- "$0")
+if [ -n "${SLURM_JOB_ID:-}" ]; then script=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=//p' | head -n1); fi # SLURM runs a copy
+# shellcheck source=launch/job.sh
+source "${MEGATRON_FT:-${script%%/slurm/preprocess.sh*}}/launch/job.sh"
+
+# In the jobs the three settings are the first arguments, so that --export=NONE does not lose them.
+if [ "${1:-}" = shard ] || [ "${1:-}" = merge ]; then
+  task=$1 SHARDS=$2 TOKENIZER_FILE=$3 OUTPUT_PREFIX=$4
+  shift 4
+fi
+SHARDS=${SHARDS:-16}
+part() { echo "$OUTPUT_PREFIX-shard-$1-of-$SHARDS"; }
+case ${task:-submit} in
+shard)
+  run preprocess/tokenize.py "$@" --tokenizer-file "$TOKENIZER_FILE" --shard "$SLURM_ARRAY_TASK_ID/$SHARDS" \
+    --output-prefix "$(part "$SLURM_ARRAY_TASK_ID")" --workers "${SLURM_CPUS_PER_TASK:-1}"
+  ;;
+merge)
+  parts=()
+  for ((shard = 1; shard <= SHARDS; shard++)); do parts+=("$(part "$shard")"); done
+  run preprocess/merge.py "${parts[@]}" --output-prefix "$OUTPUT_PREFIX"
+  ;;
+submit)
+  [ -n "${TOKENIZER_FILE:-}" ] || fail "TOKENIZER_FILE is missing: TOKENIZER_FILE=tokenizer.json bash slurm/preprocess.sh ..."
+  [ -e "$TOKENIZER_FILE" ] || fail "TOKENIZER_FILE=$TOKENIZER_FILE is not there"
+  [ -n "${OUTPUT_PREFIX:-}" ] || fail "OUTPUT_PREFIX is missing: OUTPUT_PREFIX=data/rows bash slurm/preprocess.sh ..."
+  [[ $SHARDS =~ ^[1-9][0-9]*$ ]] || fail "SHARDS=$SHARDS: expected a number, like 16"
+  [ "$#" != 0 ] || fail "no input: bash slurm/preprocess.sh rows.jsonl"
+  for word in "$@"; do
+    [[ $word == -* ]] && break
+    [ -e "$word" ] || fail "$word is not there"
+  done
+  mkdir -p "$(dirname -- "$OUTPUT_PREFIX")"
+  missing=()
+  for ((shard = 1; shard <= SHARDS; shard++)); do
+    [ -f "$(part "$shard")_inputs_document.idx" ] && [ -f "$(part "$shard")_targets_document.idx" ] || missing+=("$shard")
+  done
+  read -ra options <<<"${SBATCH_OPTIONS:-}"
+  settings=("$SHARDS" "$TOKENIZER_FILE" "$OUTPUT_PREFIX")
+  after=()
+  if [ "${#missing[@]}" != 0 ]; then
+    shards=$(IFS=, && echo "${missing[*]}")
+    array=$(sbatch --parsable "${options[@]}" --array="$shards" "$script" shard "${settings[@]}" "$@")
+    echo "tokenize: job ${array%%;*}, shards $shards of $SHARDS"
+    after=(--dependency="afterok:${array%%;*}" --kill-on-invalid-dep=yes)
+  fi
+  merge=$(sbatch --parsable "${options[@]}" "${after[@]}" --output=%x-merge-%j.log "$script" merge "${settings[@]}")
+  echo "merge: job"
+  echo "${merge%%;*}"
+  ;;
+esac

@@ -25,7 +25,7 @@ STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1b1f24; max-width: 780px; margin: 2em auto; padding: 0 1em }
 h1 { font-size: 1.4em } h2 { font-size: 1.05em; margin: 1.6em 0 .2em }
 table { border-collapse: collapse } td, th { padding: .15em 1em .15em 0; text-align: left; vertical-align: top }
-td.n { text-align: right; font-variant-numeric: tabular-nums } svg { display: block; width: 100%; height: auto }
+td:first-child { white-space: nowrap } td.n { text-align: right; font-variant-numeric: tabular-nums } svg { display: block; width: 100%; height: auto }
 svg text { font: 11px system-ui, sans-serif; fill: #57606a } .key { font-size: .9em; color: #57606a }
 """
 
@@ -109,7 +109,10 @@ def summary(steps: list[dict], validations: list[dict]) -> str:
         tail = losses[-max(1, len(losses) // 20) :]
         rows.insert(
             2,
-            ("Training loss", f"{losses[0]:.4f} at first, {sum(tail) / len(tail):.4f} over the last {len(tail)} steps"),
+            (
+                "Training loss",
+                f"{losses[0]:.4f} at first, {sum(tail) / len(tail):.4f} over the last {len(tail)} step{'s' * (len(tail) > 1)}",
+            ),
         )
     for group in dict.fromkeys(line["group"] for line in validations):
         of_group = [line for line in validations if line["group"] == group and line["loss"] is not None]
@@ -162,7 +165,7 @@ def chart(title: str, curves: list[Curve], resumes: list[int]) -> str:
     for tick in ticks:
         _, y = at(x_low, tick)
         parts.append(f'<path d="M{LEFT} {y:.1f}H{WIDTH - 10}" stroke="#e4e7eb"/>')
-        parts.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{tick:.4g}</text>')
+        parts.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{number(tick)}</text>')
     for tick in nice_ticks(x_low, x_high):
         if x_low <= tick <= x_high and tick == int(tick):
             x, _ = at(tick, y_low)
@@ -197,6 +200,11 @@ def thin(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
         bucket = points[i * len(points) // buckets : (i + 1) * len(points) // buckets]
         kept += sorted({min(bucket, key=lambda p: p[1]), max(bucket, key=lambda p: p[1])})
     return kept
+
+
+def number(value: float) -> str:
+    """A tick's label: 269,000 or 0.00012."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def nice_ticks(low: float, high: float) -> list[float]:

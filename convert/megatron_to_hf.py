@@ -109,7 +109,7 @@ def write_model(source: WeightSource, tokenizer_path, tokenizer: Tokenizer | Non
     facts = {
         "from": source.kind + (f", iteration {source.iteration}" if source.iteration is not None else ""),
         "precision": str(dtype).removeprefix("torch."),
-        "embedding rows": f"{rows} of {source.shape.vocab_size} stored",
+        "embedding rows": f"{rows} of {source.shape.vocab_size}",
     }
     with new_directory(output, needed=nbytes, overwrite=args.overwrite) as directory:
         with bytes_bar(nbytes, "converting") as advance:
@@ -121,7 +121,7 @@ def write_model(source: WeightSource, tokenizer_path, tokenizer: Tokenizer | Non
             write_tokenizer(directory, tokenizer_path, tokenizer, shape.max_position_embeddings)
         write_model_card(directory, name=output.name, shape=shape, facts=facts, args=card_args(source.args))
     print(
-        f"{output}: {len(source.names())} tensors, {nbytes / 1e9:.2f} GB in {len(files)} files, {facts['precision']}, {facts['embedding rows']}"
+        f"{output}: {len(source.names())} tensors, {nbytes / 1e9:.2f} GB in {len(files)} files, {facts['precision']}, {facts['embedding rows']} embedding rows"
     )
     print(f"check it: python convert/verify.py {args.load} {output}")
 

@@ -91,7 +91,7 @@ def test_golden_checkpoints_become_the_golden_model_with_the_branchs_logits(gold
     convert("megatron_to_hf", "--load", golden / "legacy/tp2pp2", "--output", cut, "--tokenizer-file", tokenizer)
     assert tensors_of(cut)["transformer.wte.weight"].shape == (1000, 64)
     card = (cut / "README.md").read_text()
-    assert "| `--adam-beta2` | 0.95 |" in card and "iteration 7" in card and str(golden) not in card
+    assert "| `--weight-decay` | 0.05 |" in card and "iteration 7" in card and str(golden) not in card
     report = tmp_path / "report.json"
     printed = convert("verify", golden / "legacy/distopt_tp2pp2", cut, "--logits", "--report", report)
     assert "24 rows of vocabulary padding" in printed

@@ -1,12 +1,14 @@
 """What stands beside the weights in a Hugging Face directory: configurations, tokenizer files, model card."""
 
 import json
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
+from megatron_ft.arguments import build_parser
 from megatron_ft.errors import UserError
 from megatron_ft.models import ModelShape
 from megatron_ft.tokenizer import SENTENCEPIECE_FILES, Tokenizer
@@ -67,9 +69,7 @@ def write_model_card(
 ) -> None:
     """README.md: what the model is, how to use it, and the arguments of the run that made it."""
     about = "\n".join(f"| {what} | {value} |" for what, value in facts.items())
-    run = "\n".join(
-        f"| `--{key.replace('_', '-')}` | {_cell(value)} |" for key, value in sorted(args.items()) if _given(value)
-    )
+    run = "\n".join(f"| `--{key.replace('_', '-')}` | {_cell(value)} |" for key, value in sorted(args.items()))
     attention = "multi-query" if shape.multi_query else "multi-head"
     text = f"""---
 library_name: transformers
@@ -104,31 +104,21 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=32)[0]))
 
 
 # Arguments that say where on somebody's machine things lay, or which of its processes wrote the file.
-_LOCAL_ARGS = {
-    "save",
-    "load",
-    "rank",
-    "local_rank",
-    "world_size",
-    "tensorboard_dir",
-    "structured_logs_dir",
-    "data_cache_path",
-}
+_LOCAL_ARGS = {"save", "tensorboard_dir", "data_cache_path"}
 
 
 def card_args(args: Mapping | None) -> dict:
-    """The arguments a model card shows: simple values, without paths of the machine the run was on."""
-    simple = (str, int, float, bool, list, tuple)
+    """What a model card shows of a run's arguments: training flags that were not left at their defaults, paths cut to their last part."""
+    defaults = vars(build_parser().parse_args([]))
     found = {}
     for key, value in (args or {}).items():
-        if key in _LOCAL_ARGS or not isinstance(value, simple):
+        if key in _LOCAL_ARGS or key not in defaults or value == defaults[key] or value is None:
             continue
-        found[key] = Path(value).name if isinstance(value, str) and value.startswith("/") else value
+        if isinstance(value, list | tuple):
+            value = " ".join(str(one) for one in value)
+        if isinstance(value, str | int | float | bool):
+            found[key] = re.sub(r"\S*/", "", value) if isinstance(value, str) else value
     return found
-
-
-def _given(value: object) -> bool:
-    return value is not False and value != [] and value != ""
 
 
 def _cell(value: object) -> str:

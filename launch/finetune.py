@@ -88,7 +88,7 @@ def main() -> int:
         checkout = mtf.megatron_path()
         common, branch_only = mtf.split_branch_only(flags, mtf.branch_flags(checkout))
         args = parse_args(common, world_size=num_processes)
-        command = mtf.mtf_command(args, branch_only, checkout)
+        command = mtf.mtf_command(args, common, branch_only, checkout)
         stop_signal = mtf.STOP_SIGNAL
     else:
         args = parse_args(flags, world_size=num_processes)

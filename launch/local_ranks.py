@@ -5,6 +5,7 @@ and every rank answers them by saving after its current step. When one rank fail
 """
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -89,9 +90,7 @@ def print_end_of_log(rank: int, log: Path | None, start: int = 0) -> None:
         with open(log, "rb") as file:
             file.seek(start)
             lines = file.read().decode(errors="replace").splitlines()
-        begin = max(
-            (i for i, line in enumerate(lines) if line.startswith("Traceback (most recent")), default=len(lines) - 20
-        )
+        begin = max((i for i, line in enumerate(lines) if _TRACEBACK.match(line)), default=len(lines) - 20)
         print(*lines[max(begin, len(lines) - 100, 0) :], sep="\n", file=sys.stderr, flush=True)
 
 

@@ -95,8 +95,9 @@ def split_branch_only(flags: Sequence[str], branch: set[str]) -> tuple[list[str]
     return common, branch_only
 
 
-def mtf_command(args: argparse.Namespace, branch_only: Sequence[str], path: Path) -> list[str]:
-    """Command line of one rank. `args` are the checked common flags. Raises UserError for what the branch cannot do."""
+def mtf_command(args: argparse.Namespace, common: Sequence[str], branch_only: Sequence[str], path: Path) -> list[str]:
+    """Command line of one rank. `args` are the checked flags of `common`. Raises UserError for what the branch cannot do."""
+    _check(args, common)
     command = [sys.executable, str(path / "finetune_mtf.py"), *mtf_flags(args)]
     given = {word.partition("=")[0] for word in branch_only}
     for flag, value in (("--tokenizer-type", "TokenizerFromFile"), ("--data-impl", "mmap")):
@@ -113,7 +114,6 @@ def mtf_command(args: argparse.Namespace, branch_only: Sequence[str], path: Path
 
 def mtf_flags(args: argparse.Namespace) -> list[str]:
     """The checked flags in the branch's spelling."""
-    _check(args)
     words: list[str] = []
     for name in SHAPE:
         words += [_flag(name), str(getattr(args.shape, name))]
@@ -185,14 +185,15 @@ def _check_legacy(directory: Path, flag: str) -> None:
         )
 
 
-def _check(args: argparse.Namespace) -> None:
+def _check(args: argparse.Namespace, common: Sequence[str]) -> None:
     """Raise UserError for flags the branch has no counterpart of, and for values it does not take."""
     if args.shape is None:
         raise UserError(
             "--engine mtf needs the model's shape: give --preset, or --num-layers, --hidden-size and --num-attention-heads"
         )
+    given = {word.partition("=")[0].replace("_", "-") for word in common}
     for action in build_parser()._actions:
-        if action.dest not in HANDLED and getattr(args, action.dest) != action.default:
+        if action.dest not in HANDLED and given.intersection(action.option_strings):
             raise UserError(
                 f"{action.option_strings[0]} has no counterpart in the mtf branch; leave it out, or use --engine megatron-core"
             )

@@ -1,0 +1,143 @@
+"""--engine mtf: the branch's own spellings, and reset or resume by looking at the save directory."""
+
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import one_error_line, run_program
+
+RECORDED = [
+    line for line in (Path(__file__).with_name("mtf_flags.txt")).read_text().splitlines() if line.startswith("--")
+]
+# Runs the branch's own parser: its package is replaced by what arguments.py imports from it, read from the checkout's files.
+PARSE = """
+import importlib.util, sys, types, enum
+root = sys.argv.pop(1)
+def load(name, path):
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec); sys.modules[name] = module; spec.loader.exec_module(module); return module
+for name in ("megatron", "megatron.model"):
+    sys.modules[name] = types.ModuleType(name); sys.modules[name].__path__ = []
+sys.modules["megatron"].model = sys.modules["megatron.model"]
+sys.modules["megatron.model"].glu_activations = types.SimpleNamespace(GLU_ACTIVATIONS={})
+load("megatron.model.enums", root + "/megatron/model/enums.py")
+arguments = load("megatron.arguments", root + "/megatron/arguments.py")
+args = arguments.validate_args(arguments.parse_args(), {"tokenizer_type": "GPT2BPETokenizer"} if "--tokenizer-type" not in sys.argv else {})
+print("RESULT", args.tensor_model_parallel_size, args.train_iters, args.lr, args.train_weighted_split_names, args.norm_target_loss, args.load == args.save)
+"""
+
+
+@pytest.fixture
+def checkout(tmp_path) -> Path:
+    """The real checkout where MEGATRON_PATH names one, else a directory whose parser has the recorded flags."""
+    if os.environ.get("MEGATRON_PATH"):
+        return Path(os.environ["MEGATRON_PATH"])
+    path = tmp_path / "Megatron-LM"
+    (path / "megatron").mkdir(parents=True)
+    (path / "finetune_mtf.py").write_text("")
+    (path / "megatron" / "arguments.py").write_text("".join(f"group.add_argument({flag!r})\n" for flag in RECORDED))
+    return path
+
+
+@pytest.fixture
+def flags(tmp_path) -> list[str]:
+    (tmp_path / "tokenizer.json").write_text("{}")
+    return shlex.split(
+        f"--engine mtf --preset starcoderbase --bf16 --tensor_model_parallel_size 2 --train-iters 30 --lr 5e-5 --norm-target-loss "
+        f"--data-prefix {tmp_path}/data --tokenizer-file {tmp_path}/tokenizer.json --save {tmp_path}/run --num-processes 2"
+    )
+
+
+def compose(flags, checkout, *more: str, ok: bool = True) -> subprocess.CompletedProcess:
+    return run_program(
+        "launch/finetune.py", *flags, *more, "--dry-run", ok=ok, env={**os.environ, "MEGATRON_PATH": str(checkout)}
+    )
+
+
+def words(done: subprocess.CompletedProcess) -> list[str]:
+    command = shlex.split(done.stdout.splitlines()[-1])
+    return command[2:]
+
+
+def checkpoint(directory: Path) -> Path:
+    (directory / "iter_0000007" / "mp_rank_00").mkdir(parents=True)
+    (directory / "latest_checkpointed_iteration.txt").write_text("7")
+    return directory
+
+
+def test_every_composed_flag_is_one_of_the_branch(flags, checkout, tmp_path):
+    composed = words(
+        compose(
+            flags,
+            checkout,
+            "--load",
+            str(checkpoint(tmp_path / "base")),
+            "--use-flash-attn",
+            "--valid-num-workers",
+            "3",
+        )
+    )
+    assert {word for word in composed if word.startswith("--")} <= set(RECORDED)
+    for given in (
+        "--use-flash-attn",
+        "--valid-num-workers",
+        "--exit-signal-handler",
+        "--norm-target-loss",
+        "--attention-head-type",
+    ):
+        assert given in composed
+    assert composed[composed.index("--train-weighted-split-paths") + 1] == f"train: 1.0 0:0.95 {tmp_path}/data"
+    assert composed[composed.index("--distributed-timeout") + 1] == "600"
+
+
+def test_the_first_start_resets_and_a_later_one_resumes(flags, checkout, tmp_path):
+    base, save = checkpoint(tmp_path / "base"), tmp_path / "run"
+    first = words(compose(flags, checkout, "--load", str(base)))
+    assert first[first.index("--finetune-from") + 1] == str(base)
+    assert {"--finetune", "--reset-progress", "--no-load-optim", "--no-load-rng"} <= set(first)
+    checkpoint(save)
+    later = words(compose(flags, checkout, "--load", str(base)))
+    assert later[later.index("--load") + 1] == str(save)
+    assert not {"--finetune", "--reset-progress", "--no-load-optim", "--no-load-rng", "--finetune-from"} & set(later)
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ([], "holds no checkpoint and no --load is given"),
+        (["--from-scratch", "--lora-rank", "8"], "--lora-rank has no counterpart in the mtf branch"),
+        (["--from-scratch", "--eval-iters", "full"], "--eval-iters full: the mtf branch takes a number"),
+        (["--from-scratch", "--lr-decay-style", "WSD"], "the mtf branch knows constant, linear and cosine"),
+        (["--from-scratch", "--no-such-flag"], "unknown flag --no-such-flag"),
+    ],
+)
+def test_what_the_branch_cannot_do_is_said(flags, checkout, more, said):
+    assert said in one_error_line(compose(flags, checkout, *more, ok=False))
+
+
+def test_another_branch_or_no_checkout_is_said(flags, tmp_path):
+    assert "no finetune_mtf.py there; check out branch mtf" in one_error_line(
+        compose(flags, tmp_path, "--from-scratch", ok=False)
+    )
+    (tmp_path / "megatron").mkdir()
+    (tmp_path / "finetune_mtf.py").write_text("")
+    (tmp_path / "megatron" / "arguments.py").write_text("group.add_argument('--num-layers')")
+    assert "it is another branch" in one_error_line(compose(flags, tmp_path, "--from-scratch", ok=False))
+
+
+@pytest.mark.skipif(
+    not os.environ.get("MEGATRON_PATH"),
+    reason="MEGATRON_PATH names no checkout of the branch; the recorded flags are checked instead",
+)
+def test_the_branchs_own_parser_takes_the_command(flags, checkout, tmp_path):
+    for more in (["--load", str(checkpoint(tmp_path / "base"))], ["--load", str(checkpoint(tmp_path / "run"))]):
+        composed = words(compose(flags, checkout, *more))
+        env = {**os.environ, "WORLD_SIZE": "2", "RANK": "0"}
+        done = subprocess.run(
+            [sys.executable, "-c", PARSE, str(checkout), *composed], capture_output=True, text=True, env=env
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.splitlines()[-1] == "RESULT 2 30 5e-05 ['train'] True True"

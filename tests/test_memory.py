@@ -248,6 +248,7 @@ def test_known_devices_are_found_and_unknown_ones_are_not_guessed():
     names = {
         "NVIDIA H100 80GB HBM3": "h100-80gb",
         "NVIDIA H100 PCIe": "h100-pcie-80gb",
+        "NVIDIA H100 NVL": "h100-nvl-94gb",
         "NVIDIA A100-SXM4-40GB": "a100-40gb",
         "NVIDIA A100-SXM4-80GB": "a100-80gb",
         "NVIDIA GH200 480GB": "gh200-96gb",

@@ -169,6 +169,8 @@ def test_directories_that_cannot_be_resumed_are_explained(three, inputs, tmp_pat
     empty.mkdir()
     (empty / tracker).write_text("250")
     assert "names iteration 250, but" in start(empty)[0]
+    (empty / tracker).write_text("release")
+    assert "holds a converted checkpoint" in start(empty)[0]
     foreign = tmp_path / "foreign"
     (foreign / "iter_0000007/mp_rank_00").mkdir(parents=True)
     assert "holds checkpoints of another program" in start(foreign)[0]

@@ -62,6 +62,10 @@ def candidates(save: Path) -> tuple[list[int], list[str]]:
                 f"give it as --load {save} to start from their weights, and an empty directory as --save"
             )
     tracker = read_tracker(save)
+    if tracker == "release" and not iterations:
+        raise UserError(
+            f"--save {save} holds a converted checkpoint, weights without a run; give it as --load {save}, and an empty directory as --save"
+        )
     if tracker is None and iterations:
         return iterations, [f"{save / TRACKER} is missing; found by looking: iteration {iterations[0]}"]
     if tracker is not None and not (tracker.isdigit() and int(tracker) in iterations):

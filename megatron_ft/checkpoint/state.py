@@ -10,52 +10,26 @@ Every method is collective: all ranks call it at the same step, what is decided 
 
 import shutil
 import time
-import traceback
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed as dist
-from megatron.core import tensor_parallel
-from torch import nn
-
-from megatron_ft.checkpoint import directory, optimizer_state, resume, rng, sharding
+from megatron_ft.checkpoint import directory, optimizer_state, resume, sharding
+from megatron_ft.checkpoint.content import TrainState, describe, restore, tensors_to_save
 from megatron_ft.checkpoint.load_weights import load_weights
-from megatron_ft.checkpoint.manifest import (
-    Damaged,
-    Manifest,
-    check_files,
-    describe_file,
-    git_revision,
-    now,
-    plain_args,
-    read_manifest,
-    versions,
-)
+from megatron_ft.checkpoint.manifest import Damaged, Manifest, check_files, describe_file, read_manifest
 from megatron_ft.checkpoint.owner import Owner
-from megatron_ft.checkpoint.torch_dist import RankWriter, read_metadata, read_tensors, write_metadata
+from megatron_ft.checkpoint.together import Together
+from megatron_ft.checkpoint.torch_dist import RankWriter, write_metadata
 from megatron_ft.checkpoint.weights import open_weights
 from megatron_ft.errors import UserError
 from megatron_ft.models import ModelShape
 
+__all__ = ["Checkpointer", "Start", "TrainState"]
+
 FAILURES_IN_A_ROW = 2  # saves that may fail before the run stops
-
-
-@dataclass
-class TrainState:
-    """What a run is made of, and how far it is. `model` holds DDP-wrapped chunks; `best` is {"iteration", "group", "loss"}."""
-
-    model: list[nn.Module]
-    optimizer: Any
-    scheduler: Any
-    iteration: int = 0
-    consumed_samples: int = 0
-    consumed_tokens: int = 0
-    best: dict | None = None
-    skipped_iterations: int = 0
 
 
 @dataclass
@@ -79,14 +53,13 @@ class _Pending:
 
 
 class Checkpointer:
-    """Keeps the checkpoints of one run in `args.save`. `log` takes a line; only rank 0 says anything."""
+    """Keeps the checkpoints of one run in `args.save`. `log` takes a line; only rank 0 calls it."""
 
     def __init__(self, args: Namespace, shape: ModelShape, log: Callable[[str], None] = print) -> None:
         self.args, self.shape = args, shape
         self.save_directory = Path(args.save).absolute() if args.save else None
-        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        self.group = dist.new_group(backend="gloo")  # decisions and small objects, on the CPU whatever trains
-        self.log = log if self.rank == 0 else lambda line: None
+        self.ranks = Together()
+        self.log = log
         self.owner: Owner | None = None
         self.token = ""
         self.failures = self.failures_in_a_row = 0
@@ -99,16 +72,16 @@ class Checkpointer:
 
     def start(self, state: TrainState) -> Start:
         """Resume from --save, else load weights from --load, else leave the random start. Fills `state`; raises UserError."""
-        iterations, notes = self._on_rank_0(self._take_over)
+        iterations, notes, self.token = self.ranks.on_rank_0(self._take_over)
         start = self._resume(state, iterations, notes) if iterations else self._first_start(state)
         if self.save_directory:
             self._check_free_space(state)
         return start
 
-    def _take_over(self) -> tuple[list[int], list[str]]:
-        """Rank 0: own the save directory, clean what a killed run left, list what may be resumed."""
+    def _take_over(self) -> tuple[list[int], list[str], str]:
+        """Rank 0: own the save directory, clean what a killed run left; (iterations to resume, notes for the log, the owner's token)."""
         if not self.save_directory:
-            return [], []
+            return [], [], ""
         iterations, notes = resume.candidates(self.save_directory)
         try:
             self.save_directory.mkdir(parents=True, exist_ok=True)
@@ -119,13 +92,12 @@ class Checkpointer:
             raise UserError(
                 f"--save {self.save_directory}: {error.strerror or error}; give a directory that can be written"
             ) from error
-        self.token = self.owner.token
         if leftovers:
             notes.append(f"removed what a killed run left unfinished: {', '.join(leftovers)}")
-        return iterations, notes
+        return iterations, notes, self.owner.token
 
     def _first_start(self, state: TrainState) -> Start:
-        kind, why = self._on_rank_0(lambda: resume.choose_first_start(self.args))
+        kind, why = self.ranks.on_rank_0(lambda: resume.choose_first_start(self.args))
         lines = [f"start: {why}"]
         if kind == "weights":
             lines += self._load_weights(state, self.args.load, self.args.load_iteration)
@@ -140,7 +112,7 @@ class Checkpointer:
                 self._base = {"path": str(Path(path).absolute()), "iteration": source.iteration}
             return [f"{source.path} ({source.kind}): {line}" for line in report.lines()]
 
-        lines = self._everywhere(load)
+        lines = self.ranks.everywhere(load)
         state.optimizer.reload_model_params()  # fp32 master weights from the model's
         optimizer_state.refresh_copies(state.optimizer)
         return lines
@@ -152,20 +124,18 @@ class Checkpointer:
             where = directory.iteration_directory(self.save_directory, iteration)
             try:
                 manifest = self._verify(where, checksums=self.args.verify_checkpoint)
-                differences = self._on_rank_0(lambda m=manifest, w=where: self._compare(m, w))
+                differences = self.ranks.on_rank_0(lambda m=manifest, w=where: self._compare(m, w))
                 try:
                     lines = self._load(state, where, manifest)
-                except (Damaged, RuntimeError, ValueError, EOFError, OSError):
-                    self._verify(
-                        where, checksums=True
-                    )  # damaged files explain it; else it is not the checkpoint's fault
+                except Exception:
+                    self._verify(where, checksums=True)  # raises Damaged when that is the reason
                     raise
             except Damaged as error:
                 damage.append(f"{where.name}: {error}")
                 continue
             self.last_saved = iteration
             skipped = iterations[: len(damage)]
-            self._on_rank_0(lambda skipped=skipped: self._put_aside(skipped))
+            self.ranks.on_rank_0(lambda skipped=skipped: self._put_aside(skipped))
             lines = [
                 *(f"damaged checkpoint skipped, {line}" for line in damage),
                 *notes,
@@ -177,8 +147,10 @@ class Checkpointer:
         raise resume.none_is_whole(self.save_directory, damage)
 
     def _verify(self, where: Path, *, checksums: bool) -> Manifest:
-        manifest = self._on_rank_0(lambda: read_manifest(where))
-        wrong = self._gather(check_files(where, manifest, checksums=checksums, part=self.rank, parts=self.world_size))
+        manifest = self.ranks.on_rank_0(lambda: read_manifest(where))
+        wrong = self.ranks.all_of(
+            check_files(where, manifest, checksums=checksums, part=self.ranks.rank, parts=self.ranks.world_size)
+        )
         wrong = [line for lines in wrong for line in lines]
         if wrong:
             raise Damaged(wrong[0] + (f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""))
@@ -195,41 +167,17 @@ class Checkpointer:
         lines = []
         if manifest.base:
             lines += self._load_base(state, manifest.base)
-        saved = manifest.state
-
-        def read() -> None:
-            optimizer_state.initialise(state.optimizer, for_loading=True)
-            model, optimizer = sharding.tensors_of(state.model, state.optimizer, adapters_only=bool(manifest.base))
-            metadata = read_metadata(where)
-            with torch.no_grad():
-                read_tensors(where, [*sharding.without_objects(model), *optimizer], metadata)
-            optimizer_state.refresh_copies(state.optimizer)
-            optimizer_state.set_step(state.optimizer, saved["optimizer_step"])
-            optimizer_state.set_scaler(state.optimizer, saved["loss_scaler"])
-            if manifest.layout == sharding.layout():
-                states = sharding.rng_targets(metadata)
-                read_tensors(where, list(states.values()), metadata)
-                rng.restore({name: target.data for name, target in states.items()})
-            else:  # each rank draws on from seeds that no earlier step used
-                seed = self.args.seed + manifest.iteration
-                torch.manual_seed(seed)
-                tensor_parallel.model_parallel_cuda_manual_seed(seed)
-
-        self._everywhere(read)
+        self.ranks.everywhere(lambda: restore(state, where, manifest, self.args.seed))
         if manifest.layout != sharding.layout():
             lines.append(
                 f"layout: was {sharding.layout_name(manifest.layout)}, is {sharding.layout_name(sharding.layout())}; "
                 "weights and optimizer are resharded, random states start from the seed and the iteration"
             )
-        for name in ("iteration", "consumed_samples", "consumed_tokens", "best", "skipped_iterations"):
-            setattr(state, name, saved[name])
-        state.scheduler.num_steps = saved["scheduler_steps"]
-        state.scheduler.step(0)  # the rate of this command line's schedule at that point
         return lines
 
     def _load_base(self, state: TrainState, base: dict) -> list[str]:
         """The weights that adapters belong to, from where they were or, if they moved, from --load."""
-        there = self._on_rank_0(lambda: Path(base["path"]).is_dir())
+        there = self.ranks.on_rank_0(lambda: Path(base["path"]).is_dir())
         if not there and self.args.load:
             return self._load_weights(state, self.args.load, self.args.load_iteration)
         return self._load_weights(state, base["path"], "latest" if base["iteration"] is None else base["iteration"])
@@ -243,20 +191,17 @@ class Checkpointer:
 
     def _check_free_space(self, state: TrainState) -> None:
         """Say at once when the next save cannot fit."""
-        needed = torch.tensor(
-            [sharding.bytes_to_save(state.model, state.optimizer, bool(self._base))], dtype=torch.int64
-        )
-        dist.all_reduce(needed, group=self.group)
+        needed = self.ranks.total(sharding.bytes_to_save(state.model, state.optimizer, bool(self._base)))
 
         def compare() -> None:
             free = directory.free_bytes(self.save_directory)
-            if free < needed.item():
+            if free < needed:
                 raise UserError(
-                    f"--save {self.save_directory}: a checkpoint takes {needed.item() / 1e9:.3f} GB, {free / 1e9:.3f} GB are free; "
+                    f"--save {self.save_directory}: a checkpoint takes {needed / 1e9:.3f} GB, {free / 1e9:.3f} GB are free; "
                     "free some space, or give a --save elsewhere"
                 )
 
-        self._on_rank_0(compare)
+        self.ranks.on_rank_0(compare)
 
     # ---- save --------------------------------------------------------------------------------------------------------
 
@@ -266,7 +211,7 @@ class Checkpointer:
         due = bool(self.args.save_interval) and state.iteration % self.args.save_interval == 0
         if not due and self.args.save_interval_mins:
             minutes = (time.monotonic() - self._last_save_time) / 60
-            due = self._on_rank_0(lambda: minutes >= self.args.save_interval_mins)  # one clock for all
+            due = self.ranks.on_rank_0(lambda: minutes >= self.args.save_interval_mins)  # one clock for all
         return self.save(state) if due else False
 
     def save(self, state: TrainState, *, best: bool = False) -> bool:
@@ -280,17 +225,15 @@ class Checkpointer:
             return True
         self.wait()
         if state.iteration == self.last_saved:
-            if best:
-                self._on_rank_0(lambda: self._mark_best(state))
-            return True
-        manifest = self._describe(state)
-        staging = directory.staging_directory(self.save_directory, state.iteration, self._share_token())
-        failure = self._on_rank_0(lambda: _failure_of(lambda: self._open_staging(staging)))
+            failure = self.ranks.on_rank_0(lambda: _failure_of(lambda: self._mark_best(state))) if best else None
+            return self._failed(failure) if failure else True
+        manifest = self.ranks.on_rank_0(lambda: describe(state, self.args, self.shape, self._base))
+        staging = directory.staging_directory(self.save_directory, state.iteration, self.token)
+        failure = self.ranks.on_rank_0(lambda: _failure_of(lambda: self._open_staging(staging)))
         if failure:
             return self._failed(failure)
-        model, optimizer = sharding.tensors_of(state.model, state.optimizer, adapters_only=bool(self._base))
-        items = [*model, *optimizer, *sharding.rng_tensors()]
-        writer = RankWriter(staging, self.rank, items, background=self.args.async_save)
+        items = tensors_to_save(state, adapters_only=bool(self._base))
+        writer = RankWriter(staging, self.ranks.rank, items, background=self.args.async_save)
         writer.start()
         self._pending = _Pending(state.iteration, staging, writer, manifest, best)
         self._last_save_time = time.monotonic()
@@ -309,9 +252,7 @@ class Checkpointer:
         """Finish a save in the background if every rank has written its part."""
         if self._pending is None:
             return
-        running = torch.tensor([self.writing], dtype=torch.int32)
-        dist.all_reduce(running, group=self.group)
-        if not running.item():
+        if not self.ranks.total(self.writing):
             self.wait()
 
     def finish(self) -> None:
@@ -322,31 +263,7 @@ class Checkpointer:
                 f"--save {self.save_directory}: the last save failed, so iteration {self.last_saved if self.last_saved >= 0 else 'none'} "
                 "is the newest on disk; make room or mend the permissions, and start the same command again to go on from there"
             )
-        self._on_rank_0(lambda: self.owner.release() if self.owner else None)
-
-    def _describe(self, state: TrainState) -> Manifest:
-        args = self.args
-        return Manifest(
-            iteration=state.iteration,
-            shape=self.shape.as_dict(),
-            args=plain_args(args),
-            state={
-                "iteration": state.iteration,
-                "consumed_samples": state.consumed_samples,
-                "consumed_tokens": state.consumed_tokens,
-                "best": dict(state.best) if state.best else None,
-                "skipped_iterations": state.skipped_iterations,
-                "scheduler_steps": state.scheduler.num_steps,
-                "optimizer_step": optimizer_state.get_step(state.optimizer),
-                "loss_scaler": optimizer_state.get_scaler(state.optimizer),
-            },
-            layout=sharding.layout(),
-            data=resume.describe_data(args),
-            base=self._base,
-            versions=versions(),
-            git_revision=git_revision() if self.rank == 0 else None,
-            saved_at=now(),
-        )
+        self.ranks.on_rank_0(lambda: self.owner.release() if self.owner else None)
 
     def wait(self) -> bool:
         """Wait for a save in the background and commit it. Whether it went well."""
@@ -355,10 +272,8 @@ class Checkpointer:
             return True
         pending.writer.wait()
         writer = pending.writer
-        reports: list = [None] * self.world_size if self.rank == 0 else []
-        report = (writer.error, writer.path.name, writer.file, writer.entries)
-        dist.gather_object(report, reports if self.rank == 0 else None, dst=0, group=self.group)
-        failure = self._on_rank_0(lambda: self._commit(pending, reports))
+        reports = self.ranks.to_rank_0((writer.error, writer.path.name, writer.file, writer.entries))
+        failure = self.ranks.on_rank_0(lambda: self._commit(pending, reports))
         if failure:
             return self._failed(failure)
         self.last_saved = pending.iteration
@@ -388,20 +303,24 @@ class Checkpointer:
                 )
         manifest.write(staging)
         with self.owner.writing():
+            self._keep_tokenizer()
             directory.commit(save, pending.iteration, staging)
             directory.replace_file(save / directory.TRACKER, str(pending.iteration).encode())
             if pending.is_best:
                 directory.replace_file(save / directory.BEST, str(pending.iteration).encode())
-            self._keep_tokenizer()
-            best = (manifest.state["best"] or {}).get("iteration")
-            for old in directory.superseded(
-                directory.list_iterations(save),
-                keep_last=self.args.keep_last,
-                keep_every=self.args.keep_every,
-                best=best,
-            ):
-                directory.discard(directory.iteration_directory(save, old))
+            self._delete_superseded((manifest.state["best"] or {}).get("iteration"))
         self.log(f"saved iteration {pending.iteration} to {directory.iteration_directory(save, pending.iteration)}")
+
+    def _delete_superseded(self, best: int | None) -> None:
+        """Rank 0: what cannot be deleted is said, and no reason to stop saving."""
+        save, args = self.save_directory, self.args
+        for old in directory.superseded(
+            directory.list_iterations(save), keep_last=args.keep_last, keep_every=args.keep_every, best=best
+        ):
+            try:
+                directory.discard(directory.iteration_directory(save, old))
+            except OSError as error:
+                self.log(f"warning: {error.filename} could not be deleted: {error.strerror}")
 
     def _mark_best(self, state: TrainState) -> None:
         """Rank 0: write into a checkpoint that is there already that it is the best."""
@@ -423,55 +342,16 @@ class Checkpointer:
         self.failures += 1
         self.failures_in_a_row += 1
         newest = f"iteration {self.last_saved} is the newest whole one" if self.last_saved >= 0 else "none is whole yet"
-        self.log(f"warning: a checkpoint could not be saved ({reason}); {newest}; failed saves so far: {self.failures}")
+        if self.ranks.rank == 0:
+            self.log(
+                f"warning: a checkpoint could not be saved ({reason}); {newest}; failed saves so far: {self.failures}"
+            )
         if self.failures_in_a_row >= FAILURES_IN_A_ROW:
             raise UserError(
                 f"--save {self.save_directory}: {FAILURES_IN_A_ROW} saves in a row failed ({reason}); {newest}; "
                 "make room or mend the permissions, and start the same command again"
             )
         return False
-
-    # ---- ranks in step -----------------------------------------------------------------------------------------------
-
-    def _share_token(self) -> str:
-        """The owner's token, which rank 0 made."""
-        self.token = self._on_rank_0(lambda: self.token)
-        return self.token
-
-    def _on_rank_0(self, decide: Callable[[], Any]) -> Any:
-        """Run `decide` on rank 0; every rank returns its result, or raises what it raised."""
-        outcome = [None]
-        if self.rank == 0:
-            outcome = [_outcome_of(decide)]
-        dist.broadcast_object_list(outcome, src=0, group=self.group)
-        return _unfold(outcome[0])
-
-    def _everywhere(self, work: Callable[[], Any]) -> Any:
-        """Run `work` on every rank; if it raised on one, all raise that. Rank 0's result."""
-        outcomes = self._gather(_outcome_of(work))
-        failed = next((outcome for outcome in outcomes if outcome[0] == "raised"), outcomes[0])
-        return _unfold(failed)
-
-    def _gather(self, value: Any) -> list:
-        values = [None] * self.world_size
-        dist.all_gather_object(values, value, group=self.group)
-        return values
-
-
-def _outcome_of(work: Callable[[], Any]) -> tuple[str, Any]:
-    try:
-        return "returned", work()
-    except (UserError, Damaged) as error:  # passed on to all ranks, which raise it
-        return "raised", error
-    except Exception:  # any other error may not survive being sent; its traceback does
-        return "raised", RuntimeError(traceback.format_exc())
-
-
-def _unfold(outcome: tuple[str, Any]) -> Any:
-    kind, value = outcome
-    if kind == "raised":
-        raise value
-    return value
 
 
 def _failure_of(work: Callable[[], Any]) -> str | None:

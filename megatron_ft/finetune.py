@@ -96,7 +96,7 @@ def run(args: argparse.Namespace, device, started: float) -> int:
     )
     log = MetricsLog(args, shape, plan, args.save, writes=dist.get_rank() == 0)
     checkpointer.log = log.event
-    log.banner(data=datasets.train.description, start="; ".join(start.reasons))
+    log.banner(data=datasets.train.description, start="\n".join(start.reasons))
     for notice in [*args.notices, *datasets.notices]:
         log.event(notice)
 

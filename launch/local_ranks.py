@@ -17,6 +17,9 @@ from launch.command import free_port, rank_environment, shared_environment
 from megatron_ft.errors import EXIT_DONE, EXIT_RESUME, EXIT_USER_ERROR
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+_TRACEBACK = re.compile(
+    r"(\[rank\d+\]: )?Traceback \(most recent"
+)  # torch names the rank once there is a process group
 SECONDS_TO_END = (
     10  # what a rank whose peer failed gets between SIGTERM and SIGKILL: it mostly waits in a collective for ever
 )

@@ -127,7 +127,7 @@ def test_a_cancelled_job_stays_cancelled_and_the_same_command_resumes_it(project
     project.wait_step(4)
     project.cluster.run("scancel", str(job))
     wait_for(lambda: not project.cluster.processes(job), 20, "the cancelled job has processes")
-    assert project.cluster.state(job) == "CANCELLED"
+    project.cluster.wait_job(job, "CANCELLED", seconds=20)
     assert_as_uninterrupted(project, project.submit(), uninterrupted, starts=2)
     assert project.cluster.state(job) == "CANCELLED"
 

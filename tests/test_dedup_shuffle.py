@@ -46,10 +46,8 @@ def test_memory_stays_bounded_while_rows_spill(tmp_path):
                 json.dumps({"inputs": f"{n % 30_000}", "outputs": f"{n % 30_000}" + "x" * rng.randint(900, 1000)})
                 + "\n"
             )
-    probe = (
-        "import resource, runpy, sys; sys.argv = sys.argv[1:]\ntry: runpy.run_path(sys.argv[0], run_name='__main__')\n"
-    )
-    probe += "finally: print('PEAK', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    probe = "import runpy, sys; sys.argv = sys.argv[1:]\ntry: runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    probe += "finally: print('PEAK', open('/proc/self/status').read().split('VmHWM:')[1].split()[0])"
     peaks = {}
     for memory in (1, 512):
         out = tmp_path / f"{memory}.jsonl"

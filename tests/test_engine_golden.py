@@ -14,6 +14,10 @@ LAYOUTS = {
     "PP2": (2, "--pipeline-model-parallel-size 2 --no-use-distributed-optimizer"),
     "DP2, plain optimizer": (2, "--no-use-distributed-optimizer"),
     "DP2, distributed optimizer, overlap": (2, "--overlap-grad-reduce --overlap-param-gather"),
+    "PP2 DP2, overlap": (
+        4,
+        "--pipeline-model-parallel-size 2 --overlap-grad-reduce --overlap-param-gather",
+    ),
     "TP2 PP2, sequence parallel": (
         4,
         "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --sequence-parallel --recompute-granularity full",

@@ -65,6 +65,18 @@ def byte_alphabet() -> dict[str, int]:
     return {chr(b): b for b in printable} | {chr(0x100 + i): b for i, b in enumerate(others)}
 
 
+def unassigned_code_points() -> np.ndarray:
+    """bool [0x110000], the code points that Python's Unicode tables lack. Planes without characters are taken as unassigned and the
+    private ones, which stay what they are, as assigned, unread."""
+    unassigned = np.ones(sys.maxunicode + 1, bool)
+    unassigned[0xF0000:] = False
+    for start, stop in ((0, 0x40000), (0xE0000, 0xE1000)):
+        unassigned[start:stop] = [
+            category == "Cn" for category in map(unicodedata.category, map(chr, range(start, stop)))
+        ]
+    return unassigned
+
+
 class FastBPE:
     """Encoder of one tokenizer.json; made by `build`, never different from its reference."""
 
@@ -77,7 +89,7 @@ class FastBPE:
         self._specials = specials
         longest_first = sorted(specials, key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, longest_first))) if specials else None
-        self._unassigned = np.array([unicodedata.category(chr(c)) == "Cn" for c in range(sys.maxunicode + 1)])
+        self._unassigned = unassigned_code_points()
 
     @classmethod
     def build(cls, spec: dict, reference, dtype: np.dtype) -> "FastBPE":
@@ -95,12 +107,14 @@ class FastBPE:
         ids = [none] * 256
         for character, byte in alphabet.items():
             ids[byte] = vocab.get(character, none)
+        to_bytes = {c: "\uffff" for c in range(256)} | {ord(c): byte for c, byte in alphabet.items()}
         model = reference.model
         for left, right in merges:
             token = left + right
-            if not alphabet.keys() >= set(token):
-                raise CannotExpress(f"token {token!r} is not made of byte-level characters")
-            data = bytes(alphabet[c] for c in token)
+            try:
+                data = token.translate(to_bytes).encode("latin-1")
+            except UnicodeEncodeError:
+                raise CannotExpress(f"token {token!r} is not made of byte-level characters") from None
             if data in ranks:
                 raise CannotExpress(f"two merges make the token {token!r}")
             if [t.value for t in model.tokenize(token)] != [token]:

@@ -69,8 +69,9 @@ def test_round_trips_are_bitwise_equal_and_load_strictly(tmp_path, dtype, multi_
         assert (config["eos_token_id"], config["bos_token_id"], config["vocab_size"]) == (0, 0, 300)
         assert (config["multi_query"], config["activation_function"]) == (multi_query, "gelu_pytorch_tanh")
         assert AutoTokenizer.from_pretrained(back)("w3 w5").input_ids == [3, 5]
-    convert("reshard", "--load", tmp_path / "legacy", "--save", tmp_path / "legacy-tp1", "--tensor-parallel", "1")
-    convert("verify", tmp_path / "legacy-tp1", tmp_path / "torch_dist-hf")
+    if multi_query and dtype == torch.bfloat16:
+        convert("reshard", "--load", tmp_path / "legacy", "--save", tmp_path / "legacy-tp1", "--tensor-parallel", "1")
+        convert("verify", tmp_path / "legacy-tp1", tmp_path / "torch_dist-hf")
 
 
 def test_golden_checkpoints_become_the_golden_model_with_the_branchs_logits(golden, tmp_path):

@@ -158,7 +158,7 @@ def test_named_groups_are_validated_and_tested_once(runs, golden):
     at = runs.common.index("--data-prefix")
     del runs.common[at : at + 2]
     files = [f"--{name}-weighted-split-paths-path {runs.tmp_path}/{name}.txt" for name in ("train", "valid", "test")]
-    flags = f"{' '.join(files)} --train-epochs 0.1 --global-batch-size 2 --eval-interval 2 --best-group two"
+    flags = f"{' '.join(files)} --train-epochs 0.1 --global-batch-size 2 --eval-interval 2 --save-interval 1 --best-group two"
     assert runs("groups", flags) == [EXIT_DONE]
     assert runs("groups", flags) == [EXIT_DONE]
     lines = runs.lines("groups", "validation.jsonl")

@@ -253,11 +253,12 @@ def _finish(run: Run) -> int:
     """Last validation, test groups, last checkpoint."""
     args, state = run.args, run.state
     stop = None
-    if run.valid_rows and args.eval_interval and not (state.best and state.best["validated"] == state.iteration):
+    validated = bool(state.best and state.best["validated"] == state.iteration)
+    if args.eval_interval and not validated and not _logged(run, list(run.valid_rows)):
         stop = _validate(run)
     with _weights_in_place(run):
         run.checkpointer.save(state)
-    if stop is None and run.test_rows and not _tested(run):
+    if stop is None and not _logged(run, [f"test {group}" for group in run.test_rows]):
         records = _evaluate_groups(run, run.test_rows)
         stop = None if records is not None else signals.received() or "a signal to another rank"
         for group, record in (records or {}).items():
@@ -269,15 +270,15 @@ def _finish(run: Run) -> int:
     return EXIT_DONE
 
 
-def _tested(run: Run) -> bool:
-    """Whether an earlier start of this finished run has evaluated the test groups already."""
-    found = [False]
-    path = Path(run.args.save or ".") / "validation.jsonl"
-    if run.args.save and dist.get_rank() == 0 and path.exists():
-        lines = map(json.loads, path.read_text().splitlines())
-        found = [any(x["group"].startswith("test ") and x["iteration"] == run.state.iteration for x in lines)]
-    dist.broadcast_object_list(found, src=0)
-    return found[0]
+def _logged(run: Run, groups: list[str]) -> bool:
+    """Whether there is nothing to evaluate: no groups, or an earlier start of this finished run has done it."""
+    done = [not groups]
+    if groups and run.args.save and dist.get_rank() == 0:
+        path = Path(run.args.save) / "validation.jsonl"
+        lines = map(json.loads, path.read_text().splitlines() if path.exists() else [])
+        done = [any(line["group"] in groups and line["iteration"] == run.state.iteration for line in lines)]
+    dist.broadcast_object_list(done, src=0)
+    return done[0]
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from typing import IO
 
 from launch.command import ROOT, free_port, shared_environment
 from launch.slurm_job import Job
-from megatron_ft.errors import EXIT_DONE, EXIT_RESUME
+from megatron_ft.errors import EXIT_DONE, EXIT_RESUME, EXIT_USER_ERROR
 
 REPEAT_SECONDS = 30  # a user signal that comes while Python starts is ignored there, so it is sent again
 STRAGGLER_SECONDS = 45  # from the first failure until srun is ended from here: it waits for a dead node much longer
@@ -166,7 +166,10 @@ class _Heard:
         failed = [e for e in self._ended if e[3] not in (EXIT_DONE, EXIT_RESUME)]
         by_themselves = [e for e in failed if e[3] not in _ENDED_BY_SLURM]
         if by_themselves:
-            _, rank, node, status = min(by_themselves)
+            mistakes = [
+                e for e in by_themselves if e[1] == 0 and e[3] == EXIT_USER_ERROR
+            ]  # every rank notices; rank 0 has said it
+            _, rank, node, status = min(mistakes or by_themselves)
             return End(status, rank, node, self._lost_nodes)
         if self._lost_tasks:
             rank, node = self._lost_tasks[0]

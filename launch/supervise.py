@@ -77,8 +77,9 @@ def supervise(job: Job, args: argparse.Namespace, command: Sequence[str], extra_
     if lost and not signals.end:
         _say(f"node {', '.join(lost)} is lost")
         return _leave_nodes(job, lost, signals)
-    where = "" if end.rank is None else f"rank {end.rank} on {end.node}: "
-    _say(f"failed, {where}status {end.status}; the newest checkpoint is of iteration {reached}")
+    if end.rank != 0 or end.status >= 128:  # rank 0's traceback stands last already
+        where = "" if end.rank is None else f"rank {end.rank} on {end.node}: "
+        _say(f"failed, {where}status {end.status}; the newest checkpoint is of iteration {reached}")
     if end.rank:
         print_end_of_log(end.rank, logs / f"rank-{end.rank:03d}.log", ends.get(end.rank, 0))
     return end.status
@@ -121,6 +122,9 @@ def _leave_nodes(job: Job, lost: Sequence[str], signals: Signals) -> int:
 
 def _come_back(job: Job, exclude: Sequence[str] = ()) -> int:
     """Requeue within the limit. A job that SLURM is to start again must not look failed, so the status is 0 then."""
+    if job.fields.get("BatchFlag") == "0":
+        _say("an interactive allocation is not requeued; start the same command again, the run resumes by itself")
+        return EXIT_RESUME
     if job.restarts >= max_requeues():
         raise UserError(
             f"MAX_REQUEUES={max_requeues()} is reached, so the job is not requeued; submit it again, the run resumes by itself"

@@ -71,6 +71,12 @@ def test_a_failed_rank_ends_the_job_with_its_status_and_its_traceback_last(proje
     assert "up 1" not in project.text(), "the main log is rank 0's alone"
     assert len(project.starts()) == 1
 
+    job = project.submit(
+        "until_stopped(1)\nif rank == 0: raise ZeroDivisionError('rank zero does, too')\nuntil_stopped()\n"
+    )
+    assert project.end(job)["ExitCode"] == "1:0"
+    assert project.text().rstrip().endswith("ZeroDivisionError: rank zero does, too")
+
 
 @pytest.mark.slow
 def test_a_warned_job_saves_and_comes_back_until_it_is_finished(project):

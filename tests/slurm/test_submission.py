@@ -107,7 +107,7 @@ def test_a_recipe_takes_as_many_nodes_as_the_site_needs(project):
 def test_array_preprocessing_with_a_failed_shard_submitted_again(project):
     rows = project.directory / "my rows.jsonl"
     good = (project.directory / "commits.jsonl").read_text()
-    rows.write_text(good + "{broken\n")
+    rows.write_text(good[:-2] + "!\n")  # the last row's closing brace: the shards begin where they would
     settings = {
         "SHARDS": "3",
         "TOKENIZER_FILE": "tokenizer.json",
@@ -119,7 +119,7 @@ def test_array_preprocessing_with_a_failed_shard_submitted_again(project):
     assert "shards 1,2,3 of 3" in first.stdout, first.stderr
     merge = int(first.stdout.split()[-1])
     assert project.end(merge, 120)["JobState"] == "CANCELLED", "the merge must not run without all shards"
-    rows.write_text(good + "       \n")
+    rows.write_text(good)
     second = login(project, *command, **settings)
     assert "shards 3 of 3" in second.stdout, second.stdout + second.stderr
     assert project.end(int(second.stdout.split()[-1]), 120)["JobState"] == "COMPLETED"

@@ -1,5 +1,6 @@
 """launch/finetune.py outside SLURM: what it checks, what it starts, how a stop and a failure reach the user."""
 
+import json
 import os
 import re
 import shlex
@@ -125,3 +126,24 @@ def test_a_killed_rank_gives_the_shells_status_for_its_signal(tmp_path):
 def test_a_mistake_every_rank_notices_is_said_once(tmp_path):
     status, out = Launched(tmp_path, "time.sleep(0.3 * (1 - rank))\nprint('error: no such file')\nsys.exit(2)").end()
     assert (status, out) == (2, "error: no such file\n")
+
+
+def test_preflight_names_what_a_node_lacks(tmp_path):
+    (tmp_path / "here").write_text("")
+    command = (
+        "launch/preflight.py",
+        "--save",
+        tmp_path / "run",
+        "--gpus",
+        "9",
+        "--need-gb",
+        "1e9",
+        tmp_path / "here",
+        tmp_path / "gone",
+    )
+    found = json.loads(run_program(*command).stdout)
+    missing, gpus, space = found["problems"]
+    assert missing == f"{tmp_path}/gone is not there"
+    assert "usable GPUs, 9 are needed" in gpus
+    assert "GB free, one checkpoint takes 1000000000.0 GB" in space
+    assert "torch" in found["software"] and "checkout" in found["software"]

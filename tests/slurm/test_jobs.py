@@ -78,6 +78,17 @@ def test_a_failed_rank_ends_the_job_with_its_status_and_its_traceback_last(proje
     assert project.text().rstrip().endswith("ZeroDivisionError: rank zero does, too")
 
 
+def test_dry_run_in_a_job_prints_what_srun_would_start(project):
+    job = project.submit("", flags=("--dry-run",))
+    assert project.end(job)["JobState"] == "COMPLETED"
+    assert re.search(
+        r"MASTER_ADDR=127\.\S+ .*MASTER_PORT=\d+ .*srun --export=ALL --nodes=2 --ntasks=2 .*--kill-on-bad-exit=1",
+        project.text(),
+        re.DOTALL,
+    )
+    assert not (project.save / "starts.jsonl").exists()
+
+
 @pytest.mark.slow
 def test_a_warned_job_saves_and_comes_back_until_it_is_finished(project):
     code = "save_at(start + 10) if until_stopped(60 if life < 2 else 0) else None\nsys.exit(75 if life < 2 else save_at(30))\n"

@@ -136,7 +136,7 @@ def _add_data(add) -> None:
         action="store_true",
         help="let the vocabulary's padding take probability, as the branch does",
     )
-    add("--eod-mask-loss", action="store_true", help="no loss on end-of-text tokens")
+    add("--eod-mask-loss", action="store_true", help="no loss on what follows an end-of-text token")
     add(
         "--reset-position-ids",
         action=argparse.BooleanOptionalAction,

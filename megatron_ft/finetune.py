@@ -56,8 +56,9 @@ def run(args: argparse.Namespace, device, started: float) -> int:
     from megatron_ft.engine import parallel
     from megatron_ft.engine.lora import add_lora
     from megatron_ft.engine.metrics import MetricsLog, RunPlan
-    from megatron_ft.engine.model import build_model, wrap_for_data_parallel
+    from megatron_ft.engine.model import build_model, uses_transformer_engine, wrap_for_data_parallel
     from megatron_ft.engine.optimizer import build_optimizer
+    from megatron_ft.engine.packed_attention import slow_with_dropout
     from megatron_ft.engine.rows import Rows
     from megatron_ft.engine.schedule import build_scheduler, plan_length
     from megatron_ft.engine.train import Run, train
@@ -99,6 +100,9 @@ def run(args: argparse.Namespace, device, started: float) -> int:
     log.banner(data=datasets.train.description, start="\n".join(start.reasons))
     for notice in [*args.notices, *datasets.notices]:
         log.event(notice)
+    if device.type == "cuda" and not uses_transformer_engine(args):
+        if notice := slow_with_dropout(shape.attention_dropout):
+            log.event(notice)
 
     def rows(dataset, whole: bool = True) -> Rows:
         return Rows(

@@ -5,6 +5,7 @@ import torch
 from engine_runs import dense_attention, difference_from_dense_model, golden_logits_error
 from ranks import run_ranks
 
+from megatron_ft.engine import packed_attention
 from megatron_ft.engine.packed_attention import PackedRow, attend_by_document, flex_attend
 
 ROWS = {"one document": [300], "hundreds": [1 + n % 3 for n in range(250)], "uneven": [1, 150, 2, 97, 50]}
@@ -56,3 +57,9 @@ def test_model_equals_the_model_with_dense_masks(ranks, flags, golden):
 def test_logits_of_packed_rows_equal_the_branch(ranks, flags, golden):
     for error in run_ranks(golden_logits_error, ranks, flags, golden):
         assert error < 1e-5
+
+
+def test_dropout_without_a_fused_kernel_is_announced(monkeypatch):
+    monkeypatch.setattr(packed_attention, "flash_attn_varlen_func", None)
+    assert "--attention-dropout 0.1" in packed_attention.slow_with_dropout(0.1)
+    assert packed_attention.slow_with_dropout(0.0) is None

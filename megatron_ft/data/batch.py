@@ -65,9 +65,9 @@ def collate(
         _share_weight(loss_mask, weighs, starts if loss_on_targets_only else None)
 
     columns = np.arange(length)
-    position_ids = np.broadcast_to(columns, (rows, length))
+    position_ids = np.tile(columns, (rows, 1))
     if reset_position_ids:
-        position_ids = columns - np.maximum.accumulate(np.where(starts, columns, 0), axis=1)
+        position_ids -= np.maximum.accumulate(np.where(starts, columns, 0), axis=1)
 
     if not reset_attention_mask:
         padding = segment_ids == 0

@@ -112,6 +112,16 @@ class PackedAttention(nn.Module):
         return tensor_parallel.get_cuda_rng_tracker().fork()
 
 
+def slow_with_dropout(dropout: float) -> str | None:
+    """A line for the log when no fused kernel of this GPU machine can do attention with `dropout`; None when one can."""
+    if not dropout or flash_attn_varlen_func is not None:
+        return None
+    return (
+        f"--attention-dropout {dropout:g} without the flash-attn package: attention goes document by document, which is slow; "
+        "install flash-attn, or set --attention-dropout 0"
+    )
+
+
 def attend_by_document(
     query: Tensor, key: Tensor, value: Tensor, lengths: list[int], scale: float | None = None, dropout: float = 0.0
 ) -> Tensor:

@@ -94,12 +94,12 @@ def vocabulary_rows(source: WeightSource, tokenizer: Tokenizer | None, keep_padd
         )
     if keep_padding:
         return stored
-    if tokenizer is None:
+    if tokenizer is None and source.vocab_size is None:
         print(
             f"without a tokenizer all {stored} embedding rows are kept, padding included (--tokenizer-file cuts them)"
         )
         return stored
-    return tokenizer.vocab_size
+    return tokenizer.vocab_size if tokenizer else source.vocab_size
 
 
 def write_model(source: WeightSource, tokenizer_path, tokenizer: Tokenizer | None, rows: int, args) -> None:

@@ -13,7 +13,6 @@ sys.path[0] = str(
     Path(__file__).resolve().parents[1]
 )  # not this folder: its tokenize.py would hide the standard library's
 
-import json
 import shutil
 import warnings
 
@@ -62,9 +61,7 @@ def main() -> None:
 def vocabulary_rows(source: WeightSource, args) -> int:
     """Embedding rows in the new layout: the vocabulary where it is known, else all stored rows, padded anew."""
     stored = source.shape.vocab_size
-    manifest = source.path / "manifest.json"
-    known = json.loads(manifest.read_text())["shape"]["vocab_size"] if manifest.is_file() else stored
-    vocab = args.vocab_size or known
+    vocab = args.vocab_size or source.vocab_size or stored
     if vocab > stored:
         raise UserError(f"--vocab-size {vocab}: {source.path} has only {stored} embedding rows")
     return padded_vocab_size(vocab, args.make_vocab_size_divisible_by, args.tensor_parallel)

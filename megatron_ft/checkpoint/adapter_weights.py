@@ -55,7 +55,7 @@ class MergedSource(WeightSource):
             raise UserError(f"base weights of the LoRA run: {error} (--base says where they are now)") from None
         self.adapters = adapters
         self.path, self.iteration, self.args = adapters.path, adapters.iteration, adapters.args
-        self.shape, self.dtype = self.base.shape, self.base.dtype
+        self.shape, self.dtype, self.vocab_size = self.base.shape, self.base.dtype, self.base.vocab_size
         self._last: tuple[str, torch.Tensor] | None = None
 
     def pieces(self, name: str) -> tuple[int, list[torch.Tensor]]:

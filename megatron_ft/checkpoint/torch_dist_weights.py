@@ -207,9 +207,10 @@ class TorchDistSource(WeightSource):
         if manifest is not None:
             self.args = manifest.args
             try:
-                self.shape = ModelShape(**manifest.shape).with_vocab(rows)
+                shape = ModelShape(**manifest.shape)
             except TypeError as error:
                 raise UserError(f"{directory / NAME}: has no usable shape ({error}); copy it again") from None
+            self.vocab_size, self.shape = min(shape.vocab_size, rows), shape.with_vocab(rows)
         else:
             common = load_pt(directory / "common.pt")
             if not isinstance(common, dict) or "args" not in common:

@@ -25,13 +25,14 @@ class WeightSource(ABC):
     """Weights of one checkpoint.
 
     `kind` names the format, `path` the directory read, `shape` the model (vocab_size = embedding rows stored),
-    `dtype` that of the word embeddings, `iteration` a number, "release" or None, `args` the run's arguments or None.
+    `vocab_size` how many of those rows are not padding, where the checkpoint says so, `dtype` that of the word embeddings, `iteration` a number, "release" or None, `args` the run's arguments or None.
     """
 
     kind: str
     path: Path
     shape: ModelShape
     dtype: torch.dtype
+    vocab_size: int | None = None
     iteration: int | str | None = None
     args: dict | None = None
 

@@ -93,16 +93,15 @@ def measure(flags: argparse.Namespace, folder: Path) -> None:
     report("resume", size, best(flags.repeat, load))
 
     background = checkpointer(True)
-    quiet = step_seconds(lambda: False)
-    pauses = []
+    pauses, commits = [], []
     for _ in range(flags.repeat):
         state.iteration += 1
         pauses.append(seconds_of(lambda: background.save(state)))
-        busy = step_seconds(lambda: background.writing)
-        finished = seconds_of(background.wait)
+        while background.writing:
+            time.sleep(0.01)
+        commits.append(seconds_of(background.wait))
     report("async save: pause to copy the state", size, min(pauses))
-    report("async save: pause to commit", size, finished)
-    print(f"a step's matrix product takes {busy / quiet:.2f} times as long while the background writes")
+    report("async save: pause to commit", size, min(commits))
     background.finish()
 
 
@@ -138,14 +137,6 @@ def seconds_of(work: Callable[[], None]) -> float:
     begun = time.perf_counter()
     work()
     return time.perf_counter() - begun
-
-
-def step_seconds(until_false: Callable[[], bool]) -> float:
-    """Median seconds of a matrix product, while the condition holds and at least 20 times."""
-    matrix, times = torch.randn(512, 512), []
-    while len(times) < 20 or until_false():
-        times.append(seconds_of(lambda: matrix @ matrix))
-    return sorted(times)[len(times) // 2]
 
 
 def drop_from_cache(path: Path) -> None:

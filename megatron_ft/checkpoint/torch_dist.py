@@ -17,6 +17,7 @@ import pickle
 import re
 import threading
 from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -85,8 +86,8 @@ class RankWriter:
             self.error = f"{self.path}: {type(error).__name__}: {error}"
 
     def _write(self) -> None:
-        with open(self.path, "wb") as file:
-            stream = _Hashing(file)
+        with open(self.path, "wb") as file, ThreadPoolExecutor(1, "checkpoint checksum") as beside:
+            stream = _Hashing(file, beside)
             try:
                 self._write_items(stream)
             finally:
@@ -255,9 +256,10 @@ def _write_durably(path: Path, content: bytes) -> None:
 
 
 class _Hashing(io.RawIOBase):
-    """A stream that hashes what goes through and keeps the first failure."""
+    """A stream that hashes what goes through, beside writing it, and keeps the first failure."""
 
-    def __init__(self, file) -> None:
+    def __init__(self, file, beside: ThreadPoolExecutor) -> None:
+        self._beside = beside
         self._file, self._hash, self._size = file, hashlib.sha256(), 0
         self.failure: OSError | None = None
 
@@ -265,13 +267,16 @@ class _Hashing(io.RawIOBase):
         return True
 
     def write(self, data) -> int:
+        size = memoryview(data).nbytes
+        hashed = self._beside.submit(self._hash.update, data) if size >= 1 << 16 else self._hash.update(data)
         try:
             self._file.write(data)
         except OSError as error:
             self.failure = self.failure or error
             raise
-        self._hash.update(data)
-        size = memoryview(data).nbytes
+        finally:
+            if hashed is not None:
+                hashed.result()  # the buffer is only lent
         self._size += size
         return size
 

@@ -16,6 +16,7 @@ sys.path[0] = str(
 )  # not this folder: its tokenize.py would hide the standard library's
 
 import json
+import resource
 import shutil
 import subprocess
 import time
@@ -104,18 +105,17 @@ def measure(source: RandomWeights, work: Path, tp: int, pp: int, size: int) -> d
             source, megatron, dtype=DTYPE, tp=tp, pp=pp, padded_vocab=source.shape.vocab_size, divisible_by=128,
             advance=advance,
         )  # fmt: skip
-    began = time.monotonic()
     subprocess.run(["sync", "-f", str(megatron)], check=True)
-    began = time.monotonic()
+    began, used = time.monotonic(), children_seconds()
     subprocess.run(["cp", "-r", str(megatron), str(work / "copy")], check=True)
-    copied = time.monotonic() - began
+    copied, copied_cpu = time.monotonic() - began, children_seconds() - used
     subprocess.run(["sync", "-f", str(work)], check=True)
     durable = time.monotonic() - began
     shutil.rmtree(work / "copy")
     command = [sys.executable, str(ROOT / "convert/megatron_to_hf.py"), "--load", megatron, "--output", work / "hf"]
-    began = time.monotonic()
+    began, used = time.monotonic(), children_seconds()
     peaks = run_and_sample([str(word) for word in command])
-    converted = time.monotonic() - began
+    converted, converted_cpu = time.monotonic() - began, children_seconds() - used
     return {
         "gigabytes": round(size / 1e9, 2),
         "cp -r, seconds": round(copied, 1),
@@ -123,9 +123,18 @@ def measure(source: RandomWeights, work: Path, tp: int, pp: int, size: int) -> d
         "convert, seconds": round(converted, 1),
         "convert / cp -r": round(converted / copied, 2),
         "convert / cp -r and sync": round(converted / durable, 2),
+        "cp -r, CPU seconds": round(copied_cpu, 1),
+        "convert, CPU seconds": round(converted_cpu, 1),
+        "convert / cp -r, CPU seconds": round(converted_cpu / copied_cpu, 2),
         "peak RssAnon, MiB": peaks["RssAnon"],
         "peak VmHWM, MiB": peaks["VmHWM"],
     }
+
+
+def children_seconds() -> float:
+    """User and system seconds of the programs run so far: on a machine that others use too, a steadier measure than the clock."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def run_and_sample(command: list[str], interval: float = 0.02) -> dict[str, int]:

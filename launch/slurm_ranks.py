@@ -21,7 +21,8 @@ from launch.command import ROOT, free_port, shared_environment
 from launch.slurm_job import Job
 from megatron_ft.errors import EXIT_DONE, EXIT_RESUME, EXIT_USER_ERROR
 
-REPEAT_SECONDS = 30  # a user signal that comes while Python starts is ignored there, so it is sent again
+SETTLE_SECONDS = 3  # a user signal that meets a rank before its first lines have run would kill it, so it waits this long after srun's start
+REPEAT_SECONDS = 10  # and it is ignored while Python still starts, so it is sent again
 STRAGGLER_SECONDS = 45  # from the first failure until srun is ended from here: it waits for a dead node much longer
 _ENDED = re.compile(r"rank-ended rank=(\d+) node=(\S+) status=(\d+) time=([\d.]+)")  # launch/rank.py's line
 _LOST_TASK = re.compile(
@@ -104,9 +105,10 @@ def run_ranks(command: Sequence[str], environment: Mapping[str, str], signals: S
     ]
     for thread in threads:
         thread.start()
-    sent = -math.inf
+    started, sent = time.monotonic(), -math.inf
     while srun.poll() is None:
-        if signals.save and not signals.end and time.monotonic() - sent > REPEAT_SECONDS:
+        settled = time.monotonic() - started > SETTLE_SECONDS
+        if signals.save and not signals.end and settled and time.monotonic() - sent > REPEAT_SECONDS:
             if sent < 0:
                 name = signal.Signals(signals.save).name
                 print(

@@ -96,7 +96,7 @@ def test_a_warned_job_saves_and_comes_back_until_it_is_finished(project):
     for life in range(2):
         project.wait_text("up 0", 40, times=life + 1)
         project.cluster.run("scancel", "--batch", "--signal=USR2", str(job))
-        project.wait_text(f"saved {10 * (life + 1)}")
+        project.wait_text(f"saved {10 * (life + 1)}", 45)
     assert project.end(job)["JobState"] == "COMPLETED"
     assert [start["iteration"] for start in project.starts()] == [0, 10, 20]
     assert project.text().count("warned by SIGUSR2") == 2 and "finished at iteration 30" in project.text()

@@ -7,12 +7,13 @@ planned from the shapes alone, and a block of weights at a time is in memory.
 import json
 import os
 from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 
 import torch
 
 from megatron_ft.checkpoint.names import WTE, hf_shape
-from megatron_ft.checkpoint.stream import box_blocks, nbytes, raw
+from megatron_ft.checkpoint.stream import box_blocks, nbytes, raw, read_ahead
 from megatron_ft.checkpoint.weights import WeightSource
 
 DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
@@ -88,10 +89,9 @@ def write_tensors(
     text += b" " * (-len(text) % 8)
     with file.open("wb") as out:
         out.write(len(text).to_bytes(8, "little") + text)
-        for name in tensors:
-            for block in blocks_of(name):
-                out.write(raw(block))
-                advance(block.nbytes)
+        for block in read_ahead(chain.from_iterable(map(blocks_of, tensors))):
+            out.write(raw(block))
+            advance(block.nbytes)
         if out.tell() != 8 + len(text) + offset:
             raise AssertionError(f"{file}: {out.tell() - 8 - len(text)} bytes of tensors written, {offset} announced")
         out.flush()

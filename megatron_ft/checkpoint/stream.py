@@ -1,6 +1,7 @@
 """Tensors as streams of blocks: any box of any source's tensor, converted on the way, never whole in memory."""
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
@@ -35,6 +36,15 @@ def box_blocks(
         if stop > shape[0]:
             there = torch.cat([there, there.new_zeros(stop - max(row, shape[0]), *there.shape[1:])])
         yield there.contiguous()
+
+
+def read_ahead(blocks: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """The same blocks, each made in a thread while the one before it is written."""
+    with ThreadPoolExecutor(1) as thread:
+        coming = thread.submit(next, blocks, None)
+        while (block := coming.result()) is not None:
+            coming = thread.submit(next, blocks, None)
+            yield block
 
 
 def converted(tensor: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:

@@ -124,11 +124,11 @@ def main() -> None:
             raise UserError(
                 f"{sources[0].name}: {bad}; expected one JSON object with {keys[0][0]!r} and {' or '.join(map(repr, keys[1]))} a line"
             )
-        commit(writers)
         if rejects is not None and totals.bad:
             rejects.commit()
         else:
             rejected.unlink(missing_ok=True)  # an earlier run's
+        commit(writers)
     summarise(args, tokenizer, writers, totals, rejected)
 
 

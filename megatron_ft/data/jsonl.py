@@ -12,6 +12,7 @@ import sys
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import zstandard
@@ -58,7 +59,7 @@ class Block:
         return sum(len(line) for line in self.lines if line)
 
     def line_number(self, i: int) -> int:
-        """Number, from 1, of lines[i] in its file. After a shard's start this counts the lines before it, once a call."""
+        """Number, from 1, of lines[i] in its file. In a shard, the lines before its start are counted, once."""
         before = _count_lines(self.source.path, self.first_byte) if self.first_byte else 0
         return before + self.first_line + i
 
@@ -219,6 +220,7 @@ def _whole_lines(stream, limit: int | None) -> Iterator[tuple[list[bytes | None]
         yield lines, size
 
 
+@lru_cache(maxsize=8)  # every bad row of a shard asks for its start
 def _count_lines(path: Path, stop: int) -> int:
     """Newlines in the first `stop` bytes of a file."""
     count = 0

@@ -3,6 +3,7 @@
 import os
 import re
 import shlex
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -103,6 +104,40 @@ def test_a_warned_job_saves_and_comes_back_until_it_is_finished(project):
     assert project.cluster.job(job)["Restarts"] == "2"
     ports = set(re.findall(r"up 0 \S+ (\d+)", project.text()))
     assert len(ports) == 3, "a stale rank of an earlier life must not find the new rendezvous"
+
+
+@pytest.mark.slow
+def test_the_mtf_engine_is_stopped_with_its_own_signal_and_resumes(project):
+    checkout = project.directory.parent / "Megatron-LM"
+    (checkout / "megatron").mkdir(parents=True)
+    flags = [
+        line for line in Path(__file__).with_name("mtf_flags.txt").read_text().splitlines() if line.startswith("--")
+    ]
+    (checkout / "megatron" / "arguments.py").write_text("".join(f"group.add_argument({flag!r})\n" for flag in flags))
+    (checkout / "finetune_mtf.py").write_text(
+        "import os, signal, sys, time\nfrom pathlib import Path\n"
+        "save = Path(sys.argv[sys.argv.index('--save') + 1])\n"
+        "def on_term(number, frame):\n"
+        "    if os.environ['RANK'] == '0':\n"
+        "        (save / 'iter_0000007' / 'mp_rank_00').mkdir(parents=True)\n"
+        "        (save / 'latest_checkpointed_iteration.txt').write_text('7')\n"
+        "    sys.exit()\n"
+        "signal.signal(signal.SIGTERM, on_term)\n"
+        "print('start', (save / 'latest_checkpointed_iteration.txt').exists(), flush=True)\n"
+        "if not (save / 'latest_checkpointed_iteration.txt').exists(): time.sleep(60)\n"
+    )
+    project.configure(MEGATRON_PATH=checkout, RUN=project.save)
+    plain = project.directory / "plain"
+    link = project.directory.parent / "data"  # the branch reads no paths with spaces
+    link.mkdir()
+    for file in project.directory.glob("data_*"):
+        shutil.copy(file, link)
+    job = project.submit("", flags=("--engine=mtf", f"--data-prefix={link}/data"), save=plain)
+    project.wait_text("start False")
+    project.cluster.run("scancel", "--batch", "--signal=USR2", str(job))
+    project.wait_text("start True", 45)
+    assert project.end(job)["JobState"] == "COMPLETED"
+    assert project.cluster.job(job)["Restarts"] == "1" and "finished at iteration 7" in project.text()
 
 
 @pytest.mark.slow

@@ -198,10 +198,9 @@ class Cluster:
         self.kill_node(node)
         for process in psutil.process_iter():
             try:
-                stepd = process.name() == "slurmstepd" and any(
-                    str(self.dir / "spool" / node) in file.path for file in process.open_files()
-                )
-                if stepd or (self._ours(process) and process.environ().get("SLURMD_NODENAME") == node):
+                if self._is_step_of(process, node) or (
+                    self._ours(process) and process.environ().get("SLURMD_NODENAME") == node
+                ):
                     process.kill()
             except psutil.Error:
                 continue
@@ -223,6 +222,13 @@ class Cluster:
 
     def node_state(self, node: str) -> str:
         return self.run("sinfo", "-h", "-n", node, "-p", "main", "-o", "%t").stdout.strip()
+
+    def _is_step_of(self, process: psutil.Process, node: str) -> bool:
+        """A slurmstepd is known by the log it keeps open: its title has overwritten its environment."""
+        return process.name() == "slurmstepd" and any(
+            str(self.dir / f"slurmd-{node}.log") == file.path or str(self.dir / "spool" / node) in file.path
+            for file in process.open_files()
+        )
 
     def _ours(self, process: psutil.Process) -> bool:
         return process.environ().get("SLURM_CONF") == self.env["SLURM_CONF"]
@@ -250,7 +256,7 @@ class Cluster:
                     daemon.wait()
             for process in psutil.process_iter():
                 try:
-                    if process.environ().get("SLURM_CONF") == self.env["SLURM_CONF"]:
+                    if self._ours(process) or any(self._is_step_of(process, node) for node in self.nodes):
                         process.kill()
                 except psutil.Error:
                     continue

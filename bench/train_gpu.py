@@ -10,9 +10,7 @@ through torch's fused kernel; and of the mtf branch's way, plain products with t
 import sys
 from pathlib import Path
 
-sys.path[0] = str(
-    Path(__file__).resolve().parents[1]
-)  # not this folder: its tokenize.py would hide the standard library's
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # not this folder: its tokenize.py would hide Python's
 
 import argparse
 import gc

@@ -52,26 +52,6 @@ def read_jsonl(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def collect_commits(repo: Path, rows: Path) -> str:
-    """Write the repository's commits to `rows`, or the shipped ones where its history is too short. Returns where they come from."""
-    git = ["git", "-C", str(repo)]
-    inside = subprocess.run([*git, "rev-parse", "--is-shallow-repository"], capture_output=True, text=True)
-    if inside.returncode:
-        reason = f"{repo} is not a git repository"
-    elif inside.stdout.strip() == "true":
-        reason = f"{repo} is a shallow clone"
-    else:
-        run("preprocess/commits.py", repo=repo, output=rows)
-        found = len(rows.read_text().splitlines())
-        if found >= FEWEST_ROWS:
-            return str(repo)
-        reason = f"{repo} has {found} commits of one text file, under the {FEWEST_ROWS} a demonstration needs"
-    shipped = Path("examples/commits.jsonl")
-    shutil.copyfile(shipped, rows)
-    show(f"{reason}: using the rows shipped in {shipped}")
-    return str(shipped)
-
-
 def train(save: Path, train_iters: int, **flags: object) -> int:
     """Train, stop half-way as a scheduler would, resume with the very same command line. Returns the step resumed at."""
     flags = {"save": save, "train_iters": train_iters, **flags}
@@ -117,11 +97,10 @@ def main() -> None:
     out.mkdir(parents=True)
     (out / ".demo").touch()
 
-    rows, tokenizer, data, save, model = (
-        out / name for name in ("rows.jsonl", "tokenizer.json", "data", "checkpoints", "hf")
-    )
-    source = collect_commits(repo, out / "commits.jsonl")
-    run("preprocess/commits_to_jsonl.py", input=out / "commits.jsonl", output=rows)
+    names = ("commits.jsonl", "rows.jsonl", "tokenizer.json", "data", "checkpoints", "hf")
+    commits, rows, tokenizer, data, save, model = (out / name for name in names)
+    run("preprocess/commits.py", repo=repo, min_rows=FEWEST_ROWS, output=commits)
+    run("preprocess/commits_to_jsonl.py", input=commits, output=rows)
     run("preprocess/train_tokenizer.py", input=rows, vocab_size=VOCABULARY, output=tokenizer)
     run("preprocess/tokenize.py", input=rows, output_prefix=data, tokenizer_file=tokenizer)
     resumed_at = train(
@@ -149,10 +128,10 @@ def main() -> None:
     run("convert/verify.py", save, model, logits=True, report=out / "verify.json")
     (out / "prompt.txt").write_text(read_jsonl(rows)[-1]["inputs"])  # the last rows are the validation range
     run("convert/generate.py", model, prompt_file=out / "prompt.txt", max_new_tokens=64)
-    summarise(out, source, resumed_at, time.monotonic() - began)
+    summarise(out, resumed_at, time.monotonic() - began)
 
 
-def summarise(out: Path, source: str, resumed_at: int, seconds: float) -> None:
+def summarise(out: Path, resumed_at: int, seconds: float) -> None:
     steps = read_jsonl(out / "checkpoints/metrics.jsonl")
     steps = [s for s in steps if "loss" in s]
     if steps[-1]["loss"] >= steps[0]["loss"]:
@@ -162,7 +141,7 @@ def summarise(out: Path, source: str, resumed_at: int, seconds: float) -> None:
     verified = json.loads((out / "verify.json").read_text())
     fill = sum(s["fill_rate"] for s in steps) / len(steps)
     table = [
-        ("rows", f"{len((out / 'rows.jsonl').read_text().splitlines()):,} from {source}"),
+        ("rows", f"{len((out / 'rows.jsonl').read_text().splitlines()):,}"),
         ("tokens trained on", f"{steps[-1]['consumed_tokens']:,}"),
         ("packed fill rate", f"{fill:.1%}"),
         ("steps", f"{steps[-1]['iteration']}"),

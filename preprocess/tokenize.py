@@ -14,9 +14,7 @@ A job array takes one shard each; preprocess/merge.py then makes of them, byte f
 import sys
 from pathlib import Path
 
-sys.path[0] = str(
-    Path(__file__).resolve().parents[1]
-)  # not this folder: its tokenize.py would hide the standard library's
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # not this folder: its tokenize.py would hide Python's
 
 import argparse
 import json

@@ -9,9 +9,7 @@ Pre-tokenisation is StarCoder's (digits one by one, then byte level), and its 19
 import sys
 from pathlib import Path
 
-sys.path[0] = str(
-    Path(__file__).resolve().parents[1]
-)  # not this folder: its tokenize.py would hide the standard library's
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # not this folder: its tokenize.py would hide Python's
 
 import argparse
 import re

@@ -10,9 +10,7 @@ Rows are those of the training program with the same flags and seed. Nothing is 
 import sys
 from pathlib import Path
 
-sys.path[0] = str(
-    Path(__file__).resolve().parents[1]
-)  # not this folder: its tokenize.py would hide the standard library's
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # not this folder: its tokenize.py would hide Python's
 
 import argparse
 import html

@@ -59,7 +59,7 @@ def read_manifest(directory: Path) -> Manifest:
         claimed = content.pop("checksum")
     except FileNotFoundError:
         raise Damaged(f"{path} is missing") from None
-    except (ValueError, KeyError, AttributeError, UnicodeDecodeError):
+    except (ValueError, KeyError, TypeError, AttributeError):  # not JSON, no object, no checksum
         raise Damaged(f"{path} is not a manifest that was written whole") from None
     if claimed != _checksum(content):
         raise Damaged(f"{path} does not have the checksum it names")

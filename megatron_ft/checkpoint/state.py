@@ -2,7 +2,7 @@
 
     checkpointer = Checkpointer(args, shape)
     start = checkpointer.start(state)        # resumes, or loads weights, or leaves the random start; says which and why
-    ... after each step:  checkpointer.maybe_save(state)
+    ... after each step:  if checkpointer.due(state): checkpointer.save(state)
     checkpointer.finish()                    # waits for a save in the background
 
 Every method is collective: all ranks call it at the same step, what is decided is decided on rank 0, and what fails anywhere fails everywhere.
@@ -205,14 +205,15 @@ class Checkpointer:
 
     # ---- save --------------------------------------------------------------------------------------------------------
 
-    def maybe_save(self, state: TrainState) -> bool:
-        """Call after every step: finishes a save in the background that is done, and saves when one is due."""
+    def due(self, state: TrainState) -> bool:
+        """Ask after every step: whether a save is due, the same on all ranks. Finishes a save in the background that is done."""
         self.poll()
-        due = bool(self.args.save_interval) and state.iteration % self.args.save_interval == 0
-        if not due and self.args.save_interval_mins:
-            minutes = (time.monotonic() - self._last_save_time) / 60
-            due = self.ranks.on_rank_0(lambda: minutes >= self.args.save_interval_mins)  # one clock for all
-        return self.save(state) if due else False
+        if self.args.save_interval and state.iteration % self.args.save_interval == 0:
+            return True
+        if not self.args.save_interval_mins:
+            return False
+        minutes = (time.monotonic() - self._last_save_time) / 60
+        return self.ranks.on_rank_0(lambda: minutes >= self.args.save_interval_mins)  # one clock for all
 
     def save(self, state: TrainState, *, best: bool = False) -> bool:
         """Save now; with --async-save the writing goes on in the background. Whether it went well so far.

@@ -51,10 +51,9 @@ def train(run: Run) -> int:
             stop = _validate_if_due(run)
         if stop is None and args.exit_interval and state.iteration % args.exit_interval == 0:
             stop = f"--exit-interval {args.exit_interval}" if state.iteration < run.length.iterations else None
-        if stop is None:
-            may_save = args.save_interval_mins or (args.save_interval and state.iteration % args.save_interval == 0)
-            with _weights_in_place(run) if may_save else contextlib.nullcontext():
-                run.checkpointer.maybe_save(state)
+        if stop is None and run.checkpointer.due(state):
+            with _weights_in_place(run):
+                run.checkpointer.save(state)
         run.watchdog.alive()
     if stop is not None:
         with _weights_in_place(run):

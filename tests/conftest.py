@@ -1,6 +1,7 @@
 """What many tests need: where the checkout and the reference data are, and how to run a program as a user does."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,8 @@ SHARED = ROOT.parent / "shared"  # reference data made by the original branch; t
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 sys.path.insert(0, str(ROOT / "tests"))
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # started in the background: programs under test would inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

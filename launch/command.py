@@ -71,15 +71,16 @@ def local_gpus() -> int:
     return sum(line.startswith("GPU ") for line in listed.stdout.splitlines())
 
 
-def free_port(first: int = 0) -> int:
-    """A port nobody listens on here: the first free one from `first` on, any for 0."""
-    for port in range(first, min(first + 1000, 65536)) if first else [0]:
+def free_port(first: int) -> int:
+    """The first port from `first` on that nobody listens on here. Choose `first` below 32768: the kernel lends those above to
+    connections, and may lend this one before a rank listens on it."""
+    for port in range(first, first + 1000):
         with socket.socket() as s:
             try:
                 s.bind(("", port))
             except OSError:
                 continue
-            return s.getsockname()[1]
+            return port
     raise OSError(f"no free port from {first} on")
 
 

@@ -27,7 +27,8 @@ SECONDS_TO_END = (
 
 def local_environment(num_processes: int) -> dict[str, str]:
     """What all local ranks share, the meeting point included."""
-    return {**shared_environment(num_processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    port = free_port(10000 + os.getpid() % 10000)  # another start at the same moment begins elsewhere
+    return {**shared_environment(num_processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
 
 
 def run_local_ranks(

@@ -6,6 +6,7 @@ The function must be importable (module level) and its arguments and result pick
 
 import multiprocessing
 import os
+import random
 import socket
 import traceback
 from collections.abc import Callable
@@ -26,9 +27,15 @@ _context.set_forkserver_preload(PRELOAD)
 
 
 def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+    """A port nobody listens on, below those that the kernel lends to connections (it might lend this one before it is used)."""
+    while True:
+        with socket.socket() as s:
+            port = random.SystemRandom().randrange(20000, 32000)
+            try:
+                s.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
 
 
 def _rank_main(connection, function, rank, world_size, port, env, args):

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from ranks import free_port
 
 NODES = 3
 FREEZER = Path("/sys/fs/cgroup/freezer")
@@ -71,13 +72,10 @@ PartitionName=high Nodes=ALL PriorityTier=10 PreemptMode=OFF DefaultTime=60 MaxT
 
 
 def free_ports(number: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(number)]
-    for s in sockets:
-        s.bind(("127.0.0.1", 0))
-    ports = [s.getsockname()[1] for s in sockets]
-    for s in sockets:
-        s.close()
-    return ports
+    ports: set[int] = set()
+    while len(ports) < number:
+        ports.add(free_port())
+    return sorted(ports)
 
 
 def wait_for(what: Callable[[], object], seconds: float, said: str | Callable[[], str]):

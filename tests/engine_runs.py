@@ -314,10 +314,11 @@ def finetune(flags: list[str], during: str = "") -> int:
         return wrapped
 
     last_rank = int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1
-    if what == "SIGTERM-in-step" and last_rank:
-        train.forward_backward = after(train.forward_backward, lambda: os.kill(os.getpid(), signal.SIGTERM))
-    if what == "SIGUSR2-in-validation" and last_rank:
-        evaluate._count = after(evaluate._count, lambda: os.kill(os.getpid(), signal.SIGUSR2))
+    name, _, where = what.partition("-in-")
+    if name.startswith("SIG") and last_rank:
+        module, function = (train, "forward_backward") if where == "step" else (evaluate, "_count")
+        number = signal.Signals[name]
+        setattr(module, function, after(getattr(module, function), lambda: os.kill(os.getpid(), number)))
     if what == "hang-in-step":
         train.forward_backward = after(train.forward_backward, lambda: time.sleep(60))
     try:

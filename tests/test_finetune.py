@@ -56,6 +56,8 @@ def test_a_stopped_run_goes_on_bitwise_where_it_was(runs):
     assert column(runs.steps("stopped"), "iteration") == [1, 2, 3]
     assert runs("stopped", flags, 2, "SIGUSR2-in-validation 1") == [EXIT_RESUME] * 2
     assert runs.steps("stopped")[-1]["iteration"] == 4
+    assert runs("stopped", flags, 2, "SIGUSR1-in-step 2") == [EXIT_RESUME] * 2
+    assert runs.steps("stopped")[-1]["iteration"] == 6
     assert runs("stopped", flags, 2) == [EXIT_DONE] * 2
     assert runs.steps("stopped") == runs.steps("unbroken")
     assert runs.validations("stopped") == runs.validations("unbroken")
@@ -108,13 +110,21 @@ def test_validation_counts_every_row_once_whatever_the_batch(runs):
         assert other == pytest.approx(first, rel=1e-6)
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize(
+    "precision",
+    [
+        "--bf16 --overlap-grad-reduce --overlap-param-gather",
+        "--fp16 --initial-loss-scale 1024",
+        "--fp16 --loss-scale 512",
+    ],
+)
 def test_half_precision_follows_fp32(runs, precision):
     flags = "--train-iters 6 --micro-batch-size 2 --global-batch-size 4 --eval-interval 0 --hidden-dropout 0 --attention-dropout 0"
     runs("fp32", flags)
-    scaling = "--initial-loss-scale 1024" if precision == "fp16" else "--overlap-grad-reduce --overlap-param-gather"
-    runs("half", f"{flags} --{precision} {scaling}", 2)
+    runs("half", f"{flags} {precision}", 2)
     assert column(runs.steps("half"), "loss") == pytest.approx(column(runs.steps("fp32"), "loss"), abs=0.05)
+    scale = 1.0 if "--fp16" not in precision else float(precision.split()[-1])
+    assert set(column(runs.steps("half"), "loss_scale")) == {scale}
 
 
 def test_fp16_overflow_is_skipped_counted_and_lowers_the_scale(runs):

@@ -29,32 +29,34 @@ from megatron_ft.checkpoint.directory import free_bytes
 from megatron_ft.checkpoint.legacy_writer import legacy_bytes, write_legacy
 from megatron_ft.checkpoint.names import hf_shape
 from megatron_ft.checkpoint.progress import bytes_bar
-from megatron_ft.checkpoint.stream import BLOCK
 from megatron_ft.checkpoint.weights import WeightSource
 from megatron_ft.errors import UserError, run_program
 from megatron_ft.models import PRESETS, ModelShape
 
 ROOT = Path(__file__).resolve().parents[1]
 DTYPE = torch.bfloat16
+NOISE = 1 << 25  # values
 
 
 class RandomWeights(WeightSource):
-    """Random bf16 weights of a shape: every row begins at a place of its own in one buffer of noise."""
+    """Random bf16 weights of a shape: pieces of rows, each from a place of its own in one buffer of noise."""
 
     kind = "random"
 
     def __init__(self, shape: ModelShape) -> None:
         self.shape, self.dtype = shape, DTYPE
-        self._noise = torch.randn(BLOCK, generator=torch.Generator().manual_seed(1)).to(DTYPE)
+        self._noise = torch.randn(NOISE, generator=torch.Generator().manual_seed(1)).to(DTYPE)
 
     def pieces(self, name: str) -> tuple[int, list[torch.Tensor]]:
-        raise NotImplementedError("only slices of rows are made")
-
-    def read_slice(self, name: str, dim: int, start: int, stop: int) -> torch.Tensor:
-        size = (stop - start, *hf_shape(self.shape, name)[1:])
-        count = torch.Size(size).numel()
-        first = zlib.crc32(f"{name} {start}".encode()) % (len(self._noise) - count)
-        return self._noise[first : first + count].view(size)
+        rows, *rest = hf_shape(self.shape, name)
+        width = torch.Size(rest).numel()
+        step = NOISE // 2 // width
+        pieces = []
+        for row in range(0, rows, step):
+            count = min(step, rows - row) * width
+            first = zlib.crc32(f"{name} {row}".encode()) % (NOISE - count)
+            pieces.append(self._noise[first : first + count].view(-1, *rest))
+        return 0, pieces
 
 
 def main() -> None:

@@ -65,6 +65,8 @@ def main() -> None:
     source = MergedSource(adapters, args.base) if adapters else open_weights(args.load, args.iteration)
     if source.kind == "Hugging Face":
         raise UserError(f"{args.load}: a Hugging Face model already; give a Megatron checkpoint")
+    if not adapters:
+        torch.set_num_threads(1)  # all is copying: more threads mostly wait, and take the writer's processor
     path, tokenizer = find_tokenizer(args, source.args)
     rows = vocabulary_rows(source, tokenizer, args.keep_padding)
     write_model(source, path, tokenizer, rows, args)

@@ -13,12 +13,12 @@ import torch
 
 from megatron_ft.checkpoint.names import LAYER, WHOLE, WTE, Weight
 from megatron_ft.checkpoint.pt_stream import LazyTensor, write_pt
-from megatron_ft.checkpoint.stream import BLOCK
 from megatron_ft.checkpoint.torch_dist import write_metadata
 from megatron_ft.checkpoint.torch_dist_weights import TorchDistFiles
 from megatron_ft.errors import UserError
 
 _WEIGHTS = {f"decoder.layers.{weight.core}": weight for weight in LAYER} | {weight.core: weight for weight in WHOLE}
+BLOCK = 64 << 20  # bytes in memory at once; large, for each block is looked for in all stored parts of its tensor
 # Megatron-Core's dp_reshardable optimizer state is the buckets of one layout, not tensors of parameters.
 _TIED_TO_LAYOUT = ("gbuf_idx", "bucket_idx")
 

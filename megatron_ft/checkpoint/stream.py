@@ -6,10 +6,12 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from megatron_ft.checkpoint.names import hf_shape
-from megatron_ft.checkpoint.weights import WeightSource
+from megatron_ft.checkpoint.weights import WeightSource, slice_of_pieces
 from megatron_ft.errors import UserError
 
-BLOCK = 64 << 20  # bytes of weights in memory at once
+# Bytes of weights in memory at once: few enough to stay in the processor's cache between being put together and being
+# written, and for the allocator to use the same pages again (larger blocks are new, zeroed pages each time).
+BLOCK = 1 << 20
 
 
 def box_blocks(
@@ -27,9 +29,10 @@ def box_blocks(
     first, last = rows or (0, shape[0])
     width = 1 if len(shape) == 1 else shape[1]
     step = max(1, BLOCK // (width * max(dtype.itemsize, source.dtype.itemsize)))
+    cut_dim, pieces = source.pieces(name)  # once: it may compare replicas or reorder rows
     for row in range(first, last, step):
         stop = min(last, row + step)
-        there = source.read_slice(name, 0, min(row, shape[0]), min(stop, shape[0]))
+        there = slice_of_pieces(cut_dim, pieces, 0, min(row, shape[0]), min(stop, shape[0]))
         if columns:
             there = there[:, columns[0] : columns[1]]
         there = converted(there, dtype, name)

@@ -52,17 +52,22 @@ class WeightSource(ABC):
     def read_slice(self, name: str, dim: int, start: int, stop: int) -> torch.Tensor:
         """Rows start..stop of axis `dim`; only the pieces that hold them are read."""
         cut_dim, pieces = self.pieces(name)
-        if cut_dim != dim:
-            pieces = [piece.narrow(dim, start, stop - start) for piece in pieces]
-        else:
-            found, offset = [], 0
-            for piece in pieces:
-                first, last = max(start, offset), min(stop, offset + piece.shape[dim])
-                if first < last:
-                    found.append(piece.narrow(dim, first - offset, last - first))
-                offset += piece.shape[dim]
-            pieces = found or [pieces[0].narrow(dim, 0, 0)]
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, cut_dim)
+        return slice_of_pieces(cut_dim, pieces, dim, start, stop)
+
+
+def slice_of_pieces(cut_dim: int, pieces: list[torch.Tensor], dim: int, start: int, stop: int) -> torch.Tensor:
+    """Rows start..stop of axis `dim` of the tensor whose cuts along `cut_dim` are `pieces`; a view where one piece holds them all."""
+    if cut_dim != dim:
+        pieces = [piece.narrow(dim, start, stop - start) for piece in pieces]
+    else:
+        found, offset = [], 0
+        for piece in pieces:
+            first, last = max(start, offset), min(stop, offset + piece.shape[dim])
+            if first < last:
+                found.append(piece.narrow(dim, first - offset, last - first))
+            offset += piece.shape[dim]
+        pieces = found or [pieces[0].narrow(dim, 0, 0)]
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, cut_dim)
 
 
 def check_shape(shape: ModelShape, name: str, found: Sequence[int], where: Path | str) -> None:

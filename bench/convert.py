@@ -11,9 +11,7 @@ process's own, VmHWM counts mapped file pages too, which the kernel takes back w
 import sys
 from pathlib import Path
 
-sys.path[0] = str(
-    Path(__file__).resolve().parents[1]
-)  # not this folder: its tokenize.py would hide the standard library's
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # not this folder: its files would hide others'
 
 import json
 import resource
@@ -28,10 +26,10 @@ from megatron_ft.arguments import Help, Parser
 from megatron_ft.checkpoint.directory import free_bytes
 from megatron_ft.checkpoint.legacy_writer import legacy_bytes, write_legacy
 from megatron_ft.checkpoint.names import hf_shape
-from megatron_ft.checkpoint.progress import bytes_bar
 from megatron_ft.checkpoint.weights import WeightSource
 from megatron_ft.errors import UserError, run_program
 from megatron_ft.models import PRESETS, ModelShape
+from megatron_ft.progress import Progress
 
 ROOT = Path(__file__).resolve().parents[1]
 DTYPE = torch.bfloat16
@@ -102,10 +100,10 @@ def measure(source: RandomWeights, work: Path, tp: int, pp: int, size: int) -> d
     """Make, copy, convert; figures in seconds, GB and MiB."""
     megatron = work / "megatron"
     megatron.mkdir(parents=True)
-    with bytes_bar(size, "making a random checkpoint") as advance:
+    with Progress("making a random checkpoint", size, "B") as progress:
         write_legacy(
             source, megatron, dtype=DTYPE, tp=tp, pp=pp, padded_vocab=source.shape.vocab_size, divisible_by=128,
-            advance=advance,
+            advance=progress.update,
         )  # fmt: skip
     subprocess.run(["sync", "-f", str(megatron)], check=True)
     began, used = time.monotonic(), children_seconds()

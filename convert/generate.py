@@ -8,9 +8,7 @@ The prompt is printed as given, the completion after it. Greedy unless --tempera
 import sys
 from pathlib import Path
 
-sys.path[0] = str(
-    Path(__file__).resolve().parents[1]
-)  # not this folder: its tokenize.py would hide the standard library's
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # not this folder: its files would hide others'
 
 from megatron_ft.arguments import Help, Parser
 from megatron_ft.errors import UserError, run_program

@@ -11,9 +11,7 @@ cut. legacy is what BigCode's mtf branch loads at exactly this layout. Training 
 import sys
 from pathlib import Path
 
-sys.path[0] = str(
-    Path(__file__).resolve().parents[1]
-)  # not this folder: its tokenize.py would hide the standard library's
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # not this folder: its files would hide others'
 
 import warnings
 
@@ -22,10 +20,10 @@ import torch
 from megatron_ft.arguments import Help, Parser
 from megatron_ft.checkpoint.legacy_writer import legacy_bytes, write_legacy
 from megatron_ft.checkpoint.output import check_layout, new_directory
-from megatron_ft.checkpoint.progress import bytes_bar
 from megatron_ft.checkpoint.weights import open_weights
 from megatron_ft.errors import UserError, run_program
 from megatron_ft.models import padded_vocab_size
+from megatron_ft.progress import Progress
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -63,17 +61,17 @@ def main() -> None:
         total = legacy_bytes(source, dtype, tp, pp, rows)
     with (
         new_directory(Path(args.save), needed=total, overwrite=args.overwrite) as directory,
-        bytes_bar(total, "converting") as advance,
+        Progress("converting", total, "B") as progress,
     ):
         if args.format == "torch_dist":
             write_core(
                 source, directory, dtype=dtype, tp=tp, pp=pp, padded_vocab=rows, vocab_size=source.shape.vocab_size,
-                advance=advance,
+                advance=progress.update,
             )  # fmt: skip
         else:
             write_legacy(
                 source, directory, dtype=dtype, tp=tp, pp=pp, padded_vocab=rows,
-                divisible_by=args.make_vocab_size_divisible_by, optim_ranks=args.data_parallel, advance=advance,
+                divisible_by=args.make_vocab_size_divisible_by, optim_ranks=args.data_parallel, advance=progress.update,
             )  # fmt: skip
     print(
         f"{args.save}: {args.format}, TP{tp} PP{pp}, {total / 1e9:.2f} GB, {str(dtype).removeprefix('torch.')}, "

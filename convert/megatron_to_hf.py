@@ -12,9 +12,7 @@ A LoRA run becomes a PEFT adapter, or with --merge-lora a whole model.
 import sys
 from pathlib import Path
 
-sys.path[0] = str(
-    Path(__file__).resolve().parents[1]
-)  # not this folder: its tokenize.py would hide the standard library's
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # not this folder: its files would hide others'
 
 import torch
 
@@ -30,9 +28,9 @@ from megatron_ft.checkpoint.hf_directory import (
 )
 from megatron_ft.checkpoint.hf_writer import total_bytes, write_safetensors, write_tensors
 from megatron_ft.checkpoint.output import new_directory
-from megatron_ft.checkpoint.progress import bytes_bar
 from megatron_ft.checkpoint.weights import WeightSource, open_weights
 from megatron_ft.errors import UserError, run_program
+from megatron_ft.progress import Progress
 from megatron_ft.tokenizer import Tokenizer, load_tokenizer
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -114,9 +112,9 @@ def write_model(source: WeightSource, tokenizer_path, tokenizer: Tokenizer | Non
         "embedding rows": f"{rows} of {source.shape.vocab_size}",
     }
     with new_directory(output, needed=nbytes, overwrite=args.overwrite) as directory:
-        with bytes_bar(nbytes, "converting") as advance:
+        with Progress("converting", nbytes, "B") as progress:
             files = write_safetensors(
-                source, directory, dtype=dtype, vocab_rows=rows, max_shard_bytes=parse_size(args.max_shard_size), advance=advance
+                source, directory, dtype=dtype, vocab_rows=rows, max_shard_bytes=parse_size(args.max_shard_size), advance=progress.update
             )  # fmt: skip
         write_configs(directory, shape, dtype, special_ids(tokenizer) if tokenizer else {})
         if tokenizer:

@@ -9,9 +9,7 @@ original). legacy (the mtf branch's): weights alone, written as `release`, since
 import sys
 from pathlib import Path
 
-sys.path[0] = str(
-    Path(__file__).resolve().parents[1]
-)  # not this folder: its tokenize.py would hide the standard library's
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # not this folder: its files would hide others'
 
 import shutil
 import warnings
@@ -20,11 +18,11 @@ from megatron_ft.arguments import Help, Parser
 from megatron_ft.checkpoint.directory import TRACKER
 from megatron_ft.checkpoint.legacy_writer import legacy_bytes, write_legacy
 from megatron_ft.checkpoint.output import check_layout, new_directory
-from megatron_ft.checkpoint.progress import bytes_bar
 from megatron_ft.checkpoint.torch_dist_weights import TorchDistSource
 from megatron_ft.checkpoint.weights import WeightSource, open_weights
 from megatron_ft.errors import UserError, run_program
 from megatron_ft.models import padded_vocab_size
+from megatron_ft.progress import Progress
 
 
 def main() -> None:
@@ -76,13 +74,18 @@ def reshard_torch_dist(source: TorchDistSource, rows: int, args) -> int:
     total = resharded_bytes(source.files, rows)
     with (
         new_directory(Path(args.save), needed=total, overwrite=args.overwrite) as directory,
-        bytes_bar(total, "resharding") as advance,
+        Progress("resharding", total, "B") as progress,
     ):
         name = f"iter_{source.iteration:07d}" if isinstance(source.iteration, int) else "release"
         place = directory / name
         place.mkdir()
         reshard_core(
-            source.files, place, tp=args.tensor_parallel, pp=args.pipeline_parallel, padded_vocab=rows, advance=advance
+            source.files,
+            place,
+            tp=args.tensor_parallel,
+            pp=args.pipeline_parallel,
+            padded_vocab=rows,
+            advance=progress.update,
         )
         if (source.path / "manifest.json").is_file():
             manifest = read_manifest(source.path)
@@ -107,11 +110,11 @@ def reshard_legacy(source: WeightSource, rows: int, args) -> int:
     total = legacy_bytes(source, source.dtype, tp, pp, rows)
     with (
         new_directory(Path(args.save), needed=total, overwrite=args.overwrite) as directory,
-        bytes_bar(total, "resharding") as advance,
+        Progress("resharding", total, "B") as progress,
     ):
         write_legacy(
             source, directory, dtype=source.dtype, tp=tp, pp=pp, padded_vocab=rows,
-            divisible_by=args.make_vocab_size_divisible_by, optim_ranks=args.data_parallel, advance=advance,
+            divisible_by=args.make_vocab_size_divisible_by, optim_ranks=args.data_parallel, advance=progress.update,
         )  # fmt: skip
     return total
 

@@ -11,9 +11,7 @@ import os
 import sys
 from pathlib import Path
 
-sys.path[0] = str(
-    Path(__file__).resolve().parents[1]
-)  # not this folder: its tokenize.py would hide the standard library's
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # not this folder: its files would hide others'
 # One process on the CPU, whatever GPUs the machine or ranks the environment has: fp32 results have to be comparable.
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 for _name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
@@ -28,10 +26,10 @@ import torch
 from megatron_ft.arguments import Help, Parser
 from megatron_ft.checkpoint.adapter_weights import MergedSource, open_adapters
 from megatron_ft.checkpoint.names import WTE, hf_shape, layer_of, weight_of
-from megatron_ft.checkpoint.progress import bytes_bar
 from megatron_ft.checkpoint.weights import WeightSource, open_weights
 from megatron_ft.errors import UserError, run_program
 from megatron_ft.models import ModelShape
+from megatron_ft.progress import Progress
 
 DIFFERENT = 1  # exit status
 BLOCK = 32 << 20  # bytes compared at once
@@ -118,7 +116,7 @@ def compare_tensors(a: WeightSource, b: WeightSource) -> list[Comparison]:
     sizes = {name: hf_shape(a.shape, name) for name in a.names()}
     sizes[WTE] = (min(a.shape.vocab_size, b.shape.vocab_size), a.shape.hidden_size)
     total = sum(torch.Size(size).numel() * a.dtype.itemsize for size in sizes.values())
-    with bytes_bar(total, "comparing") as advance:
+    with Progress("comparing", total, "B") as progress:
         for name, size in sizes.items():
             kind = name if layer_of(name) is None else f"transformer.h.*.{weight_of(name).hf}"
             row = found.setdefault(kind, Comparison(kind))
@@ -128,7 +126,7 @@ def compare_tensors(a: WeightSource, b: WeightSource) -> list[Comparison]:
             for first in range(0, size[0], step):
                 x, y = (source.read_slice(name, 0, first, min(size[0], first + step)) for source in (a, b))
                 worst = max(worst, largest_difference(x, y, rounded))
-                advance(x.nbytes)
+                progress.update(x.nbytes)
             row.different += worst > 0
             if worst > row.worst:
                 row.worst, row.where = worst, name

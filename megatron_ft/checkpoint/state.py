@@ -98,7 +98,7 @@ class Checkpointer:
 
     def _first_start(self, state: TrainState) -> Start:
         kind, why = self.ranks.on_rank_0(lambda: resume.choose_first_start(self.args))
-        lines = [f"start: {why}"]
+        lines = [why]
         if kind == "weights":
             lines += self._load_weights(state, self.args.load, self.args.load_iteration)
         optimizer_state.initialise(state.optimizer, for_loading=False)

@@ -126,7 +126,8 @@ def main() -> None:
     )
     run("convert/megatron_to_hf.py", load=save, output=model, tokenizer_file=tokenizer)
     run("convert/verify.py", save, model, logits=True, report=out / "verify.json")
-    (out / "prompt.txt").write_text(read_jsonl(rows)[-1]["inputs"])  # the last rows are the validation range
+    validation = read_jsonl(rows)[-5:]  # the last rows are not trained on
+    (out / "prompt.txt").write_text(min((row["inputs"] for row in validation), key=len))
     run("convert/generate.py", model, prompt_file=out / "prompt.txt", max_new_tokens=64)
     summarise(out, resumed_at, time.monotonic() - began)
 

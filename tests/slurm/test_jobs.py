@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from cluster import Cluster, running_cluster  # noqa: F401
+from cluster import Cluster, running_cluster, wait_for  # noqa: F401
 from conftest import ROOT
 from project import Project
 
@@ -200,7 +200,9 @@ def test_a_dead_node_ends_the_step_and_the_job_comes_back_without_it(project):
     dead = cluster.nodes[1]
     cluster.crash_node(dead)
     try:
-        project.wait_text(f"node {dead} is lost", 60)
+        # Whoever notices first: the launcher, whose step ended and who calls the roll, or SLURM, after SlurmdTimeout.
+        noticed = (f"node {dead} is lost", "DUE TO NODE FAILURE")
+        wait_for(lambda: any(words in project.text() for words in noticed), 60, project.text)
         cluster.wait_job(job, "PENDING", seconds=60)
         cluster.run("scontrol", "update", f"JobId={job}", "ReqNodeList=")  # the test's own demand for the node
         assert project.end(job, seconds=120)["JobState"] == "COMPLETED", project.text()

@@ -22,12 +22,12 @@ import zlib
 
 import torch
 
-from megatron_ft.arguments import Help, Parser
 from megatron_ft.checkpoint.directory import free_bytes
 from megatron_ft.checkpoint.legacy_writer import legacy_bytes, write_legacy
 from megatron_ft.checkpoint.names import hf_shape
 from megatron_ft.checkpoint.weights import WeightSource
 from megatron_ft.errors import UserError, run_program
+from megatron_ft.flags import Help, Parser
 from megatron_ft.models import PRESETS, ModelShape
 from megatron_ft.progress import Progress
 

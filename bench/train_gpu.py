@@ -25,10 +25,11 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from megatron_ft import memory
-from megatron_ft.arguments import Help, Parser, parse_args
+from megatron_ft.arguments import parse_args
 from megatron_ft.data.batch import Batch
 from megatron_ft.engine import device
 from megatron_ft.errors import run_program
+from megatron_ft.flags import Help, Parser
 from megatron_ft.memory import GIB
 
 

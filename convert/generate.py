@@ -10,8 +10,8 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # not this folder: its files would hide others'
 
-from megatron_ft.arguments import Help, Parser
 from megatron_ft.errors import UserError, run_program
+from megatron_ft.flags import Help, Parser
 
 
 def main() -> None:

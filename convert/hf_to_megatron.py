@@ -17,11 +17,11 @@ import warnings
 
 import torch
 
-from megatron_ft.arguments import Help, Parser
 from megatron_ft.checkpoint.legacy_writer import legacy_bytes, write_legacy
 from megatron_ft.checkpoint.output import check_layout, new_directory
 from megatron_ft.checkpoint.weights import open_weights
 from megatron_ft.errors import UserError, run_program
+from megatron_ft.flags import Help, Parser
 from megatron_ft.models import padded_vocab_size
 from megatron_ft.progress import Progress
 

@@ -16,7 +16,6 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # not this folder: its f
 
 import torch
 
-from megatron_ft.arguments import Help, Parser
 from megatron_ft.checkpoint.adapter_weights import AdapterSource, MergedSource, open_adapters
 from megatron_ft.checkpoint.hf_directory import (
     card_args,
@@ -30,6 +29,7 @@ from megatron_ft.checkpoint.hf_writer import total_bytes, write_safetensors, wri
 from megatron_ft.checkpoint.output import new_directory
 from megatron_ft.checkpoint.weights import WeightSource, open_weights
 from megatron_ft.errors import UserError, run_program
+from megatron_ft.flags import Help, Parser
 from megatron_ft.progress import Progress
 from megatron_ft.tokenizer import Tokenizer, load_tokenizer
 

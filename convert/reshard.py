@@ -14,13 +14,13 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # not this folder: its f
 import shutil
 import warnings
 
-from megatron_ft.arguments import Help, Parser
 from megatron_ft.checkpoint.directory import TRACKER
 from megatron_ft.checkpoint.legacy_writer import legacy_bytes, write_legacy
 from megatron_ft.checkpoint.output import check_layout, new_directory
 from megatron_ft.checkpoint.torch_dist_weights import TorchDistSource
 from megatron_ft.checkpoint.weights import WeightSource, open_weights
 from megatron_ft.errors import UserError, run_program
+from megatron_ft.flags import Help, Parser
 from megatron_ft.models import padded_vocab_size
 from megatron_ft.progress import Progress
 

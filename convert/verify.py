@@ -23,11 +23,11 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_ft.arguments import Help, Parser
 from megatron_ft.checkpoint.adapter_weights import MergedSource, open_adapters
 from megatron_ft.checkpoint.names import WTE, hf_shape, layer_of, weight_of
 from megatron_ft.checkpoint.weights import WeightSource, open_weights
 from megatron_ft.errors import UserError, run_program
+from megatron_ft.flags import Help, Parser
 from megatron_ft.models import ModelShape
 from megatron_ft.progress import Progress
 
@@ -212,11 +212,11 @@ def hugging_face_logits(source: WeightSource, tokens: torch.Tensor) -> torch.Ten
 
 
 def megatron_logits(source: WeightSource, tokens: torch.Tensor) -> torch.Tensor:
-    from megatron_ft.arguments import build_parser
     from megatron_ft.checkpoint.load_weights import load_weights
     from megatron_ft.engine import parallel
     from megatron_ft.engine.device import set_up_device
     from megatron_ft.engine.model import build_model
+    from megatron_ft.flags import build_parser
 
     flags = build_parser().parse_args(["--transformer-impl", "local", "--global-batch-size", "1"])
     flags.world_size = 1

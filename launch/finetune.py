@@ -22,8 +22,9 @@ from launch.preflight import needed_files
 from launch.slurm_job import Job, inside_batch_job
 from launch.slurm_ranks import ranks_command, ranks_environment
 from launch.supervise import supervise
-from megatron_ft.arguments import Help, Parser, build_parser, parse_args
+from megatron_ft.arguments import parse_args
 from megatron_ft.errors import EXIT_DONE, UserError, run_program
+from megatron_ft.flags import Help, Parser, build_parser
 
 
 def launch_parser() -> Parser:

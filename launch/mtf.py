@@ -13,10 +13,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_ft.arguments import build_parser
 from megatron_ft.checkpoint.directory import iteration_directory, read_tracker
 from megatron_ft.data.splits import groups_of
 from megatron_ft.errors import UserError
+from megatron_ft.flags import build_parser
 
 STOP_SIGNAL = signal.SIGTERM  # the only one the branch saves at, and it then ends with status 0
 

@@ -18,8 +18,9 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # not this folder: its files would hide others' of the same name
 
 from megatron_ft import memory
-from megatron_ft.arguments import Help, Parser, build_parser, fill_in, normalise
+from megatron_ft.arguments import fill_in, normalise
 from megatron_ft.errors import EXIT_DONE, UserError, run_program
+from megatron_ft.flags import Help, Parser, build_parser
 from megatron_ft.memory import GIB, GPUS, Layout, Memory
 from megatron_ft.models import ModelShape, padded_vocab_size
 

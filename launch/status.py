@@ -17,9 +17,9 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # not this folder: its files would hide others' of the same name
 
 from launch.slurm_job import STARTS, read_starts
-from megatron_ft.arguments import Help, Parser
 from megatron_ft.checkpoint.directory import iteration_directory, list_iterations
 from megatron_ft.errors import UserError, run_program
+from megatron_ft.flags import Help, Parser
 
 METRICS = "metrics.jsonl"
 COLUMNS = ("RUN", "JOB", "STATE", "STEP", "LOSS", "TOKENS/S", "ETA", "RESTARTS", "CHECKPOINT")

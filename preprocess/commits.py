@@ -19,8 +19,8 @@ import subprocess
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from megatron_ft.arguments import Help, Parser
 from megatron_ft.errors import UserError, run_program
+from megatron_ft.flags import Help, Parser
 from megatron_ft.output import OutputFile, writing
 from megatron_ft.progress import Progress
 

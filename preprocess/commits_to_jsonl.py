@@ -21,9 +21,9 @@ import argparse
 import json
 from collections.abc import Sequence
 
-from megatron_ft.arguments import Help, Parser
 from megatron_ft.data.jsonl import BadRow, check_surrogates, open_sources, parse_object, read_blocks, shard_bytes
 from megatron_ft.errors import UserError, run_program
+from megatron_ft.flags import Help, Parser
 from megatron_ft.output import OutputFile, writing
 from megatron_ft.progress import Progress
 

@@ -18,9 +18,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from hashlib import blake2b
 
-from megatron_ft.arguments import Help, Parser
 from megatron_ft.data.jsonl import BadRow, open_sources, parse_row, read_blocks, shard_bytes
 from megatron_ft.errors import UserError, run_program
+from megatron_ft.flags import Help, Parser
 from megatron_ft.output import OutputFile, writing
 from megatron_ft.progress import Progress
 

@@ -17,9 +17,9 @@ import shutil
 from collections.abc import Sequence
 from contextlib import ExitStack
 
-from megatron_ft.arguments import Help, Parser
 from megatron_ft.data.indexed import IndexedReader, IndexedWriter, commit, field_paths
 from megatron_ft.errors import UserError, run_program
+from megatron_ft.flags import Help, Parser
 from megatron_ft.output import OutputFile, writing
 from megatron_ft.progress import Progress
 

@@ -27,10 +27,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from megatron_ft.arguments import Help, Parser
 from megatron_ft.data.indexed import IndexedWriter, commit, field_paths
 from megatron_ft.data.jsonl import BadRow, Block, open_sources, parse_row, parse_shard, read_blocks, shard_bytes
 from megatron_ft.errors import UserError, run_program
+from megatron_ft.flags import Help, Parser
 from megatron_ft.output import OutputFile, writing
 from megatron_ft.progress import Progress
 from megatron_ft.tokenizer import Tokenizer, load_tokenizer

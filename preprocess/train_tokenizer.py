@@ -15,9 +15,9 @@ import argparse
 import re
 from collections.abc import Iterator, Sequence
 
-from megatron_ft.arguments import Help, Parser
 from megatron_ft.data.jsonl import BadRow, Source, open_sources, parse_row, read_blocks, shard_bytes
 from megatron_ft.errors import UserError, run_program
+from megatron_ft.flags import Help, Parser
 from megatron_ft.output import OutputFile, writing
 from megatron_ft.progress import Progress
 

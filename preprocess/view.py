@@ -23,10 +23,10 @@ from math import ceil
 
 import numpy as np
 
-from megatron_ft.arguments import Help, Parser
 from megatron_ft.data.packed_dataset import PackedRows, PackedSample, check_vocabulary
 from megatron_ft.data.packing import PackedIndex, Packing, TokenizedDocuments, pack
 from megatron_ft.errors import UserError, run_program
+from megatron_ft.flags import Help, Parser
 from megatron_ft.tokenizer import Tokenizer, load_tokenizer
 
 # Each document's colour, then again from the first: (256-colour text of context, background of loss tokens), and a hue for HTML.

@@ -2,8 +2,10 @@
 
 import pytest
 
-from megatron_ft.arguments import REFUSED, build_parser, parse_args
+from megatron_ft.arguments import parse_args
+from megatron_ft.branch_flags import REFUSED
 from megatron_ft.errors import UserError
+from megatron_ft.flags import build_parser
 
 
 @pytest.fixture

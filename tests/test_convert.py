@@ -162,9 +162,9 @@ def load_by_megatron_core(directory: str, tp: int, pp: int) -> dict[str, np.ndar
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.validation import StrictHandling
 
-    from megatron_ft.arguments import build_parser
     from megatron_ft.engine import device, parallel
     from megatron_ft.engine.model import build_model
+    from megatron_ft.flags import build_parser
 
     device.set_up_device()
     args = build_parser().parse_args([])

@@ -6,8 +6,8 @@ import pytest
 from conftest import ROOT
 from doc_commands import run_page
 
-from megatron_ft.arguments import build_parser
 from megatron_ft.branch_flags import ACCEPTED, REFUSED, RENAMED
+from megatron_ft.flags import build_parser
 
 
 def known_flags() -> set[str]:

@@ -211,10 +211,10 @@ def fill_and_run(path: str, tp: int, pp: int, sequence_parallel: bool, tokens: n
     import torch.distributed as dist
     from megatron.core import parallel_state
 
-    from megatron_ft.arguments import build_parser
     from megatron_ft.checkpoint.load_weights import load_weights
     from megatron_ft.engine import device, parallel
     from megatron_ft.engine.model import build_model
+    from megatron_ft.flags import build_parser
 
     device.set_up_device()
     args = build_parser().parse_args([])

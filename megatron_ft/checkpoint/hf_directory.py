@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from megatron_ft.arguments import build_parser
 from megatron_ft.errors import UserError
+from megatron_ft.flags import build_parser
 from megatron_ft.models import ModelShape
 from megatron_ft.tokenizer import SENTENCEPIECE_FILES, Tokenizer
 

@@ -1,7 +1,7 @@
 """Time packing and reading: an epoch in both orders, the mtf branch's loop on the same sizes, the fill rate on real rows, rows read a second.
 
-    python bench/packing.py --jsonl ../shared/data/oasst-commitpackft.jsonl --input-key prompt --output-key completion \\
-        --tokenizer-file ../shared/data/starcoder-tokenizer.json --peer PATH_TO_MEGATRON_MTF
+    python bench/packing.py --jsonl oasst-commitpackft.jsonl --input-key prompt --output-key completion \\
+        --tokenizer-file starcoder/tokenizer.json --peer PATH_TO_MEGATRON_MTF
 
 Without --jsonl the real rows are left out. With --peer, the loop timed is the function `_build_sample_idx` of that checkout;
 without it, one that does the same work. Seconds are CPU seconds of one thread, the quickest of several runs in a row, for both

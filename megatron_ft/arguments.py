@@ -16,6 +16,8 @@ from megatron_ft.errors import UserError
 from megatron_ft.flags import LORA_TARGETS, build_parser
 from megatron_ft.models import PRESETS, ModelShape
 
+LENGTHS = ("iters", "samples", "tokens", "epochs")  # units of --train-...
+
 
 def parse_args(argv: Sequence[str], world_size: int = 1) -> argparse.Namespace:
     """Parse and validate. `args.shape` (ModelShape or None when a checkpoint must tell), `args.data_parallel_size` and
@@ -68,6 +70,8 @@ def fill_in(args: argparse.Namespace) -> None:
     if args.recompute_granularity == "full":
         args.recompute_method = args.recompute_method or "uniform"
         args.recompute_num_layers = args.recompute_num_layers or 1
+    if args.skip_train and all(getattr(args, f"train_{unit}") is None for unit in LENGTHS):
+        args.train_iters = 1  # a length that is asked for, and not used
     args.shape = shape_from_args(args, PRESETS[args.preset]) if args.preset else None
     if args.shape is None and args.num_layers and args.hidden_size and args.num_attention_heads:
         base = ModelShape(

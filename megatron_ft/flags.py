@@ -270,6 +270,7 @@ def _add_lora(add) -> None:
 def _add_validation(add) -> None:
     add("--eval-interval", type=int, default=1000, help="steps between validations; 0 is never")
     add("--eval-iters", default="10", help="global batches a group, or 'full' for its whole range once")
+    add("--skip-train", action="store_true", help="validate and test every group once, train and save nothing")
     add("--best-group", help="validation group whose loss marks the best checkpoint; the first when not given")
     add("--early-stop-patience", type=int, help="stop after this many validations without a better loss")
 

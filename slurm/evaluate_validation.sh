@@ -9,7 +9,7 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.log
-# Loss of a checkpoint over whole validation groups: one step with learning rate 0, which changes no weight, then --eval-iters full.
+# Loss of a checkpoint over whole validation groups. Nothing is trained or saved but the results.
 #   LOAD=runs/first SAVE=runs/first-evaluation PRESET=starcoderbase-1b DATA_PREFIX=data/rows TOKENIZER_FILE=tokenizer.json \
 #     bash slurm/evaluate_validation.sh [flags]
 # A larger model: --tensor-model-parallel-size 4 --sequence-parallel. Results: the log, and SAVE/validation.jsonl.
@@ -19,5 +19,4 @@ if [ -n "${SLURM_JOB_ID:-}" ]; then script=$(scontrol show job "$SLURM_JOB_ID" |
 source "${MEGATRON_FT:-${script%%/slurm/evaluate_validation.sh*}}/launch/job.sh"
 
 SAVE=${SAVE:-$SCRATCH/runs/evaluation}
-finetune --preset "${PRESET:-starcoderbase-1b}" --bf16 --micro-batch-size 1 --train-iters 1 --lr 0 --min-lr 0 --weight-decay 0 --optimizer sgd \
-  --eval-interval 1 --eval-iters full "$@"
+finetune --preset "${PRESET:-starcoderbase-1b}" --bf16 --micro-batch-size 1 --skip-train --eval-iters full "$@"

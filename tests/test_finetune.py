@@ -110,6 +110,16 @@ def test_validation_counts_every_row_once_whatever_the_batch(runs):
         assert other == pytest.approx(first, rel=1e-6)
 
 
+def test_a_checkpoint_is_evaluated_without_training(runs, tmp_path):
+    flags = "--eval-interval 2 --eval-iters full --hidden-dropout 0 --attention-dropout 0"
+    runs("trained", f"{flags} --train-iters 2 --global-batch-size 2")
+    assert runs("evaluated", f"{flags} --skip-train --load {tmp_path / 'trained'}") == [EXIT_DONE]
+    (trained,), (evaluated,) = runs.validations("trained"), runs.validations("evaluated")
+    assert evaluated.pop("iteration") == 0 and trained.pop("iteration") == 2
+    assert evaluated == pytest.approx(trained, rel=1e-6)
+    assert not list((tmp_path / "evaluated").glob("iter_*"))
+
+
 @pytest.mark.parametrize(
     "precision",
     [

@@ -44,6 +44,8 @@ class Run:
 def train(run: Run) -> int:
     """Train to the end, or to whatever stops the run first; returns the exit status. The state is saved in every case but an error."""
     args, state = run.args, run.state
+    if args.skip_train:
+        return _evaluate_only(run)
     stop = _validate_if_due(run)  # a run stopped during a validation does it again
     while stop is None and state.iteration < run.length.iterations and not _stopped_early(state):
         stop = step(run)
@@ -242,6 +244,18 @@ def _evaluate_groups(run: Run, groups: dict[str, Rows]) -> dict[str, dict] | Non
             if records[group] is None:
                 return None
     return records
+
+
+def _evaluate_only(run: Run) -> int:
+    """Every validation and test group once, for --skip-train; the state stays as it was loaded."""
+    groups = {**run.valid_rows, **{f"test {name}": rows for name, rows in run.test_rows.items()}}
+    records = _evaluate_groups(run, groups)
+    if records is None:
+        run.log.event("stopped by a signal; start the same command again")
+        return EXIT_RESUME
+    for group, record in records.items():
+        run.log.validation(run.state.iteration, group, record)
+    return EXIT_DONE
 
 
 def _stopped_early(state: TrainState) -> bool:

@@ -153,6 +153,14 @@ def test_the_chain_from_rows_to_a_hugging_face_directory(project):
         logs = "".join(path.read_text() for path in project.directory.glob("*.log"))
         assert project.end(job, 180)["JobState"] == "COMPLETED", logs
     assert json.loads((project.directory / "run 1 hf" / "config.json").read_text())["model_type"] == "gpt_bigcode"
+    evaluation = {"LOAD": "run 1", "SAVE": "run 1 evaluation", "PRESET": "tiny", "DATA_PREFIX": "out/rows"}
+    one_rank = ("--nodes=1", "--ntasks-per-node=1", "--gpus-per-node=1", "--cpus-per-task=1")
+    evaluate = [*one_rank, script(project, "evaluate_validation.sh"), *TINY, "--tensor-model-parallel-size=1"]
+    submitted = submit(project, *map(str, evaluate), **settings | evaluation)
+    (job,) = map(int, re.findall(r"job (\d+)", submitted.stdout))
+    assert project.end(job, 120)["JobState"] == "COMPLETED", submitted.stdout + submitted.stderr
+    lines = (project.directory / "run 1 evaluation" / "validation.jsonl").read_text().splitlines()
+    assert json.loads(lines[0])["group"] == "valid" and not list(project.directory.glob("run 1 evaluation/iter_*"))
     shown = login(project, sys.executable, ROOT / "launch" / "status.py", ".")
     assert re.search(rf"run 1 +{jobs[2]} +COMPLETED +3/3 +\d+\.\d+ +[\d,]+ +done +0 +3, ", shown.stdout), (
         shown.stdout + shown.stderr

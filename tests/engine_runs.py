@@ -227,7 +227,7 @@ def dense_attention(query, key, value, lengths: list[int], scale=None, dropout=0
     """What packed attention must equal: all scores, a [t, t] mask, softmax in fp32."""
     n, g, d = query.shape[1], key.shape[1], query.shape[2]
     key, value = (x.repeat_interleave(n // g, dim=1) for x in (key, value))
-    document = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    document = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).to(query.device)
     mask = (document[:, None] == document[None]).tril()
     scores = torch.einsum("qnd,knd->nqk", query.float(), key.float()) * d**-0.5
     probabilities = scores.masked_fill(~mask, float("-inf")).softmax(-1)

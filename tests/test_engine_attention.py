@@ -39,6 +39,34 @@ def test_flex_attention_sees_the_same_documents():
     torch.testing.assert_close(out, dense_attention(query, key, value, ROWS["uneven"]), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("groups", [1, 4], ids=["multi-query", "multi-head"])
+@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize(
+    ("kernel", "dtype", "tolerance"), [("varlen", torch.bfloat16, 1e-2), ("flex", torch.float32, 1e-5)]
+)
+def test_kernels_of_a_gpu_equal_the_dense_mask(row, groups, kernel, dtype, tolerance):
+    lengths = ROWS[row]
+    torch.manual_seed(0)
+    values = [torch.randn(sum(lengths), heads, 64, device="cuda").to(dtype) for heads in (4, groups, groups)]
+    weight = torch.randn(sum(lengths), 256, device="cuda").to(dtype)
+    bounds = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)
+    packed = PackedRow.from_cu_seqlens(bounds, torch.device("cuda"))
+    results = []
+    for attention in (kernel, "dense"):
+        inputs = [v.clone().requires_grad_() for v in values]
+        if attention == "dense":
+            out = dense_attention(*inputs, lengths)
+        elif attention == "flex":
+            out = flex_attend(*inputs, packed, compiled=True)
+        else:
+            out = packed_attention._varlen(*inputs, packed, None)
+        (out * weight).mean().backward()
+        results.append([out, *(x.grad for x in inputs)])
+    for ours, dense in zip(*results, strict=True):
+        torch.testing.assert_close(ours, dense, atol=tolerance, rtol=tolerance)
+
+
 @pytest.mark.parametrize(
     ("ranks", "flags"),
     [

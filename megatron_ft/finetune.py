@@ -164,6 +164,10 @@ def check_groups(args: argparse.Namespace, datasets) -> None:
         raise UserError(
             f"--best-group {args.best_group} is not a validation group; there are {', '.join(datasets.valid) or 'none'}"
         )
+    if args.skip_train and not (datasets.valid or datasets.test):
+        raise UserError(
+            "--skip-train has nothing to evaluate: give --valid-weighted-split-paths-path FILE, or a --validation-share above 0"
+        )
     if args.early_stop_patience and not (datasets.valid and args.eval_interval):
         raise UserError("--early-stop-patience needs a validation group and --eval-interval above 0")
 

@@ -5,6 +5,7 @@ Nothing is ever fetched. Byte-level BPE of StarCoder's and GPT-2's kind is encod
 """
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +21,7 @@ PAD_TOKENS = ("<pad>", "<|pad|>", "[PAD]", "<|padding|>")
 SENTENCEPIECE_FILES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 
 
-class Tokenizer:
+class Tokenizer(ABC):
     """One tokenizer, whatever it was read from.
 
     `kind` is "tokenizer.json" or "sentencepiece"; `vocab_size` the unpadded number of ids; `special_ids` name to id;
@@ -54,15 +55,15 @@ class Tokenizer:
         """Ids of one text. Special tokens spelled out in it are parsed; none is added."""
         return self.encode_batch([text])[0].tolist()
 
+    @abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Ids of several texts, each [tokens] of `dtype`. Safe to call from several threads, which run in parallel."""
-        raise NotImplementedError
 
+    @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids, special tokens spelled out."""
-        raise NotImplementedError
 
-    def check_sample(self, texts: Sequence[str]) -> None:
+    def check_sample(self, texts: Sequence[str]) -> None:  # noqa: B027 - other kinds have nothing to compare
         """Compare a fast encoder with the reference on real data and give it up where they differ."""
 
 

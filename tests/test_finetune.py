@@ -118,6 +118,7 @@ def test_a_checkpoint_is_evaluated_without_training(runs, tmp_path):
     assert evaluated.pop("iteration") == 0 and trained.pop("iteration") == 2
     assert evaluated == pytest.approx(trained, rel=1e-6)
     assert not list((tmp_path / "evaluated").glob("iter_*"))
+    assert runs("nothing", f"{flags} --skip-train --validation-share 0") == [EXIT_USER_ERROR]
 
 
 @pytest.mark.parametrize(

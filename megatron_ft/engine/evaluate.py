@@ -2,14 +2,13 @@
 
 import argparse
 import math
-from functools import partial
 
 import torch
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import nn
 
 from megatron_ft.engine import parallel, signals
 from megatron_ft.engine.loss import token_hits, token_losses
+from megatron_ft.engine.pipeline import run_micro_batches
 from megatron_ft.engine.rows import MicroBatch, Rows
 
 
@@ -71,18 +70,5 @@ def _count(
         sums = [losses.double() * micro.weights, micro.weights.double(), hits * counted, counted]
         return logits.new_zeros(()), torch.stack([x.sum() for x in sums])
 
-    def forward(rows, chunk):
-        micro = next(rows)
-        logits = chunk(micro.tokens, micro.position_ids, None, packed_seq_params=micro.row)
-        return logits, partial(counts_of, micro)
-
-    counted = get_forward_backward_func()(
-        forward_step_func=forward,
-        data_iterator=iter(micro_batches),
-        model=model if len(model) > 1 else model[0],
-        num_microbatches=len(micro_batches),
-        seq_length=args.seq_length * args.micro_batch_size,
-        micro_batch_size=1,
-        forward_only=True,
-    )
-    return torch.stack(counted).sum(0).tolist() if counted else []
+    counts = run_micro_batches(args, model, micro_batches, counts_of, forward_only=True)
+    return [] if counts is None else counts.sum(0).tolist()

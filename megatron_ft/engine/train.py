@@ -6,12 +6,10 @@ import json
 import math
 import time
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_ft.checkpoint.state import Checkpointer, TrainState
 from megatron_ft.engine import parallel, signals
@@ -19,6 +17,7 @@ from megatron_ft.engine.evaluate import evaluate
 from megatron_ft.engine.loss import token_losses
 from megatron_ft.engine.metrics import MetricsLog
 from megatron_ft.engine.optimizer import learning_rate
+from megatron_ft.engine.pipeline import run_micro_batches
 from megatron_ft.engine.rows import MicroBatch, Rows
 from megatron_ft.engine.schedule import Length, global_batch_at
 from megatron_ft.errors import EXIT_DONE, EXIT_RESUME, UserError
@@ -135,21 +134,8 @@ def forward_backward(
         share = (losses * micro.weights).sum() / (weight or 1.0)
         return share * scale, share.detach().clone()
 
-    def forward(rows, chunk):
-        micro = next(rows)
-        logits = chunk(micro.tokens, micro.position_ids, None, packed_seq_params=micro.row)
-        return logits, partial(loss_of, micro)
-
-    shares = get_forward_backward_func()(
-        forward_step_func=forward,
-        data_iterator=iter(micro_batches),
-        model=model if len(model) > 1 else model[0],
-        num_microbatches=len(micro_batches),
-        seq_length=args.seq_length * args.micro_batch_size,  # a micro-batch's rows lie end to end in one
-        micro_batch_size=1,
-        forward_only=False,
-    )
-    return torch.stack(shares).tolist() if shares else []
+    shares = run_micro_batches(args, model, micro_batches, loss_of)
+    return [] if shares is None else shares.tolist()
 
 
 def _share(run: Run, losses: list[float]) -> tuple[float, str | None]:

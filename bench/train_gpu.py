@@ -13,13 +13,16 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # not this folder: its tokenize.py would hide Python's
 
 import argparse
-import gc
+import json
 import random
+import subprocess
 import tempfile
 import time
+import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
+import psutil
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -31,6 +34,7 @@ from megatron_ft.engine import device
 from megatron_ft.errors import run_program
 from megatron_ft.flags import Help, Parser
 from megatron_ft.memory import GIB
+from megatron_ft.models import PRESETS
 
 
 @dataclass
@@ -52,28 +56,39 @@ def main() -> int | None:
     parser.add_argument(
         "--models", nargs="+", default=["1b", "3b", "7b"], choices=["1b", "3b", "7b"], help="which to run"
     )
+    parser.add_argument("--paths", nargs="+", choices=list(PATHS), help="which ways to run them; without it, all")
     parser.add_argument("--steps", type=int, default=5, help="timed steps, after two that are not")
     parser.add_argument("--micro-batches", type=int, default=4, help="rows of a step")
     parser.add_argument("--seq-length", type=int, default=8192, help="tokens of a row")
     parser.add_argument("--document-tokens", type=int, default=500, help="mean document")
+    parser.add_argument(
+        "--alone", metavar="FILE", help="measure the one model and path here and write the line to FILE"
+    )
     flags = parser.parse_args()
     if not torch.cuda.is_available():
         print("skipped: no GPU here; run `python bench/train_gpu.py` on a machine with one")
         return None
-    name = torch.cuda.get_device_name()
-    gpu = memory.find_gpu(name)
+    if flags.alone:
+        Path(flags.alone).write_text(json.dumps(attempt(flags.models[0], flags.paths[0], flags)))
+        return None
+    gpu = memory.find_gpu(torch.cuda.get_device_name())
     print(
-        f"{name}, torch {torch.__version__}; rows of {flags.seq_length} tokens, documents of about {flags.document_tokens}"
+        f"{torch.cuda.get_device_name()}, torch {torch.__version__}; rows of {flags.seq_length} tokens, "
+        f"documents of about {flags.document_tokens}, {flags.micro_batches} rows a step",
+        flush=True,
     )
     results, notes = [], []
     for model in flags.models:
         for path in paths_of(model):
-            result = attempt(model, path, flags)
-            if isinstance(result, Result):
-                results.append(result)
-                print(f"{model} {path}: {result.seconds:.3f} s a step, first loss {result.loss:.4f}", flush=True)
+            if flags.paths and path not in flags.paths:
+                continue
+            found = attempt_in_a_process(model, path, flags)
+            if isinstance(found, Result):
+                results.append(found)
+                print(line_of(found, gpu), flush=True)
             else:
-                notes.append(result)
+                notes.append(found)
+                print(found, flush=True)
     print()
     print_table(results, notes, gpu)
     return any("FAILED" in note for note in notes)
@@ -87,6 +102,7 @@ PATHS = {
     "packed, full recompute": "--recompute-granularity full",
     "packed, full recompute, optimizer on host": "--recompute-granularity full --optimizer-cpu-offload",
 }
+HOST_BYTES = 24  # of memory a parameter, for the optimizer on the host: weights and gradients pinned, two moments, and a copy while it is made
 
 
 def paths_of(model: str) -> list[str]:
@@ -95,16 +111,32 @@ def paths_of(model: str) -> list[str]:
     return names[:4] if model == "1b" else names[3:]
 
 
-def attempt(model: str, path: str, flags: argparse.Namespace) -> Result | str:
-    """Measure one line, or say why there is none."""
+def attempt_in_a_process(model: str, path: str, flags: argparse.Namespace) -> Result | str:
+    """One line by a process of its own: whatever ends it costs no other line, and all of its memory is given back."""
+    needed, free = HOST_BYTES * PRESETS[f"starcoderbase-{model}"].num_parameters(), psutil.virtual_memory().available
+    if "on host" in path and needed > free:
+        return f"{model} {path}: skipped, needs {needed / GIB:.0f} GiB of host memory, {free / GIB:.0f} are free"
+    with tempfile.TemporaryDirectory() as directory:
+        line = Path(directory) / "line.json"
+        words = [sys.executable, __file__, "--models", model, "--paths", path, "--alone", str(line)]
+        for name in ("steps", "micro_batches", "seq_length", "document_tokens"):
+            words += [f"--{name.replace('_', '-')}", str(getattr(flags, name))]
+        status = subprocess.run(words).returncode
+        if not line.exists():
+            return f"{model} {path}: FAILED, the process ended with status {status}"
+        found = json.loads(line.read_text())
+    return Result(**found) if isinstance(found, dict) else found
+
+
+def attempt(model: str, path: str, flags: argparse.Namespace) -> dict | str:
+    """Measure one line (the fields of a Result), or say why there is none."""
     try:
-        return measure(f"starcoderbase-{model}", path, flags)
+        return asdict(measure(f"starcoderbase-{model}", path, flags))
     except torch.OutOfMemoryError:
         return f"{model} {path}: does not fit"
     except Exception as error:  # one path that a card or an installation lacks must not cost the others' figures
+        traceback.print_exc()
         return f"{model} {path}: FAILED, {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-    finally:
-        release()
 
 
 def measure(preset: str, path: str, flags: argparse.Namespace) -> Result:
@@ -156,17 +188,6 @@ def timed(step: Callable, count: int) -> float:
         step()
     torch.cuda.synchronize()
     return (time.perf_counter() - begun) / count
-
-
-def release() -> None:
-    """Give the GPU back between models."""
-    from megatron_ft.engine.parallel import destroy
-
-    destroy()
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
 
 
 def packed_row(args: argparse.Namespace, document_tokens: int, seed: int) -> Batch:
@@ -236,17 +257,25 @@ def document_mask(cu_seqlens: Tensor, tokens: int) -> Tensor:
     return (document[:, None] == document[None]) & (places[:, None] >= places[None])
 
 
+def line_of(result: Result, gpu: memory.Gpu | None, packed: Result | None = None) -> str:
+    """One line of the table; with `packed`, how much faster that was."""
+    rate = result.flops / result.seconds
+    mfu = f"{100 * rate / gpu.peak_flops('bf16'):.1f}" if gpu else "?"
+    ratio = f"{result.seconds / packed.seconds:.2f}x" if packed else ""
+    return (
+        f"{result.model:<6}{result.path:<43}{result.seconds:>8.3f}{result.tokens / result.seconds:>10,.0f}{rate / 1e12:>9.1f}"
+        f"{mfu:>7}{result.bytes / GIB:>7.1f}{result.loss:>9.4f}{ratio:>11}"
+    )
+
+
 def print_table(results: list[Result], notes: list[str], gpu: memory.Gpu | None) -> None:
     """The figures, ratios to the packed path of the same model."""
-    print(f"{'model':<6}{'path':<43}{'step s':>8}{'tokens/s':>10}{'TFLOP/s':>9}{'MFU %':>7}{'GiB':>7}{'packed is':>11}")
-    for r in results:
-        rate = r.flops / r.seconds
-        mfu = f"{100 * rate / gpu.peak_flops('bf16'):.1f}" if gpu else "?"
-        packed = next((p.seconds for p in results if p.model == r.model and p.path == "packed"), None)
-        ratio = f"{r.seconds / packed:.2f}x" if packed else ""
-        print(
-            f"{r.model:<6}{r.path:<43}{r.seconds:>8.3f}{r.tokens / r.seconds:>10,.0f}{rate / 1e12:>9.1f}{mfu:>7}{r.bytes / GIB:>7.1f}{ratio:>11}"
-        )
+    print(
+        f"{'model':<6}{'path':<43}{'step s':>8}{'tokens/s':>10}{'TFLOP/s':>9}{'MFU %':>7}{'GiB':>7}{'loss':>9}{'packed is':>11}"
+    )
+    for result in results:
+        packed = next((p for p in results if p.model == result.model and p.path == "packed"), None)
+        print(line_of(result, gpu, packed))
     for note in notes:
         print(note)
 

@@ -101,7 +101,9 @@ def run(args: argparse.Namespace, device, started: float) -> int:
     for notice in [*args.notices, *datasets.notices]:
         log.event(notice)
     if device.type == "cuda" and not uses_transformer_engine(args):
-        if notice := slow_with_dropout(shape.attention_dropout):
+        if notice := slow_with_dropout(
+            shape.attention_dropout, chunks[0].config.params_dtype, shape.kv_channels, device
+        ):
             log.event(notice)
 
     def rows(dataset, whole: bool = True) -> Rows:

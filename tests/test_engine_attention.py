@@ -6,7 +6,13 @@ from engine_runs import dense_attention, difference_from_dense_model, golden_log
 from ranks import run_ranks
 
 from megatron_ft.engine import packed_attention
-from megatron_ft.engine.packed_attention import PackedRow, attend_by_document, flex_attend
+from megatron_ft.engine.packed_attention import (
+    PackedRow,
+    attend_by_document,
+    flash_attention_takes,
+    flex_attend,
+    slow_with_dropout,
+)
 
 ROWS = {"one document": [300], "hundreds": [1 + n % 3 for n in range(250)], "uneven": [1, 150, 2, 97, 50]}
 
@@ -39,6 +45,20 @@ def test_flex_attention_sees_the_same_documents():
     torch.testing.assert_close(out, dense_attention(query, key, value, ROWS["uneven"]), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("groups", [1, 8], ids=["multi-query", "multi-head"])
+def test_flash_attention_is_called_as_torch_wants_it(groups, dropout):
+    """On the meta device: torch's own functions of shapes and derivatives take the call; no kernel runs."""
+    bounds = torch.empty(3, device="meta", dtype=torch.int32)
+    row = PackedRow("thd", bounds, bounds, max_seqlen_q=60, max_seqlen_kv=60, lengths=[40, 60])
+    inputs = [torch.empty(100, n, 64, device="meta", dtype=torch.bfloat16) for n in (8, groups, groups)]
+    inputs = [x.requires_grad_() for x in inputs]
+    out = packed_attention._flash(*inputs, row, None, dropout)
+    assert out.shape == (100, 512) and out.dtype == torch.bfloat16
+    out.sum().backward()
+    assert [x.grad.shape for x in inputs] == [x.shape for x in inputs]
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("groups", [1, 4], ids=["multi-query", "multi-head"])
 @pytest.mark.parametrize("row", ROWS)
@@ -60,7 +80,7 @@ def test_kernels_of_a_gpu_equal_the_dense_mask(row, groups, kernel, dtype, toler
         elif attention == "flex":
             out = flex_attend(*inputs, packed, compiled=True)
         else:
-            out = packed_attention._varlen(*inputs, packed, None)
+            out = packed_attention._flash(*inputs, packed, None, dropout=0.0)
         (out * weight).mean().backward()
         results.append([out, *(x.grad for x in inputs)])
     for ours, dense in zip(*results, strict=True):
@@ -87,7 +107,27 @@ def test_logits_of_packed_rows_equal_the_branch(ranks, flags, golden):
         assert error < 1e-5
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_flash_attention_drops_what_its_backward_drops():
+    torch.manual_seed(0)
+    packed = PackedRow.from_cu_seqlens(torch.tensor([0, 100, 1000], dtype=torch.int32), torch.device("cuda"))
+    query, key, value = (torch.randn(1000, n, 64, device="cuda", dtype=torch.bfloat16) for n in (8, 1, 1))
+    value = torch.ones_like(value).requires_grad_()
+    out = packed_attention._flash(query, key, value, packed, None, dropout=0.1)
+    assert out.float().std() > 0.005 and abs(out.float().mean() - 1) < 0.01  # dropped, and scaled to make up for it
+    out.float().sum().backward()  # linear in value: sum of out = sum of gradient x value
+    torch.testing.assert_close(value.grad.float().sum(), out.float().sum(), rtol=1e-2, atol=0)
+
+
 def test_dropout_without_a_fused_kernel_is_announced(monkeypatch):
-    monkeypatch.setattr(packed_attention, "flash_attn_varlen_func", None)
-    assert "--attention-dropout 0.1" in packed_attention.slow_with_dropout(0.1)
-    assert packed_attention.slow_with_dropout(0.0) is None
+    gpu = torch.device("cuda", 0)
+    flash_attention_takes.cache_clear()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
+    assert "--attention-dropout 0.1" in slow_with_dropout(0.1, torch.float16, 128, gpu)  # V100
+    flash_attention_takes.cache_clear()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert slow_with_dropout(0.1, torch.float32, 128, gpu)
+    assert slow_with_dropout(0.1, torch.bfloat16, 20, gpu)
+    assert slow_with_dropout(0.1, torch.bfloat16, 128, gpu) is None
+    assert slow_with_dropout(0.0, torch.float32, 128, gpu) is None
+    flash_attention_takes.cache_clear()

@@ -15,6 +15,7 @@ def first_losses():
     sys.path.insert(0, str(ROOT / "bench"))
     import train_gpu
 
+    from megatron_ft.engine import parallel
     from megatron_ft.models import PRESETS
 
     PRESETS["starcoderbase-test"] = PRESETS["tiny"]
@@ -22,7 +23,7 @@ def first_losses():
     results = []
     for path in ("packed", "dense mask, fused", "dense mask, plain", "packed, full recompute"):
         result = train_gpu.measure("starcoderbase-test", path, flags)
-        train_gpu.release()
+        parallel.destroy()
         results.append(result)
     train_gpu.print_table(results, ["a note"], train_gpu.memory.GPUS["h100-80gb"])
     return [(r.loss, r.tokens, r.flops) for r in results]

@@ -1,8 +1,8 @@
 """Causal attention inside the documents of a packed row, without an [s, s] mask.
 
 `PackedAttention` is the core-attention module that the model's ModuleSpec gives to Megatron-Core. It takes the row's document bounds
-from `PackedRow` and chooses a kernel. On a GPU: torch's variable-length flash attention (half precision, no dropout), else the flash-attn package (half
-precision), else FlexAttention with a block mask (no dropout). Elsewhere: one scaled-dot-product call a document, which does everything.
+from `PackedRow` and chooses a kernel. On a GPU: torch's variable-length flash attention (half precision, Ampere or newer), else FlexAttention
+with a block mask (no dropout). Elsewhere: one scaled-dot-product call a document, which does everything.
 """
 
 import contextlib
@@ -21,10 +21,6 @@ try:
     from torch.nn.attention.varlen import varlen_attn
 except ImportError:  # torch before 2.10
     varlen_attn = None
-try:
-    from flash_attn import flash_attn_varlen_func
-except ImportError:
-    flash_attn_varlen_func = None
 
 
 @dataclass
@@ -86,12 +82,9 @@ class PackedAttention(nn.Module):
         if packed_seq_params is None:
             return self._rows(query, key, value)
         dropout = self.dropout if self.training else 0.0
-        if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
-            if not dropout and varlen_attn is not None:
-                return _varlen(query, key, value, packed_seq_params, self.scale)
-            if flash_attn_varlen_func is not None:
-                with self._random_state():
-                    return _flash(query, key, value, packed_seq_params, self.scale, dropout)
+        if query.is_cuda and flash_attention_takes(query.dtype, query.shape[-1], query.device):
+            with self._random_state():
+                return _flash(query, key, value, packed_seq_params, self.scale, dropout)
         if query.is_cuda and not dropout and isinstance(packed_seq_params, PackedRow):
             return flex_attend(query, key, value, packed_seq_params, self.scale, compiled=True)
         lengths = getattr(packed_seq_params, "lengths", None) or packed_seq_params.cu_seqlens_q.diff().tolist()
@@ -112,13 +105,21 @@ class PackedAttention(nn.Module):
         return tensor_parallel.get_cuda_rng_tracker().fork()
 
 
-def slow_with_dropout(dropout: float) -> str | None:
-    """A line for the log when no fused kernel of this GPU machine can do attention with `dropout`; None when one can."""
-    if not dropout or flash_attn_varlen_func is not None:
+@functools.cache
+def flash_attention_takes(dtype: torch.dtype, head_dim: int, device: torch.device) -> bool:
+    """Whether torch's flash attention works on this GPU with heads of `head_dim` in `dtype`."""
+    if dtype not in (torch.bfloat16, torch.float16) or head_dim % 8 or head_dim > 256:
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def slow_with_dropout(dropout: float, dtype: torch.dtype, head_dim: int, device: torch.device) -> str | None:
+    """A line for the log when no fused kernel of this GPU can do attention with `dropout`; None when one can."""
+    if not dropout or flash_attention_takes(dtype, head_dim, device):
         return None
     return (
-        f"--attention-dropout {dropout:g} without the flash-attn package: attention goes document by document, which is slow; "
-        "install flash-attn, or set --attention-dropout 0"
+        f"--attention-dropout {dropout:g} without flash attention (it takes --bf16 or --fp16 and an A100 or newer): "
+        "attention goes document by document, which is slow; set --attention-dropout 0"
     )
 
 
@@ -139,44 +140,27 @@ def attend_by_document(
 def _sdpa(query: Tensor, key: Tensor, value: Tensor, scale: float | None, dropout: float) -> Tensor:
     """Causal attention of query [b, n, s, d] and key, value [b, g, s, d]."""
     repeat = query.shape[1] // key.shape[1]
-    if repeat > 1:  # views: every query head sees its group's keys without a copy
+    if repeat > 1:  # multi-query: a view, every head sees the one key without a copy
         key, value = (
             x.unsqueeze(2).expand(-1, -1, repeat, -1, -1).reshape(x.shape[0], -1, *x.shape[2:]) for x in (key, value)
         )
     return F.scaled_dot_product_attention(query, key, value, is_causal=True, dropout_p=dropout, scale=scale)
 
 
-def _varlen(query: Tensor, key: Tensor, value: Tensor, row: PackedSeqParams, scale: float | None) -> Tensor:
-    out = varlen_attn(
-        query.contiguous(),
-        key.contiguous(),
-        value.contiguous(),
-        row.cu_seqlens_q,
-        row.cu_seqlens_kv,
-        row.max_seqlen_q,
-        row.max_seqlen_kv,
-        scale=scale,
-        window_size=(-1, 0),  # every earlier token of the document: causal
-        enable_gqa=query.shape[1] != key.shape[1],
-    )
-    return out.flatten(1)
-
-
 def _flash(
     query: Tensor, key: Tensor, value: Tensor, row: PackedSeqParams, scale: float | None, dropout: float
 ) -> Tensor:
-    out = flash_attn_varlen_func(
-        query,
-        key,
-        value,
-        row.cu_seqlens_q,
-        row.cu_seqlens_kv,
-        row.max_seqlen_q,
-        row.max_seqlen_kv,
-        dropout_p=dropout,
-        softmax_scale=scale,
-        causal=True,
-    )
+    query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
+    bounds = row.cu_seqlens_q, row.cu_seqlens_kv, row.max_seqlen_q, row.max_seqlen_kv
+    if dropout or varlen_attn is None:
+        # varlen_attn is this operator without dropout; torch's nested tensors call it with.
+        out, *_ = torch.ops.aten._flash_attention_forward(
+            query, key, value, *bounds, dropout, is_causal=True, return_debug_mask=False, scale=scale
+        )
+    else:
+        causal = (-1, 0)  # every earlier token of the document
+        grouped = query.shape[1] != key.shape[1]
+        out = varlen_attn(query, key, value, *bounds, scale=scale, window_size=causal, enable_gqa=grouped)
     return out.flatten(1)
 
 

@@ -18,10 +18,11 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # not this folder: its f
 
 from launch.slurm_job import STARTS, read_starts
 from megatron_ft.checkpoint.directory import iteration_directory, list_iterations
+from megatron_ft.engine.report import read_lines
 from megatron_ft.errors import UserError, run_program
 from megatron_ft.flags import Help, Parser
 
-METRICS = "metrics.jsonl"
+METRICS, EVENTS = "metrics.jsonl", "events.jsonl"
 COLUMNS = ("RUN", "JOB", "STATE", "STEP", "LOSS", "TOKENS/S", "ETA", "RESTARTS", "CHECKPOINT")
 TAIL_BYTES = 64 << 10  # the last lines of a long log are enough
 
@@ -87,12 +88,11 @@ def find_runs(directory: Path) -> list[Path]:
 def describe(save: Path, root: Path, starts: Sequence[dict], states: dict[str, str]) -> Run:
     """What the files of one run say."""
     run = Run(name=str(save.relative_to(root)) if save != root else save.name)
-    total = None
+    total = next((e["train_iters"] for e in reversed(read_lines(save / EVENTS)) if e["event"] == "start"), None)
     if starts:
         run.job = str(starts[-1]["job"])
         run.state = states.get(run.job, "ended")
         run.restarts = str(len(starts) - 1)
-        total = starts[-1].get("train_iters")
     steps = last_steps(save / METRICS)
     if steps:
         last = steps[-1]

@@ -45,7 +45,6 @@ def supervise(job: Job, args: argparse.Namespace, command: Sequence[str], extra_
         nodes=list(job.nodes),
         iteration=began_at,
         log=job.fields.get("StdOut"),
-        train_iters=args.train_iters,
     )
     if signals.end:
         return EXIT_RESUME

@@ -11,6 +11,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from megatron_ft.branch_flags import ACCEPTED, REFUSED, RENAMED
+from megatron_ft.data.splits import validation_share
 from megatron_ft.engine.schedule import check_rampup
 from megatron_ft.errors import UserError
 from megatron_ft.flags import LORA_TARGETS, build_parser
@@ -26,7 +27,7 @@ def parse_args(argv: Sequence[str], world_size: int = 1) -> argparse.Namespace:
     known = {option for action in parser._actions for option in action.option_strings}
     words, notices = normalise(argv, known)
     args = parser.parse_args(words)
-    args.notices = notices
+    args.notices += notices
     args.world_size = world_size
     fill_in(args)
     validate(args)
@@ -80,6 +81,10 @@ def fill_in(args: argparse.Namespace) -> None:
         args.shape = shape_from_args(args, base)
     if args.shape and args.seq_length is None:
         args.seq_length = args.shape.max_position_embeddings
+    if args.data_prefix and args.validation_share is None and validation_share(args) == 0:
+        args.notices.append(
+            "validation groups are given, so training takes all of --data-prefix; --validation-share keeps a part out"
+        )
     model_parallel = args.tensor_model_parallel_size * args.pipeline_model_parallel_size * args.context_parallel_size
     args.data_parallel_size = args.world_size // model_parallel if model_parallel > 0 else 0
     if args.global_batch_size is None:
@@ -124,8 +129,6 @@ def validate(args: argparse.Namespace) -> None:
             f"--global-batch-size {args.global_batch_size} is not a multiple of --micro-batch-size {args.micro_batch_size} x "
             f"{args.data_parallel_size} data-parallel ranks; try {max(1, round(args.global_batch_size / step)) * step}"
         )
-    if args.fp16 and args.bf16:
-        raise UserError("--fp16 and --bf16 exclude each other; keep one")
     if args.optimizer == "sgd" and args.use_distributed_optimizer:
         args.use_distributed_optimizer = False
         args.notices.append(
@@ -137,7 +140,9 @@ def validate(args: argparse.Namespace) -> None:
         args.sequence_parallel = False
         args.notices.append("--sequence-parallel needs --tensor-model-parallel-size above 1 and is off")
     if args.overlap_param_gather and not (args.use_distributed_optimizer and args.overlap_grad_reduce):
-        raise UserError("--overlap-param-gather needs --use-distributed-optimizer and --overlap-grad-reduce; add them")
+        raise UserError(
+            "--overlap-param-gather needs --use-distributed-optimizer and --overlap-grad-reduce; add them, or --no-overlap-param-gather"
+        )
     if args.reset_attention_mask and not args.reset_position_ids:
         args.notices.append("--no-reset-position-ids: positions run on over the documents of a row")
     if args.eval_iters != "full" and not args.eval_iters.isdigit():
@@ -168,7 +173,7 @@ def _validate_data(args: argparse.Namespace) -> None:
             raise UserError(f"--{split}-weighted-split-paths-path {path}: no such file")
     if not (args.data_prefix or args.train_weighted_split_paths or args.train_weighted_split_paths_path):
         raise UserError("no training data: give --data-prefix PREFIX or --train-weighted-split-paths-path FILE")
-    if not 0 <= args.validation_share < 1:
+    if not 0 <= validation_share(args) < 1:
         raise UserError(f"--validation-share {args.validation_share}: must be at least 0 and below 1, like 0.05")
     if args.packing_lookahead < 1:
         raise UserError(f"--packing-lookahead {args.packing_lookahead}: must be at least 1, like 4096")
@@ -183,20 +188,13 @@ def _validate_data(args: argparse.Namespace) -> None:
 
 
 def _validate_length(args: argparse.Namespace) -> None:
-    given = [
-        f"--train-{unit}"
-        for unit in ("iters", "samples", "tokens", "epochs")
-        if getattr(args, f"train_{unit}") is not None
-    ]
-    if len(given) != 1:
+    if all(getattr(args, f"train_{unit}") is None for unit in LENGTHS):
         raise UserError(
-            f"{' and '.join(given) + ' exclude each other' if given else 'length of training is missing'}; "
-            "give one of --train-iters, --train-samples, --train-tokens, --train-epochs"
+            f"length of training is missing; give one of {', '.join(f'--train-{unit}' for unit in LENGTHS)}"
         )
     check_rampup(args)
-    warmups = [f"--lr-warmup-{unit}" for unit in ("iters", "samples", "fraction") if getattr(args, f"lr_warmup_{unit}")]
-    if len(warmups) > 1:
-        raise UserError(f"{' and '.join(warmups)} exclude each other; keep one")
+    if args.save_epochs is not None and not args.save_epochs > 0:
+        raise UserError(f"--save-epochs {args.save_epochs:g}: must be above 0, like 1 or 0.5")
     if args.lora_rank < 0:
         raise UserError(f"--lora-rank {args.lora_rank}: must be 0 (off) or a positive rank, like 16")
     if not 0 <= args.lora_dropout < 1:

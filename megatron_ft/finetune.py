@@ -54,13 +54,14 @@ def run(args: argparse.Namespace, device, started: float) -> int:
     from megatron_ft.checkpoint.state import Checkpointer, TrainState
     from megatron_ft.data.packed_dataset import build_datasets, rows_per_epoch
     from megatron_ft.engine import parallel
+    from megatron_ft.engine.console import RunPlan
     from megatron_ft.engine.lora import add_lora
-    from megatron_ft.engine.metrics import MetricsLog, RunPlan
+    from megatron_ft.engine.metrics import MetricsLog
     from megatron_ft.engine.model import build_model, uses_transformer_engine, wrap_for_data_parallel
     from megatron_ft.engine.optimizer import build_optimizer
     from megatron_ft.engine.packed_attention import slow_with_dropout
     from megatron_ft.engine.rows import Rows
-    from megatron_ft.engine.schedule import build_scheduler, plan_length
+    from megatron_ft.engine.schedule import build_scheduler, many_epochs, plan_length
     from megatron_ft.engine.train import Run, train
     from megatron_ft.tokenizer import load_tokenizer
 
@@ -85,7 +86,7 @@ def run(args: argparse.Namespace, device, started: float) -> int:
     model = wrap_for_data_parallel(args, chunks)
     optimizer = build_optimizer(args, model)
     state = TrainState(model, optimizer, build_scheduler(args, optimizer, length))
-    checkpointer = Checkpointer(args, shape)
+    checkpointer = Checkpointer(args, shape, rows_per_epoch=epoch)
     start = checkpointer.start(state)
 
     plan = RunPlan(
@@ -98,7 +99,7 @@ def run(args: argparse.Namespace, device, started: float) -> int:
     log = MetricsLog(args, shape, plan, args.save, writes=dist.get_rank() == 0)
     checkpointer.log = log.event
     log.banner(data=datasets.train.description, start="\n".join(start.reasons))
-    for notice in [*args.notices, *datasets.notices]:
+    for notice in [*args.notices, *datasets.notices, *many_epochs(length, epoch)]:
         log.event(notice)
     if device.type == "cuda" and not uses_transformer_engine(args):
         if notice := slow_with_dropout(
@@ -161,7 +162,7 @@ def model_shape(args: argparse.Namespace) -> ModelShape:
 
 
 def check_groups(args: argparse.Namespace, datasets) -> None:
-    """Raise UserError where --best-group names no validation group, or there is nothing to stop early by."""
+    """Raise UserError where flags about validation have no group to be about."""
     if args.best_group and args.best_group not in datasets.valid:
         raise UserError(
             f"--best-group {args.best_group} is not a validation group; there are {', '.join(datasets.valid) or 'none'}"
@@ -169,6 +170,10 @@ def check_groups(args: argparse.Namespace, datasets) -> None:
     if args.skip_train and not (datasets.valid or datasets.test):
         raise UserError(
             "--skip-train has nothing to evaluate: give --valid-weighted-split-paths-path FILE, or a --validation-share above 0"
+        )
+    if args.eval_at_start and not datasets.valid:
+        raise UserError(
+            "--eval-at-start needs a validation group: give --valid-weighted-split-paths-path FILE, or a --validation-share above 0"
         )
     if args.early_stop_patience and not (datasets.valid and args.eval_interval):
         raise UserError("--early-stop-patience needs a validation group and --eval-interval above 0")

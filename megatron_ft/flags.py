@@ -6,6 +6,14 @@ from megatron_ft.errors import UserError
 from megatron_ft.models import PRESETS
 
 LORA_TARGETS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")  # layers that can have adapters
+# Arguments that say one thing in several ways. Of each row the last flag on the command line counts.
+ALTERNATIVES = (
+    ("train_iters", "train_samples", "train_tokens", "train_epochs"),
+    ("lr_warmup_iters", "lr_warmup_samples", "lr_warmup_fraction"),
+    ("lr_decay_iters", "lr_decay_samples"),
+    ("lr_wsd_decay_iters", "lr_wsd_decay_samples"),
+    ("bf16", "fp16"),
+)
 
 
 class Parser(argparse.ArgumentParser):
@@ -13,6 +21,22 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str):
         raise UserError(f"{message}; see --help")
+
+
+class LastOne(argparse.Action):
+    """A flag of ALTERNATIVES: what another of its row has set goes back to the default, with a line in `notices`.
+
+    So a flag after a script's own goes over it, though it has another name (--train-epochs over --train-iters).
+    """
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        for other in next(row for row in ALTERNATIVES if self.dest in row):
+            if other != self.dest and getattr(namespace, other) != parser.get_default(other):
+                setattr(namespace, other, parser.get_default(other))
+                namespace.notices.append(
+                    f"{option_string} comes later on the command line than {_flag(other)}, and counts"
+                )
+        setattr(namespace, self.dest, self.const if self.nargs == 0 else values)
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -46,7 +70,12 @@ def build_parser() -> Parser:
     _add_validation(parser.add_argument_group("validation").add_argument)
     _add_checkpoint(parser.add_argument_group("checkpoints").add_argument)
     _add_logging(parser.add_argument_group("logging and stopping").add_argument)
+    parser.set_defaults(notices=[])  # lines for the log
     return parser
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def _add_model(add) -> None:
@@ -86,7 +115,9 @@ def _add_data(add) -> None:
         help="one tokenized data set (PREFIX_inputs_document.bin ...); its last part validates",
     )
     add(
-        "--validation-share", type=float, default=0.05, help="share of --data-prefix, from its end, kept for validation"
+        "--validation-share",
+        type=float,
+        help="share of --data-prefix, from its end, kept for validation; when not given 0.05, or 0 beside validation groups of your own",
     )
     for split in ("train", "valid", "test"):
         add(
@@ -156,10 +187,10 @@ def _add_training(add) -> None:
         metavar=("START", "INCREMENT", "SAMPLES"),
         help="grow the global batch from START by INCREMENT over SAMPLES",
     )
-    add("--train-iters", type=int, help="length of training in optimizer steps")
-    add("--train-samples", type=int, help="length in packed rows")
-    add("--train-tokens", type=int, help="length in tokens")
-    add("--train-epochs", type=float, help="length in passes over the training groups")
+    add("--train-iters", action=LastOne, type=int, help="length of training in optimizer steps")
+    add("--train-samples", action=LastOne, type=int, help="length in packed rows")
+    add("--train-tokens", action=LastOne, type=int, help="length in tokens")
+    add("--train-epochs", action=LastOne, type=float, help="length in passes over the training groups")
     add("--optimizer", choices=["adam", "sgd"], default="adam", help="optimizer; adam decouples weight decay (AdamW)")
     add("--weight-decay", type=float, default=0.01, help="weight decay; none on biases and norms")
     add("--adam-beta1", type=float, default=0.9, help="first moment's decay")
@@ -179,14 +210,14 @@ def _add_learning_rate(add) -> None:
         default="cosine",
         help="schedule after warm-up",
     )
-    add("--lr-decay-iters", type=int, help="steps over which to decay; all when not given")
-    add("--lr-decay-samples", type=int, help="the same in rows")
-    add("--lr-warmup-iters", type=int, default=0, help="steps of linear warm-up")
-    add("--lr-warmup-samples", type=int, default=0, help="the same in rows")
-    add("--lr-warmup-fraction", type=float, help="the same as a fraction of the decay")
+    add("--lr-decay-iters", action=LastOne, type=int, help="steps over which to decay; all when not given")
+    add("--lr-decay-samples", action=LastOne, type=int, help="the same in rows")
+    add("--lr-warmup-iters", action=LastOne, type=int, default=0, help="steps of linear warm-up")
+    add("--lr-warmup-samples", action=LastOne, type=int, default=0, help="the same in rows")
+    add("--lr-warmup-fraction", action=LastOne, type=float, help="the same as a fraction of the decay")
     add("--lr-warmup-init", type=float, default=0.0, help="learning rate warm-up starts from")
-    add("--lr-wsd-decay-iters", type=int, help="last steps of WSD that decay")
-    add("--lr-wsd-decay-samples", type=int, help="the same in rows")
+    add("--lr-wsd-decay-iters", action=LastOne, type=int, help="last steps of WSD that decay")
+    add("--lr-wsd-decay-samples", action=LastOne, type=int, help="the same in rows")
     add(
         "--lr-wsd-decay-style",
         choices=["exponential", "linear", "cosine", "minus_sqrt"],
@@ -196,8 +227,9 @@ def _add_learning_rate(add) -> None:
 
 
 def _add_precision(add) -> None:
-    add("--bf16", action="store_true", help="bfloat16 weights and activations, fp32 master weights")
-    add("--fp16", action="store_true", help="float16 with loss scaling, fp32 master weights")
+    switch = {"action": LastOne, "nargs": 0, "const": True, "default": False}
+    add("--bf16", **switch, help="bfloat16 weights and activations, fp32 master weights")
+    add("--fp16", **switch, help="float16 with loss scaling, fp32 master weights")
     add("--loss-scale", type=float, help="fixed fp16 loss scale; dynamic when not given")
     add("--initial-loss-scale", type=float, default=2.0**16, help="first dynamic loss scale")
     add("--min-loss-scale", type=float, default=1.0, help="smallest dynamic loss scale")
@@ -222,10 +254,16 @@ def _add_parallel(add) -> None:
         default=True,
         help="shard optimizer state over data parallel ranks",
     )
-    add("--overlap-grad-reduce", action="store_true", help="reduce gradients during backward")
+    add(
+        "--overlap-grad-reduce",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="reduce gradients during backward",
+    )
     add(
         "--overlap-param-gather",
-        action="store_true",
+        action=argparse.BooleanOptionalAction,
+        default=False,
         help="gather weights during forward (with the distributed optimizer)",
     )
     add("--distributed-timeout-minutes", type=float, default=10, help="a collective that waits longer fails")
@@ -269,6 +307,7 @@ def _add_lora(add) -> None:
 
 def _add_validation(add) -> None:
     add("--eval-interval", type=int, default=1000, help="steps between validations; 0 is never")
+    add("--eval-at-start", action="store_true", help="validate before the first step too, as iteration 0")
     add("--eval-iters", default="10", help="global batches a group, or 'full' for its whole range once")
     add("--skip-train", action="store_true", help="validate and test every group once, train and save nothing")
     add("--best-group", help="validation group whose loss marks the best checkpoint; the first when not given")
@@ -289,6 +328,12 @@ def _add_checkpoint(add) -> None:
         )
     add("--save-interval", type=int, default=250, help="steps between checkpoints")
     add("--save-interval-mins", type=float, help="minutes between checkpoints, besides --save-interval")
+    add(
+        "--save-epochs",
+        type=float,
+        metavar="X",
+        help="a checkpoint every X epochs as well (0.5, 1, ...), kept for ever",
+    )
     add("--keep-last", type=int, default=2, help="newest checkpoints kept; 0 keeps all")
     add("--keep-every", type=int, help="iterations divisible by this are kept for ever")
     add("--async-save", action="store_true", help="write checkpoints in the background")

@@ -81,6 +81,7 @@ def branch_micro_batch(batches, number: int, average: str = "microbatch"):
         row=PackedRow.from_cu_seqlens(bounds),
         samples=[],
         weight=weights.sum(dtype=torch.float64).item(),
+        loss_tokens=0,
         document_tokens=0,
         squared_lengths=0,
     )

@@ -45,8 +45,7 @@ def test_batch_sizes_follow_the_layout(base):
         (["--pipeline-model-parallel-size", "3"], 3, ["--pipeline-model-parallel-size 3", "4 layers"]),
         (["--tensor-model-parallel-size", "2"], 3, ["3 processes", "multiple of 2"]),
         (["--global-batch-size", "3", "--micro-batch-size", "2"], 1, ["--global-batch-size 3", "try 4"]),
-        (["--fp16", "--bf16"], 1, ["--fp16 and --bf16"]),
-        (["--train-epochs", "1"], 1, ["--train-iters and --train-epochs"]),
+        (["--save-epochs", "0"], 1, ["--save-epochs 0", "above 0"]),
         (["--seq-length", "4096"], 1, ["--seq-length 4096", "1024 positions"]),
         (["--validation-share", "1.5"], 1, ["--validation-share 1.5"]),
         (["--eval-iters", "some"], 1, ["--eval-iters some", "'full'"]),
@@ -74,6 +73,25 @@ def test_what_is_missing_is_asked_for(base):
         at = base.index(flag)
         with pytest.raises(UserError, match=asked):
             parse_args(base[:at] + base[at + 2 :])
+
+
+@pytest.mark.parametrize(
+    "flags, settled, notices",
+    [
+        ("--train-epochs 2", {"train_epochs": 2.0, "train_iters": None}, ["--train-epochs"]),
+        ("--train_samples=9 --train-iters 7", {"train_samples": None, "train_iters": 7}, ["--train-samples", "--train-iters"]),
+        ("--lr-warmup-fraction 0.1 --lr-warmup-iters 5", {"lr_warmup_fraction": None, "lr_warmup_iters": 5}, ["--lr-warmup-iters"]),
+        ("--lr-warmup-iters 5 --lr-warmup-samples 0", {"lr_warmup_iters": 0, "lr_warmup_samples": 0}, ["--lr-warmup-samples"]),
+        ("--lr-warmup-iters 0 --lr-warmup-fraction 0.1", {"lr_warmup_iters": 0, "lr_warmup_fraction": 0.1}, []),
+        ("--lr-decay-iters 5 --lr-decay-samples 9", {"lr_decay_iters": None, "lr_decay_samples": 9}, ["--lr-decay-samples"]),
+        ("--bf16 --fp16", {"bf16": False, "fp16": True}, ["--fp16"]),
+        ("--train-iters 3", {"train_iters": 3}, []),
+    ],
+)  # fmt: skip
+def test_of_flags_that_say_the_same_the_last_counts(base, flags, settled, notices):
+    args = parse_args([*base, *flags.split()])
+    assert {name: getattr(args, name) for name in settled} == settled
+    assert [notice.split()[0] for notice in args.notices] == notices, args.notices
 
 
 def test_the_branchs_flags_without_effect_are_taken_with_a_notice(base):

@@ -9,6 +9,9 @@ import pytest
 from checkpoint_runs import DROPOUT, FLAGS, LAYOUTS, steps, the_end, train, write_inputs
 from ranks import run_ranks
 
+from megatron_ft.arguments import parse_args
+from megatron_ft.data.packed_dataset import rows_per_epoch
+
 NO_DROPOUT = "--hidden-dropout 0 --attention-dropout 0"
 
 
@@ -196,6 +199,24 @@ def test_directories_that_cannot_be_resumed_are_explained(three, inputs, tmp_pat
     status, reasons = start(untracked)
     assert status == "0" and "is missing; found by looking: iteration 6" in reasons
     assert (untracked / tracker).read_text() == "7"
+
+
+def test_a_checkpoint_every_half_epoch_is_kept_whatever_the_batch_and_however_often_it_is_resumed(inputs, tmp_path):
+    save = tmp_path / "save"
+    flags = "--save-epochs 0.5 --train-epochs 2.5 --save-interval 1 --keep-last 1 --micro-batch-size 1 --rampup-batch-size 2 1 13"
+    starts = 1
+    while statuses(run("1", inputs, save, NO_DROPOUT, flags, "--exit-interval 9")) == {75}:
+        starts += 1
+    assert starts > 2
+    done = {step["iteration"]: step["consumed_samples"] for step in steps(save)}
+    period = 0.5 * rows_per_epoch(parse_args(f"{FLAGS} {inputs} --train-iters 1".split()))
+    expected = {next(i for i, samples in done.items() if samples >= k * period) for k in (1, 2, 3, 4, 5)}
+    assert max(expected) == max(done) and len(expected) == 5
+    assert {int(path.name.removeprefix("iter_")) for path in save.glob("iter_*")} == expected
+
+    save = tmp_path / "alone"  # with no other reason to save
+    assert statuses(run("1", inputs, save, NO_DROPOUT, flags, "--save-interval 0 --keep-last 2")) == {0}
+    assert {int(path.name.removeprefix("iter_")) for path in save.glob("iter_*")} == expected
 
 
 def test_keeps_the_last_the_best_and_every_nth(inputs, tmp_path):

@@ -18,6 +18,10 @@ LAYOUTS = {
         4,
         "--pipeline-model-parallel-size 2 --overlap-grad-reduce --overlap-param-gather",
     ),
+    "TP2 DP2, sequence parallel, overlap": (
+        4,
+        "--tensor-model-parallel-size 2 --sequence-parallel --overlap-grad-reduce --overlap-param-gather",
+    ),
     "TP2 PP2, sequence parallel": (
         4,
         "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --sequence-parallel --recompute-granularity full",

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron_ft.arguments import parse_args
-from megatron_ft.engine.schedule import build_scheduler, global_batch_at, plan_length, samples_of
+from megatron_ft.engine.schedule import Length, build_scheduler, global_batch_at, many_epochs, plan_length, samples_of
 from megatron_ft.errors import UserError
 
 
@@ -35,6 +35,12 @@ def test_length_follows_from_any_unit(tmp_path, text, rows_per_epoch, iterations
     length = plan_length(args, rows_per_epoch)
     assert (length.iterations, length.samples) == (iterations, samples)
     assert samples_of(args, iterations) == samples
+
+
+def test_more_than_ten_epochs_are_remarked_on():
+    (line,) = many_epochs(Length(10_000, 1_280_000), 31_000)
+    assert line.startswith("41.3 epochs of 31,000 rows") and "--train-epochs" in line
+    assert many_epochs(Length(10, 100), 10) == []
 
 
 def test_ramp_up_is_megatrons(tmp_path):

@@ -7,6 +7,8 @@ import pytest
 from engine_runs import finetune, finetune_error
 from ranks import run_ranks
 
+from megatron_ft.arguments import parse_args
+from megatron_ft.data.packed_dataset import build_datasets
 from megatron_ft.engine.metrics import DETERMINISTIC_KEYS
 from megatron_ft.errors import EXIT_DONE, EXIT_RESUME, EXIT_USER_ERROR
 
@@ -187,6 +189,45 @@ def test_named_groups_are_validated_and_tested_once(runs, golden):
         (2, "one"), (2, "two"), (3, "one"), (3, "two"), (3, "test two"),
     ]  # fmt: skip
     assert lines[-1]["loss"] == lines[-2]["loss"] != lines[-3]["loss"]
+
+
+def test_validation_before_the_first_step_is_a_baseline_and_not_repeated(runs):
+    flags = (
+        "--eval-at-start --train-iters 4 --global-batch-size 2 --eval-interval 2 --eval-iters 1 --lr 10 --clip-grad 0"
+    )
+    assert runs("whole", flags, 2) == [EXIT_DONE] * 2
+    assert runs("stopped", flags, 2, "SIGTERM-in-validation 1") == [EXIT_RESUME] * 2
+    assert not (runs.tmp_path / "stopped/validation.jsonl").exists()
+    assert runs("stopped", flags, 2, "SIGTERM-in-step 1") == [EXIT_RESUME] * 2
+    assert column(runs.validations("stopped"), "iteration") == [0]
+    assert runs("stopped", flags, 2) == [EXIT_DONE] * 2
+    assert column(runs.validations("stopped"), "iteration") == [0, 2, 4]
+    assert runs.validations("stopped") == runs.validations("whole")
+    losses = column(runs.validations("whole"), "loss")
+    assert losses[0] < min(losses[1:]), "this learning rate makes the model worse"
+    best = (runs.tmp_path / "whole/best_checkpointed_iteration.txt").read_text()
+    assert int(best) == (2 if losses[1] <= losses[2] else 4)
+    assert f"{losses[0]:.4f} before the first step, last" in (runs.tmp_path / "whole/report.html").read_text()
+
+
+def test_a_start_anew_replaces_the_baseline(runs):
+    flags = "--eval-at-start --train-iters 1 --save-interval 0 --eval-interval 0 --eval-iters 1 --lr 1e30 --global-batch-size 2"
+    for _ in range(2):  # ends without a checkpoint, as a run does that is killed early
+        assert runs("anew", f"{flags} --clip-grad 0 --train-iters 3") == [EXIT_USER_ERROR]
+        assert column(runs.validations("anew"), "iteration") == [0]
+
+
+def test_loss_tokens_are_counted_alike_under_every_weighting(runs, golden):
+    flags = "--train-iters 2 --global-batch-size 4 --eval-interval 0 --validation-share 0"
+    counts = {}
+    for name, more, ranks in (("plain", "", 1), ("normed", "--norm-target-loss --loss-average microbatch", 2)):
+        assert runs(name, f"{flags} {more}", ranks) == [EXIT_DONE] * ranks
+        counts[name] = column(runs.steps(name), "loss_tokens")
+    assert counts["plain"] == counts["normed"]
+    args = parse_args([*runs.common, *flags.split(), "--preset", "tiny"])
+    rows = build_datasets(args, train_samples=8, pad=0).train
+    targets = [int(((~rows[i].is_inputs[1:]) & (rows[i].segment_ids[1:] > 0)).sum()) for i in range(8)]
+    assert counts["plain"] == [sum(targets[:4]), sum(targets[4:])]
 
 
 def test_early_stop_keeps_and_marks_the_best(runs):

@@ -15,7 +15,8 @@ import pytest
 from conftest import ROOT
 
 from megatron_ft.arguments import parse_args
-from megatron_ft.engine.metrics import DETERMINISTIC_KEYS, TIMING_KEYS, MetricsLog, RunPlan, Spikes, clock
+from megatron_ft.engine.console import RunPlan, clock
+from megatron_ft.engine.metrics import DETERMINISTIC_KEYS, TIMING_KEYS, MetricsLog, Spikes
 from megatron_ft.engine.report import POINTS, read_lines, thin, write_report
 from megatron_ft.errors import UserError
 from megatron_ft.memory import flops_per_token
@@ -40,7 +41,9 @@ def record(iteration, loss=None):
         "grad_norm": 1.5,
         "loss_scale": 1.0,
         "global_batch_size": 4,
+        "loss_tokens": 100,
         "fill_rate": 0.975,
+        "skipped_iterations": 0,
         "squared_lengths": 40_000,
         "step_seconds": 0.5,
     }
@@ -90,7 +93,7 @@ def test_metrics_hold_each_iteration_once_after_a_resume_with_lost_steps(tmp_pat
     assert len({len(line) for line in shown}) == 1, "interval lines are aligned"
     columns = [[m.start() for m in re.finditer(r"\|", line)] for line in shown]
     assert all(c == columns[0] for c in columns)
-    assert "fill  97.5 %" in shown[-1] and "ETA 0:00:00" in shown[-1]
+    assert "fill  97.5 %" in shown[-1] and "in loss  25.0 %" in shown[-1] and "ETA 0:00:00" in shown[-1]
 
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

@@ -69,6 +69,12 @@ def test_groups_by_flags(tmp_path):
     assert groups_of(args, "valid") == [Group("valid", (Part(1.0, 0.75, 1, "x", "--data-prefix"),))]
     assert groups_of(args, "test") == []
     assert groups_of(training_flags("--data-prefix", "x", "--validation-share", "0"), "valid") == []
+    valid = ("--data-prefix", "x", "--valid-weighted-split-paths", "own: 1 0:1 y")
+    for share, end in (((), 1), (("--validation-share", "0.1"), 0.9)):
+        args = training_flags(*valid, *share)
+        assert simple(groups_of(args, "train")) == [("train", [(1.0, 0, end, "x")])]
+        assert simple(groups_of(args, "valid")) == [("own", [(1.0, 0.0, 1.0, "y")])]
+        assert [n for n in args.notices if "training takes all of --data-prefix" in n] == args.notices[: end == 1]
     args = training_flags(
         "--train-weighted-split-paths", "a: 1 0:1 x", "b: 1 0:1 y",
         "--valid-weighted-split-paths", "a: 1 0:1 x", "a: 1 0:1 y",

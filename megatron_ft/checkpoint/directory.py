@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 import threading
+from collections.abc import Collection
 from pathlib import Path
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -98,16 +99,41 @@ def remove_leftovers(save: Path) -> list[str]:
     return sorted(path.name for path in leftovers)
 
 
-def superseded(iterations: list[int], *, keep_last: int, keep_every: int | None, best: int | None) -> list[int]:
-    """Iterations that may go: not among the newest `keep_last` (0 keeps all), no multiple of `keep_every`, not the best.
+def superseded(
+    iterations: list[int],
+    *,
+    keep_last: int,
+    keep_every: int | None,
+    best: int | None,
+    period_ends: Collection[int] = (),
+) -> list[int]:
+    """Iterations that may go: not among the newest `keep_last` (0 keeps all), no multiple of `keep_every`, not the best, none of `period_ends`.
 
     >>> superseded([60, 50, 40, 30, 20, 10], keep_last=2, keep_every=30, best=10)
     [40, 20]
     """
     if keep_last == 0:
         return []
+    kept = {best, *period_ends}
     newest_first = sorted(iterations, reverse=True)
-    return [i for i in newest_first[keep_last:] if i != best and not (keep_every and i % keep_every == 0)]
+    return [i for i in newest_first[keep_last:] if i not in kept and not (keep_every and i % keep_every == 0)]
+
+
+def periods(samples: int, period: float) -> int:
+    """How many whole periods of `period` rows `samples` rows make; rounding errors of 0.1 x 30 and the like do not count."""
+    return int(samples / period + 1e-9)
+
+
+def period_ends(samples: dict[int, int], period: float) -> set[int]:
+    """Of checkpoints {iteration: consumed samples}, the first at or past each multiple of `period` rows.
+
+    >>> sorted(period_ends({1: 8, 2: 16, 3: 24, 4: 32, 5: 40, 6: 48}, 20))
+    [3, 5]
+    """
+    ends: dict[int, int] = {}
+    for iteration in sorted(samples):
+        ends.setdefault(periods(samples[iteration], period), iteration)
+    return {iteration for number, iteration in ends.items() if number > 0}
 
 
 def free_bytes(save: Path) -> int:

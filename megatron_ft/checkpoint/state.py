@@ -8,6 +8,7 @@
 Every method is collective: all ranks call it at the same step, what is decided is decided on rank 0, and what fails anywhere fails everywhere.
 """
 
+import contextlib
 import shutil
 import time
 from argparse import Namespace
@@ -55,8 +56,18 @@ class _Pending:
 class Checkpointer:
     """Keeps the checkpoints of one run in `args.save`. `log` takes a line; only rank 0 calls it."""
 
-    def __init__(self, args: Namespace, shape: ModelShape, log: Callable[[str], None] = print) -> None:
+    def __init__(
+        self,
+        args: Namespace,
+        shape: ModelShape,
+        log: Callable[[str], None] = print,
+        *,
+        rows_per_epoch: int | None = None,
+    ) -> None:
         self.args, self.shape = args, shape
+        self.period = (
+            args.save_epochs * rows_per_epoch if args.save_epochs else None
+        )  # rows between --save-epochs's saves
         self.save_directory = Path(args.save).absolute() if args.save else None
         self.ranks = Together()
         self.log = log
@@ -64,7 +75,7 @@ class Checkpointer:
         self.token = ""
         self.failures = self.failures_in_a_row = 0
         self.last_saved = -1
-        self._last_save_time = time.monotonic()
+        self._last_save_time, self._last_save_samples = time.monotonic(), 0
         self._pending: _Pending | None = None
         self._base: dict | None = None  # the weights that LoRA adapters belong to
 
@@ -133,7 +144,7 @@ class Checkpointer:
             except Damaged as error:
                 damage.append(f"{where.name}: {error}")
                 continue
-            self.last_saved = iteration
+            self.last_saved, self._last_save_samples = iteration, state.consumed_samples
             skipped = iterations[: len(damage)]
             self.ranks.on_rank_0(lambda skipped=skipped: self._put_aside(skipped))
             lines = [
@@ -210,6 +221,10 @@ class Checkpointer:
         self.poll()
         if self.args.save_interval and state.iteration % self.args.save_interval == 0:
             return True
+        if self.period and directory.periods(state.consumed_samples, self.period) > directory.periods(
+            self._last_save_samples, self.period
+        ):
+            return True
         if not self.args.save_interval_mins:
             return False
         minutes = (time.monotonic() - self._last_save_time) / 60
@@ -237,7 +252,7 @@ class Checkpointer:
         writer = RankWriter(staging, self.ranks.rank, items, background=self.args.async_save)
         writer.start()
         self._pending = _Pending(state.iteration, staging, writer, manifest, best)
-        self._last_save_time = time.monotonic()
+        self._last_save_time, self._last_save_samples = time.monotonic(), state.consumed_samples
         return True if self.args.async_save else self.wait()
 
     def _open_staging(self, staging: Path) -> None:
@@ -315,13 +330,24 @@ class Checkpointer:
     def _delete_superseded(self, best: int | None) -> None:
         """Rank 0: what cannot be deleted is said, and no reason to stop saving."""
         save, args = self.save_directory, self.args
+        iterations = directory.list_iterations(save)
+        ends = directory.period_ends(self._consumed_samples(iterations), self.period) if self.period else ()
         for old in directory.superseded(
-            directory.list_iterations(save), keep_last=args.keep_last, keep_every=args.keep_every, best=best
+            iterations, keep_last=args.keep_last, keep_every=args.keep_every, best=best, period_ends=ends
         ):
             try:
                 directory.discard(directory.iteration_directory(save, old))
             except OSError as error:
                 self.log(f"warning: {error.filename} could not be deleted: {error.strerror}")
+
+    def _consumed_samples(self, iterations: list[int]) -> dict[int, int]:
+        """Rows that each checkpoint's run had seen, as their manifests say; a damaged one says nothing."""
+        found = {}
+        for iteration in iterations:
+            with contextlib.suppress(Damaged):
+                manifest = read_manifest(directory.iteration_directory(self.save_directory, iteration))
+                found[iteration] = manifest.state["consumed_samples"]
+        return found
 
     def _mark_best(self, state: TrainState) -> None:
         """Rank 0: write into a checkpoint that is there already that it is the best."""

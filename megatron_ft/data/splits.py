@@ -41,7 +41,7 @@ class Group:
 def groups_of(args: argparse.Namespace, split: str) -> list[Group]:
     """The groups of `split` ("train", "valid", "test") that the flags ask for; [] when there are none. Raises UserError.
 
-    `--data-prefix` gives one group for training, and one for validation named "valid" from its last `--validation-share`.
+    `--data-prefix` gives one group for training, and, where no others are named, one for validation called "valid" from its last `--validation-share`.
     """
     path = getattr(args, f"{split}_weighted_split_paths_path")
     given = getattr(args, f"{split}_weighted_split_paths")
@@ -51,7 +51,7 @@ def groups_of(args: argparse.Namespace, split: str) -> list[Group]:
         flag = f"--{split}-weighted-split-paths"
         groups = [group for i, text in enumerate(given, 1) for group in parse_line(text, f"{flag}, group {i}")]
     elif args.data_prefix and split != "test":
-        bound, where = 1 - args.validation_share, "--data-prefix"
+        bound, where = 1 - validation_share(args), "--data-prefix"
         start, end = (0, bound) if split == "train" else (bound, 1)
         groups = [Group(split, (Part(1.0, start, end, args.data_prefix, where),))] if end > start else []
     else:
@@ -63,6 +63,13 @@ def groups_of(args: argparse.Namespace, split: str) -> list[Group]:
         )
     _check_names_differ(groups, split)
     return groups
+
+
+def validation_share(args: argparse.Namespace) -> float:
+    """Share of `--data-prefix` that is kept out of training: 0.05 when the flag is not given, nothing where other documents validate."""
+    if args.validation_share is not None:
+        return args.validation_share
+    return 0.0 if args.valid_weighted_split_paths or args.valid_weighted_split_paths_path else 0.05
 
 
 def read_split_file(path: str | Path) -> list[Group]:

@@ -117,13 +117,12 @@ def summary(steps: list[dict], validations: list[dict]) -> str:
     for group in dict.fromkeys(line["group"] for line in validations):
         of_group = [line for line in validations if line["group"] == group and line["loss"] is not None]
         if of_group:
-            best = min(of_group, key=lambda line: line["loss"])
-            rows.append(
-                (
-                    f"Validation {group}",
-                    f"last {of_group[-1]['loss']:.4f}, best {best['loss']:.4f} at {best['iteration']:,}",
-                )
-            )
+            untrained = [f"{line['loss']:.4f} before the first step" for line in of_group if line["iteration"] == 0]
+            trained = [line for line in of_group if line["iteration"] > 0]
+            if trained:
+                best = min(trained, key=lambda line: line["loss"])
+                untrained.append(f"last {trained[-1]['loss']:.4f}, best {best['loss']:.4f} at {best['iteration']:,}")
+            rows.append((f"Validation {group}", ", ".join(untrained)))
     return "<table>" + "".join(f"<tr><th>{html.escape(k)}<td>{html.escape(v)}" for k, v in rows) + "</table>"
 
 
@@ -135,7 +134,9 @@ def history(events: list[dict]) -> str:
     for event in events[-200:]:
         when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(event["time"]))
         what = event["event"] + "".join(
-            f"; {name}: {text}" for name, text in event.items() if name not in ("event", "iteration", "time", "part")
+            f"; {name.replace('_', ' ')}: {text}"
+            for name, text in event.items()
+            if name not in ("event", "iteration", "time", "part")
         )
         rows.append(f"<tr><td>{when}<td class=n>{event['iteration']:,}<td>{html.escape(what)}")
     return "<h2>What happened</h2><table><tr><th>when<th>step<th>" + "".join(rows) + "</table>"

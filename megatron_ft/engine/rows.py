@@ -28,6 +28,7 @@ class MicroBatch:
     row: PackedRow
     samples: list[int]  # row numbers in the data set
     weight: float  # sum of `weights`
+    loss_tokens: int  # positions whose loss counts, whatever it weighs
     document_tokens: int  # positions that hold documents
     squared_lengths: int  # sum of squared document lengths
 
@@ -117,6 +118,7 @@ def micro_batch_from(batch: Batch, loss_mask: Tensor, average: str, samples: lis
         row=PackedRow.from_cu_seqlens(batch.cu_seqlens),
         samples=samples,
         weight=weights.sum(dtype=torch.float64).item(),
+        loss_tokens=int(loss_mask.count_nonzero()),
         document_tokens=int(documents.sum()),
         squared_lengths=int((documents**2).sum()),
     )

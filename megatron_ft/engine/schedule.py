@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from megatron_ft.errors import UserError
 
+MANY_EPOCHS = 10
+
 
 @dataclass(frozen=True)
 class Length:
@@ -66,6 +68,16 @@ def plan_length(args: argparse.Namespace, rows_per_epoch: int | None = None) -> 
     if not iterations:
         raise UserError("the run has no steps: give a length of training above 0")
     return Length(iterations, samples)
+
+
+def many_epochs(length: Length, rows_per_epoch: int) -> list[str]:
+    """A line for the log when the run reads the training data more often than is usual for fine-tuning."""
+    epochs = length.samples / rows_per_epoch
+    if epochs <= MANY_EPOCHS:
+        return []
+    return [
+        f"{epochs:.1f} epochs of {rows_per_epoch:,} rows: more than {MANY_EPOCHS} are unusual in fine-tuning; --train-epochs 2 says fewer"
+    ]
 
 
 def samples_of(args: argparse.Namespace, iterations: int) -> int:

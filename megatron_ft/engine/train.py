@@ -45,7 +45,9 @@ def train(run: Run) -> int:
     args, state = run.args, run.state
     if args.skip_train:
         return _evaluate_only(run)
-    stop = _validate_if_due(run)  # a run stopped during a validation does it again
+    stop = _validate_at_start(run)
+    if stop is None:
+        stop = _validate_if_due(run)  # a run stopped during a validation does it again
     while stop is None and state.iteration < run.length.iterations and not _stopped_early(state):
         stop = step(run)
         if stop is None:
@@ -72,8 +74,9 @@ def step(run: Run) -> str | None:
     following = state.consumed_samples + batch
     next_batch = global_batch_at(args, following) if following < run.length.samples else 0
     micro_batches = run.train_rows.step(state.consumed_samples, batch, next_batch)
-    weight, tokens, squared_lengths = parallel.sum_over_data_parallel(
-        [sum(getattr(m, name) for m in micro_batches) for name in ("weight", "document_tokens", "squared_lengths")]
+    sums = ("weight", "loss_tokens", "document_tokens", "squared_lengths")
+    weight, loss_tokens, tokens, squared_lengths = parallel.sum_over_data_parallel(
+        [sum(getattr(m, name) for m in micro_batches) for name in sums]
     )
     parallel.seed_step(args.seed, state.iteration)
     losses = forward_backward(args, state.model, state.optimizer, micro_batches, weight, run.vocab_size)
@@ -101,6 +104,7 @@ def step(run: Run) -> str | None:
             "grad_norm": grad_norm if updated else None,
             "loss_scale": float(state.optimizer.get_loss_scale()) if args.fp16 else 1.0,
             "global_batch_size": batch,
+            "loss_tokens": int(loss_tokens),
             "fill_rate": tokens / (batch * args.seq_length),
             "skipped_iterations": state.skipped_iterations,
             "squared_lengths": squared_lengths,
@@ -183,6 +187,17 @@ def _end_with_provenance(run: Run, what: str, micro_batches: list[MicroBatch], l
     )
 
 
+def _validate_at_start(run: Run) -> str | None:
+    """The validation of --eval-at-start: what training starts from, to compare with. It is never the best, and a resumed run has done it."""
+    if not run.args.eval_at_start or run.state.iteration:
+        return None
+    records = _evaluate_groups(run, run.valid_rows)
+    if records is None:
+        return signals.received() or "a signal to another rank"
+    _log_validations(run, records)
+    return None
+
+
 def _validate_if_due(run: Run) -> str | None:
     """Validate every group where --eval-interval says so; returns a signal's name if one came meanwhile."""
     args, state = run.args, run.state
@@ -198,8 +213,7 @@ def _validate(run: Run) -> str | None:
     records = _evaluate_groups(run, run.valid_rows)
     if records is None:
         return signals.received() or "a signal to another rank"
-    for group, record in records.items():
-        run.log.validation(state.iteration, group, record)
+    _log_validations(run, records)
     group = args.best_group or next(iter(records))
     loss = records[group]["loss"]
     loss = loss if math.isfinite(loss) else math.inf  # a group without output tokens has none
@@ -232,6 +246,11 @@ def _evaluate_groups(run: Run, groups: dict[str, Rows]) -> dict[str, dict] | Non
     return records
 
 
+def _log_validations(run: Run, records: dict[str, dict]) -> None:
+    for group, record in records.items():
+        run.log.validation(run.state.iteration, group, record)
+
+
 def _evaluate_only(run: Run) -> int:
     """Every validation and test group once, for --skip-train; the state stays as it was loaded."""
     groups = {**run.valid_rows, **{f"test {name}": rows for name, rows in run.test_rows.items()}}
@@ -239,8 +258,7 @@ def _evaluate_only(run: Run) -> int:
     if records is None:
         run.log.event("stopped by a signal; start the same command again")
         return EXIT_RESUME
-    for group, record in records.items():
-        run.log.validation(run.state.iteration, group, record)
+    _log_validations(run, records)
     return EXIT_DONE
 
 
@@ -260,8 +278,7 @@ def _finish(run: Run) -> int:
     if stop is None and not _logged(run, [f"test {group}" for group in run.test_rows]):
         records = _evaluate_groups(run, run.test_rows)
         stop = None if records is not None else signals.received() or "a signal to another rank"
-        for group, record in (records or {}).items():
-            run.log.validation(state.iteration, f"test {group}", record)
+        _log_validations(run, {f"test {group}": record for group, record in (records or {}).items()})
     if stop is not None:
         run.log.event(f"stopped by {stop} after the last step; start the same command again for what is left")
         return EXIT_RESUME

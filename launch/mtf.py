@@ -37,11 +37,11 @@ SHAPE = (
     "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "max_position_embeddings", "layernorm_epsilon", "init_method_std",
     "hidden_dropout", "attention_dropout",
 )  # fmt: skip
-# Written below in another way, or saying what the branch does anyway.
+# Written below in another way, saying what the branch does anyway, or about speed alone.
 HANDLED = {
     "help", "preset", "attention_head_type", "data_prefix", "validation_share", "tokenizer_file", "packing", "overlong", "loss_average",
     "softmax_over_padding", "train_tokens", "save", "load", "finetune_from", "from_scratch", "finetune", "no_load_optim", "no_load_rng",
-    "reset_progress", "distributed_timeout_minutes", "exit_duration_in_mins", "recompute_activations", *SHAPE, *SAME_VALUE, *SAME_SWITCH,
+    "reset_progress", "train_epochs", "overlap_grad_reduce", "overlap_param_gather", "distributed_timeout_minutes", "exit_duration_in_mins", "recompute_activations", *SHAPE, *SAME_VALUE, *SAME_SWITCH,
     *(f"{split}_weighted_split_paths{end}" for split in ("train", "valid", "test") for end in ("", "_path")),
 }  # fmt: skip
 
@@ -197,6 +197,10 @@ def _check(args: argparse.Namespace, common: Sequence[str]) -> None:
             raise UserError(
                 f"{action.option_strings[0]} has no counterpart in the mtf branch; leave it out, or use --engine megatron-core"
             )
+    if args.train_epochs is not None:
+        raise UserError(
+            "--train-epochs: the mtf branch counts steps or rows; add --train-iters or --train-samples after it"
+        )
     if args.eval_iters == "full":
         raise UserError("--eval-iters full: the mtf branch takes a number")
     if args.lr_decay_style not in ("constant", "linear", "cosine"):

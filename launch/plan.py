@@ -71,6 +71,8 @@ class Proposal:
         words += [f"--pipeline-model-parallel-size {layout.pipeline_parallel}"] if layout.pipeline_parallel > 1 else []
         words += ["--sequence-parallel"] if layout.sequence_parallel else []
         words += [f"--recompute-granularity {layout.recompute}"] if layout.recompute else []
+        overlaps = layout.distributed_optimizer and layout.data_parallel > 1 and not layout.optimizer_cpu_offload
+        words += ["--overlap-grad-reduce --overlap-param-gather"] if overlaps else []
         rows = layout.micro_batch * layout.num_microbatches * layout.data_parallel
         return " ".join([*words, f"--micro-batch-size {layout.micro_batch}", f"--global-batch-size {rows}"])
 

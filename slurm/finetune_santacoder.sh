@@ -11,7 +11,8 @@
 #SBATCH --output=%x-%j.log
 # SantaCoder, 1.1 B: one node, data parallel 8.
 #   DATA_PREFIX=data/commits TOKENIZER_FILE=tokenizer.json LOAD=checkpoints/base bash slurm/finetune_santacoder.sh [flags]
-# or sbatch [options] slurm/finetune_santacoder.sh [flags]. Flags of the training program and sbatch's options override what stands here.
+# or sbatch [options] slurm/finetune_santacoder.sh [flags]. Flags of the training program and sbatch's options override what
+# stands here, those of the same meaning too: --train-iters 500 goes over --train-epochs, --lr-warmup-iters over --lr-warmup-fraction, --fp16 over --bf16.
 script=$(realpath -- "$0")
 if [ -n "${SLURM_JOB_ID:-}" ]; then script=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=//p'); fi # SLURM runs a copy
 # shellcheck source=launch/job.sh
@@ -19,5 +20,5 @@ source "${MEGATRON_FT:-${script%%/slurm/finetune_santacoder.sh*}}/launch/job.sh"
 
 SAVE=${SAVE:-$SCRATCH/runs/santacoder}
 finetune --preset santacoder --bf16 \
-  --micro-batch-size 1 --global-batch-size 128 --train-iters 10000 --lr 5e-5 --min-lr 5e-6 --lr-decay-style cosine --lr-warmup-iters 100 \
-  --save-interval 250 --eval-interval 250 --log-interval 10 "$@"
+  --micro-batch-size 1 --global-batch-size 128 --train-epochs 2 --lr 5e-5 --min-lr 5e-6 --lr-decay-style cosine --lr-warmup-fraction 0.03 \
+  --save-interval 250 --eval-interval 100 --log-interval 10 "$@"

@@ -11,7 +11,9 @@
 #SBATCH --output=%x-%j.log
 # StarCoderBase, 15.5 B, as OctoCoder was trained: 8 nodes of 8 GPUs, TP4 x PP4 x data parallel 4.
 #   DATA_PREFIX=data/commits TOKENIZER_FILE=tokenizer.json LOAD=checkpoints/base bash slurm/finetune_starcoderbase.sh [flags]
-# or sbatch [options] slurm/finetune_starcoderbase.sh [flags]. Flags of the training program and sbatch's options override what stands here.
+# or sbatch [options] slurm/finetune_starcoderbase.sh [flags]. Flags of the training program and sbatch's options override what
+# stands here, those of the same meaning too: --train-iters 500 goes over --train-epochs, --lr-warmup-iters over --lr-warmup-fraction, --fp16 over --bf16.
+# Data parallelism crosses nodes, so both overlap flags hide its traffic behind computation; the optimizer is sharded (the default), which they need.
 script=$(realpath -- "$0")
 if [ -n "${SLURM_JOB_ID:-}" ]; then script=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=//p'); fi # SLURM runs a copy
 # shellcheck source=launch/job.sh
@@ -19,5 +21,6 @@ source "${MEGATRON_FT:-${script%%/slurm/finetune_starcoderbase.sh*}}/launch/job.
 
 SAVE=${SAVE:-$SCRATCH/runs/starcoderbase}
 finetune --preset starcoderbase --bf16 --tensor-model-parallel-size 4 --pipeline-model-parallel-size 4 --sequence-parallel \
-  --micro-batch-size 1 --global-batch-size 128 --train-iters 10000 --lr 5e-5 --min-lr 5e-6 --lr-decay-style cosine --lr-warmup-iters 100 \
-  --save-interval 250 --eval-interval 250 --log-interval 10 "$@"
+  --overlap-grad-reduce --overlap-param-gather \
+  --micro-batch-size 1 --global-batch-size 128 --train-epochs 2 --lr 5e-5 --min-lr 5e-6 --lr-decay-style cosine --lr-warmup-fraction 0.03 \
+  --save-interval 250 --eval-interval 100 --log-interval 10 "$@"

@@ -111,6 +111,7 @@ def test_the_first_start_resets_and_a_later_one_resumes(flags, checkout, tmp_pat
         (["--from-scratch", "--lora-rank", "8"], "--lora-rank has no counterpart in the mtf branch"),
         (["--from-scratch", "--eval-iters", "full"], "--eval-iters full: the mtf branch takes a number"),
         (["--from-scratch", "--lr-decay-style", "WSD"], "the mtf branch knows constant, linear and cosine"),
+        (["--from-scratch", "--train-epochs", "2"], "the mtf branch counts steps or rows; add --train-iters"),
         (["--from-scratch", "--no-such-flag"], "unknown flag --no-such-flag"),
     ],
 )

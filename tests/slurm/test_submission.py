@@ -1,7 +1,9 @@
 """From the login node: what is said before the queue, preprocessing as a job array, the chain of all steps, and the status of runs."""
 
 import json
+import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -55,6 +57,34 @@ def test_scripts_are_clean():
     scripts = [*sorted((ROOT / "slurm").glob("*.sh")), ROOT / "launch" / "job.sh", ROOT / ".ci" / "install-slurm"]
     done = subprocess.run(["shellcheck", "-x", *map(str, scripts)], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stdout
+
+
+RECIPES = sorted(path.name for path in (ROOT / "slurm").glob("finetune_*.sh"))
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_flags_after_a_recipe_win_over_those_that_mean_the_same(name, tmp_path):
+    (tmp_path / "tokenizer.json").touch()
+    (tmp_path / "cluster.env").write_text(f"VENV={shlex.quote(sys.prefix)}\nSCRATCH=.\n")
+    environment = {**os.environ, "CLUSTER_ENV": str(tmp_path / "cluster.env"), "MEGATRON_FT_CHECK": "64"}
+    environment["MEGATRON_FT_DATA_COMES"] = "1"
+
+    def check(*flags: str) -> subprocess.CompletedProcess:
+        data = ["--data-prefix", "data", "--tokenizer-file", "tokenizer.json", "--from-scratch"]
+        command = ["bash", str(ROOT / "slurm" / name), *data, *flags]
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+
+    for flags in (
+        "",
+        "--train-iters 500",
+        "--train_samples=9",
+        "--lr-warmup-iters 5",
+        "--fp16",
+        "--lr-warmup-samples 0",
+    ):
+        done = check(*flags.split())
+        assert done.returncode == 0, done.stderr
+    assert "--train-iterss; did you mean --train-iters" in one_error_line(check("--train-iterss", "500"))
 
 
 def test_mistakes_are_said_before_the_queue(project):
@@ -176,8 +206,10 @@ def test_status_shows_every_run_without_slurm(tmp_path):
             for i in range(steps)
         ]
         (save / "metrics.jsonl").write_text("\n".join(lines) + '\n{"iteration": 99, "lo')
-        starts = [{"job": "41", "train_iters": 10}, {"job": "42", "train_iters": 10}]
+        starts = [{"job": "41"}, {"job": "42"}]
         (save / "starts.jsonl").write_text("".join(json.dumps(start) + "\n" for start in starts))
+        events = [{"event": "start", "train_iters": 12}, {"event": "start", "train_iters": 10}, {"event": "saved"}]
+        (save / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
     shown = run_program("launch/status.py", tmp_path, env={"PATH": "/nonexistent"}).stdout.splitlines()
     assert shown[0].split() == ["RUN", "JOB", "STATE", "STEP", "LOSS", "TOKENS/S", "ETA", "RESTARTS", "CHECKPOINT"]
     assert shown[1].split()[:9] == ["a", "42", "ended", "3/10", "1.8000", "1,500", "7", "min", "1"]

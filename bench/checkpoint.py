@@ -123,7 +123,7 @@ def build(flags: argparse.Namespace, folder: Path):
     parallel.initialize(args)
     model = wrap_for_data_parallel(args, build_model(args, args.shape, args.shape.vocab_size))
     optimizer = build_optimizer(args, model)
-    optimizer_state.initialise(optimizer, for_loading=True)
+    optimizer_state.initialise(optimizer)
     return TrainState(model, optimizer, build_scheduler(args, optimizer, plan_length(args))), args, args.shape
 
 

@@ -97,6 +97,80 @@ def state_and_checkpointer(words: list[str]):
     return args, state, Checkpointer(args, shape)
 
 
+class FusedAdam(torch.optim.Optimizer):
+    """Adam that keeps its state as Transformer Engine's and apex's do: steps counted in the groups, moments made at the first step."""
+
+    def __init__(self, params, lr, betas, eps, weight_decay, adam_w_mode):
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            step = group["step"] = group.get("step", 0) + 1
+            for main in group["params"]:
+                state = self.state[main]
+                if not state:
+                    state |= {"exp_avg": torch.zeros_like(main), "exp_avg_sq": torch.zeros_like(main)}
+                for moment, beta, value in zip(state.values(), group["betas"], (main.grad, main.grad**2), strict=True):
+                    moment.lerp_(value, 1 - beta)
+                first, second = (m / (1 - beta**step) for m, beta in zip(state.values(), group["betas"], strict=True))
+                main -= group["lr"] * (first / (second.sqrt() + group["eps"]) + group["weight_decay"] * main)
+
+
+def put_in_place_of_adam(optimizer: type) -> None:
+    """Let Megatron-Core believe that this is the Adam of Transformer Engine."""
+    import megatron.core.optimizer as optimizers
+    from megatron.core.optimizer import distrib_optimizer
+
+    optimizers.Adam = distrib_optimizer.Adam = optimizer
+    optimizers.USING_PYTORCH_OPTIMIZER = False
+
+
+def steps_alone(words: list[str], until: int, adam: str = "torch") -> dict:
+    """Start or resume a run, take it to iteration `until` by the optimizer alone, with gradients drawn by iteration, and save.
+
+    `adam` "offloaded" lets the CPU pass for host and GPU, "fused" takes `FusedAdam`. Returns the start's kind, the optimizer's steps,
+    its count of them, digests of all weights after each, and how far the first moved a weight.
+    """
+    from engine_runs import tell_host_from_gpu
+
+    from megatron_ft.checkpoint import optimizer_state
+
+    if adam == "offloaded":
+        tell_host_from_gpu()
+    if adam == "fused":
+        put_in_place_of_adam(FusedAdam)
+    _, state, checkpointer = state_and_checkpointer(words)
+    (part,) = optimizer_state.parts(state.optimizer)
+    taken: list[int] = []
+    part.optimizer.register_step_post_hook(lambda *_: taken.append(state.iteration))
+    kind = checkpointer.start(state).kind
+    weights = list(state.model[0].parameters())
+    mains = [main for _, main, _, _ in optimizer_state.owned(part)]
+    before, digests, moved = [w.detach().float() for w in weights], [], None
+    while state.iteration < until:
+        draw = torch.Generator().manual_seed(state.iteration)
+        for parameter in weights:
+            parameter.main_grad.normal_(generator=draw)
+        state.optimizer.step()
+        state.scheduler.step(increment=4)
+        state.iteration += 1
+        digests.append(digest_of([*weights, *mains]))
+        moved = moved or max((w - b).abs().max().item() for w, b in zip(weights, before, strict=True))
+    checkpointer.save(state)
+    checkpointer.finish()
+    count = optimizer_state.get_step(state.optimizer)
+    return {"kind": kind, "taken": taken, "count": count, "digests": digests, "moved": moved}
+
+
+def digest_of(tensors: list[torch.Tensor]) -> str:
+    """sha256 of the tensors' bytes."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.detach().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
 class Ranks:
     """Ranks of a run that the test may signal: `with Ranks(function, 2, words) as ranks: ranks.kill(); ranks.results()`."""
 

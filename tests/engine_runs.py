@@ -134,8 +134,15 @@ def golden_steps(flags: str, golden: Path) -> dict:
 
 
 def golden_steps_offloaded(flags: str, golden: Path) -> dict:
-    """`golden_steps` with the optimizer's state kept apart on the "host", on a machine where both are the CPU: tensors pass for the
-    GPU's until `.cpu()` copies them, which is all that Megatron's HybridDeviceOptimizer goes by."""
+    """`golden_steps` with the optimizer's state kept apart on the "host"."""
+    on_host = tell_host_from_gpu()
+    result = golden_steps(flags, golden)
+    return {**result, "tensors on the host": len(on_host)}
+
+
+def tell_host_from_gpu() -> list[torch.Tensor]:
+    """Let Megatron's HybridDeviceOptimizer work on a machine where host and GPU are both the CPU: tensors pass for the GPU's until
+    `.cpu()` copies them, which is all that it goes by. Returns those copies, as they are made."""
     from megatron.core.optimizer.cpu_offloading.hybrid_optimizer import HybridDeviceOptimizer
     from torch.overrides import TorchFunctionMode
 
@@ -160,8 +167,7 @@ def golden_steps_offloaded(flags: str, golden: Path) -> dict:
 
     for name in ("_get_sub_optimizer_param_groups", "step"):
         setattr(HybridDeviceOptimizer, name, on_two_devices(getattr(HybridDeviceOptimizer, name)))
-    result = golden_steps(flags, golden)
-    return {**result, "tensors on the host": len(on_host)}
+    return on_host
 
 
 def packed_rows(seed: int, rows: int, length: int, documents: int, vocab_size: int):

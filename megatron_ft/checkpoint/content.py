@@ -71,7 +71,7 @@ def restore(state: TrainState, where: Path, manifest: Manifest, seed: int) -> No
     Raises UserError, Damaged.
     """
     saved = manifest.state
-    optimizer_state.initialise(state.optimizer, for_loading=True)
+    optimizer_state.initialise(state.optimizer)
     model, optimizer = sharding.tensors_of(state.model, state.optimizer, adapters_only=bool(manifest.base))
     metadata = read_metadata(where)
     with torch.no_grad():

@@ -15,6 +15,7 @@ from dataclasses import replace
 
 import torch
 from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 
@@ -53,28 +54,47 @@ def owned(part) -> Iterator[tuple[torch.nn.Parameter, torch.Tensor, int, int]]:
             yield parameter, parameter, 0, parameter.numel()
 
 
-def initialise(optimizer, *, for_loading: bool) -> None:
-    """Give Adam and SGD the state they otherwise make at the first step, so that it can be filled or measured.
+def initialise(optimizer) -> None:
+    """Give every optimizer the state it otherwise makes at its first step, so that it can be filled or measured.
 
-    Fused Adam can only make it by a step, which changes weights: done when a load overwrites them, left out otherwise.
+    No step is taken, so nothing else is allocated and no weight changes. With --optimizer-cpu-offload the state is made where
+    it lives, beside the host's copies, and shown to Megatron-Core under the names of the GPU's tensors.
     """
     for part in parts(optimizer):
         inner = part.optimizer
-        for _, main, _, _ in owned(part):
-            if main in inner.state:
+        if isinstance(inner, HybridDeviceOptimizer):
+            for one in inner.sub_optimizers:
+                _make_state(one)
+            inner._sync_sub_optimizers_state_to_hdo()
+        else:
+            _make_state(inner)
+
+
+def _make_state(optimizer: torch.optim.Optimizer) -> None:
+    """Zeros under the names that torch's, Transformer Engine's and apex's Adam and SGD share; torch's Adam counts steps there too."""
+    for group in optimizer.param_groups:
+        for main in group["params"]:
+            if optimizer.state.get(main):
                 continue
-            if isinstance(inner, torch.optim.Adam | torch.optim.AdamW):
-                group = inner.param_groups[0]
+            names = ["exp_avg", "exp_avg_sq"] if "betas" in group else ["momentum_buffer"] if group["momentum"] else []
+            state = {name: torch.zeros_like(main, memory_format=torch.preserve_format) for name in names}
+            if isinstance(optimizer, torch.optim.Adam):  # and AdamW; the fused ones count in their parameter groups
                 device = main.device if group["capturable"] or group["fused"] else "cpu"
-                inner.state[main] = {
-                    "step": torch.zeros((), dtype=torch.float32, device=device),
-                    "exp_avg": torch.zeros_like(main, memory_format=torch.preserve_format),
-                    "exp_avg_sq": torch.zeros_like(main, memory_format=torch.preserve_format),
-                }
-            elif isinstance(inner, torch.optim.SGD) and inner.param_groups[0]["momentum"]:
-                inner.state[main] = {"momentum_buffer": torch.zeros_like(main, memory_format=torch.preserve_format)}
-        if for_loading and not inner.state and hasattr(part, "_init_optimizer_states_with_dummy_values"):
-            part._init_optimizer_states_with_dummy_values()
+                state["step"] = torch.zeros((), dtype=torch.float32, device=device)
+            if state:
+                optimizer.state[main] = state
+
+
+def take_weights(optimizer) -> None:
+    """Set the fp32 weights that are optimized from the model's, which were just loaded.
+
+    Megatron-Core's `reload_model_params` would leave those of --optimizer-cpu-offload as they were: the first step would
+    put the random weights back.
+    """
+    for part in parts(optimizer):
+        for parameter, main, start, end in owned(part):
+            main.data.copy_(parameter.data.view(-1)[start:end].view_as(main))
+    refresh_copies(optimizer)
 
 
 def refresh_copies(optimizer) -> None:
@@ -82,11 +102,6 @@ def refresh_copies(optimizer) -> None:
     for part in parts(optimizer):
         for main, copy in getattr(part.optimizer, "gpu_params_map_cpu_copy", {}).items():
             copy.data.copy_(main.data)
-
-
-def has_state(optimizer) -> bool:
-    """Whether every part has made its state."""
-    return all(len(part.optimizer.state) > 0 for part in parts(optimizer))
 
 
 def sharded_tensors(optimizer, model_tensors: dict[int, ShardedTensor]) -> list[ShardedTensor]:

@@ -89,10 +89,7 @@ def _rng_key(name: str) -> str:
 def bytes_to_save(chunks: list[nn.Module], optimizer, adapters_only: bool) -> int:
     """Bytes that this rank writes into a checkpoint, but for a few thousand of metadata."""
     model, state = tensors_of(chunks, optimizer, adapters_only=adapters_only)
-    total = sum(_bytes(item) for item in [*model, *state] if is_main_replica(item.replica_id))
-    if not optimizer_state.has_state(optimizer):  # fused Adam makes its two moments at the first step
-        total += 2 * sum(_bytes(item) for item in state)
-    return total
+    return sum(_bytes(item) for item in [*model, *state] if is_main_replica(item.replica_id))
 
 
 def _bytes(item: ShardedTensor | ShardedObject) -> int:

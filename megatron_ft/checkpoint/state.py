@@ -112,7 +112,7 @@ class Checkpointer:
         lines = [why]
         if kind == "weights":
             lines += self._load_weights(state, self.args.load, self.args.load_iteration)
-        optimizer_state.initialise(state.optimizer, for_loading=False)
+        optimizer_state.initialise(state.optimizer)
         return Start(kind, 0, lines)
 
     def _load_weights(self, state: TrainState, path: str, iteration: int | str) -> list[str]:
@@ -124,8 +124,7 @@ class Checkpointer:
             return [f"{source.path} ({source.kind}): {line}" for line in report.lines()]
 
         lines = self.ranks.everywhere(load)
-        state.optimizer.reload_model_params()  # fp32 master weights from the model's
-        optimizer_state.refresh_copies(state.optimizer)
+        optimizer_state.take_weights(state.optimizer)
         return lines
 
     def _resume(self, state: TrainState, iterations: list[int], notes: list[str]) -> Start:

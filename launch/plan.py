@@ -97,7 +97,7 @@ def main() -> int:
 
     if given:
         print(f"\nthis layout {'fits' if fitting else 'DOES NOT FIT'}:")
-        describe((fitting or others)[0], gpu, args, rows, batch)
+        describe((fitting or others)[0], cluster, args, rows, batch)
         if fitting:
             return EXIT_DONE
         fitting, _ = judge_all(shape, args, cluster, batch, as_given=False)
@@ -109,7 +109,7 @@ def main() -> int:
         return DOES_NOT_FIT
     for number, proposal in enumerate(best(fitting, 3), 1):
         print(f"\nproposal {number}:")
-        describe(proposal, gpu, args, rows, batch)
+        describe(proposal, cluster, args, rows, batch)
     return DOES_NOT_FIT if given else EXIT_DONE
 
 
@@ -264,9 +264,11 @@ def best(fitting: list[Proposal], count: int) -> list[Proposal]:
     return list(chosen.values())[:count]
 
 
-def describe(proposal: Proposal, gpu: memory.Gpu, args: argparse.Namespace, rows: int | None, batch: int) -> None:
+def describe(
+    proposal: Proposal, cluster: argparse.Namespace, args: argparse.Namespace, rows: int | None, batch: int
+) -> None:
     """Print a proposal."""
-    need, layout, step = proposal.memory, proposal.layout, proposal.step_seconds
+    need, layout, step, gpu = proposal.memory, proposal.layout, proposal.step_seconds, GPUS[cluster.gpu]
     parts = " + ".join(
         f"{name} {getattr(need, name) / GIB:.1f}" for name in ("weights", "gradients", "optimizer", "activations")
     )
@@ -275,6 +277,11 @@ def describe(proposal: Proposal, gpu: memory.Gpu, args: argparse.Namespace, rows
     print(f"  layout   {layout}, micro batch {layout.micro_batch} x {layout.num_microbatches}")
     print(f"  flags    {proposal.flags()}")
     print(f"  memory   {parts} = {need.total / GIB:.1f} GiB of {gpu.memory / GIB:.1f}: {room}")
+    if need.host:
+        node = cluster.gpus_per_node * need.host
+        print(
+            f"  host     {need.host / GIB:.1f} GiB a rank, {node / GIB:.1f} GiB a node, for the optimizer's part there"
+        )
     print(f"  speed    {tokens / step:,.0f} tokens/s, {step:.2f} s a step at {100 * proposal.mfu:.0f} % MFU")
     if rows:
         print(f"  epoch    {math.ceil(rows / batch):,} steps, {rows / batch * step / 3600:.1f} h")

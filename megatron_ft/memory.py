@@ -132,6 +132,11 @@ class Layout:
         return ", ".join(parts)
 
     @property
+    def optimizer_shards(self) -> int:
+        """Over how many ranks the optimizer's state is shared out."""
+        return self.data_parallel * self.context_parallel if self.distributed_optimizer else 1
+
+    @property
     def number_bytes(self) -> int:
         """Bytes of one weight or activation number."""
         return 4 if self.precision == "fp32" else 2
@@ -151,30 +156,40 @@ def linear_shapes(shape: ModelShape) -> dict[str, tuple[int, int, str]]:
     }
 
 
-def parameters_on_rank(shape: ModelShape, padded_vocab_size: int, layout: Layout, stage: int) -> int:
-    """Parameters that one rank of pipeline stage `stage` holds, adapters not counted. Exact."""
+def sizes_on_rank(shape: ModelShape, padded_vocab_size: int, layout: Layout, stage: int) -> list[int]:
+    """Numbers in each parameter that one rank of pipeline stage `stage` holds, adapters not counted. Exact."""
     tp, pp, h = layout.tensor_parallel, layout.pipeline_parallel, shape.hidden_size
-    layer = 4 * h  # two layer norms, on every tensor-parallel rank
+    layer = [h] * 4  # two layer norms, on every tensor-parallel rank
     for outputs, inputs, cut in linear_shapes(shape).values():
-        layer += outputs * inputs // tp + (outputs // tp if cut == "column" else outputs)
-    total = shape.num_layers // pp * layer
+        layer += [outputs * inputs // tp, outputs // tp if cut == "column" else outputs]
+    sizes = shape.num_layers // pp * layer
     if stage == 0:
-        total += padded_vocab_size // tp * h + shape.max_position_embeddings * h
+        sizes += [padded_vocab_size // tp * h, shape.max_position_embeddings * h]
     if stage == pp - 1:
-        total += 2 * h
+        sizes += [h, h]
         if pp > 1:  # the last stage keeps its own copy of the tied embedding
-            total += padded_vocab_size // tp * h
-    return total
+            sizes += [padded_vocab_size // tp * h]
+    return sizes
+
+
+def adapter_sizes_on_rank(shape: ModelShape, layout: Layout) -> list[int]:
+    """The same of LoRA's: of A [rank, inputs] and B [outputs, rank] the side that the base map cuts is cut too."""
+    rank, tp, layer = layout.lora_rank, layout.tensor_parallel, []
+    for target, (outputs, inputs, cut) in linear_shapes(shape).items():
+        if target in layout.lora_targets:
+            a, b = (inputs, outputs // tp) if cut == "column" else (inputs // tp, outputs)
+            layer += [rank * a, rank * b]
+    return shape.num_layers // layout.pipeline_parallel * layer
+
+
+def parameters_on_rank(shape: ModelShape, padded_vocab_size: int, layout: Layout, stage: int) -> int:
+    """Parameters that one rank of pipeline stage `stage` holds, adapters not counted."""
+    return sum(sizes_on_rank(shape, padded_vocab_size, layout, stage))
 
 
 def adapter_parameters_on_rank(shape: ModelShape, layout: Layout) -> int:
-    """LoRA parameters on one rank: of A [rank, inputs] and B [outputs, rank] the side that the base map cuts is cut too."""
-    rank, total = layout.lora_rank, 0
-    for target, (outputs, inputs, cut) in linear_shapes(shape).items():
-        if target in layout.lora_targets:
-            tp = layout.tensor_parallel
-            total += rank * (inputs + outputs // tp if cut == "column" else inputs // tp + outputs)
-    return shape.num_layers // layout.pipeline_parallel * total
+    """LoRA parameters on one rank."""
+    return sum(adapter_sizes_on_rank(shape, layout))
 
 
 # --- bytes -----------------------------------------------------------------------------------------------------------
@@ -182,16 +197,17 @@ def adapter_parameters_on_rank(shape: ModelShape, layout: Layout) -> int:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one GPU."""
+    """Bytes on one GPU, and `host` of the node's memory for this rank, which --optimizer-cpu-offload takes."""
 
     weights: int
     gradients: int
     optimizer: int
-    activations: int
+    activations: int  # or what the optimizer's step needs, where that is more
+    host: int = 0
 
     @property
     def total(self) -> int:
-        """All four."""
+        """All four on the GPU."""
         return self.weights + self.gradients + self.optimizer + self.activations
 
     def fits(self, gpu: Gpu) -> bool:
@@ -201,12 +217,21 @@ class Memory:
 
 def estimate(shape: ModelShape, padded_vocab_size: int, layout: Layout, seq_length: int) -> Memory:
     """Bytes on the fullest GPU of the pipeline."""
-    stages = [
-        Memory(*state_bytes(shape, padded_vocab_size, layout, stage), activations)
-        for stage in range(layout.pipeline_parallel)
-        for activations in [activation_bytes(shape, padded_vocab_size, layout, seq_length, stage)]
-    ]
+    stages = []
+    for stage in range(layout.pipeline_parallel):
+        state = state_bytes(shape, padded_vocab_size, layout, stage)
+        activations = activation_bytes(shape, padded_vocab_size, layout, seq_length, stage)
+        step = step_bytes(shape, padded_vocab_size, layout, stage)
+        host = host_bytes(shape, padded_vocab_size, layout, stage)
+        stages.append(Memory(*state, max(activations, step), host))
     return max(stages, key=lambda memory: memory.total)
+
+
+def trained_sizes(shape: ModelShape, padded_vocab_size: int, layout: Layout, stage: int) -> list[int]:
+    """Numbers in each parameter of a rank that is trained: the adapters' with LoRA, else all."""
+    if layout.lora_rank:
+        return adapter_sizes_on_rank(shape, layout)
+    return sizes_on_rank(shape, padded_vocab_size, layout, stage)
 
 
 def state_bytes(shape: ModelShape, padded_vocab_size: int, layout: Layout, stage: int) -> tuple[int, int, int]:
@@ -214,16 +239,38 @@ def state_bytes(shape: ModelShape, padded_vocab_size: int, layout: Layout, stage
 
     Megatron keeps gradients in one buffer (fp32 with --accumulate-allreduce-grads-in-fp32). Adam keeps two fp32 moments, SGD one;
     16-bit training keeps fp32 master weights besides; the distributed optimizer shares both out over data-parallel ranks.
+    --optimizer-cpu-offload moves the moments to the host; what it optimizes there are copies, the masters stay on the GPU.
     """
-    adapters = adapter_parameters_on_rank(shape, layout)
-    parameters = parameters_on_rank(shape, padded_vocab_size, layout, stage) + adapters
-    trained = adapters if layout.lora_rank else parameters
+    parameters = parameters_on_rank(shape, padded_vocab_size, layout, stage) + adapter_parameters_on_rank(shape, layout)
+    trained = sum(trained_sizes(shape, padded_vocab_size, layout, stage))
     weights = parameters * layout.number_bytes
     gradients = trained * (4 if layout.fp32_gradients else layout.number_bytes)
-    per_parameter = (8 if layout.optimizer == "adam" else 4) + (4 if layout.precision != "fp32" else 0)
-    shards = layout.data_parallel * layout.context_parallel if layout.distributed_optimizer else 1
-    optimizer = 0 if layout.optimizer_cpu_offload else -(-trained * per_parameter // shards)
-    return weights, gradients, optimizer
+    moments = 0 if layout.optimizer_cpu_offload else 8 if layout.optimizer == "adam" else 4
+    masters = 4 if layout.precision != "fp32" else 0
+    return weights, gradients, -(-trained * (moments + masters) // layout.optimizer_shards)
+
+
+def step_bytes(shape: ModelShape, padded_vocab_size: int, layout: Layout, stage: int) -> int:
+    """Bytes that the optimizer's step takes when activations are gone: fp32 copies of 16-bit gradients, all at once."""
+    if layout.precision == "fp32" or layout.fp32_gradients:
+        return 0
+    return 4 * sum(trained_sizes(shape, padded_vocab_size, layout, stage)) // layout.optimizer_shards
+
+
+def host_bytes(shape: ModelShape, padded_vocab_size: int, layout: Layout, stage: int) -> int:
+    """Bytes of host memory that --optimizer-cpu-offload takes for one rank of a stage.
+
+    While training: fp32 copies of masters and gradients, which torch's pinned allocator rounds up to powers of two, tensor by tensor,
+    and Adam's two moments, each for this rank's share. Before that Megatron-Core builds the optimizer once for the whole weights and
+    drops it again: an fp32 copy of them all, beside the share's first. The larger of both.
+    """
+    if not layout.optimizer_cpu_offload:
+        return 0
+    sizes = trained_sizes(shape, padded_vocab_size, layout, stage)
+    pinned = sum(1 << (4 * size - 1).bit_length() for size in sizes) // layout.optimizer_shards
+    training = 2 * pinned + 8 * sum(sizes) // layout.optimizer_shards
+    building = 4 * sum(sizes) + pinned
+    return max(training, building)
 
 
 def activation_bytes(shape: ModelShape, padded_vocab_size: int, layout: Layout, seq_length: int, stage: int = 0) -> int:

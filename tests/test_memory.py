@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import math
 
 import pytest
 import torch
@@ -115,7 +116,9 @@ def test_one_rank_holds_what_the_model_table_says():
 
 
 def state_bytes_of_run(args):
-    """Bytes of weights, gradient buffers and optimizer state of a real rank after a step."""
+    """Bytes of weights, gradient buffers and optimizer state of a real rank after a step, and of what is on the host."""
+    from engine_runs import tell_host_from_gpu
+
     from megatron_ft.engine.device import set_up_device
     from megatron_ft.engine.lora import add_lora
     from megatron_ft.engine.model import build_model, wrap_for_data_parallel
@@ -128,6 +131,8 @@ def state_bytes_of_run(args):
     if args.lora_rank:
         add_lora(chunks, args)
     wrapped = wrap_for_data_parallel(args, chunks)
+    if args.optimizer_cpu_offload:
+        tell_host_from_gpu()
     optimizer = build_optimizer(args, wrapped)
     for parameter in chunks[0].parameters():
         if parameter.requires_grad:
@@ -135,15 +140,20 @@ def state_bytes_of_run(args):
     optimizer.step()
     weights = {p.untyped_storage().data_ptr() for p in chunks[0].parameters()}
     gradients = sum(b.grad_data.numel() * b.grad_data.element_size() for b in wrapped[0].buffers)
-    held = {}
+    held, pinned, host = {}, [], 0
     for inner in getattr(optimizer, "chained_optimizers", [optimizer]):
-        for group in inner.optimizer.param_groups:
-            for master in group["params"]:
-                tensors = [master, *inner.optimizer.state[master].values()]
-                for tensor in (t for t in tensors if torch.is_tensor(t) and t.numel() > 1):
-                    if tensor.untyped_storage().data_ptr() not in weights:
-                        held[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
-    return sum(p.numel() * p.element_size() for p in chunks[0].parameters()), gradients, sum(held.values())
+        moments = [
+            t for state in inner.optimizer.state.values() for name, t in state.items() if name.startswith("exp_avg")
+        ]
+        if args.optimizer_cpu_offload:
+            host += sum(moment.nbytes for moment in moments)
+            pinned += [*inner.optimizer.gpu_params_map_cpu_copy.values(), *inner.optimizer.cpu_copy_map_grad.values()]
+            moments = []
+        for tensor in [*moments, *(master for group in inner.optimizer.param_groups for master in group["params"])]:
+            if tensor.untyped_storage().data_ptr() not in weights:
+                held[tensor.data_ptr()] = tensor.nbytes
+    host += sum(2 ** math.ceil(math.log2(tensor.nbytes)) for tensor in pinned)  # as torch's allocator of pinned memory
+    return sum(p.numel() * p.element_size() for p in chunks[0].parameters()), gradients, sum(held.values()), host
 
 
 @pytest.mark.parametrize(
@@ -153,15 +163,20 @@ def state_bytes_of_run(args):
         ("--no-use-distributed-optimizer", 1),
         ("--bf16 --no-accumulate-allreduce-grads-in-fp32 --tensor-model-parallel-size 2", 2),
         ("--bf16 --lora-rank 8", 1),
+        ("--bf16 --optimizer-cpu-offload", 1),
+        ("--bf16 --optimizer-cpu-offload", 2),
     ],
 )
 def test_state_is_what_a_real_run_holds_after_a_step(tmp_path, flags, world_size):
     args = args_for(tmp_path, "--preset", "tiny", *flags.split(), world_size=world_size)
     ranks = run_ranks(state_bytes_of_run, world_size, args)
-    expected = memory.state_bytes(args.shape, args.shape.vocab_size, memory.Layout.from_args(args), 0)
-    weights, gradients, optimizer = ranks[0]
+    layout = memory.Layout.from_args(args)
+    expected = memory.state_bytes(args.shape, args.shape.vocab_size, layout, 0)
+    weights, gradients, _, _ = ranks[0]
     assert weights == expected[0]
     assert gradients == pytest.approx(expected[1], rel=0.02)
+    host = memory.host_bytes(args.shape, args.shape.vocab_size, layout, 0)
+    assert sum(r[3] for r in ranks) / world_size == pytest.approx(host, rel=0.02)
     assert sum(r[2] for r in ranks) / world_size == pytest.approx(expected[2], rel=0.02)
 
 
@@ -240,6 +255,7 @@ def test_memory_falls_with_every_layout_that_should_lower_it():
     assert total(recompute="full") < total()
     assert total(recompute="full") < total(recompute="full", recompute_method="block", recompute_num_layers=10)
     assert total(optimizer_cpu_offload=True) < total()
+    assert total(fp32_gradients=False) < total()
     assert total(lora_rank=16, lora_targets=("linear_qkv",)) < total() / 2
     assert total(pipeline_parallel=4) < total()
 

@@ -9,6 +9,7 @@ Without Transformer Engine or apex, Megatron-Core 0.16.1 cannot restore a fresh 
 state is made here (`initialise`), filled in place, and each parameter gets a `step` of its own (`set_step`).
 """
 
+import gc
 import math
 from collections.abc import Iterator
 from dataclasses import replace
@@ -63,6 +64,7 @@ def initialise(optimizer) -> None:
     for part in parts(optimizer):
         inner = part.optimizer
         if isinstance(inner, HybridDeviceOptimizer):
+            gc.collect()  # Megatron-Core built one for the whole weights first; its copies of them wait in a cycle of references
             for one in inner.sub_optimizers:
                 _make_state(one)
             inner._sync_sub_optimizers_state_to_hdo()

@@ -215,6 +215,7 @@ def layouts(
                     recompute_num_layers=args.recompute_num_layers or 1,
                     lora_rank=args.lora_rank,
                     lora_targets=tuple(args.lora_targets.split(",")) if args.lora_rank else (),
+                    lora_dropout=args.lora_dropout,
                 )
                 for micro in micros
                 for recompute in recomputes

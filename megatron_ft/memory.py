@@ -98,6 +98,7 @@ class Layout:
     recompute_method: str = "uniform"
     lora_rank: int = 0
     lora_targets: tuple[str, ...] = ()
+    lora_dropout: float = 0.0
 
     @classmethod
     def from_args(cls, args: argparse.Namespace) -> "Layout":
@@ -121,6 +122,7 @@ class Layout:
             recompute_method=args.recompute_method or "uniform",
             lora_rank=args.lora_rank,
             lora_targets=tuple(args.lora_targets.split(",")) if args.lora_rank else (),
+            lora_dropout=args.lora_dropout,
         )
 
     def __str__(self) -> str:
@@ -283,7 +285,7 @@ def activation_bytes(shape: ModelShape, padded_vocab_size: int, layout: Layout, 
     layers = shape.num_layers // layout.pipeline_parallel
     in_flight = min(layout.pipeline_parallel - stage, layout.num_microbatches)
     kept = in_flight * kept_by_layers(shape, layout, tokens, layers)
-    if stage == 0 and shape.hidden_dropout:
+    if stage == 0 and shape.hidden_dropout and not layout.lora_rank:
         kept += in_flight * tokens * shape.hidden_size // _split(layout)  # the embedding's dropout mask
     working = layout.recompute_num_layers if layout.recompute_method == "uniform" else 1
     working = working * layer_activation_bytes(shape, layout, tokens) if layout.recompute == "full" else 0
@@ -310,10 +312,11 @@ def kept_by_layers(shape: ModelShape, layout: Layout, tokens: int, layers: int) 
 
 
 def kept_by_head(shape: ModelShape, padded_vocab_size: int, layout: Layout, tokens: int) -> int:
-    """Bytes that final norm, logits and loss keep: norm's input and output, that output gathered, the softmax in fp32."""
+    """Bytes that final norm, logits and loss keep: norm's input, the softmax in fp32, and where the embedding is trained, the norm's
+    output, and that gathered (in a buffer that Megatron-Core keeps)."""
     row = tokens * shape.hidden_size * layout.number_bytes
-    gathered = row if layout.sequence_parallel else 0
-    return 2 * row // _split(layout) + gathered + 4 * tokens * padded_vocab_size // layout.tensor_parallel
+    trained = 0 if layout.lora_rank else row // _split(layout) + (row if layout.sequence_parallel else 0)
+    return row // _split(layout) + trained + 4 * tokens * padded_vocab_size // layout.tensor_parallel
 
 
 def _split(layout: Layout) -> int:
@@ -322,14 +325,28 @@ def _split(layout: Layout) -> int:
 
 
 def layer_activation_bytes(shape: ModelShape, layout: Layout, tokens: int) -> int:
-    """Bytes that one layer keeps for backward when nothing is recomputed."""
+    """Bytes that one layer keeps for backward when nothing is recomputed.
+
+    A linear map's input is kept for the gradient of its weight: in full training all four are, with LoRA those of the maps that have
+    adapters, as their dropout left them. The input of linear_proj is attention's output, which attention keeps anyway.
+    """
     size, tp, h, split = layout.number_bytes, layout.tensor_parallel, shape.hidden_size, _split(layout)
     kv = 2 * shape.kv_channels * (1 if shape.multi_query else shape.num_attention_heads // tp)
-    numbers = 4 * h // split  # input and output of both layer norms
+    numbers = 2 * h // split  # input of both layer norms
     numbers += h // tp + kv  # queries, keys and values
-    numbers += h // tp  # attention's output, which is linear_proj's input
-    numbers += 2 * shape.ffn_hidden_size // tp  # before and after GELU
+    numbers += h // tp  # attention's output
+    numbers += shape.ffn_hidden_size // tp  # before GELU
     bytes_of_masks = 2 * h // split if shape.hidden_dropout else 0
+    dropped = layout.lora_rank > 0 and layout.lora_dropout > 0
+    for name, (_, inputs, cut) in linear_shapes(shape).items():
+        if layout.lora_rank and name not in layout.lora_targets:
+            continue
+        inputs //= split if cut == "column" else tp
+        if name != "linear_proj" or dropped:
+            numbers += inputs
+        if dropped:
+            bytes_of_masks += inputs
+        numbers += layout.lora_rank // (1 if cut == "column" else split)  # between A and B
     bytes_of_statistics = 4 * (
         4 // split + shape.num_attention_heads // tp
     )  # norms' mean and scale, attention's log-sums

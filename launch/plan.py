@@ -19,6 +19,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # not this folder: its f
 
 from megatron_ft import memory
 from megatron_ft.arguments import fill_in, normalise
+from megatron_ft.checkpoint.directory import most_at_once
 from megatron_ft.errors import EXIT_DONE, UserError, run_program
 from megatron_ft.flags import Help, Parser, build_parser
 from megatron_ft.memory import GIB, GPUS, Layout, Memory
@@ -26,7 +27,7 @@ from megatron_ft.models import ModelShape, padded_vocab_size
 
 DOES_NOT_FIT = 1
 # How the assumed MFU, which is that of one GPU alone with nothing recomputed, shrinks in a layout.
-TENSOR_PARALLEL_LOSS = 0.06  # a doubling of TP inside a node: collectives in every layer, smaller products
+TENSOR_PARALLEL_LOSS = 0.06  # a doubling of TP inside a node: a layer's collectives, 10 numbers a token and hidden unit
 PIPELINE_LOSS = 0.02  # the first and last stage carry embedding and logits besides
 ASSUMED_FILL = 0.98  # of rows, when only the number of tokens is known
 
@@ -94,6 +95,8 @@ def main() -> int:
     )
     if rows:
         print(f"an epoch: {rows:,} rows ({source}), {math.ceil(rows / batch):,} steps")
+
+    print(checkpoint_line(shape, args, (fitting + others)[0].layout, steps_of_run(args, rows, batch)))
 
     if given:
         print(f"\nthis layout {'fits' if fitting else 'DOES NOT FIT'}:")
@@ -244,7 +247,7 @@ def judge(
     """Memory and expected speed of a layout."""
     padded = padded_vocab_size(shape.vocab_size, args.make_vocab_size_divisible_by, layout.tensor_parallel)
     need = memory.estimate(shape, padded, layout, args.seq_length)
-    mfu = cluster.mfu * (1 - TENSOR_PARALLEL_LOSS) ** math.log2(layout.tensor_parallel)
+    mfu = cluster.mfu * (1 - tensor_parallel_loss(shape)) ** math.log2(layout.tensor_parallel)
     pp, micros = layout.pipeline_parallel, layout.num_microbatches
     mfu *= micros / (micros + pp - 1) * (1 - PIPELINE_LOSS if pp > 1 else 1)  # the pipeline's bubble
     lora = bool(layout.lora_rank)
@@ -254,6 +257,16 @@ def judge(
     flops = batch * args.seq_length * memory.flops_per_token(shape, attended, lora=lora)
     peak = GPUS[cluster.gpu].peak_flops(layout.precision) * cluster.nodes * cluster.gpus_per_node
     return Proposal(layout, need, flops / (peak * mfu), mfu)
+
+
+def tensor_parallel_loss(shape: ModelShape) -> float:
+    """Share of the MFU that a doubling of TP costs.
+
+    A layer gathers or scatters h numbers a token four times forward, and in backward four times and two more for the gradients of
+    weights. Multi-query attention adds queries, keys and values, which Megatron-Core gathers forward and scatters backward.
+    """
+    more = 2 * shape.qkv_rows if shape.multi_query else 0
+    return TENSOR_PARALLEL_LOSS * (1 + more / (10 * shape.hidden_size))
 
 
 def best(fitting: list[Proposal], count: int) -> list[Proposal]:
@@ -290,6 +303,22 @@ def describe(
         print(
             f"  run      {steps:,} steps, {steps * step / 3600:.1f} h, {steps * step / 3600 * layout_gpus(layout):,.0f} GPU hours"
         )
+
+
+def checkpoint_line(shape: ModelShape, args: argparse.Namespace, layout: Layout, steps: int | None) -> str:
+    """Size of a checkpoint, and how many of them --save must have room for."""
+    padded = padded_vocab_size(shape.vocab_size, args.make_vocab_size_divisible_by, layout.tensor_parallel)
+    most = most_at_once(
+        [],
+        steps,
+        save_interval=args.save_interval,
+        keep_last=args.keep_last,
+        keep_every=args.keep_every,
+        best=bool(args.eval_interval),
+    )
+    size = memory.checkpoint_bytes(shape, padded, layout)
+    at_once = f"at most {most} at once" if steps or args.keep_last else "all are kept"
+    return f"checkpoint {size / 1e9:,.1f} GB, {at_once}"
 
 
 def layout_gpus(layout: Layout) -> int:

@@ -6,7 +6,7 @@ what a GPU is expected to hold, and the log turns tokens a second into TFLOP/s a
 """
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_ft.models import ModelShape
 
@@ -273,6 +273,13 @@ def host_bytes(shape: ModelShape, padded_vocab_size: int, layout: Layout, stage:
     training = 2 * pinned + 8 * sum(sizes) // layout.optimizer_shards
     building = 4 * sum(sizes) + pinned
     return max(training, building)
+
+
+def checkpoint_bytes(shape: ModelShape, padded_vocab_size: int, layout: Layout) -> int:
+    """Bytes of a checkpoint on disk, but for a few thousand: weights, fp32 weights and Adam's moments; the adapters' alone with LoRA."""
+    whole = replace(layout, tensor_parallel=1, pipeline_parallel=1)
+    state = 4 + (8 if layout.optimizer == "adam" else 4)
+    return (layout.number_bytes + state) * sum(trained_sizes(shape, padded_vocab_size, whole, 0))
 
 
 def activation_bytes(shape: ModelShape, padded_vocab_size: int, layout: Layout, seq_length: int, stage: int = 0) -> int:

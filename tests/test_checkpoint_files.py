@@ -30,7 +30,7 @@ from hypothesis import strategies as st
 from ranks import run_ranks
 
 from megatron_ft.checkpoint import owner as owners
-from megatron_ft.checkpoint.directory import superseded
+from megatron_ft.checkpoint.directory import most_at_once, superseded
 from megatron_ft.checkpoint.manifest import check_files, describe_file, read_manifest
 from megatron_ft.checkpoint.optimizer_state import boxes
 from megatron_ft.checkpoint.owner import Owner
@@ -268,8 +268,10 @@ def test_a_failed_save_is_survived_once_and_ends_the_run_twice(inputs, tmp_path,
 
 def start_only(words):
     _, state, checkpointer = state_and_checkpointer(words)
+    said = []
+    checkpointer.log = said.append
     try:
-        return checkpointer.start(state).kind
+        return " ".join([checkpointer.start(state).kind, *said])
     except UserError as error:
         return str(error)
 
@@ -281,6 +283,41 @@ def test_too_little_space_is_said_before_the_first_step(inputs, small_disk):
     words = f"{FLAGS} {inputs} --train-iters 5 --save {small_disk / 'save'}".split()
     (line,) = run_ranks(start_only, 1, words)
     assert "a checkpoint takes 0.00" in line and "are free" in line
+
+
+def test_a_disk_that_one_checkpoint_fits_and_the_run_does_not_is_warned_of(inputs, small_disk):
+    if small_disk is None:
+        pytest.skip("mounting a small tmpfs is not permitted here")
+    (small_disk / "filler").write_bytes(bytes(2**20))
+
+    def start(*flags):
+        words = f"{FLAGS} {inputs} --save {small_disk / 'save'} --train-iters 9".split()
+        return run_ranks(start_only, 1, [*words, *flags])[0]
+
+    assert start("--keep-last", "1") == "scratch"
+    assert "warning" in (line := start("--keep-last", "6")) and "up to 5 checkpoints of 0.00" in line
+    assert "up to 6 checkpoints" in start("--keep-last", "4", "--save-interval", "1", "--eval-interval", "3")
+    assert start("--keep-last", "6", "--save-interval", "9") == "scratch"
+
+
+@pytest.mark.parametrize(
+    "there, until, flags, most",
+    [
+        ([], 100, {}, 4),  # two kept, the best, one being written
+        ([], 100, {"best": False}, 3),
+        ([], 20, {}, 2),
+        ([], None, {}, 4),
+        ([], None, {"save_interval": None}, 4),
+        ([80, 90], 100, {"best": False}, 3),
+        ([90, 100], 100, {}, 2),
+        ([], 100, {"keep_last": 0}, 10),
+        ([], 100, {"keep_every": 30, "best": False}, 5),  # 30, 60, 80, 90 and 100
+        ([], 95, {"save_interval": None}, 1),
+    ],
+)
+def test_most_checkpoints_that_lie_in_a_directory_at_once(there, until, flags, most):
+    usual = {"save_interval": 10, "keep_last": 2, "keep_every": None, "best": True}
+    assert most_at_once(there, until, **{**usual, **flags}) == most
 
 
 # ---- pickles ----------------------------------------------------------------------------------------------------------

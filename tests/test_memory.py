@@ -183,6 +183,42 @@ def test_state_is_what_a_real_run_holds_after_a_step(tmp_path, flags, world_size
     assert sum(r[2] for r in ranks) / world_size == pytest.approx(expected[2], rel=0.02)
 
 
+def bytes_to_save(args):
+    """Bytes that a run's ranks would write into a checkpoint."""
+    from megatron_ft.checkpoint import optimizer_state, sharding
+    from megatron_ft.checkpoint.together import Together
+    from megatron_ft.engine.device import set_up_device
+    from megatron_ft.engine.lora import add_lora
+    from megatron_ft.engine.model import build_model, wrap_for_data_parallel
+    from megatron_ft.engine.optimizer import build_optimizer
+    from megatron_ft.engine.parallel import initialize
+
+    set_up_device(args)
+    initialize(args)
+    chunks = build_model(args, args.shape, args.shape.vocab_size)
+    if args.lora_rank:
+        add_lora(chunks, args)
+    wrapped = wrap_for_data_parallel(args, chunks)
+    optimizer = build_optimizer(args, wrapped)
+    optimizer_state.initialise(optimizer)
+    return Together().total(sharding.bytes_to_save(wrapped, optimizer, bool(args.lora_rank)))
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--bf16 --pipeline-model-parallel-size 2",
+        "--optimizer sgd",
+        "--bf16 --lora-rank 8 --tensor-model-parallel-size 2",
+    ],
+)
+def test_a_checkpoint_is_as_large_as_what_is_saved(tmp_path, flags):
+    args = args_for(tmp_path, "--preset", "tiny", *flags.split(), world_size=2)
+    sizes = run_ranks(bytes_to_save, 2, args)
+    expected = memory.checkpoint_bytes(args.shape, args.shape.vocab_size, memory.Layout.from_args(args))
+    assert sizes == [expected, expected]
+
+
 def activations_of_run(args, vocab, count_flops=False):
     """Bytes that autograd keeps after a real forward pass and loss, every storage once, weights not counted: {number of the layer that
     kept it first, or "outside": bytes}; or, with `count_flops`, the FLOPs of both passes."""

@@ -38,6 +38,25 @@ def test_three_proposals_fit_are_sorted_and_differ():
     assert "15,517,456,384 parameters" in text and "an epoch: 31,137 rows (estimated), 244 steps" in text
 
 
+def test_what_an_offloaded_optimizer_leaves_on_the_gpu_and_takes_of_the_host_is_counted():
+    words = "--preset starcoderbase-7b --gpus-per-node 4 --gpu h100-80gb --pipeline-model-parallel-size 1 --recompute-granularity full"
+    text = plan(*words.split(), "--optimizer-cpu-offload").stdout
+    gib = 7_327_263_232 / memory.GIB
+    assert f"weights {2 * gib:.1f} + gradients {4 * gib:.1f} + optimizer {4 * gib / 4:.1f}" in text
+    rank, node = map(float, re.search(r"host +([\d.]+) GiB a rank, ([\d.]+) GiB a node", text).groups())
+    assert node == pytest.approx(4 * rank, abs=0.2)
+    assert 4 * gib + gib < rank < 4 * gib + 1.2 * gib  # all weights once in fp32, and this rank's share pinned
+    assert "host" not in plan(*words.split()).stdout
+
+
+def test_room_for_checkpoints_is_told_from_the_flags():
+    words = "--preset starcoderbase --nodes 8 --gpu h100-80gb --train-iters 1000 --save-interval 100".split()
+    assert "\ncheckpoint 217.2 GB, at most 4 at once\n" in plan(*words).stdout
+    assert "\ncheckpoint 217.2 GB, at most 10 at once\n" in plan(*words, "--keep-last", "0").stdout
+    words[words.index("--train-iters") :] = ["--keep-last", "0"]
+    assert "\ncheckpoint 217.2 GB, all are kept\n" in plan(*words).stdout
+
+
 def test_what_it_proposes_judged_again_gives_the_same_numbers():
     base = "--preset starcoderbase-7b --nodes 1 --gpus-per-node 8 --gpu a100-80gb".split()
     first = proposals(plan(*base).stdout)[0]

@@ -136,6 +136,36 @@ def period_ends(samples: dict[int, int], period: float) -> set[int]:
     return {iteration for number, iteration in ends.items() if number > 0}
 
 
+def most_at_once(
+    there: list[int],
+    until: int | None,
+    *,
+    save_interval: int | None,
+    keep_last: int,
+    keep_every: int | None,
+    best: bool,
+) -> int:
+    """Most checkpoints that lie in a directory at once while a run goes on from the newest iteration `there` to `until`.
+
+    One that is being written lies beside those it will supersede, and the best, where one is looked for, beside the newest.
+    Without `until`, as many saves are looked at as it takes to delete the first: with `keep_last` 0 they only grow from there.
+
+    >>> most_at_once([], 1000, save_interval=100, keep_last=2, keep_every=None, best=True)
+    4
+    """
+    now = max(there, default=0)
+    step = save_interval or keep_every or until or 1
+    end = max(now, until or now + step * (keep_last + 2))
+    coming = sorted({*range(now - now % step + step, end, step), end} - {now})
+    kept, most = list(there), len(there)
+    for iteration in coming:
+        kept.append(iteration)
+        most = max(most, len(kept))
+        gone = superseded(kept, keep_last=keep_last, keep_every=keep_every, best=None)
+        kept = [i for i in kept if i not in gone]
+    return min(most + best, len(there) + len(coming))
+
+
 def free_bytes(save: Path) -> int:
     """Bytes an unprivileged writer may still put into `save` (it need not exist yet)."""
     while not save.exists():

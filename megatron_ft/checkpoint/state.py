@@ -200,7 +200,8 @@ class Checkpointer:
                     self.log(f"put aside as {aside}; remove it when you have looked")
 
     def _check_free_space(self, state: TrainState) -> None:
-        """Say at once when the next save cannot fit."""
+        """Say at once when the next save cannot fit, and when those that lie there at once later in the run cannot."""
+        args = self.args
         needed = self.ranks.total(sharding.bytes_to_save(state.model, state.optimizer, bool(self._base)))
 
         def compare() -> None:
@@ -209,6 +210,20 @@ class Checkpointer:
                 raise UserError(
                     f"--save {self.save_directory}: a checkpoint takes {needed / 1e9:.3f} GB, {free / 1e9:.3f} GB are free; "
                     "free some space, or give a --save elsewhere"
+                )
+            there = directory.list_iterations(self.save_directory)
+            most = directory.most_at_once(
+                there,
+                args.train_iters,
+                save_interval=args.save_interval,
+                keep_last=args.keep_last,
+                keep_every=args.keep_every,
+                best=bool(args.eval_interval),
+            )
+            if free < (most - len(there)) * needed:
+                self.log(
+                    f"warning: --save {self.save_directory}: up to {most} checkpoints of {needed / 1e9:.3f} GB will lie there at "
+                    f"once ({len(there)} do), {free / 1e9:.3f} GB are free; free some space, or lower --keep-last {args.keep_last}"
                 )
 
         self.ranks.on_rank_0(compare)

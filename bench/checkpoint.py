@@ -62,7 +62,7 @@ def measure(flags: argparse.Namespace, folder: Path) -> None:
 
     def checkpointer(asynchronous: bool, where: str = "save") -> Checkpointer:
         args.async_save, args.save = asynchronous, str(folder / where)
-        made = Checkpointer(args, shape, log=lambda line: None)
+        made = Checkpointer(args, shape, {}, log=lambda line: None)
         made.start(state)
         return made
 

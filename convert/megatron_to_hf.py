@@ -6,7 +6,10 @@ Reads torch_dist checkpoints and those of Megatron before Core (BigCode's mtf br
 any tensor x pipeline parallel layout, in fp32, bf16 or fp16, with the plain or the distributed optimizer. Runs on a login node: no
 GPU, no process groups. Nothing appears under --output until all of it is written; convert/verify.py then proves it right.
 
-A LoRA run becomes a PEFT adapter, or with --merge-lora a whole model.
+The tokenizer is the one that the run kept beside its checkpoints. A LoRA run becomes a PEFT adapter, or with --merge-lora a whole model:
+
+    python convert/megatron_to_hf.py --load runs/lora --output runs/lora-peft --base starcoderbase-1b
+    python convert/megatron_to_hf.py --load runs/lora --output runs/lora-hf --merge-lora
 """
 
 import sys
@@ -14,13 +17,21 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # not this folder: its files would hide others'
 
+import json
+
 import torch
 
-from megatron_ft.checkpoint.adapter_weights import AdapterSource, MergedSource, open_adapters
+from megatron_ft.checkpoint import tokenizer_files
+from megatron_ft.checkpoint.adapter_weights import (
+    PEFT_CONFIG,
+    PEFT_WEIGHTS,
+    AdapterSource,
+    MergedSource,
+    open_adapters,
+)
 from megatron_ft.checkpoint.hf_directory import (
     card_args,
     parse_size,
-    special_ids,
     write_configs,
     write_model_card,
     write_tokenizer,
@@ -48,7 +59,11 @@ def main() -> None:
     add("--dtype", choices=["keep", *DTYPES], default="keep", help="precision to store")
     add("--max-shard-size", default="5GB", metavar="SIZE", help="largest file")
     add("--merge-lora", action="store_true", help="add a LoRA run's adapters to its base weights")
-    add("--base", metavar="DIR", help="base weights of a LoRA run; where the run took them from when not given")
+    add(
+        "--base", metavar="DIR",
+        help="base weights of a LoRA run; where the run took them from when not given. A PEFT adapter names them as what to load it on: "
+        "a Hugging Face directory, or a model's name on the Hub",
+    )  # fmt: skip
     add("--overwrite", action="store_true", help="replace --output when it is not empty")
     args = parser.parse_args()
     if args.tokenizer_file and args.tokenizer_from:
@@ -65,23 +80,24 @@ def main() -> None:
         raise UserError(f"{args.load}: a Hugging Face model already; give a Megatron checkpoint")
     if not adapters:
         torch.set_num_threads(1)  # all is copying: more threads mostly wait, and take the writer's processor
-    path, tokenizer = find_tokenizer(args, source.args)
+    path, tokenizer = find_tokenizer(source, args)
     rows = vocabulary_rows(source, tokenizer, args.keep_padding)
     write_model(source, path, tokenizer, rows, args)
 
 
-def find_tokenizer(args, run: dict | None) -> tuple[Path | None, Tokenizer | None]:
-    """The tokenizer asked for, else the run's own where it can still be found."""
-    given = args.tokenizer_file or args.tokenizer_from
-    path = given or (run or {}).get("tokenizer_file")
+def find_tokenizer(source: WeightSource | AdapterSource, args) -> tuple[Path | None, Tokenizer | None]:
+    """The tokenizer asked for, else the run's own: the copy beside its checkpoints, or the file it was given."""
+    path = args.tokenizer_file or args.tokenizer_from
     if not path:
-        return None, None
-    if not given and not Path(path).exists():
-        print(
-            f"the run's tokenizer {path} is not here; no tokenizer files will be written (--tokenizer-file adds them)"
-        )
-        return None, None
-    return Path(path), load_tokenizer(path)
+        given = (source.args or {}).get("tokenizer_file")
+        digest = source.manifest.data.get("tokenizer") if source.manifest else None
+        path = tokenizer_files.find(source.path, given, digest)
+        if given and not path:
+            what = f"the run's tokenizer, {digest}," if digest else "the run's tokenizer"
+            print(
+                f"{what} is neither beside the checkpoint nor at {given}; no tokenizer files will be written (--tokenizer-file adds them)"
+            )
+    return (Path(path), load_tokenizer(path)) if path else (None, None)
 
 
 def vocabulary_rows(source: WeightSource, tokenizer: Tokenizer | None, keep_padding: bool) -> int:
@@ -116,7 +132,8 @@ def write_model(source: WeightSource, tokenizer_path, tokenizer: Tokenizer | Non
             files = write_safetensors(
                 source, directory, dtype=dtype, vocab_rows=rows, max_shard_bytes=parse_size(args.max_shard_size), advance=progress.update
             )  # fmt: skip
-        write_configs(directory, shape, dtype, special_ids(tokenizer) if tokenizer else {})
+        kept = source.manifest.special_ids if source.manifest else {}
+        write_configs(directory, shape, dtype, tokenizer.config_ids if tokenizer else kept)
         if tokenizer:
             write_tokenizer(directory, tokenizer_path, tokenizer, shape.max_position_embeddings)
         write_model_card(directory, name=output.name, shape=shape, facts=facts, args=card_args(source.args))
@@ -128,18 +145,41 @@ def write_model(source: WeightSource, tokenizer_path, tokenizer: Tokenizer | Non
 
 def write_adapter(adapters: AdapterSource, args) -> None:
     """PEFT's directory of a LoRA run: adapter_model.safetensors and adapter_config.json."""
-    import json
-
+    if adapters.manifest is None:
+        raise UserError(f"{args.load}: a PEFT adapter already; --merge-lora makes a whole model of it")
+    base = base_model(adapters, args.base)
+    path, tokenizer = find_tokenizer(adapters, args)
     tensors = adapters.peft_tensors(DTYPES.get(args.dtype))
     nbytes = sum(tensor.nbytes for tensor in tensors.values())
     with new_directory(Path(args.output), needed=nbytes, overwrite=args.overwrite) as directory:
         described = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
-        write_tensors(directory / "adapter_model.safetensors", described, lambda name: iter([tensors[name]]))
-        base = args.base or adapters.base_path
-        config = adapters.config.to_peft(str(base) if base else None)
-        (directory / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        write_tensors(directory / PEFT_WEIGHTS, described, lambda name: iter([tensors[name]]))
+        config = adapters.config.to_peft(base)
+        (directory / PEFT_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        if tokenizer:
+            write_tokenizer(directory, path, tokenizer, adapters.manifest.shape["max_position_embeddings"])
     print(f"{args.output}: PEFT adapter of rank {adapters.config.rank}, {len(tensors)} tensors, {nbytes / 1e6:.2f} MB")
+    if base:
+        print(f"to be loaded on {base}")
+    else:
+        print(
+            f"the base {adapters.base_path} is no Hugging Face model, so {PEFT_CONFIG} names none: convert it (--load {adapters.base_path} "
+            "--output BASE_HF), then give --base BASE_HF here"
+        )
     print("--merge-lora writes a whole model instead")
+
+
+def base_model(adapters: AdapterSource, given: str | None) -> str | None:
+    """What PEFT is to load the adapters on: the run's base where that is a Hugging Face directory, else --base, else None."""
+    place = Path(given or adapters.base_path)
+    if (place / "config.json").is_file():
+        return str(place.absolute())
+    if given and place.exists():
+        raise UserError(
+            f"--base {given}: no config.json there, so no Hugging Face model to load a PEFT adapter on; convert it first: "
+            f"python convert/megatron_to_hf.py --load {given} --output BASE_HF, then give --base BASE_HF"
+        )
+    return given  # a name on the Hub
 
 
 if __name__ == "__main__":

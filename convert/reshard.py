@@ -14,6 +14,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # not this folder: its f
 import shutil
 import warnings
 
+from megatron_ft.checkpoint import tokenizer_files
 from megatron_ft.checkpoint.directory import TRACKER
 from megatron_ft.checkpoint.legacy_writer import legacy_bytes, write_legacy
 from megatron_ft.checkpoint.output import check_layout, new_directory
@@ -98,6 +99,9 @@ def reshard_torch_dist(source: TorchDistSource, rows: int, args) -> int:
             }
             manifest.files = {path.name: describe_file(path) for path in sorted(place.iterdir())}
             manifest.write(place)
+            given = manifest.args.get("tokenizer_file")
+            if kept := tokenizer_files.find(source.path, given, manifest.data.get("tokenizer")):
+                tokenizer_files.keep(kept, directory)
         else:
             shutil.copyfile(source.path / "common.pt", place / "common.pt")
         (directory / TRACKER).write_text(str(source.iteration) if isinstance(source.iteration, int) else "release")

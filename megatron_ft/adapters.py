@@ -7,18 +7,22 @@ For programs that read adapters: a checkpoint of a LoRA run holds the adapters a
 
 with the paths of `TARGETS`, and the training flags lora_rank, lora_alpha, lora_dropout and lora_targets beside them
 (`AdapterConfig.from_args`). Read these tensors into a dict; then
-  - PEFT directory: `adapter_model.safetensors` = `to_peft(tensors)`, `adapter_config.json` = `config.to_peft(base_model)`;
+  - PEFT directory: `adapter_model.safetensors` = `to_peft(tensors)`, `adapter_config.json` = `config.to_peft(base_model)`, and
+    `from_peft` and `AdapterConfig.from_peft` are the way back;
   - merged weights: for each tensor of the base model by its Hugging Face name, `merged(name, weight, tensors, config)`.
 GPTBigCode's maps are nn.Linear and its fused query-key-value rows are Megatron's, so nothing is transposed or permuted.
 """
 
 import argparse
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from megatron_ft.checkpoint.names import LAYER, layer_of, weight_of
+from megatron_ft.errors import UserError
 
 # The linear maps of a layer that can have adapters, and where they are in it.
 TARGETS = {
@@ -53,12 +57,32 @@ class AdapterConfig:
         targets = tuple(dict.fromkeys(flags["lora_targets"].split(",")))
         return cls(flags["lora_rank"], flags["lora_alpha"], flags["lora_dropout"], targets)
 
+    @classmethod
+    def from_peft(cls, config: Mapping, tensors: Mapping[str, Tensor], where: str) -> "AdapterConfig":
+        """From adapter_config.json; the targets are those that `tensors` (of `from_peft`) has. Raises UserError, naming `where`, for
+        an adapter that computes something else than alpha / rank * B A."""
+        unknown = [name for name in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern") if config.get(name)]
+        if config.get("peft_type") != "LORA" or unknown:
+            found = unknown[0] if unknown else f"peft_type {config.get('peft_type')}"
+            raise UserError(f"{where}: {found} is not supported; expected plain LoRA")
+        targets = tuple(target for target in TARGETS if stacked_name(target, "lora_a") in tensors)
+        return cls(config["r"], config["lora_alpha"], config.get("lora_dropout", 0.0), targets)
+
+    def differences(self, other: "AdapterConfig") -> list[str]:
+        """What makes two configurations different adapters, by the flags' names; dropout does not."""
+        pairs = {
+            "--lora-rank": (self.rank, other.rank),
+            "--lora-alpha": (f"{self.alpha:g}", f"{other.alpha:g}"),
+            "--lora-targets": tuple(",".join(t for t in TARGETS if t in one.targets) for one in (self, other)),
+        }
+        return [f"{flag} was {was}, is {now}" for flag, (was, now) in pairs.items() if was != now]
+
     def to_peft(self, base_model: str | None = None) -> dict:
-        """Fields of PEFT's adapter_config.json; `base_model` is the path or name it is to be loaded on."""
+        """Fields of PEFT's adapter_config.json; `base_model` is the path or name it is to be loaded on, left out when None."""
         return {
+            **({"base_model_name_or_path": base_model} if base_model else {}),
             "peft_type": "LORA",
             "task_type": "CAUSAL_LM",
-            "base_model_name_or_path": base_model,
             "inference_mode": True,
             "r": self.rank,
             "lora_alpha": self.alpha,
@@ -87,6 +111,22 @@ def to_peft(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             for layer, tensor in enumerate(tensors.get(stacked_name(target, part), ())):
                 named[f"base_model.model.transformer.h.{layer}.{hf_name}.{peft_part}.weight"] = tensor.contiguous()
     return named
+
+
+def from_peft(named: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
+    """The way back: tensors stacked over layers. Raises UserError, naming `where`, for what is no LoRA of GPTBigCode's linear maps."""
+    targets = {hf_name: target for target, hf_name in HF_TARGETS.items()}
+    layers: dict[str, dict[int, Tensor]] = {}
+    for name, tensor in named.items():
+        match = re.fullmatch(r"base_model\.model\.transformer\.h\.(\d+)\.(.+)\.lora_([AB])\.weight", name)
+        if not match or match[2] not in targets:
+            raise UserError(f"{where}: {name} is not supported; expected LoRA of {', '.join(targets)} alone")
+        layers.setdefault(stacked_name(targets[match[2]], f"lora_{match[3].lower()}"), {})[int(match[1])] = tensor
+    depth = 1 + max((layer for found in layers.values() for layer in found), default=-1)
+    for key, found in layers.items():
+        if sorted(found) != list(range(depth)) or len({tensor.shape for tensor in found.values()}) > 1:
+            raise UserError(f"{where}: {key} is not of one rank in all {depth} layers, which is not supported")
+    return {key: torch.stack([found[layer] for layer in range(depth)]) for key, found in layers.items()}
 
 
 def merged(hf_name: str, weight: Tensor, tensors: Mapping[str, Tensor], config: AdapterConfig) -> Tensor:

@@ -86,7 +86,7 @@ def run(args: argparse.Namespace, device, started: float) -> int:
     model = wrap_for_data_parallel(args, chunks)
     optimizer = build_optimizer(args, model)
     state = TrainState(model, optimizer, build_scheduler(args, optimizer, length))
-    checkpointer = Checkpointer(args, shape, rows_per_epoch=epoch)
+    checkpointer = Checkpointer(args, shape, tokenizer.config_ids, rows_per_epoch=epoch)
     start = checkpointer.start(state)
 
     plan = RunPlan(

@@ -51,6 +51,11 @@ class Tokenizer(ABC):
             )
         return self._eod
 
+    @property
+    def config_ids(self) -> dict[str, int | None]:
+        """What a model's config.json says of it; StarCoder begins and ends texts with the same token, <|endoftext|>."""
+        return {"bos_token_id": self.eod, "eos_token_id": self.eod, "pad_token_id": self.pad}
+
     def encode(self, text: str) -> list[int]:
         """Ids of one text. Special tokens spelled out in it are parsed; none is added."""
         return self.encode_batch([text])[0].tolist()

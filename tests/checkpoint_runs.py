@@ -94,7 +94,7 @@ def state_and_checkpointer(words: list[str]):
     model = wrap_for_data_parallel(args, build_model(args, shape, 272))
     optimizer = build_optimizer(args, model)
     state = TrainState(model, optimizer, build_scheduler(args, optimizer, plan_length(args, 100)))
-    return args, state, Checkpointer(args, shape)
+    return args, state, Checkpointer(args, shape, {})
 
 
 class FusedAdam(torch.optim.Optimizer):

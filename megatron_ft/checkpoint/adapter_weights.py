@@ -1,60 +1,143 @@
-"""LoRA adapters out of a run's checkpoint, alone or merged into the weights they were trained on."""
+"""LoRA adapters out of a run's checkpoint or a PEFT directory: alone, with the weights they were trained on, or merged into these."""
 
+from argparse import Namespace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
-from megatron_ft.adapters import AdapterConfig, is_trainable, merged, to_peft
+from megatron_ft.adapters import (
+    HF_TARGETS,
+    AdapterConfig,
+    from_peft,
+    is_trainable,
+    merged,
+    stacked_name,
+    to_peft,
+)
 from megatron_ft.checkpoint.hf import read_json
-from megatron_ft.checkpoint.torch_dist_weights import TorchDistFiles
+from megatron_ft.checkpoint.manifest import NAME, Manifest
+from megatron_ft.checkpoint.names import hf_shape
+from megatron_ft.checkpoint.torch_dist_weights import TorchDistFiles, whole_manifest
 from megatron_ft.checkpoint.weights import WeightSource, find_iteration, open_weights
 from megatron_ft.errors import UserError
 
+PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
+
+@dataclass
 class AdapterSource:
-    """The adapters of one checkpoint: `tensors` by their torch_dist names stacked over layers (small: read whole), `config`,
-    `args` of the run, and where the base weights were (`base_path`, `base_iteration`)."""
+    """The adapters of one checkpoint: `tensors` by their torch_dist names stacked over layers (small: read whole), `config`, and where
+    the base weights were. `iteration` and `manifest` are a run's, None for a PEFT directory."""
 
-    def __init__(self, directory: Path, iteration: int | str | None, manifest: dict) -> None:
-        self.path, self.iteration = directory, iteration
-        files = TorchDistFiles(directory)
-        self.tensors = {key: files.read(key) for key in files.tensors if is_trainable(key) and "optimizer" not in key}
-        if not self.tensors:
-            raise UserError(f"{directory}: a LoRA run's checkpoint without adapters in it; use another iteration")
-        self.args: dict = manifest["args"]
-        self.config = AdapterConfig.from_args(self.args)
-        self.base_path: str = manifest["base"]["path"]
-        self.base_iteration = manifest["base"].get("iteration") or "latest"
+    path: Path
+    tensors: dict[str, torch.Tensor]
+    config: AdapterConfig
+    base_path: str
+    base_iteration: int | str = "latest"
+    iteration: int | str | None = None
+    manifest: Manifest | None = None
+
+    @property
+    def args(self) -> dict:
+        """Arguments of the run."""
+        return self.manifest.args if self.manifest else {}
 
     def peft_tensors(self, dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
         """By PEFT's names, in `dtype` (None: as stored)."""
         return {name: tensor.to(dtype or tensor.dtype) for name, tensor in to_peft(self.tensors).items()}
 
+    def open_base(self, elsewhere: Path | str | None = None) -> WeightSource:
+        """The weights they belong to, from where they were or `elsewhere`. Raises UserError when these are not there or do not fit."""
+        try:
+            base = open_weights(elsewhere or self.base_path, "latest" if elsewhere else self.base_iteration)
+        except UserError as error:
+            raise UserError(f"base weights of the adapters {self.path}: {error}") from None
+        for target in self.config.targets:
+            outputs, inputs = hf_shape(base.shape, f"transformer.h.0.{HF_TARGETS[target]}.weight")
+            layers, rank = base.shape.num_layers, self.config.rank
+            for part, shape in (("lora_a", (layers, rank, inputs)), ("lora_b", (layers, outputs, rank))):
+                found = tuple(self.tensors[stacked_name(target, part)].shape)
+                if found != shape:
+                    raise UserError(
+                        f"{self.path}: {stacked_name(target, part)} has shape {list(found)}, {base.path} and rank {rank} want {list(shape)}; "
+                        "give the base that the adapters were trained on"
+                    )
+        return base
+
 
 def open_adapters(path: Path | str, iteration: int | str = "latest") -> AdapterSource | None:
-    """The adapters of a LoRA run's checkpoint, None for a checkpoint of whole weights (whatever its format)."""
+    """The adapters of a LoRA run's checkpoint or a PEFT directory, None for whole weights (whatever their format)."""
     path = Path(path)
     if not path.is_dir() or (path / "config.json").is_file():
         return None
+    if (path / PEFT_CONFIG).is_file():
+        return _open_peft(path)
     directory, number = find_iteration(path, iteration)
-    if not (directory / "manifest.json").is_file():
+    if not (directory / NAME).is_file():
         return None
-    manifest = read_json(directory / "manifest.json")
-    return AdapterSource(directory, number, manifest) if manifest.get("base") else None
+    manifest = whole_manifest(directory)
+    if not manifest.base:
+        return None
+    files = TorchDistFiles(directory)
+    tensors = {key: files.read(key) for key in files.tensors if is_trainable(key) and "optimizer" not in key}
+    if not tensors:
+        raise UserError(f"{directory}: a LoRA run's checkpoint without adapters in it; use another iteration")
+    return AdapterSource(
+        directory,
+        tensors,
+        AdapterConfig.from_args(manifest.args),
+        manifest.base["path"],
+        manifest.base.get("iteration") or "latest",
+        number,
+        manifest,
+    )
+
+
+def _open_peft(path: Path) -> AdapterSource:
+    config = read_json(path / PEFT_CONFIG)
+    base = config.get("base_model_name_or_path")
+    if not base:
+        raise UserError(
+            f"{path / PEFT_CONFIG}: has no base_model_name_or_path; write the directory of the base model there"
+        )
+    try:
+        tensors = from_peft(load_file(path / PEFT_WEIGHTS), str(path / PEFT_WEIGHTS))
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path / PEFT_WEIGHTS}: cannot be read ({error}); copy it again") from None
+    return AdapterSource(path, tensors, AdapterConfig.from_peft(config, tensors, str(path / PEFT_CONFIG)), base)
+
+
+def open_start(path: Path | str, iteration: int | str, args: Namespace) -> tuple[WeightSource, AdapterSource | None]:
+    """What a run starts from: whole weights, and the adapters to train on when `path` holds such and LoRA is on.
+
+    Raises UserError when they are other adapters than the flags ask for.
+    """
+    adapters = open_adapters(path, iteration) if args.lora_rank else None
+    if adapters is None:
+        return open_weights(path, iteration), None
+    differences = adapters.config.differences(AdapterConfig.from_args(args))
+    if differences:
+        raise UserError(
+            f"{adapters.path}: its adapters are others than the flags ask for: {'; '.join(differences)}; give their flags to train them on, "
+            "or merge them with convert/megatron_to_hf.py --merge-lora and --load the result"
+        )
+    return adapters.open_base(), adapters
 
 
 class MergedSource(WeightSource):
     """Base weights with the adapters added, each tensor merged when it is read."""
 
-    kind = "torch_dist with merged LoRA adapters"
-
     def __init__(self, adapters: AdapterSource, base: Path | str | None = None) -> None:
         try:
-            self.base = open_weights(base or adapters.base_path, "latest" if base else adapters.base_iteration)
+            self.base = adapters.open_base(base)
         except UserError as error:
-            raise UserError(f"base weights of the LoRA run: {error} (--base says where they are now)") from None
-        self.adapters = adapters
+            raise UserError(f"{error} (--base says where they are now)") from None
+        self.adapters, self.kind = adapters, f"{self.base.kind} with merged LoRA adapters"
         self.path, self.iteration, self.args = adapters.path, adapters.iteration, adapters.args
+        self.manifest = adapters.manifest
         self.shape, self.dtype, self.vocab_size = self.base.shape, self.base.dtype, self.base.vocab_size
         self._last: tuple[str, torch.Tensor] | None = None
 

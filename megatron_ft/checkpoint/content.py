@@ -41,7 +41,9 @@ def tensors_to_save(state: TrainState, *, adapters_only: bool) -> list[ShardedTe
     return [*model, *optimizer, *sharding.rng_tensors()]
 
 
-def describe(state: TrainState, args: Namespace, shape: ModelShape, base: dict | None) -> Manifest:
+def describe(
+    state: TrainState, args: Namespace, shape: ModelShape, *, base: dict | None, special_ids: dict[str, int | None]
+) -> Manifest:
     """The manifest of a checkpoint of this moment, but for its files."""
     counters = {name: getattr(state, name) for name in COUNTERS}
     return Manifest(
@@ -58,6 +60,7 @@ def describe(state: TrainState, args: Namespace, shape: ModelShape, base: dict |
         layout=sharding.layout(),
         data=describe_data(args),
         base=base,
+        special_ids=special_ids,
         versions=versions(),
         git_revision=git_revision(),
         saved_at=now(),

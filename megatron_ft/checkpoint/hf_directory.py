@@ -8,21 +8,11 @@ from pathlib import Path
 
 import torch
 
+from megatron_ft.checkpoint import tokenizer_files
 from megatron_ft.errors import UserError
 from megatron_ft.flags import build_parser
 from megatron_ft.models import ModelShape
-from megatron_ft.tokenizer import SENTENCEPIECE_FILES, Tokenizer
-
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    *SENTENCEPIECE_FILES,
-)
+from megatron_ft.tokenizer import Tokenizer
 
 
 def write_configs(
@@ -35,18 +25,12 @@ def write_configs(
     _write_json(directory / "generation_config.json", {"_from_model_config": True, **ids})
 
 
-def special_ids(tokenizer: Tokenizer) -> dict[str, int | None]:
-    """StarCoder begins and ends texts with the same token, <|endoftext|>."""
-    return {"bos_token_id": tokenizer.eod, "eos_token_id": tokenizer.eod, "pad_token_id": tokenizer.pad}
-
-
 def write_tokenizer(directory: Path, source: Path, tokenizer: Tokenizer, positions: int) -> None:
     """Copy a Hugging Face directory's tokenizer files, or a bare tokenizer.json or SentencePiece model with what transformers
     needs to load it."""
     if source.is_dir():
-        for name in TOKENIZER_FILES:
-            if (source / name).is_file():
-                shutil.copyfile(source / name, directory / name)
+        for file in tokenizer_files.files_of(source):
+            shutil.copyfile(file, directory / file.name)
         if (directory / "tokenizer_config.json").is_file():
             return
     elif source.suffix == ".model":

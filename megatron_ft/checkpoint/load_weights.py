@@ -3,22 +3,29 @@
 Every rank reads its own slices from the memory-mapped source: no rank holds the whole model, and no rank sends to another.
 """
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
+from megatron_ft.adapters import is_trainable
+from megatron_ft.checkpoint.adapter_weights import AdapterSource
 from megatron_ft.checkpoint.names import WTE, core_to_hf, hf_shape, weight_of
 from megatron_ft.checkpoint.weights import WeightSource
 from megatron_ft.errors import UserError
 
+MEAN_BLOCK = 4096  # rows read at a time for the mean of an embedding; fixed, so that the sum is one number everywhere
+
 
 @dataclass
 class LoadReport:
-    """What `load_weights` did on this rank: HF names read, vocabulary rows zeroed or left out, parameters not in the source."""
+    """What `load_weights` did on this rank: HF names read, tokens that the source has no weights for, vocabulary rows zeroed or left
+    out, parameters not in the source."""
 
     loaded: list[str] = field(default_factory=list)
+    new_tokens: int = 0
     zeroed_rows: int = 0
     dropped_rows: int = 0
     untouched: list[str] = field(default_factory=list)
@@ -26,8 +33,12 @@ class LoadReport:
     def lines(self) -> list[str]:
         """Sentences for the log."""
         said = [f"{len(set(self.loaded))} tensors loaded"]
+        if self.new_tokens:
+            said.append(
+                f"{self.new_tokens} new tokens without weights in the checkpoint start at the mean of its embedding rows"
+            )
         if self.zeroed_rows:
-            said.append(f"{self.zeroed_rows} vocabulary rows beyond the checkpoint's are zero")
+            said.append(f"{self.zeroed_rows} rows of vocabulary padding beyond the checkpoint's are zero")
         if self.dropped_rows:
             said.append(f"{self.dropped_rows} vocabulary rows of the checkpoint are beyond the model's and left out")
         if self.untouched:
@@ -44,13 +55,19 @@ def unwrap(module: nn.Module) -> nn.Module:
     return module
 
 
+def known_tokens(source: WeightSource) -> int:
+    """How many tokens the source has weights for: its rows that are not padding, where it says which are."""
+    return source.vocab_size or source.shape.vocab_size
+
+
 @torch.no_grad()
-def load_weights(source: WeightSource, model_chunks: Iterable[nn.Module]) -> LoadReport:
+def load_weights(source: WeightSource, model_chunks: Iterable[nn.Module], vocab_size: int | None = None) -> LoadReport:
     """Copy this rank's slices of `source` into the parameters of its model chunks, in place, cast to their dtype.
 
-    Vocabulary rows beyond the source's become zero, the source's beyond the model's are left out. Parameters HF has no name
-    for (adapters) keep their values. Raises UserError when the architectures differ. Optimizers must copy their fp32
-    master weights from the model afterwards.
+    Of the model's vocabulary `vocab_size` rows are tokens (None: those of the source). A token that the source has no weights for starts
+    at the mean of those it has, in every layout the same; padding beyond the source's rows becomes zero, the source's rows beyond the
+    model's are left out. Parameters HF has no name for (adapters) keep their values. Raises UserError when the architectures differ.
+    Optimizers must copy their fp32 master weights from the model afterwards.
     """
     from megatron.core import parallel_state
 
@@ -67,25 +84,61 @@ def load_weights(source: WeightSource, model_chunks: Iterable[nn.Module]) -> Loa
             if name is None:
                 report.untouched.append(core_name)
                 continue
-            _fill(parameter.data, source, name, tp_rank, tp_size, report)
+            if name == WTE:
+                _fill_embedding(parameter.data, source, vocab_size or known_tokens(source), tp_rank, tp_size, report)
+            else:
+                _fill(parameter.data, source, name, tp_rank, tp_size)
             report.loaded.append(name)
     return report
 
 
-def _fill(
-    parameter: torch.Tensor, source: WeightSource, name: str, tp_rank: int, tp_size: int, report: LoadReport
+@torch.no_grad()
+def load_adapters(adapters: AdapterSource, model_chunks: Iterable[nn.Module]) -> str:
+    """Copy this rank's slices of `adapters` into a model made for them (`add_lora`, same rank and targets); a sentence for the log."""
+    from megatron.core import parallel_state
+
+    tp_rank = parallel_state.get_tensor_model_parallel_rank()
+    for chunk in model_chunks:
+        model = unwrap(chunk)
+        layers = model.decoder.layers
+        first_layer = layers[0].layer_number - 1 if len(layers) else 0
+        for name, parameter in model.named_parameters():
+            if not is_trainable(name):
+                continue
+            layer, rest = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", name).groups()
+            whole = adapters.tensors[f"decoder.layers.{rest}"][first_layer + int(layer)]
+            if parameter.tensor_model_parallel:
+                size = parameter.shape[parameter.partition_dim]
+                whole = whole.narrow(parameter.partition_dim, tp_rank * size, size)
+            parameter.copy_(whole)
+    return f"{adapters.path}: adapters of rank {adapters.config.rank} trained on, with a fresh optimizer"
+
+
+def _fill_embedding(
+    parameter: torch.Tensor, source: WeightSource, vocab_size: int, tp_rank: int, tp_size: int, report: LoadReport
 ) -> None:
+    rows, first = parameter.shape[0], tp_rank * parameter.shape[0]
+    stored, known = source.shape.vocab_size, known_tokens(source)
+    have = max(0, min(rows, stored - first))
+    if have:
+        parameter[:have].copy_(source.read_slice(WTE, 0, first, first + have))
+    parameter[have:].zero_()
+    new = slice(max(0, known - first), max(0, min(rows, vocab_size - first)))
+    if new.start < new.stop:
+        parameter[new] = _mean_row(source, known).to(parameter)
+    report.new_tokens = max(report.new_tokens, vocab_size - known)
+    report.zeroed_rows = max(report.zeroed_rows, rows * tp_size - max(stored, vocab_size))
+    report.dropped_rows = max(report.dropped_rows, stored - rows * tp_size)
+
+
+def _mean_row(source: WeightSource, known: int) -> torch.Tensor:
+    """[h] in fp64, the mean of the embedding's first `known` rows."""
+    blocks = (source.read_slice(WTE, 0, row, min(row + MEAN_BLOCK, known)) for row in range(0, known, MEAN_BLOCK))
+    return sum(block.double().sum(0) for block in blocks) / known
+
+
+def _fill(parameter: torch.Tensor, source: WeightSource, name: str, tp_rank: int, tp_size: int) -> None:
     dim = weight_of(name).tp_dim
-    if name == WTE:
-        rows, first = parameter.shape[0], tp_rank * parameter.shape[0]
-        there = source.shape.vocab_size
-        have = max(0, min(rows, there - first))
-        if have:
-            parameter[:have].copy_(source.read_slice(name, 0, first, first + have))
-        parameter[have:].zero_()
-        report.zeroed_rows = max(report.zeroed_rows, rows * tp_size - there)
-        report.dropped_rows = max(report.dropped_rows, there - rows * tp_size)
-        return
     expected = list(hf_shape(source.shape, name))
     if dim is not None:
         expected[dim] //= tp_size

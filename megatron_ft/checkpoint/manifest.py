@@ -29,7 +29,8 @@ class Damaged(Exception):
 @dataclass
 class Manifest:
     """Content of manifest.json. `state` is TrainState's numbers, `layout` the parallel sizes it was saved from,
-    `files` maps a file's name to its size in bytes and sha256, `base` says which weights adapters belong to."""
+    `files` maps a file's name to its size in bytes and sha256, `base` says which weights adapters belong to, `special_ids` is the
+    tokenizer's `config_ids`, so that a converted model knows its end of text without it."""
 
     iteration: int
     shape: dict
@@ -38,6 +39,7 @@ class Manifest:
     layout: dict
     data: dict = field(default_factory=dict)
     base: dict | None = None
+    special_ids: dict[str, int | None] = field(default_factory=dict)
     files: dict[str, dict] = field(default_factory=dict)
     versions: dict = field(default_factory=dict)
     git_revision: str | None = None

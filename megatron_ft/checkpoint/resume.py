@@ -7,9 +7,10 @@ from argparse import Namespace
 from dataclasses import fields
 from pathlib import Path
 
+from megatron_ft.checkpoint import tokenizer_files
+from megatron_ft.checkpoint.adapter_weights import open_start
 from megatron_ft.checkpoint.directory import TRACKER, iteration_directory, list_iterations, read_tracker
-from megatron_ft.checkpoint.manifest import NAME, Damaged, Manifest, file_checksum, read_manifest
-from megatron_ft.checkpoint.weights import open_weights
+from megatron_ft.checkpoint.manifest import NAME, Damaged, Manifest, read_manifest
 from megatron_ft.data.indexed import field_paths
 from megatron_ft.data.splits import groups_of
 from megatron_ft.errors import UserError
@@ -43,7 +44,8 @@ def starting_shape(args: Namespace) -> ModelShape | None:
         except Damaged:
             continue
     if args.load:
-        return open_weights(args.load, args.load_iteration).shape
+        source, _ = open_start(args.load, args.load_iteration, args)
+        return source.shape
     return None
 
 
@@ -143,7 +145,6 @@ def describe_data(args: Namespace) -> dict[str, str]:
             size = sum(file.stat().st_size for file in files if file.is_file())
             blend.append(f"{part.weight:g} {part.start:g}:{part.end:g} {Path(part.prefix).name} ({size} bytes)")
     found = {"training data": ", ".join(blend)}
-    tokenizer = Path(args.tokenizer_file)
-    if tokenizer.is_file():
-        found["tokenizer"] = f"{tokenizer.name} (sha256 {file_checksum(tokenizer)[:12]})"
+    if tokenizer := tokenizer_files.describe(Path(args.tokenizer_file)):
+        found["tokenizer"] = tokenizer
     return found

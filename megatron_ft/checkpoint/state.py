@@ -1,6 +1,6 @@
 """A run's state on disk: `Checkpointer` starts or resumes it, saves it, and never leaves a directory without a whole checkpoint.
 
-    checkpointer = Checkpointer(args, shape)
+    checkpointer = Checkpointer(args, shape, tokenizer.config_ids)
     start = checkpointer.start(state)        # resumes, or loads weights, or leaves the random start; says which and why
     ... after each step:  if checkpointer.due(state): checkpointer.save(state)
     checkpointer.finish()                    # waits for a save in the background
@@ -17,14 +17,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_ft.checkpoint import directory, optimizer_state, resume, sharding
+from megatron_ft.checkpoint import directory, optimizer_state, resume, sharding, tokenizer_files
+from megatron_ft.checkpoint.adapter_weights import open_start
 from megatron_ft.checkpoint.content import TrainState, describe, restore, tensors_to_save
-from megatron_ft.checkpoint.load_weights import load_weights
+from megatron_ft.checkpoint.load_weights import known_tokens, load_adapters, load_weights
 from megatron_ft.checkpoint.manifest import Damaged, Manifest, check_files, describe_file, read_manifest
 from megatron_ft.checkpoint.owner import Owner
 from megatron_ft.checkpoint.together import Together
 from megatron_ft.checkpoint.torch_dist import RankWriter, write_metadata
-from megatron_ft.checkpoint.weights import open_weights
+from megatron_ft.checkpoint.weights import WeightSource
 from megatron_ft.errors import UserError
 from megatron_ft.models import ModelShape
 
@@ -54,17 +55,19 @@ class _Pending:
 
 
 class Checkpointer:
-    """Keeps the checkpoints of one run in `args.save`. `log` takes a line; only rank 0 calls it."""
+    """Keeps the checkpoints of one run in `args.save`. `special_ids` is the tokenizer's `config_ids`; `log` takes a line, only rank 0
+    calls it."""
 
     def __init__(
         self,
         args: Namespace,
         shape: ModelShape,
+        special_ids: dict[str, int | None],
         log: Callable[[str], None] = print,
         *,
         rows_per_epoch: int | None = None,
     ) -> None:
-        self.args, self.shape = args, shape
+        self.args, self.shape, self.special_ids = args, shape, special_ids
         self.period = (
             args.save_epochs * rows_per_epoch if args.save_epochs else None
         )  # rows between --save-epochs's saves
@@ -117,15 +120,28 @@ class Checkpointer:
 
     def _load_weights(self, state: TrainState, path: str, iteration: int | str) -> list[str]:
         def load() -> list[str]:
-            source = open_weights(path, iteration)
-            report = load_weights(source, state.model)
+            source, adapters = open_start(path, iteration, self.args)
             if self.args.lora_rank:
-                self._base = {"path": str(Path(path).absolute()), "iteration": source.iteration}
-            return [f"{source.path} ({source.kind}): {line}" for line in report.lines()]
+                self._check_tokens(source)
+                base = adapters.base_path if adapters else path
+                self._base = {"path": str(Path(base).absolute()), "iteration": source.iteration}
+            report = load_weights(source, state.model, self.shape.vocab_size)
+            lines = [f"{source.path} ({source.kind}): {line}" for line in report.lines()]
+            return [*lines, load_adapters(adapters, state.model)] if adapters else lines
 
         lines = self.ranks.everywhere(load)
         optimizer_state.take_weights(state.optimizer)
         return lines
+
+    def _check_tokens(self, base: WeightSource) -> None:
+        """Adapters leave the embedding as it is: a token that the base has no weights for would never be learned."""
+        tokens, known = self.shape.vocab_size, known_tokens(base)
+        if tokens > known:
+            raise UserError(
+                f"--lora-rank {self.args.lora_rank}: the tokenizer {self.args.tokenizer_file} has {tokens} tokens, the base {base.path} has "
+                f"weights for {known}, and LoRA trains no embedding: the {tokens - known} new tokens could not be learned; give the base's "
+                "own tokenizer, or leave --lora-rank out, or --load a base that has rows for them (transformers' resize_token_embeddings)"
+            )
 
     def _resume(self, state: TrainState, iterations: list[int], notes: list[str]) -> Start:
         """Load the newest whole checkpoint; name and skip damaged ones."""
@@ -257,7 +273,9 @@ class Checkpointer:
         if state.iteration == self.last_saved:
             failure = self.ranks.on_rank_0(lambda: _failure_of(lambda: self._mark_best(state))) if best else None
             return self._failed(failure) if failure else True
-        manifest = self.ranks.on_rank_0(lambda: describe(state, self.args, self.shape, self._base))
+        manifest = self.ranks.on_rank_0(
+            lambda: describe(state, self.args, self.shape, base=self._base, special_ids=self.special_ids)
+        )
         staging = directory.staging_directory(self.save_directory, state.iteration, self.token)
         failure = self.ranks.on_rank_0(lambda: _failure_of(lambda: self._open_staging(staging)))
         if failure:
@@ -333,7 +351,7 @@ class Checkpointer:
                 )
         manifest.write(staging)
         with self.owner.writing():
-            self._keep_tokenizer()
+            tokenizer_files.keep(Path(self.args.tokenizer_file), save)
             directory.commit(save, pending.iteration, staging)
             directory.replace_file(save / directory.TRACKER, str(pending.iteration).encode())
             if pending.is_best:
@@ -371,13 +389,6 @@ class Checkpointer:
             manifest.state["best"] = state.best
             manifest.write(where)
             directory.replace_file(self.save_directory / directory.BEST, str(state.iteration).encode())
-
-    def _keep_tokenizer(self) -> None:
-        """The save directory holds the tokenizer its models were made with, so that conversion needs nothing else."""
-        source = Path(self.args.tokenizer_file)
-        target = self.save_directory / source.name
-        if source.is_file() and not target.exists():
-            directory.replace_file(target, source.read_bytes())
 
     def _failed(self, reason: str) -> bool:
         self.failures += 1

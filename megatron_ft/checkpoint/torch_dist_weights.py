@@ -191,11 +191,11 @@ class TorchDistSource(WeightSource):
         self.path = directory
         self.iteration = iteration
         self.files = TorchDistFiles(directory)
-        manifest = _whole(directory) if (directory / NAME).is_file() else None
+        manifest = self.manifest = whole_manifest(directory) if (directory / NAME).is_file() else None
         if manifest and manifest.base:
             raise UserError(
                 f"{directory}: the adapters of a LoRA run, not a whole model; "
-                "merge them first with convert/megatron_to_hf.py --merge-lora"
+                "merge them first with convert/megatron_to_hf.py --merge-lora, or train them on with their --lora-rank"
             )
         embedding, _ = hf_to_stacked(WTE)
         if embedding not in self.files.tensors or hf_to_stacked(WPE)[0] not in self.files.tensors:
@@ -252,7 +252,7 @@ class TorchDistSource(WeightSource):
         return axis - 1, [tensor[layer - chunk.offsets[0]] for chunk, tensor in zip(ordered, tensors, strict=True)]
 
 
-def _whole(directory: Path) -> Manifest:
+def whole_manifest(directory: Path) -> Manifest:
     """The manifest of a checkpoint whose files are all there, of the right sizes. Raises UserError naming the first that is not."""
     try:
         manifest = read_manifest(directory)

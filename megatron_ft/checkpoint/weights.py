@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from megatron_ft.checkpoint.manifest import Manifest
 from megatron_ft.checkpoint.names import hf_names, hf_shape
 from megatron_ft.errors import UserError
 from megatron_ft.models import ModelShape
@@ -25,7 +26,8 @@ class WeightSource(ABC):
     """Weights of one checkpoint.
 
     `kind` names the format, `path` the directory read, `shape` the model (vocab_size = embedding rows stored),
-    `vocab_size` how many of those rows are not padding, where the checkpoint says so, `dtype` that of the word embeddings, `iteration` a number, "release" or None, `args` the run's arguments or None.
+    `vocab_size` how many of those rows are not padding, where the checkpoint says so, `dtype` that of the word embeddings, `iteration` a number, "release" or None, `args` the run's arguments or None,
+    `manifest` that of a checkpoint of this package.
     """
 
     kind: str
@@ -35,6 +37,7 @@ class WeightSource(ABC):
     vocab_size: int | None = None
     iteration: int | str | None = None
     args: dict | None = None
+    manifest: Manifest | None = None
 
     def names(self) -> list[str]:
         """HF GPTBigCode tensor names in file order, without the tied lm_head."""

@@ -147,9 +147,9 @@ def model_shape(args: argparse.Namespace) -> ModelShape:
     fill_in(resolved)
     shape = resolved.shape
     if shape is None and resolved.load:
-        from megatron_ft.checkpoint.weights import open_weights
+        from megatron_ft.checkpoint.adapter_weights import open_start
 
-        shape = open_weights(resolved.load, resolved.load_iteration).shape
+        shape = open_start(resolved.load, resolved.load_iteration, resolved)[0].shape
     if shape is None:
         raise UserError("no model: give --preset, --load DIR, or --num-layers, --hidden-size and --num-attention-heads")
     args.seq_length = args.seq_length or shape.max_position_embeddings

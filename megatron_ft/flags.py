@@ -316,7 +316,11 @@ def _add_validation(add) -> None:
 
 def _add_checkpoint(add) -> None:
     add("--save", metavar="DIR", help="checkpoints go here; when it holds one, training resumes from it")
-    add("--load", metavar="DIR", help="weights to start from: torch_dist, legacy Megatron or Hugging Face directory")
+    add(
+        "--load",
+        metavar="DIR",
+        help="weights to start from: torch_dist, legacy Megatron or Hugging Face directory; with --lora-rank also adapters to train on",
+    )
     add("--finetune-from", metavar="DIR", help="another name of --load")
     add("--load-iteration", default="latest", help="which iteration of --load: a number, 'release' or 'latest'")
     add("--from-scratch", action="store_true", help="random weights; without it a missing checkpoint is an error")

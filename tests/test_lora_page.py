@@ -18,6 +18,9 @@ def test_the_pages_commands_train_export_and_merge_adapters_and_a_run_in_parts_i
     assert steps[0]["loss"] < base[0]["loss"] - 0.3, "the base's first rows, seen with what the base has learned since"
     assert re.search(r"LoRA rank 8 trains [\d,]+ \([\d.]+ %\)", printed)
     assert "adapter against merged" in printed
+    assert "adapters of rank 8 trained on, with a fresh optimizer" in printed
+    second = [json.loads(line) for line in (tmp_path / "adapters-2/metrics.jsonl").open()]
+    assert second[0]["loss"] < steps[0]["loss"], "the same rows, seen with what the first adapters have learned"
     config = json.loads((tmp_path / "adapter-peft/adapter_config.json").read_text())
     assert config["target_modules"] == ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]
 

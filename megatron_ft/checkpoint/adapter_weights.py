@@ -76,11 +76,9 @@ def open_adapters(path: Path | str, iteration: int | str = "latest") -> AdapterS
     if (path / PEFT_CONFIG).is_file():
         return _open_peft(path)
     directory, number = find_iteration(path, iteration)
-    if not (directory / NAME).is_file():
+    if not (directory / NAME).is_file() or not read_json(directory / NAME).get("base"):
         return None
     manifest = whole_manifest(directory)
-    if not manifest.base:
-        return None
     files = TorchDistFiles(directory)
     tensors = {key: files.read(key) for key in files.tensors if is_trainable(key) and "optimizer" not in key}
     if not tensors:

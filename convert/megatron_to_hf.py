@@ -1,6 +1,6 @@
 """Convert a Megatron checkpoint to a Hugging Face GPTBigCode directory, in the memory of a few rows.
 
-    python convert/megatron_to_hf.py --load runs/first --output runs/first-hf --tokenizer-file tokenizer.json
+    python convert/megatron_to_hf.py --load runs/first --output runs/first-hf
 
 Reads torch_dist checkpoints and those of Megatron before Core (BigCode's mtf branch, bigcode/starcoderbase-megatron) in
 any tensor x pipeline parallel layout, in fp32, bf16 or fp16, with the plain or the distributed optimizer. Runs on a login node: no

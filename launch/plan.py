@@ -65,7 +65,7 @@ class Proposal:
     mfu: float  # expected, with the layout's losses
 
     def flags(self) -> str:
-        """Training flags that ask for it."""
+        """Training flags that ask for it, beside those that were given."""
         layout = self.layout
         words = [f"--{self.layout.precision}"] if layout.precision != "fp32" else []
         words += [f"--tensor-model-parallel-size {layout.tensor_parallel}"] if layout.tensor_parallel > 1 else []
@@ -83,7 +83,7 @@ def main() -> int:
     cluster, args = parse(sys.argv[1:])
     shape = model_shape(args)
     gpu, world_size = GPUS[cluster.gpu], cluster.nodes * cluster.gpus_per_node
-    batch = args.global_batch_size or max(128, world_size)
+    batch = args.global_batch_size or multiples_near(128, world_size)[0]
     given = bool(args.tensor_model_parallel_size or args.pipeline_model_parallel_size)
     fitting, others = judge_all(shape, args, cluster, batch, as_given=given)
     rows, source = rows_an_epoch(cluster, args)
@@ -133,9 +133,35 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, argparse.Namespace]:
     for name in undecided:
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
+    cluster.given = "".join(f" {words}" for words in given_words(training, args))
     args.bf16 = args.bf16 or (cluster.precision == "bf16" and not args.fp16)
     args.fp16 = args.fp16 or (cluster.precision == "fp16" and not args.bf16)
     return cluster, args
+
+
+# What the estimate is made for and a proposal does not choose: the run must have it too.
+KEPT = (
+    "seq_length", "lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "optimizer", "optimizer_cpu_offload", "use_distributed_optimizer",
+    "accumulate_allreduce_grads_in_fp32", "recompute_method", "recompute_num_layers", "hidden_dropout", "attention_dropout",
+    "make_vocab_size_divisible_by",
+)  # fmt: skip
+
+
+def given_words(training: argparse.ArgumentParser, args: argparse.Namespace) -> list[str]:
+    """The flags of KEPT that differ from their defaults, as they are typed."""
+    words = []
+    for action in training._actions:
+        value = getattr(args, action.dest, None)
+        if action.dest in KEPT and value != action.default:
+            on_or_off = action.option_strings[0 if value is not False else -1]
+            words.append(on_or_off if isinstance(value, bool) else f"{on_or_off} {value}")
+    return words
+
+
+def multiples_near(wanted: int, step: int) -> list[int]:
+    """The multiples of `step` on both sides of `wanted`, the nearer first; above 0."""
+    below = wanted // step * step
+    return sorted({max(below, step), below + step}, key=lambda n: abs(n - wanted))
 
 
 def model_shape(args: argparse.Namespace) -> ModelShape:
@@ -223,6 +249,9 @@ def layouts(
                 for micro in micros
                 for recompute in recomputes
             ]
+    if not found and not as_given:
+        ways = " or ".join(map(str, multiples_near(batch, world_size)))
+        raise UserError(f"no layout of {world_size} GPUs divides the model and --global-batch-size {batch}; try {ways}")
     if not found:
         raise refusal
     return found
@@ -289,7 +318,7 @@ def describe(
     room = "fits" if need.fits(gpu) else "does not fit"
     tokens = batch * args.seq_length
     print(f"  layout   {layout}, micro batch {layout.micro_batch} x {layout.num_microbatches}")
-    print(f"  flags    {proposal.flags()}")
+    print(f"  flags    {proposal.flags()}{cluster.given}")
     print(f"  memory   {parts} = {need.total / GIB:.1f} GiB of {gpu.memory / GIB:.1f}: {room}")
     if need.host:
         node = cluster.gpus_per_node * need.host

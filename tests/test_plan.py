@@ -57,6 +57,18 @@ def test_room_for_checkpoints_is_told_from_the_flags():
     assert "\ncheckpoint 217.2 GB, all are kept\n" in plan(*words).stdout
 
 
+def test_without_a_batch_it_takes_one_that_the_cluster_divides():
+    text = plan(*"--preset starcoderbase --nodes 3 --gpus-per-node 8 --gpu h100-80gb".split()).stdout
+    assert "120 a step" in text and "--global-batch-size 120" in proposals(text)[0][0]
+
+
+def test_flags_of_a_proposal_hold_what_the_estimate_was_made_for():
+    words = "--preset starcoderbase-7b --gpus-per-node 1 --gpu a100-80gb --optimizer-cpu-offload --lora-rank 8 --seq-length 2048"
+    flags = re.search("flags +(.+)", plan(*words.split(), "--no-use-distributed-optimizer").stdout)[1]
+    for given in ("--optimizer-cpu-offload", "--lora-rank 8", "--seq-length 2048", "--no-use-distributed-optimizer"):
+        assert given in flags
+
+
 def test_what_it_proposes_judged_again_gives_the_same_numbers():
     base = "--preset starcoderbase-7b --nodes 1 --gpus-per-node 8 --gpu a100-80gb".split()
     first = proposals(plan(*base).stdout)[0]
@@ -112,6 +124,10 @@ def test_steps_and_hours_follow_from_real_data_and_the_length_asked_for(tmp_path
         (
             "--gpu a100-80gb --preset tiny --pipeline-model-parallel-size 1 --global-batch-size 12",
             "not a multiple of the micro batch",
+        ),
+        (
+            "--gpu a100-80gb --preset tiny --nodes 3 --global-batch-size 125",
+            "24 GPUs divides the model and --global-batch-size 125; try 120 or 144",
         ),
         ("--gpu a100-80gb --preset tiny --mfu 45", "45 % is 0.45"),
         ("--gpu a100-80gb --preset tiny --tensor-paralel 2", "unknown flag --tensor-paralel"),

@@ -5,10 +5,12 @@ and every rank answers them by saving after its current step. When one rank fail
 """
 
 import os
+import queue
 import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -115,9 +117,16 @@ class _StopRequests:
 
 
 def _wait(ranks: list[subprocess.Popen], stop: _StopRequests) -> int | None:
-    """Wait until all ranks have ended well (None), or one has not (its number), passing signals on meanwhile."""
-    interrupted = False
-    while True:
+    """Wait until all ranks have ended well (None), or one has not (its number), passing signals on meanwhile.
+
+    A thread waits for each rank, so that they are heard in the order they end: a peer that fails because of the first follows it
+    by milliseconds.
+    """
+    ended: queue.SimpleQueue[int] = queue.SimpleQueue()
+    for number, rank in enumerate(ranks):
+        threading.Thread(target=lambda n=number, r=rank: (r.wait(), ended.put(n)), daemon=True).start()
+    running, interrupted = len(ranks), False
+    while running:
         while stop.caught:
             number = stop.caught.pop(0)
             if number == signal.SIGINT:
@@ -129,13 +138,14 @@ def _wait(ranks: list[subprocess.Popen], stop: _StopRequests) -> int | None:
             for rank in ranks:
                 if rank.poll() is None:
                     rank.send_signal(stop.passed_on_as or number)
-        statuses = [rank.poll() for rank in ranks]
-        for number, status in enumerate(statuses):
-            if status not in (None, EXIT_DONE, EXIT_RESUME):
-                return number
-        if None not in statuses:
-            return None
-        time.sleep(0.05)
+        try:
+            number = ended.get(timeout=0.05)
+        except queue.Empty:
+            continue
+        if ranks[number].returncode not in (EXIT_DONE, EXIT_RESUME):
+            return number
+        running -= 1
+    return None
 
 
 def _end(ranks: list[subprocess.Popen]) -> None:

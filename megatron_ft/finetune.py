@@ -9,6 +9,7 @@ stopped after saving and the same command goes on, 2 for a user's mistake.
 """
 
 import argparse
+import contextlib
 import logging
 import os
 import sys
@@ -18,7 +19,7 @@ from pathlib import Path
 
 from megatron_ft.arguments import parse_args, shape_from_args, validate
 from megatron_ft.engine import signals
-from megatron_ft.errors import EXIT_USER_ERROR, UserError, run_program
+from megatron_ft.errors import EXIT_DONE, EXIT_RESUME, EXIT_USER_ERROR, UserError, run_program
 from megatron_ft.models import PRESETS, ModelShape, padded_vocab_size
 
 
@@ -30,20 +31,46 @@ def main(argv: list[str] | None = None) -> int:
     try:
         args = parse_args(argv, int(os.environ.get("WORLD_SIZE", 1)))
         _silence_warnings()
+        import torch
+
         from megatron_ft.engine import parallel
         from megatron_ft.engine.device import set_up_device
+        from megatron_ft.engine.out_of_memory import out_of_memory
 
         device = set_up_device(args)
         parallel.initialize(args)
         try:
-            return run(args, device, started)
-        finally:
-            parallel.destroy()
+            status = run(args, device, started)
+        except torch.OutOfMemoryError as error:
+            raise out_of_memory(args, error, "before the first step") from error
+        parallel.destroy()  # after a good end alone: see run_rank
+        return status
     except UserError as error:
         if int(os.environ.get("RANK", 0)) == 0:
             raise
         print(f"rank {os.environ['RANK']}: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
+
+
+def run_rank() -> None:
+    """Run `main` and end this process; after a failure at once, without taking process groups down.
+
+    NCCL's teardown waits for peers, and these may wait in a collective that a failed rank never joins. So the first rank to fail
+    is the first to end, and whoever started the ranks ends the others.
+    """
+    try:
+        run_program(main)
+    except SystemExit as end:
+        if end.code in (None, EXIT_DONE, EXIT_RESUME):
+            raise
+        status = end.code
+    except BaseException:
+        sys.excepthook(*sys.exc_info())  # torch's: it names the rank
+        status = 1
+    with contextlib.suppress(OSError, ValueError):  # a pipe that nobody reads any more
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(status)
 
 
 def run(args: argparse.Namespace, device, started: float) -> int:
@@ -59,6 +86,7 @@ def run(args: argparse.Namespace, device, started: float) -> int:
     from megatron_ft.engine.metrics import MetricsLog
     from megatron_ft.engine.model import build_model, uses_transformer_engine, wrap_for_data_parallel
     from megatron_ft.engine.optimizer import build_optimizer
+    from megatron_ft.engine.out_of_memory import out_of_memory
     from megatron_ft.engine.packed_attention import slow_with_dropout
     from megatron_ft.engine.rows import Rows
     from megatron_ft.engine.schedule import build_scheduler, many_epochs, plan_length
@@ -137,12 +165,14 @@ def run(args: argparse.Namespace, device, started: float) -> int:
     try:
         status = train(training)
         checkpointer.finish()
+        for reader in (training.train_rows, *training.valid_rows.values(), *training.test_rows.values()):
+            reader.close()
         return status
+    except torch.OutOfMemoryError as error:
+        raise out_of_memory(args, error, f"after {state.iteration} iterations") from error
     finally:
         watchdog.stop()
         log.close()
-        for reader in (training.train_rows, *training.valid_rows.values(), *training.test_rows.values()):
-            reader.close()
 
 
 def model_shape(args: argparse.Namespace) -> ModelShape:
@@ -188,4 +218,4 @@ def _silence_warnings() -> None:
 
 
 if __name__ == "__main__":
-    run_program(main)
+    run_rank()

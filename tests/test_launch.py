@@ -41,8 +41,8 @@ class Launched:
             [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
 
-    def end(self) -> tuple[int, str]:
-        out, _ = self.process.communicate(timeout=30)
+    def end(self, seconds: float = 30) -> tuple[int, str]:
+        out, _ = self.process.communicate(timeout=seconds)
         return self.process.returncode, out
 
 
@@ -126,6 +126,63 @@ def test_a_killed_rank_gives_the_shells_status_for_its_signal(tmp_path):
 def test_a_mistake_every_rank_notices_is_said_once(tmp_path):
     status, out = Launched(tmp_path, "time.sleep(0.3 * (1 - rank))\nprint('error: no such file')\nsys.exit(2)").end()
     assert (status, out) == (2, "error: no such file\n")
+
+
+TRAINING = """
+from megatron_ft import finetune
+from megatron_ft.engine import parallel, train
+parallel.destroy = lambda: time.sleep(60)  # as NCCL's, while a peer waits in a collective
+step = train.forward_backward
+def breaks(*args):
+    if rank == {rank}:
+        print('breaks at', time.time(), flush=True)
+        raise {error}
+    return step(*args)
+train.forward_backward = breaks
+sys.argv[1:] = {flags!r}
+finetune.run_rank()
+"""
+
+
+@pytest.fixture
+def broken_training(golden, tmp_path):
+    """Two ranks of real training, one of which raises `error` in its first step: (status, output, rank 1's log, seconds from then on)."""
+
+    def launch(rank: int, error: str, more: str = "") -> tuple[int, str, str, float]:
+        flags = [
+            *f"--load {golden}/hf/hf_tiny --tokenizer-file {golden}/data/tokenizer.json --data-prefix {golden}/data/short".split(),
+            *f"--data-cache-path {tmp_path}/cache --seq-length 128 --train-iters 2 --save {tmp_path}/run {more}".split(),
+        ]
+        launched = Launched(tmp_path, TRAINING.format(rank=rank, error=error, flags=flags))
+        status, out = launched.end(120)
+        now, log = time.time(), launched.log.read_text()
+        breaks = re.search(r"breaks at ([\d.]+)", out + log)
+        assert breaks, out + log
+        return status, out, log, now - float(breaks[1])
+
+    return launch
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_breaks_ends_at_once_and_is_named(broken_training, tmp_path, rank):
+    status, out, _, seconds = broken_training(rank, "RuntimeError('the rank breaks')")
+    assert status == 1 and seconds < 15
+    assert ("rank 1 failed first" in out) == (rank == 1)
+    assert "RuntimeError: the rank breaks" in out
+    assert rank == 0 or out.rstrip().endswith("RuntimeError: the rank breaks")
+    assert '"event": "start"' in (tmp_path / "run/events.jsonl").read_text(), "what was logged is on the disk"
+
+
+def test_out_of_gpu_memory_ends_in_one_line_with_what_helps(broken_training):
+    error = "train.torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 1 MiB free.')"
+    flags = "--micro-batch-size 4 --global-batch-size 4 --tensor-model-parallel-size 2 --recompute-granularity full"
+    status, out, log, seconds = broken_training(1, error, flags)
+    assert status == 2 and seconds < 15
+    line = log.splitlines()[-1]
+    assert line.startswith("rank 1: out of GPU memory (after 0 iterations, tried to allocate 2.00 GiB)"), log
+    assert "--micro-batch-size 2, or --sequence-parallel, or --lora-rank 16" in line
+    assert "--recompute" not in line and "Traceback" not in log
+    assert out.rstrip().endswith(line)
 
 
 def test_preflight_names_what_a_node_lacks(tmp_path):

@@ -14,17 +14,22 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def training_command(flags: Sequence[str]) -> list[str]:
-    """Command line of one Megatron-Core rank, in the site's container where cluster.env names one.
+    """Command line of one Megatron-Core rank."""
+    return [*training_python(), "-m", "megatron_ft.finetune", *flags]
+
+
+def training_python() -> list[str]:
+    """The Python that trains, in the site's container where cluster.env names one.
 
     -P: a file called tokenize.py where it is started must not hide Python's own.
     """
     container = shlex.split(os.environ.get("CONTAINER_COMMAND", ""))
     python = (os.environ.get("CONTAINER_PYTHON") or "python") if container else sys.executable
-    return [*container, python, "-P", "-m", "megatron_ft.finetune", *flags]
+    return [*container, python, "-P"]
 
 
-def shared_environment(ranks_on_node: int) -> dict[str, str]:
-    """Variables every rank needs; what the user or the site has set already stays."""
+def shared_environment(ranks_on_node: int, gpus: int) -> dict[str, str]:
+    """Variables every rank needs; what the user or the site has set already stays. With `gpus` on a node ranks must not train on the CPU."""
     cores = len(os.sched_getaffinity(0))
     defaults = {
         "OMP_NUM_THREADS": str(max(1, cores // ranks_on_node)),
@@ -33,7 +38,11 @@ def shared_environment(ranks_on_node: int) -> dict[str, str]:
         "PYTHONUNBUFFERED": "1",  # a log is followed with tail -f
     }
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    return {**{name: os.environ.get(name, value) for name, value in defaults.items()}, "PYTHONPATH": path}
+    return {
+        **{name: os.environ.get(name, value) for name, value in defaults.items()},
+        "PYTHONPATH": path,
+        "MEGATRON_FT_GPUS": str(gpus),  # for engine/device.py
+    }
 
 
 def rank_environment(rank: int, world_size: int, local_rank: int, ranks_on_node: int) -> dict[str, str]:

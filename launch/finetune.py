@@ -80,8 +80,9 @@ def main() -> int:
     launch = parser.parse_args(own)
     job = Job.from_environment() if inside_batch_job() and launch.num_processes is None else None
     num_processes = job.num_tasks if job else launch.num_processes
+    gpus = local_gpus()
     if num_processes is None:
-        num_processes = local_gpus() or model_parallel_size(flags)
+        num_processes = gpus or model_parallel_size(flags)
     if num_processes < 1:
         raise UserError(f"--num-processes {num_processes}: must be at least 1")
 
@@ -114,11 +115,16 @@ def main() -> int:
             return EXIT_DONE
         return supervise(job, args, command, extra)
 
-    environment = local_environment(num_processes)
+    environment = local_environment(num_processes, gpus)
     if launch.dry_run:
         print(f"# rank 0 of {num_processes}; the others differ in RANK and LOCAL_RANK")
         print(as_shell({**environment, **rank_environment(0, num_processes, 0, num_processes)}, command))
         return EXIT_DONE
+    if 0 < gpus < num_processes:
+        raise UserError(
+            f"--num-processes {num_processes}: there are {gpus} GPUs here, and each takes one process; give at most {gpus}, "
+            "or type CUDA_VISIBLE_DEVICES= before the command to train on the CPU"
+        )
     return run_local_ranks(
         command, num_processes, environment, Path(args.save) / "logs" if args.save else None, stop_signal
     )

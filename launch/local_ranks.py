@@ -27,10 +27,10 @@ SECONDS_TO_END = (
 )
 
 
-def local_environment(num_processes: int) -> dict[str, str]:
-    """What all local ranks share, the meeting point included."""
+def local_environment(num_processes: int, gpus: int) -> dict[str, str]:
+    """What all local ranks share, the meeting point included; `gpus` is how many this machine has."""
     port = free_port(10000 + os.getpid() % 10000)  # another start at the same moment begins elsewhere
-    return {**shared_environment(num_processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return {**shared_environment(num_processes, gpus), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
 
 
 def run_local_ranks(

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 from collections import Counter
@@ -19,7 +20,7 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # not this folder: its files would hide others' of the same name
 
-from launch.command import ROOT, local_gpus
+from launch.command import ROOT, local_gpus, training_python
 from launch.slurm_job import Job, expects_gpus
 from launch.slurm_ranks import srun_command
 from megatron_ft.checkpoint.directory import free_bytes
@@ -27,6 +28,7 @@ from megatron_ft.data.splits import groups_of
 from megatron_ft.errors import UserError, run_program
 
 SECONDS = 90  # a node that has not answered by then counts as lost
+TORCH_SECONDS = 60  # of these, for starting the training program's Python
 PACKAGES = ("torch", "megatron-core", "numpy", "transformer-engine")
 
 
@@ -99,6 +101,8 @@ def look(save: Path | None, files: Sequence[Path], gpus: int, need_gb: float) ->
     found = local_gpus()
     if found < gpus:
         problems.append(f"{found} usable GPUs, {gpus} are needed (cluster.env: GPUS_PER_NODE=0 for a run on the CPU)")
+    elif gpus:
+        problems += _torch_problems(gpus)
     if save:
         free = free_bytes(save) / 1e9
         existing = next(path for path in (save, *save.absolute().parents) if path.exists())
@@ -111,6 +115,25 @@ def look(save: Path | None, files: Sequence[Path], gpus: int, need_gb: float) ->
         "problems": problems,
         "software": f"Python {platform.python_version()}, {_versions()}, checkout {_source_digest()}",
     }
+
+
+def _torch_problems(gpus: int) -> list[str]:
+    """What keeps the training program's torch from using `gpus` GPUs; nothing where it does not say in time, since each rank looks again."""
+    python = training_python()
+    ask = [*python, "-c", "import torch; print('GPUS', torch.cuda.device_count())"]
+    try:
+        said = subprocess.run(ask, capture_output=True, text=True, timeout=TORCH_SECONDS, stdin=subprocess.DEVNULL)
+    except subprocess.TimeoutExpired:
+        return []
+    except OSError as error:
+        return [f"{python[0]} cannot be started: {error.strerror}"]
+    counted = [int(line.split()[1]) for line in said.stdout.splitlines() if line.startswith("GPUS ")]
+    if not counted:
+        return [f"{shlex.join(python)} cannot import torch: {(said.stderr.strip().splitlines() or ['no word'])[-1]}"]
+    if counted[-1] < gpus:
+        causes = "a build without CUDA, an old driver, or a container without --nv"
+        return [f"torch can use {counted[-1]} GPUs, {gpus} are needed ({causes})"]
+    return []
 
 
 def _versions() -> str:

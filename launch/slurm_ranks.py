@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO
 
 from launch.command import ROOT, free_port, shared_environment
-from launch.slurm_job import Job
+from launch.slurm_job import Job, expects_gpus
 from megatron_ft.errors import EXIT_DONE, EXIT_RESUME, EXIT_USER_ERROR
 
 SETTLE_SECONDS = 3  # a user signal that meets a rank before its first lines have run would kill it, so it waits this long after srun's start
@@ -82,7 +82,7 @@ def ranks_environment(job: Job) -> dict[str, str]:
     """The rendezvous is the job's first node, where this runs, on a free port that the job's id and restart decide."""
     port = free_port(20000 + (int(job.id) * 7 + job.restarts * 101) % 12000)
     return {
-        **shared_environment(job.tasks_per_node),
+        **shared_environment(job.tasks_per_node, job.tasks_per_node if expects_gpus() else 0),
         "MASTER_ADDR": os.environ.get("MASTER_ADDR") or job.nodes[0],
         "MASTER_PORT": str(port),
         "MEGATRON_FT_RANKS_ON_NODE": str(job.tasks_per_node),

@@ -8,17 +8,21 @@ import signal
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT, one_error_line, run_program
+
+from megatron_ft.errors import UserError
 
 LAUNCHED = """
 import os, signal, sys, time
 from pathlib import Path
 sys.path.insert(0, {root!r})
 from launch.local_ranks import local_environment, run_local_ranks
-sys.exit(run_local_ranks([sys.executable, "-u", "-c", Path({ranks!r}).read_text()], 2, local_environment(2), Path({logs!r})))
+sys.exit(run_local_ranks([sys.executable, "-u", "-c", Path({ranks!r}).read_text()], 2, local_environment(2, {gpus}), Path({logs!r})))
 """
 
 
@@ -33,10 +37,12 @@ def flags(tmp_path) -> list[str]:
 class Launched:
     """Two ranks that run `code`, started by the launcher in a process of its own."""
 
-    def __init__(self, directory: Path, code: str) -> None:
+    def __init__(self, directory: Path, code: str, gpus: int = 0) -> None:
         (directory / "ranks.py").write_text("import os, signal, sys, time\nrank = int(os.environ['RANK'])\n" + code)
         self.log = directory / "logs" / "rank-001.log"
-        program = LAUNCHED.format(root=str(ROOT), ranks=str(directory / "ranks.py"), logs=str(directory / "logs"))
+        program = LAUNCHED.format(
+            root=str(ROOT), ranks=str(directory / "ranks.py"), logs=str(directory / "logs"), gpus=gpus
+        )
         self.process = subprocess.Popen(
             [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
@@ -70,6 +76,41 @@ def test_dry_run_prints_a_command_that_runs_as_printed(flags, tmp_path):
 )
 def test_wrong_flags_end_in_one_line_before_anything_starts(flags, wrong, said):
     assert said in one_error_line(run_program("launch/finetune.py", *flags, *wrong, ok=False))
+
+
+NO_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="torch can use CUDA here")
+
+
+@NO_CUDA
+def test_a_gpu_run_does_not_train_on_the_cpu_instead(flags):
+    two = {**os.environ, "CUDA_VISIBLE_DEVICES": "0,1"}
+    line = one_error_line(run_program("launch/finetune.py", *flags, "--bf16", ok=False, env=two))
+    assert "cannot use one" in line and "CUDA_VISIBLE_DEVICES= before the command" in line
+
+
+def test_more_processes_than_gpus_end_before_anything_starts(flags):
+    two = {**os.environ, "CUDA_VISIBLE_DEVICES": "0,1"}
+    line = one_error_line(run_program("launch/finetune.py", *flags, "--num-processes", "3", ok=False, env=two))
+    assert "--num-processes 3: there are 2 GPUs here" in line
+
+
+@pytest.mark.parametrize(("gpus", "local_rank", "device"), [(2, 1, 1), (1, 3, 0), (2, 2, None)])
+def test_each_rank_takes_a_gpu_of_its_own(monkeypatch, gpus, local_rank, device):
+    from megatron_ft.engine.device import set_up_device
+
+    monkeypatch.setenv("LOCAL_RANK", str(local_rank))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    args = Namespace(tensor_model_parallel_size=1, notices=[])
+    if device is None:
+        with pytest.raises(UserError, match="local rank 2 of 4 .*--num-processes 2"):
+            set_up_device(args)
+        return
+    assert set_up_device(args) == torch.device("cuda", device)
+    assert [notice for notice in args.notices if "--gpu-bind=none" in notice] == args.notices
+    assert len(args.notices) == (gpus == 1)
 
 
 def test_first_rank_has_the_terminal_and_the_others_have_files(tmp_path):
@@ -183,6 +224,19 @@ def test_out_of_gpu_memory_ends_in_one_line_with_what_helps(broken_training):
     assert "--micro-batch-size 2, or --sequence-parallel, or --lora-rank 16" in line
     assert "--recompute" not in line and "Traceback" not in log
     assert out.rstrip().endswith(line)
+
+
+@NO_CUDA
+def test_preflight_asks_the_torch_that_trains():
+    def problems(**variables: str) -> list[str]:
+        env = {**os.environ, "CUDA_VISIBLE_DEVICES": "0,1", **variables}
+        return json.loads(run_program("launch/preflight.py", "--gpus", "2", env=env).stdout)["problems"]
+
+    (problem,) = problems()
+    assert problem.startswith("torch can use 0 GPUs, 2 are needed")
+    says_two = shlex.join([sys.executable, "-c", "print('GPUS 2')"])
+    assert problems(CONTAINER_COMMAND=says_two) == []
+    assert "cannot be started" in problems(CONTAINER_COMMAND="/not/there")[0]
 
 
 def test_preflight_names_what_a_node_lacks(tmp_path):

@@ -35,9 +35,13 @@ class Console:
         self._bar = None
 
     def banner(self, part: int, facts: dict[str, str]) -> None:
-        """Print model, layout, memory, length and `facts`, each of one line or several; begin the progress bar. `part` counts resumes."""
+        """Print model, layout, device, memory, length and `facts`, each of one line or several; begin the progress bar. `part` counts resumes."""
         lines = [("model", self._model()), ("layout", str(self.layout)), ("precision", self._precision())]
-        lines += [("memory", self._memory()), ("training", self._training(part))]
+        lines += [
+            ("device", self.plan.device_name or "CPU"),
+            ("memory", self._memory()),
+            ("training", self._training(part)),
+        ]
         lines += [(name.replace("_", " "), text) for name, text in facts.items()]
         width = max(len(name) for name, _ in lines)
         for name, text in lines:

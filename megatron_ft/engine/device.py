@@ -9,28 +9,69 @@ import argparse
 import contextlib
 import logging
 import os
+import platform
 
 import torch
 from torch.overrides import TorchFunctionMode
+
+from megatron_ft.errors import UserError
 
 _entered: "CpuForCuda | None" = None
 
 
 def set_up_device(args: argparse.Namespace | None = None) -> torch.device:
-    """Choose this rank's device (LOCAL_RANK's GPU, else the CPU through the adapter) and return it. Safe to call again."""
+    """Choose this rank's device (LOCAL_RANK's GPU, else the CPU through the adapter) and return it. Safe to call again.
+
+    Raises UserError where this rank has no GPU of its own, and where the launcher counted GPUs (MEGATRON_FT_GPUS) that torch cannot use.
+    """
     global _entered
     if args is not None and args.tensor_model_parallel_size > 1:
         # One hardware queue: tensor-parallel communication is then issued in the order that lets it overlap with computation.
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+        device = torch.device("cuda", _own_gpu(args))
         torch.cuda.set_device(device)
         return device
+    if int(os.environ.get("MEGATRON_FT_GPUS") or 0):
+        raise UserError(_no_cuda())
     if _entered is None:
         _patch_cuda_functions()
         _entered = CpuForCuda()
         _entered.__enter__()
     return torch.device("cpu")
+
+
+def _own_gpu(args: argparse.Namespace | None) -> int:
+    """Number of this rank's GPU among those it sees: LOCAL_RANK's, or the only one."""
+    gpus, rank = torch.cuda.device_count(), int(os.environ.get("LOCAL_RANK", 0))
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if gpus == 1:  # a site may show each task its own
+        if args is not None and ranks > 1:
+            args.notices.append(
+                f"warning: each of this node's {ranks} ranks sees one GPU alone, so NCCL cannot copy between them directly "
+                "and is slower, or fails; start the ranks with all GPUs visible (srun --gpu-bind=none)"
+            )
+        return 0
+    if rank >= gpus:
+        raise UserError(
+            f"local rank {rank} of {ranks} on {platform.node()} has no GPU of its own: {gpus} are visible, and each takes one rank; "
+            f"start at most {gpus} a node (--num-processes {gpus}, or sbatch --ntasks-per-node={gpus})"
+        )
+    return rank
+
+
+def _no_cuda() -> str:
+    if torch.version.cuda or torch.version.hip:
+        cause = (
+            f"its driver is older than CUDA {torch.version.cuda} wants" if torch.version.cuda else "its driver fails"
+        )
+        cause += ", or a container hides it (apptainer --nv), or nvidia-smi fails there, too"
+    else:
+        cause = "that torch is built without CUDA, install one with it (https://pytorch.org/get-started/locally)"
+    return (
+        f"{platform.node()} has GPUs for this run, but torch {torch.__version__} cannot use one: {cause}; "
+        "to train on the CPU, type CUDA_VISIBLE_DEVICES= before the command, in a SLURM job GPUS_PER_NODE=0"
+    )
 
 
 class CpuForCuda(TorchFunctionMode):

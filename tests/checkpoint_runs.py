@@ -171,6 +171,24 @@ def digest_of(tensors: list[torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
+def wait_for_a_slow_rank(timeout_minutes: float, seconds: float) -> str:
+    """ "heard" when both ranks met, though rank 1 came `seconds` late; else "gave up"."""
+    import torch.distributed as dist
+
+    from megatron_ft.checkpoint import together
+
+    dist.init_process_group("gloo")
+    together.MINUTES = 0  # the least it waits is half an hour
+    ranks = together.Together(timeout_minutes)
+    ranks.all_of("here")
+    time.sleep(seconds * ranks.rank)
+    try:
+        ranks.all_of("done")
+    except RuntimeError:
+        return "gave up"
+    return "heard"
+
+
 class Ranks:
     """Ranks of a run that the test may signal: `with Ranks(function, 2, words) as ranks: ranks.kill(); ranks.results()`."""
 
@@ -238,13 +256,11 @@ def wait_for_iteration(ranks: Ranks, save: Path, iteration: int, timeout: float 
 
 
 def tensor_bytes(directory: Path) -> dict[str, str]:
-    """Digest of every tensor of a checkpoint (weights and optimizer), whatever layout wrote it; random states are left out."""
+    """Digest of every tensor of a checkpoint (weights and optimizer), whatever layout wrote it."""
     from megatron_ft.checkpoint.torch_dist_weights import TorchDistFiles
 
     files, found = TorchDistFiles(directory), {}
     for key in sorted(files.tensors):
-        if key.startswith("rng."):
-            continue
         whole = torch.zeros(files.shape(key), dtype=files.tensors[key].properties.dtype)
         for chunk in files.chunks_of(key):
             whole[tuple(slice(o, o + s) for o, s in zip(chunk.offsets, chunk.sizes, strict=True))] = files.chunk(chunk)

@@ -4,7 +4,6 @@ import dataclasses
 import json
 import os
 import pickle
-import random
 import resource
 import shutil
 import signal
@@ -22,6 +21,7 @@ from checkpoint_runs import (
     Ranks,
     state_and_checkpointer,
     tensor_bytes,
+    wait_for_a_slow_rank,
     wait_for_iteration,
     write_inputs,
 )
@@ -60,24 +60,9 @@ def test_boxes_of_a_range_are_the_range(shape, data):
     assert len(boxes(tuple(shape), start, end)) <= 2 * len(shape) - 1
 
 
-def test_random_states_come_back():
-    from megatron.core.tensor_parallel import get_cuda_rng_tracker
-
-    from megatron_ft.checkpoint import rng
-
-    def draw():
-        with_gauss = random.gauss(0, 1), np.random.standard_normal()  # each keeps a second value for the next call
-        return with_gauss, random.random(), np.random.rand(3).tolist(), torch.rand(3).tolist()
-
-    get_cuda_rng_tracker().set_states({"model-parallel-rng": torch.get_rng_state()})
-    draw()
-    saved = rng.capture()
-    first = draw()
-    get_cuda_rng_tracker().set_states({"model-parallel-rng": torch.zeros(4)})
-    rng.restore(saved)
-    assert draw() == first
-    assert torch.equal(get_cuda_rng_tracker().get_states()["model-parallel-rng"], saved["tracker.model-parallel-rng"])
-    get_cuda_rng_tracker().reset()
+def test_ranks_wait_for_the_slowest_as_long_as_the_flag_says():
+    assert run_ranks(wait_for_a_slow_rank, 2, 0.5, 3) == ["heard"] * 2
+    assert run_ranks(wait_for_a_slow_rank, 2, 0.02, 3)[0] == "gave up"
 
 
 # ---- who may write ----------------------------------------------------------------------------------------------------

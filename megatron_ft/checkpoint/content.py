@@ -1,4 +1,4 @@
-"""What of a run goes into a checkpoint and comes back: the model, the optimizer, random states, counters."""
+"""What of a run goes into a checkpoint and comes back: the model, the optimizer, counters."""
 
 from argparse import Namespace
 from dataclasses import dataclass
@@ -6,12 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import tensor_parallel
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from torch import nn
 
-from megatron_ft.checkpoint import optimizer_state, rng, sharding
+from megatron_ft.checkpoint import optimizer_state, sharding
 from megatron_ft.checkpoint.manifest import Manifest, git_revision, now, plain_args, versions
 from megatron_ft.checkpoint.resume import describe_data
 from megatron_ft.checkpoint.torch_dist import read_metadata, read_tensors
@@ -38,7 +37,7 @@ COUNTERS = ("iteration", "consumed_samples", "consumed_tokens", "best", "skipped
 def tensors_to_save(state: TrainState, *, adapters_only: bool) -> list[ShardedTensor | ShardedObject]:
     """This rank's pieces of everything."""
     model, optimizer = sharding.tensors_of(state.model, state.optimizer, adapters_only=adapters_only)
-    return [*model, *optimizer, *sharding.rng_tensors()]
+    return [*model, *optimizer]
 
 
 def describe(
@@ -67,11 +66,10 @@ def describe(
     )
 
 
-def restore(state: TrainState, where: Path, manifest: Manifest, seed: int) -> None:
-    """Fill this rank's part of the run from a checkpoint of any layout.
+def restore(state: TrainState, where: Path, manifest: Manifest) -> None:
+    """Fill this rank's part of the run from a checkpoint of any layout, written on any device. Raises UserError, Damaged.
 
-    Random states come back in the layout they were saved from; in another, ranks draw on from a seed that no earlier step used.
-    Raises UserError, Damaged.
+    There are no random states in it: each step seeds itself by its number (`seed_step` in engine/parallel.py).
     """
     saved = manifest.state
     optimizer_state.initialise(state.optimizer)
@@ -82,13 +80,6 @@ def restore(state: TrainState, where: Path, manifest: Manifest, seed: int) -> No
     optimizer_state.refresh_copies(state.optimizer)
     optimizer_state.set_step(state.optimizer, saved["optimizer_step"])
     optimizer_state.set_scaler(state.optimizer, saved["loss_scaler"])
-    if manifest.layout == sharding.layout():
-        states = sharding.rng_targets(metadata)
-        read_tensors(where, list(states.values()), metadata)
-        rng.restore({name: target.data for name, target in states.items()})
-    else:
-        torch.manual_seed(seed + manifest.iteration)
-        tensor_parallel.model_parallel_cuda_manual_seed(seed + manifest.iteration)
     for name in COUNTERS:
         setattr(state, name, saved[name])
     state.scheduler.num_steps = saved["scheduler_steps"]

@@ -1,16 +1,14 @@
-"""Which pieces of the model, the optimizer and the random states this rank has, as Megatron-Core's sharded tensors."""
+"""Which pieces of the model and the optimizer this rank has, as Megatron-Core's sharded tensors."""
 
 from dataclasses import replace
 
-import torch
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject, is_main_replica
 from torch import nn
-from torch.distributed.checkpoint.metadata import Metadata
 
-from megatron_ft.checkpoint import optimizer_state, rng
+from megatron_ft.checkpoint import optimizer_state
 from megatron_ft.checkpoint.load_weights import unwrap
 
 
@@ -64,26 +62,6 @@ def _share_out(items: list) -> list:
             item = replace(item, replica_id=(*item.replica_id[:-1], (item.replica_id[-1] - writer) % ranks))
         shared.append(item)
     return shared
-
-
-def rng_tensors() -> list[ShardedTensor]:
-    """This rank's random states under keys of its own."""
-    return [ShardedTensor.from_rank_offsets(_rng_key(name), state) for name, state in rng.capture().items()]
-
-
-def rng_targets(metadata: Metadata) -> dict[str, ShardedTensor]:
-    """Empty tensors for this rank's random states in a checkpoint of the same layout."""
-    prefix = _rng_key("")
-    found = {}
-    for key, stored in metadata.state_dict_metadata.items():
-        if key.startswith(prefix):
-            empty = torch.empty(tuple(stored.size), dtype=stored.properties.dtype)
-            found[key.removeprefix(prefix)] = ShardedTensor.from_rank_offsets(key, empty)
-    return found
-
-
-def _rng_key(name: str) -> str:
-    return f"rng.rank{torch.distributed.get_rank():05d}.{name}"
 
 
 def bytes_to_save(chunks: list[nn.Module], optimizer, adapters_only: bool) -> int:

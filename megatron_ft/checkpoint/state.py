@@ -72,7 +72,7 @@ class Checkpointer:
             args.save_epochs * rows_per_epoch if args.save_epochs else None
         )  # rows between --save-epochs's saves
         self.save_directory = Path(args.save).absolute() if args.save else None
-        self.ranks = Together()
+        self.ranks = Together(args.distributed_timeout_minutes)
         self.log = log
         self.owner: Owner | None = None
         self.token = ""
@@ -193,11 +193,11 @@ class Checkpointer:
         lines = []
         if manifest.base:
             lines += self._load_base(state, manifest.base)
-        self.ranks.everywhere(lambda: restore(state, where, manifest, self.args.seed))
+        self.ranks.everywhere(lambda: restore(state, where, manifest))
         if manifest.layout != sharding.layout():
             lines.append(
                 f"layout: was {sharding.layout_name(manifest.layout)}, is {sharding.layout_name(sharding.layout())}; "
-                "weights and optimizer are resharded, random states start from the seed and the iteration"
+                "weights and optimizer are resharded"
             )
         return lines
 

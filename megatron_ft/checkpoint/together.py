@@ -2,6 +2,7 @@
 
 import traceback
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -10,13 +11,20 @@ import torch.distributed as dist
 from megatron_ft.checkpoint.manifest import Damaged
 from megatron_ft.errors import UserError
 
+MINUTES = 30
+
 
 class Together:
-    """All ranks of the run, talking over gloo: decisions and small objects stay off the accelerators. Every method is collective."""
+    """All ranks of the run, talking over gloo: decisions and small objects stay off the accelerators. Every method is collective.
 
-    def __init__(self) -> None:
+    A method waits `timeout_minutes` for the slowest rank, and never less than MINUTES: it may be reading or writing its part
+    of a checkpoint on a slow file system. A rank that has died is noticed at once.
+    """
+
+    def __init__(self, timeout_minutes: float) -> None:
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        self._group = dist.new_group(backend="gloo")
+        timeout = timedelta(minutes=max(MINUTES, timeout_minutes))
+        self._group = dist.new_group(backend="gloo", timeout=timeout)
 
     def on_rank_0(self, decide: Callable[[], Any]) -> Any:
         """Run `decide` on rank 0; every rank returns its result, or raises what it raised."""

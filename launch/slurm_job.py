@@ -126,7 +126,7 @@ class Job:
             "nodes": str(len(self.nodes)),
             "ntasks-per-node": str(self.tasks_per_node),
             "cpus-per-task": str(self.cpus_per_task) if self.cpus_per_task else None,
-            "gpus-per-node": env.get("SLURM_GPUS_PER_NODE"),
+            "gpus-per-node": env.get("SLURM_GPUS_PER_NODE") or env.get("SLURM_GPUS_ON_NODE"),
             "time": fields["TimeLimit"],
             "account": _value(fields.get("Account")),
             "qos": _value(fields.get("QOS")),

@@ -24,6 +24,9 @@ from megatron_ft.errors import EXIT_DONE, EXIT_RESUME, EXIT_USER_ERROR
 SETTLE_SECONDS = 3  # a user signal that meets a rank before its first lines have run would kill it, so it waits this long after srun's start
 REPEAT_SECONDS = 10  # and it is ignored while Python still starts, so it is sent again
 STRAGGLER_SECONDS = 45  # from the first failure until srun is ended from here: it waits for a dead node much longer
+BINDS_GPUS = (  # what srun takes from sbatch --gpus-per-task, --gpu-bind and --ntasks-per-gpu
+    "SLURM_GPUS_PER_TASK", "SLURM_GPU_BIND", "SLURM_NTASKS_PER_GPU", "SLURM_TRES_BIND", "SLURM_TRES_PER_TASK",
+)  # fmt: skip
 _ENDED = re.compile(r"rank-ended rank=(\d+) node=(\S+) status=(\d+) time=([\d.]+)")  # launch/rank.py's line
 _LOST_TASK = re.compile(
     r"srun: error: (\S+): tasks? ([\d,-]+): (?!Exited with exit code)"
@@ -67,9 +70,19 @@ def srun_command(
     per_node = tasks_per_node or job.tasks_per_node
     cpus = [f"--cpus-per-task={job.cpus_per_task}"] if job.cpus_per_task and tasks_per_node is None else []
     return [
-        "srun", "--export=ALL", f"--nodes={len(job.nodes)}", f"--ntasks={len(job.nodes) * per_node}", f"--ntasks-per-node={per_node}",
+        *_all_gpus_visible("srun"), "--export=ALL", f"--nodes={len(job.nodes)}", f"--ntasks={len(job.nodes) * per_node}", f"--ntasks-per-node={per_node}",
         *cpus, *options, *command,
     ]  # fmt: skip
+
+
+def _all_gpus_visible(srun: str) -> list[str]:
+    """`srun` such that each task sees all GPUs of its node, also where the job binds GPUs to tasks: with one GPU visible, NCCL cannot copy
+    directly between ranks. (--gpu-bind=none would do, but leaves CUDA_VISIBLE_DEVICES out: ranks might take other jobs' GPUs.)"""
+    binds = [name for name in BINDS_GPUS if name in os.environ]
+    gpus = os.environ.get("SLURM_GPUS_ON_NODE")
+    if not (binds and gpus):
+        return [srun]
+    return ["env", *(word for name in binds for word in ("-u", name)), srun, f"--gpus-per-node={gpus}"]
 
 
 def ranks_command(job: Job, command: Sequence[str], logs: Path) -> list[str]:

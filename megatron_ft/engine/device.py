@@ -49,7 +49,7 @@ def _own_gpu(args: argparse.Namespace | None) -> int:
         if args is not None and ranks > 1:
             args.notices.append(
                 f"warning: each of this node's {ranks} ranks sees one GPU alone, so NCCL cannot copy between them directly "
-                "and is slower, or fails; start the ranks with all GPUs visible (srun --gpu-bind=none)"
+                "and is slower, or fails; let each see all (SLURM: --gpus-per-node, without --gpus-per-task and --gpu-bind)"
             )
         return 0
     if rank >= gpus:

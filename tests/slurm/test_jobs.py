@@ -79,6 +79,24 @@ def test_a_failed_rank_ends_the_job_with_its_status_and_its_traceback_last(proje
     assert project.text().rstrip().endswith("ZeroDivisionError: rank zero does, too")
 
 
+@pytest.mark.parametrize("binding", ["--gpus-per-task=1", "--gpu-bind=single:1"])
+def test_every_rank_sees_all_gpus_of_its_node(project, binding):
+    container = (
+        project.directory / "container.sh"
+    )  # stands for a torch that can use the cluster's GPUs, which are made up
+    container.write_text(
+        f'case "$*" in *device_count*) echo GPUS 8;; *) exec {shlex.quote(sys.executable)} "$0";; esac\n'
+    )
+    command = shlex.join(["sh", "-c", f". {shlex.quote(str(container))}", str(project.ranks)])
+    project.configure(GPUS_PER_NODE="8", RUN=project.save, CONTAINER_COMMAND=command)
+    code = "print('sees', os.environ.get('CUDA_VISIBLE_DEVICES'), os.environ['LOCAL_RANK'])\nsave_at(30)\n"
+    eight = ("--nodes=1", "--ntasks-per-node=8", "--gpus-per-node=8")
+    job = project.submit(code, *eight, binding, flags=("--global-batch-size=4",))
+    assert project.end(job)["JobState"] == "COMPLETED", project.text()
+    assert "sees 0,1,2,3,4,5,6,7 0" in project.text(), project.text()
+    assert "sees 0,1,2,3,4,5,6,7 5" in (project.save / "logs" / "rank-005.log").read_text()
+
+
 def test_dry_run_in_a_job_prints_what_srun_would_start(project):
     job = project.submit("", flags=("--dry-run",))
     assert project.end(job)["JobState"] == "COMPLETED"

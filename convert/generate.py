@@ -27,6 +27,12 @@ def main() -> None:
     args = parser.parse_args()
     if args.prompt is not None and args.prompt_file:
         raise UserError("--prompt and --prompt-file exclude each other; keep one")
+    if args.max_new_tokens < 1:
+        raise UserError(f"--max-new-tokens {args.max_new_tokens}: must be at least 1")
+    if not 0 <= args.temperature < float("inf"):
+        raise UserError(f"--temperature {args.temperature:g}: must be 0 (the likeliest token) or above it, like 0.2")
+    if not 0 < args.top_p <= 1:
+        raise UserError(f"--top-p {args.top_p:g}: must be above 0 and at most 1")
     directory = Path(args.model)
     check_directory(directory)
     prompt = "def print_hello_world():" if args.prompt is None else args.prompt

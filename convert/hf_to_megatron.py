@@ -15,17 +15,14 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # not this folder: its f
 
 import warnings
 
-import torch
-
 from megatron_ft.checkpoint.legacy_writer import legacy_bytes, write_legacy
 from megatron_ft.checkpoint.output import check_layout, new_directory
+from megatron_ft.checkpoint.stream import DTYPES, dtype_name, dtype_to_write
 from megatron_ft.checkpoint.weights import open_weights
 from megatron_ft.errors import UserError, run_program
 from megatron_ft.flags import Help, Parser
 from megatron_ft.models import padded_vocab_size
 from megatron_ft.progress import Progress
-
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def main() -> None:
@@ -37,7 +34,12 @@ def main() -> None:
     add("--tensor-parallel", type=int, default=1, metavar="T", help="tensor parallel ranks")
     add("--pipeline-parallel", type=int, default=1, metavar="P", help="pipeline stages")
     add("--make-vocab-size-divisible-by", type=int, default=128, metavar="N", help="pad to a multiple of this times T")
-    add("--dtype", choices=["keep", *DTYPES], default="keep", help="precision to store")
+    add(
+        "--dtype",
+        choices=["keep", *DTYPES],
+        default="keep",
+        help="precision to store; keep takes the widest of the tensors'",
+    )
     add(
         "--data-parallel", type=int, default=0, metavar="D",
         help="with legacy: data-parallel ranks that will run the branch with --use-distributed-optimizer, whose empty optim.pt it wants to find",
@@ -49,8 +51,10 @@ def main() -> None:
     source = open_weights(args.load)
     if source.kind != "Hugging Face":
         raise UserError(f"{args.load}: a {source.kind} checkpoint; change its layout with convert/reshard.py")
+    if source.notice:
+        print(source.notice)
     check_layout(source.shape, tp, pp, args.make_vocab_size_divisible_by)
-    dtype = DTYPES.get(args.dtype, source.dtype)
+    dtype = dtype_to_write(source, args.dtype)
     rows = padded_vocab_size(source.shape.vocab_size, args.make_vocab_size_divisible_by, tp)
     if args.format == "torch_dist":
         warnings.filterwarnings("ignore", module=r"megatron\.core")  # it warns of each optional package that is missing
@@ -74,7 +78,7 @@ def main() -> None:
                 divisible_by=args.make_vocab_size_divisible_by, optim_ranks=args.data_parallel, advance=progress.update,
             )  # fmt: skip
     print(
-        f"{args.save}: {args.format}, TP{tp} PP{pp}, {total / 1e9:.2f} GB, {str(dtype).removeprefix('torch.')}, "
+        f"{args.save}: {args.format}, TP{tp} PP{pp}, {total / 1e9:.2f} GB, {dtype_name(dtype)}, "
         f"{source.shape.vocab_size} embedding rows padded to {rows}"
     )
     print(f"check it: python convert/verify.py {args.load} {args.save}")

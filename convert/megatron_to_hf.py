@@ -38,13 +38,12 @@ from megatron_ft.checkpoint.hf_directory import (
 )
 from megatron_ft.checkpoint.hf_writer import total_bytes, write_safetensors, write_tensors
 from megatron_ft.checkpoint.output import new_directory
-from megatron_ft.checkpoint.weights import WeightSource, open_weights
+from megatron_ft.checkpoint.stream import DTYPES, dtype_name, dtype_to_write
+from megatron_ft.checkpoint.weights import WeightSource, check_vocabulary, open_weights
 from megatron_ft.errors import UserError, run_program
 from megatron_ft.flags import Help, Parser
 from megatron_ft.progress import Progress
 from megatron_ft.tokenizer import Tokenizer, load_tokenizer
-
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def main() -> None:
@@ -56,7 +55,12 @@ def main() -> None:
     add("--tokenizer-file", metavar="FILE", help="tokenizer.json or SentencePiece model; the run's own when not given")
     add("--tokenizer-from", metavar="DIR", help="Hugging Face directory to take the tokenizer files from")
     add("--keep-padding", action="store_true", help="keep the embedding rows that pad the vocabulary")
-    add("--dtype", choices=["keep", *DTYPES], default="keep", help="precision to store")
+    add(
+        "--dtype",
+        choices=["keep", *DTYPES],
+        default="keep",
+        help="precision to store; keep takes the widest of the tensors'",
+    )
     add("--max-shard-size", default="5GB", metavar="SIZE", help="largest file")
     add("--merge-lora", action="store_true", help="add a LoRA run's adapters to its base weights")
     add(
@@ -101,13 +105,12 @@ def find_tokenizer(source: WeightSource | AdapterSource, args) -> tuple[Path | N
 
 
 def vocabulary_rows(source: WeightSource, tokenizer: Tokenizer | None, keep_padding: bool) -> int:
-    """Embedding rows to write. Raises UserError when the tokenizer has ids the model has no row for."""
+    """Embedding rows to write. Raises UserError when the tokenizer is not the model's: it has tokens without a row, or rows of tokens
+    would be cut."""
     stored = source.shape.vocab_size
-    if tokenizer and tokenizer.vocab_size > stored:
-        raise UserError(
-            f"{tokenizer.path}: {tokenizer.vocab_size} tokens, but {source.path} has {stored} embedding rows; "
-            "give the tokenizer the model was trained with"
-        )
+    if tokenizer and not (keep_padding and tokenizer.vocab_size <= stored):
+        if warning := check_vocabulary(source, tokenizer.vocab_size, str(tokenizer.path)):
+            print(warning)
     if keep_padding:
         return stored
     if tokenizer is None and source.vocab_size is None:
@@ -119,12 +122,12 @@ def vocabulary_rows(source: WeightSource, tokenizer: Tokenizer | None, keep_padd
 
 
 def write_model(source: WeightSource, tokenizer_path, tokenizer: Tokenizer | None, rows: int, args) -> None:
-    dtype = DTYPES.get(args.dtype, source.dtype)
+    dtype = dtype_to_write(source, args.dtype)
     output, nbytes = Path(args.output), total_bytes(source, dtype, rows)
     shape = source.shape.with_vocab(rows)
     facts = {
         "from": source.kind + (f", iteration {source.iteration}" if source.iteration is not None else ""),
-        "precision": str(dtype).removeprefix("torch."),
+        "precision": dtype_name(dtype),
         "embedding rows": f"{rows} of {source.shape.vocab_size}",
     }
     with new_directory(output, needed=nbytes, overwrite=args.overwrite) as directory:

@@ -18,8 +18,9 @@ from megatron_ft.checkpoint import tokenizer_files
 from megatron_ft.checkpoint.directory import TRACKER
 from megatron_ft.checkpoint.legacy_writer import legacy_bytes, write_legacy
 from megatron_ft.checkpoint.output import check_layout, new_directory
+from megatron_ft.checkpoint.stream import dtype_to_write
 from megatron_ft.checkpoint.torch_dist_weights import TorchDistSource
-from megatron_ft.checkpoint.weights import WeightSource, open_weights
+from megatron_ft.checkpoint.weights import WeightSource, check_vocabulary, open_weights
 from megatron_ft.errors import UserError, run_program
 from megatron_ft.flags import Help, Parser
 from megatron_ft.models import padded_vocab_size
@@ -59,10 +60,13 @@ def main() -> None:
 
 def vocabulary_rows(source: WeightSource, args) -> int:
     """Embedding rows in the new layout: the vocabulary where it is known, else all stored rows, padded anew."""
-    stored = source.shape.vocab_size
-    vocab = args.vocab_size or source.vocab_size or stored
-    if vocab > stored:
-        raise UserError(f"--vocab-size {vocab}: {source.path} has only {stored} embedding rows")
+    vocab = source.vocab_size or source.shape.vocab_size
+    if args.vocab_size is not None:
+        vocab = args.vocab_size
+        if vocab < 1:
+            raise UserError(f"--vocab-size {vocab}: must be at least 1; leave it out to keep the checkpoint's")
+        if warning := check_vocabulary(source, vocab, f"--vocab-size {vocab}"):
+            print(warning)
     return padded_vocab_size(vocab, args.make_vocab_size_divisible_by, args.tensor_parallel)
 
 
@@ -111,13 +115,14 @@ def reshard_torch_dist(source: TorchDistSource, rows: int, args) -> int:
 def reshard_legacy(source: WeightSource, rows: int, args) -> int:
     """Weights alone, as `release`. Returns their bytes."""
     tp, pp = args.tensor_parallel, args.pipeline_parallel
-    total = legacy_bytes(source, source.dtype, tp, pp, rows)
+    dtype = dtype_to_write(source, "keep")
+    total = legacy_bytes(source, dtype, tp, pp, rows)
     with (
         new_directory(Path(args.save), needed=total, overwrite=args.overwrite) as directory,
         Progress("resharding", total, "B") as progress,
     ):
         write_legacy(
-            source, directory, dtype=source.dtype, tp=tp, pp=pp, padded_vocab=rows,
+            source, directory, dtype=dtype, tp=tp, pp=pp, padded_vocab=rows,
             divisible_by=args.make_vocab_size_divisible_by, optim_ranks=args.data_parallel, advance=progress.update,
         )  # fmt: skip
     return total

@@ -3,7 +3,8 @@
     python convert/verify.py runs/first runs/first-hf --logits
 
 Each may be a torch_dist or legacy Megatron directory or a Hugging Face one. Tied heads and vocabulary padding are understood:
-rows that only one side has are left out and counted. fp32 against bf16 or fp16 is compared after rounding.
+padding rows that only one side has are left out and counted, a missing row of a token makes the two different. Tensors that the sides
+hold in other precisions are compared after rounding to the narrower, and counted.
 --logits also runs both, Megatron formats by the Megatron model and Hugging Face ones by transformers, in fp32 on the CPU.
 """
 
@@ -19,12 +20,15 @@ for _name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
 
 import json
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 
 from megatron_ft.checkpoint.adapter_weights import MergedSource, open_adapters
-from megatron_ft.checkpoint.names import WTE, hf_shape, layer_of, weight_of
+from megatron_ft.checkpoint.directory import replace_file
+from megatron_ft.checkpoint.names import WTE, core_to_hf, hf_shape, layer_of, weight_of
+from megatron_ft.checkpoint.stream import dtype_name
 from megatron_ft.checkpoint.weights import WeightSource, open_weights
 from megatron_ft.errors import UserError, run_program
 from megatron_ft.flags import Help, Parser
@@ -59,6 +63,7 @@ def main() -> int:
     add("b", metavar="B", help="second checkpoint")
     add("--iteration-a", default="latest", help="iteration of A: a number, 'release' or 'latest'")
     add("--iteration-b", default="latest", help="iteration of B")
+    add("--base", metavar="DIR", help="base weights of a LoRA run; where the run took them from when not given")
     add("--tolerance", type=float, default=0.0, help="largest difference of tensors that still counts as equal")
     add("--logits", action="store_true", help="run both models in fp32 and compare their logits")
     add("--prompt", default="def print_hello_world():", help="text they run on, where a tokenizer is found")
@@ -66,53 +71,92 @@ def main() -> int:
     add("--report", metavar="FILE", help="write the result as JSON")
     args = parser.parse_args()
 
-    a, b = open_any(args.a, args.iteration_a), open_any(args.b, args.iteration_b)
+    if args.report:
+        check_report(Path(args.report))
+    a, b = open_any(args.a, args.iteration_a, args.base), open_any(args.b, args.iteration_b, args.base)
+    if args.base and not any(isinstance(source, MergedSource) for source in (a, b)):
+        raise UserError(f"--base {args.base}: neither {args.a} nor {args.b} is a LoRA run; leave the flag out")
     for letter, path, source in (("A", args.a, a), ("B", args.b, b)):
-        print(
-            f"{letter}  {path}: {source.kind}, {str(source.dtype).removeprefix('torch.')}, {source.shape.vocab_size} embedding rows"
-        )
+        print(f"{letter}  {path}: {source.kind}, {dtype_name(source.dtype)}, {source.shape.vocab_size} embedding rows")
+        if source.notice:
+            print(f"   {source.notice}")
     report = {"a": str(args.a), "b": str(args.b), "equal": False}
-    differences = architecture_differences(a.shape, b.shape)
+    known = max((source.vocab_size for source in (a, b) if source.vocab_size is not None), default=None)
+    differences = architecture_differences(a.shape, b.shape) + vocabulary_differences(a.shape, b.shape, known)
     if differences:
         print("\n".join(differences))
         report["architecture"] = differences
     else:
-        rows = compare_tensors(a, b)
+        rounded = rounded_dtypes(a, b)
+        rows = compare_tensors(a, b, rounded)
         print_table(rows, args.tolerance)
+        if rounded:
+            to = " or ".join(sorted({dtype_name(dtype) for dtype in rounded.values()}))
+            print(f"{len(rounded)} of {len(a.names())} tensors were compared after rounding to {to}")
         extra = abs(a.shape.vocab_size - b.shape.vocab_size)
-        if extra:
+        if extra and known:
             print(f"{extra} rows of vocabulary padding are on one side only and were left out")
+        elif extra:
+            print(
+                f"{extra} embedding rows are on one side only and were left out; neither checkpoint says which rows are padding"
+            )
         worst = max(rows, key=lambda row: row.worst)
         report |= {"equal": all(row.worst <= args.tolerance for row in rows), "largest_difference": worst.worst}
         report |= {"largest_difference_at": worst.where, "tensors": sum(row.count for row in rows)}
+        report["tensors_rounded"] = len(rounded)
         if args.logits:
-            difference = compare_logits(args, a, b)
+            difference = compare_logits(args, a, b, rounded)
             report["largest_logit_difference"] = difference
             report["equal"] &= difference <= LOGITS_TOLERANCE
     if args.report:
-        Path(args.report).write_text(json.dumps(report, indent=2) + "\n")
+        replace_file(Path(args.report), (json.dumps(report, indent=2) + "\n").encode())
     print("equal" if report["equal"] else "DIFFERENT")
     return 0 if report["equal"] else DIFFERENT
 
 
-def open_any(path: str, iteration: str) -> WeightSource:
+def check_report(path: Path) -> None:
+    """Raise UserError when the report could not be written: better now than after hours of comparing."""
+    if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise UserError(
+            f"--report {path}: cannot be written; give a file in a directory that is there and can be written"
+        )
+
+
+def open_any(path: str, iteration: str, base: str | None) -> WeightSource:
     """Weights of a checkpoint, a LoRA run's merged with its base."""
     adapters = open_adapters(path, iteration)
-    return MergedSource(adapters) if adapters else open_weights(path, iteration)
+    return MergedSource(adapters, base) if adapters else open_weights(path, iteration)
 
 
 def architecture_differences(a: ModelShape, b: ModelShape) -> list[str]:
     """A line for each number that makes two models different ones; dropout and initialisation do not."""
     fields = [field for field in ARCHITECTURE if getattr(a, field) != getattr(b, field)]
-    if abs(a.vocab_size - b.vocab_size) >= MOST_PADDING:  # two vocabularies, not one and its padding
-        fields.append("vocab_size")
     return [f"{field}: {getattr(a, field)} and {getattr(b, field)}" for field in fields]
 
 
-def compare_tensors(a: WeightSource, b: WeightSource) -> list[Comparison]:
-    """One Comparison for each kind of tensor, in the order of the model."""
+def vocabulary_differences(a: ModelShape, b: ModelShape, known: int | None) -> list[str]:
+    """A line for each side without a row for each of the `known` tokens; None: neither checkpoint says how many rows are padding."""
+    if known is None:  # two vocabularies, or one and its padding
+        more = abs(a.vocab_size - b.vocab_size) >= MOST_PADDING
+        return [f"vocab_size: {a.vocab_size} and {b.vocab_size}"] if more else []
+    return [
+        f"vocab_size: {letter} has {shape.vocab_size} embedding rows for {known} tokens, {known - shape.vocab_size} are missing"
+        for letter, shape in (("A", a), ("B", b))
+        if shape.vocab_size < known
+    ]
+
+
+def rounded_dtypes(a: WeightSource, b: WeightSource) -> dict[str, torch.dtype]:
+    """The coarser dtype of each tensor that the two sides hold in different ones."""
+    pairs = {name: (a.dtype_of(name), b.dtype_of(name)) for name in a.names()}
+    return {
+        name: max(pair, key=lambda dtype: torch.finfo(dtype).eps) for name, pair in pairs.items() if len(set(pair)) > 1
+    }
+
+
+def compare_tensors(a: WeightSource, b: WeightSource, rounded: dict[str, torch.dtype]) -> list[Comparison]:
+    """One Comparison for each kind of tensor, in the order of the model; those in `rounded` in that dtype."""
     found: dict[str, Comparison] = {}
-    rounded = a.dtype if b.dtype == torch.float32 else b.dtype
     sizes = {name: hf_shape(a.shape, name) for name in a.names()}
     sizes[WTE] = (min(a.shape.vocab_size, b.shape.vocab_size), a.shape.hidden_size)
     total = sum(torch.Size(size).numel() * a.dtype.itemsize for size in sizes.values())
@@ -125,23 +169,23 @@ def compare_tensors(a: WeightSource, b: WeightSource) -> list[Comparison]:
             step = max(1, BLOCK // (torch.Size(size[1:]).numel() * a.dtype.itemsize))
             for first in range(0, size[0], step):
                 x, y = (source.read_slice(name, 0, first, min(size[0], first + step)) for source in (a, b))
-                worst = max(worst, largest_difference(x, y, rounded))
-                progress.update(x.nbytes)
+                progress.update(x.numel() * a.dtype.itemsize)
+                if name in rounded:
+                    x, y = x.to(rounded[name]), y.to(rounded[name])
+                worst = max(worst, largest_difference(x, y))
             row.different += worst > 0
             if worst > row.worst:
                 row.worst, row.where = worst, name
     return list(found.values())
 
 
-def largest_difference(x: torch.Tensor, y: torch.Tensor, rounded: torch.dtype) -> float:
-    """Largest absolute difference, infinite where only one side is not a number."""
-    if x.dtype != y.dtype:
-        x, y = x.to(rounded), y.to(rounded)
+def largest_difference(x: torch.Tensor, y: torch.Tensor) -> float:
+    """Largest absolute difference, infinite where only one side is not a number or infinite."""
     if torch.equal(x, y):
         return 0.0
     difference = (x.float() - y.float()).abs()
-    difference[x.isnan() & y.isnan()] = 0
-    return difference.nan_to_num(nan=float("inf")).max().item()
+    difference[(x == y) | (x.isnan() & y.isnan())] = 0
+    return difference.nan_to_num(nan=float("inf"), posinf=float("inf")).max().item()
 
 
 def print_table(rows: list[Comparison], tolerance: float) -> None:
@@ -155,16 +199,17 @@ def print_table(rows: list[Comparison], tolerance: float) -> None:
         print(f"  {row.kind:<{width}}  {row.count - row.different:>3} of {row.count:<3} equal   {said}")
 
 
-def compare_logits(args, a: WeightSource, b: WeightSource) -> float:
-    """Largest difference of the two models' logits on the prompt, over the tokens that both have."""
+def compare_logits(args, a: WeightSource, b: WeightSource, rounded: dict[str, torch.dtype]) -> float:
+    """Largest difference of the two models' logits on the prompt, over the tokens that both have. Tensors in `rounded` are rounded to
+    that dtype on both sides: what is compared is the models, not their precision."""
     tokens, said = prompt_tokens(args, a, b)
-    logits = [run_model(source, tokens) for source in (a, b)]
+    logits = [run_model(source, tokens, rounded) for source in (a, b)]
     columns = min(one.shape[-1] for one in logits)
     first, second = (one[..., :columns] for one in logits)
-    difference = largest_difference(first, second, torch.float32)
+    difference = largest_difference(first, second)
     agree = (first.argmax(-1) == second.argmax(-1)).float().mean().item()
     print(
-        f"logits on {said} ({tokens.shape[1]} tokens): largest difference {difference:.2e}"
+        f"logits on {said} ({tokens.shape[1]} tokens){', of both with the rounded weights' if rounded else ''}: largest difference {difference:.2e}"
         f" (allowed {LOGITS_TOLERANCE:.0e}), the same next token at {agree:.1%} of positions"
     )
     return difference
@@ -188,14 +233,22 @@ def prompt_tokens(args, a: WeightSource, b: WeightSource) -> tuple[torch.Tensor,
     return torch.cat([torch.tensor(ids, dtype=torch.long), filling])[None], said
 
 
-def run_model(source: WeightSource, tokens: torch.Tensor) -> torch.Tensor:
+def run_model(source: WeightSource, tokens: torch.Tensor, rounded: dict[str, torch.dtype]) -> torch.Tensor:
     """fp32 logits [1, s, rows]: Hugging Face directories by transformers, everything else by Megatron-Core."""
+    run = hugging_face_logits if source.kind == "Hugging Face" else megatron_logits
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
-        return hugging_face_logits(source, tokens) if source.kind == "Hugging Face" else megatron_logits(source, tokens)
+        return run(source, tokens, rounded)
 
 
-def hugging_face_logits(source: WeightSource, tokens: torch.Tensor) -> torch.Tensor:
+def round_weights(weights: Iterable[tuple[str | None, torch.nn.Parameter]], rounded: dict[str, torch.dtype]) -> None:
+    """Round the fp32 parameters that `rounded` has the HF names of, in place."""
+    for name, parameter in weights:
+        if name in rounded:
+            parameter.copy_(parameter.to(rounded[name]))
+
+
+def hugging_face_logits(source: WeightSource, tokens: torch.Tensor, rounded: dict[str, torch.dtype]) -> torch.Tensor:
     from transformers import GPTBigCodeForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
@@ -208,10 +261,11 @@ def hugging_face_logits(source: WeightSource, tokens: torch.Tensor) -> torch.Ten
             raise UserError(
                 f"{source.path}: transformers reports {problem.replace('_', ' ')}: {sorted(info[problem])[:3]}"
             )
+    round_weights(model.named_parameters(), rounded)
     return model.eval()(tokens).logits
 
 
-def megatron_logits(source: WeightSource, tokens: torch.Tensor) -> torch.Tensor:
+def megatron_logits(source: WeightSource, tokens: torch.Tensor, rounded: dict[str, torch.dtype]) -> torch.Tensor:
     from megatron_ft.checkpoint.load_weights import load_weights
     from megatron_ft.engine import parallel
     from megatron_ft.engine.device import set_up_device
@@ -225,6 +279,7 @@ def megatron_logits(source: WeightSource, tokens: torch.Tensor) -> torch.Tensor:
     try:
         [model] = build_model(flags, source.shape, source.shape.vocab_size)
         load_weights(source, [model])
+        round_weights(((core_to_hf(name), weight) for name, weight in model.named_parameters()), rounded)
         return model.eval()(tokens, torch.arange(tokens.shape[1])[None], None)
     finally:
         parallel.destroy()

@@ -125,18 +125,35 @@ class ModelShape:
             raise UserError(
                 f"{where}: embd_pdrop and resid_pdrop differ; Megatron has one hidden dropout, set both alike"
             )
+
+        def count(name: str) -> int:
+            value = config.get(name)
+            if type(value) is not int or value < 1:
+                found = f"is {value!r}" if name in config else "is missing"
+                raise UserError(f"{where}: {name} {found}, expected a positive integer; copy the file again")
+            return value
+
+        def number(name: str, default: float) -> float:
+            value = config.get(name, default)
+            if type(value) not in (int, float) or not 0 <= value < float("inf"):
+                raise UserError(f"{where}: {name} is {value!r}, expected a number, 0 or above")
+            return value
+
+        multi_query = config.get("multi_query", True)
+        if type(multi_query) is not bool:
+            raise UserError(f"{where}: multi_query is {multi_query!r}, expected true or false")
         return cls(
-            num_layers=config["n_layer"],
-            hidden_size=config["n_embd"],
-            num_attention_heads=config["n_head"],
-            max_position_embeddings=config["n_positions"],
-            vocab_size=config["vocab_size"],
-            ffn_hidden_size=config.get("n_inner") or 0,
-            multi_query=config.get("multi_query", True),
-            layernorm_epsilon=config.get("layer_norm_epsilon", 1e-5),
-            init_method_std=config.get("initializer_range", 0.02),
-            hidden_dropout=config.get("resid_pdrop", 0.1),
-            attention_dropout=config.get("attn_pdrop", 0.1),
+            num_layers=count("n_layer"),
+            hidden_size=count("n_embd"),
+            num_attention_heads=count("n_head"),
+            max_position_embeddings=count("n_positions"),
+            vocab_size=count("vocab_size"),
+            ffn_hidden_size=0 if config.get("n_inner") is None else count("n_inner"),
+            multi_query=multi_query,
+            layernorm_epsilon=number("layer_norm_epsilon", 1e-5),
+            init_method_std=number("initializer_range", 0.02),
+            hidden_dropout=number("resid_pdrop", 0.1),
+            attention_dropout=number("attn_pdrop", 0.1),
         )
 
     def as_dict(self) -> dict:

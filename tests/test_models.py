@@ -36,11 +36,23 @@ def test_shape_survives_hugging_face_configuration(name):
         ({"activation_function": "gelu"}, "tanh"),
         ({"scale_attn_weights": False}, "scale_attn_weights"),
         ({"embd_pdrop": 0.3}, "embd_pdrop"),
+        ({"n_layer": "40"}, "n_layer is '40', expected a positive integer"),
+        ({"n_head": 0}, "n_head is 0"),
+        ({"n_inner": 2.5}, "n_inner is 2.5"),
+        ({"layer_norm_epsilon": None}, "layer_norm_epsilon is None, expected a number"),
+        ({"multi_query": "yes"}, "multi_query is 'yes', expected true or false"),
     ],
 )
 def test_a_configuration_megatron_cannot_express_is_refused(change, word):
     with pytest.raises(UserError, match=word):
         ModelShape.from_hf_config({**PRESETS["tiny"].to_hf_config(), **change}, "config.json")
+
+
+def test_a_configuration_that_lacks_a_number_is_refused():
+    config = PRESETS["tiny"].to_hf_config()
+    del config["n_positions"]
+    with pytest.raises(UserError, match="config.json: n_positions is missing, expected a positive integer"):
+        ModelShape.from_hf_config(config, "config.json")
 
 
 def test_vocabulary_is_padded_as_megatron_pads():

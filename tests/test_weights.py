@@ -41,6 +41,8 @@ def copy_hf(golden: Path, to: Path) -> Path:
 
 
 def test_hugging_face_shards_bin_files_and_bare_models_read_the_same(golden, hf_tiny, tmp_path):
+    from transformers import GPTBigCodeForCausalLM
+
     names = list(hf_tiny)
     sharded = copy_hf(golden, tmp_path / "sharded")
     (sharded / "model.safetensors").unlink()
@@ -64,6 +66,21 @@ def test_hugging_face_shards_bin_files_and_bare_models_read_the_same(golden, hf_
         source = open_weights(directory)
         assert source.names() == hf_names(source.shape)
         assert all(torch.equal(source.read(name), hf_tiny[name]) for name in source.names()), directory
+
+    # transformers loads the single file where there is an index too, and safetensors before .bin.
+    save_file({name: tensor + 1 for name, tensor in hf_tiny.items()}, sharded / "model.safetensors")
+    torch.save(tied, sharded / "pytorch_model.bin")
+    (binary / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": {"nothing": "gone.bin"}}))
+    for directory in (sharded, binary):
+        source, loaded = open_weights(directory), GPTBigCodeForCausalLM.from_pretrained(directory)
+        for name, tensor in loaded.named_parameters():
+            assert torch.equal(source.read(name), tensor), f"{directory}: {name}"
+    assert open_weights(binary).notice.endswith(
+        "pytorch_model.bin is read, as transformers does; pytorch_model.bin.index.json is left aside"
+    )
+    assert open_weights(bare).notice is None
+    (sharded / "model.safetensors").unlink()
+    assert torch.equal(open_weights(sharded).read(names[0]), hf_tiny[names[0]])
 
     (sharded / "b.safetensors").unlink()
     with pytest.raises(UserError, match="shards that are missing: b.safetensors"):

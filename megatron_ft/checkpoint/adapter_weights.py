@@ -52,7 +52,7 @@ class AdapterSource:
     def open_base(self, elsewhere: Path | str | None = None) -> WeightSource:
         """The weights they belong to, from where they were or `elsewhere`. Raises UserError when these are not there or do not fit."""
         try:
-            base = open_weights(elsewhere or self.base_path, "latest" if elsewhere else self.base_iteration)
+            base = open_weights(elsewhere or self.base_path, self.base_iteration)
         except UserError as error:
             raise UserError(f"base weights of the adapters {self.path}: {error}") from None
         for target in self.config.targets:
@@ -136,8 +136,11 @@ class MergedSource(WeightSource):
         self.adapters, self.kind = adapters, f"{self.base.kind} with merged LoRA adapters"
         self.path, self.iteration, self.args = adapters.path, adapters.iteration, adapters.args
         self.manifest = adapters.manifest
-        self.shape, self.dtype, self.vocab_size = self.base.shape, self.base.dtype, self.base.vocab_size
+        self.shape, self.vocab_size, self.notice = self.base.shape, self.base.vocab_size, self.base.notice
         self._last: tuple[str, torch.Tensor] | None = None
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        return self.base.dtype_of(name)
 
     def pieces(self, name: str) -> tuple[int, list[torch.Tensor]]:
         if self._last is None or self._last[0] != name:  # one tensor is kept: callers read it in blocks

@@ -13,11 +13,9 @@ from megatron_ft.errors import UserError
 from megatron_ft.models import ModelShape
 
 HEAD = "lm_head.weight"
-# Index and single file, in the order transformers looks for them.
-LAYOUTS = (
-    ("model.safetensors.index.json", "model.safetensors"),
-    ("pytorch_model.bin.index.json", "pytorch_model.bin"),
-)
+INDEX = ".index.json"
+# In the order in which transformers looks for them; it loads the first that is there.
+WEIGHTS = ("model.safetensors", f"model.safetensors{INDEX}", "pytorch_model.bin", f"pytorch_model.bin{INDEX}")
 
 
 def read_json(path: Path) -> dict:
@@ -59,27 +57,29 @@ class HFSource(WeightSource):
             raise UserError(f"{path}: {unknown[0]} does not belong to a GPTBigCode of {self.shape.num_layers} layers")
         for name in hf_names(self.shape):
             check_shape(self.shape, name, self._shape_of(name), self._where[name][0])
-        self.dtype = self.read_slice(WTE, 0, 0, 1).dtype
         if HEAD in self._where and not self._head_is_tied():
             raise UserError(
                 f"{path}: lm_head.weight differs from {WTE}; only models with tied embeddings can be converted"
             )
 
     def _stored_names(self) -> list[tuple[Path, str]]:
-        for index, single in LAYOUTS:
-            if (self.path / index).is_file():
-                weight_map = read_json(self.path / index).get("weight_map")
-                if not isinstance(weight_map, dict):
-                    raise UserError(f"{self.path / index}: has no weight_map; copy it again")
-                missing = sorted({file for file in weight_map.values() if not (self.path / file).is_file()})
-                if missing:
-                    raise UserError(f"{self.path}: {index} names shards that are missing: {', '.join(missing)}")
-                return [(self.path / file, name) for name, file in weight_map.items()]
-            if (self.path / single).is_file():
-                return [(self.path / single, name) for name in self._open(self.path / single).names()]
-        raise UserError(
-            f"{self.path}: config.json but no weights; expected model.safetensors or pytorch_model.bin, or shards"
-        )
+        there = [name for name in WEIGHTS if (self.path / name).is_file()]
+        if not there:
+            raise UserError(
+                f"{self.path}: config.json but no weights; expected model.safetensors or pytorch_model.bin, or shards"
+            )
+        file = self.path / there[0]
+        if len(there) > 1:
+            self.notice = f"{self.path}: {there[0]} is read, as transformers does; {', '.join(there[1:])} is left aside"
+        if not file.name.endswith(INDEX):
+            return [(file, name) for name in self._open(file).names()]
+        weight_map = read_json(file).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise UserError(f"{file}: has no weight_map; copy it again")
+        missing = sorted({shard for shard in weight_map.values() if not (self.path / shard).is_file()})
+        if missing:
+            raise UserError(f"{self.path}: {file.name} names shards that are missing: {', '.join(missing)}")
+        return [(self.path / shard, name) for name, shard in weight_map.items()]
 
     def _open(self, file: Path) -> "_Safetensors | _Bin":
         if file not in self._files:

@@ -124,7 +124,7 @@ def parse_size(text: str) -> int:
     unit = text.strip()[len(number) :].upper()
     try:
         size = int(float(number) * units[unit])
-    except (KeyError, ValueError):
+    except (KeyError, ValueError, OverflowError):  # float() reads inf and nan
         raise UserError(f"--max-shard-size {text}: not a size; give one like 5GB or 500MB") from None
     if size < 1:
         raise UserError(f"--max-shard-size {text}: must be positive, like 5GB")

@@ -16,7 +16,7 @@ import torch
 
 from megatron_ft.checkpoint.names import WTE, layer_of, weight_of
 from megatron_ft.checkpoint.safe_pickle import load_pt
-from megatron_ft.checkpoint.weights import WeightSource, check_shape
+from megatron_ft.checkpoint.weights import WeightSource, check_shape, widest
 from megatron_ft.errors import UserError
 from megatron_ft.models import ModelShape
 
@@ -97,7 +97,6 @@ class LegacySource(WeightSource):
             )
         rows = sum(rank[embedding].shape[0] for rank in self._stages[0])
         self.shape = shape_from_megatron_args(self.args, rows, directory)
-        self.dtype = self._stages[0][0][embedding].dtype
         if self.version not in (0, 1, 2, 3) or (self.version < 2 and self.shape.multi_query):
             raise UserError(
                 f"{directory}: checkpoint_version {self.version:g} of a {'multi-query' if self.shape.multi_query else 'multi-head'} "
@@ -175,6 +174,9 @@ class LegacySource(WeightSource):
                 "the files do not belong together"
             )
         return firsts
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        return widest(piece.dtype for piece in self._cuts(name)[1])  # nothing is compared, so nothing is read
 
     def pieces(self, name: str) -> tuple[int, list[torch.Tensor]]:
         cuts = self._cuts(name, compare=name not in self._compared)

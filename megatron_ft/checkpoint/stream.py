@@ -1,6 +1,7 @@
 """Tensors as streams of blocks: any box of any source's tensor, converted on the way, never whole in memory."""
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -9,9 +10,35 @@ from megatron_ft.checkpoint.names import hf_shape
 from megatron_ft.checkpoint.weights import WeightSource, slice_of_pieces
 from megatron_ft.errors import UserError
 
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}  # what converters write, by --dtype
 # Bytes of weights in memory at once: few enough to stay in the processor's cache between being put together and being
 # written, and for the allocator to use the same pages again (larger blocks are new, zeroed pages each time).
 BLOCK = 1 << 20
+
+
+def dtype_to_write(source: WeightSource, asked: str, say: Callable[[str], None] = print) -> torch.dtype:
+    """What --dtype asks for: a name of DTYPES, or "keep", the narrowest dtype that holds every value of `source`.
+
+    `say` hears of it when the source's tensors differ. Raises UserError when "keep" is a dtype that is not written.
+    """
+    if asked != "keep":
+        return DTYPES[asked]
+    if source.dtype not in DTYPES.values():
+        raise UserError(
+            f"{source.path}: weights in {dtype_name(source.dtype)}; choose one of --dtype {', '.join(DTYPES)}"
+        )
+    counts = Counter(map(source.dtype_of, source.names()))
+    if len(counts) > 1:
+        stored = ", ".join(f"{count} in {dtype_name(dtype)}" for dtype, count in counts.items())
+        say(
+            f"{source.path}: tensors of several precisions ({stored}); all are written in {dtype_name(source.dtype)}, none is rounded"
+        )
+    return source.dtype
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """`bfloat16`, as config.json and people say."""
+    return str(dtype).removeprefix("torch.")
 
 
 def box_blocks(

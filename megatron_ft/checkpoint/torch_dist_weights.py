@@ -203,7 +203,6 @@ class TorchDistSource(WeightSource):
                 f"{directory}: has no word and learned position embeddings; expected a GPTBigCode (StarCoder)"
             )
         rows = self.files.shape(embedding)[0]
-        self.dtype = self.files.tensors[embedding].properties.dtype
         if manifest is not None:
             self.args = manifest.args
             try:
@@ -238,6 +237,9 @@ class TorchDistSource(WeightSource):
             return hf_to_core(name), None
         raise UserError(f"{self.path}: has no {stacked}; not a whole GPTBigCode model")
 
+    def dtype_of(self, name: str) -> torch.dtype:
+        return self.files.tensors[self._key(name)[0]].properties.dtype
+
     def pieces(self, name: str) -> tuple[int, list[torch.Tensor]]:
         key, layer = self._key(name)
         chunks = self.files.chunks_of(key)
@@ -253,10 +255,11 @@ class TorchDistSource(WeightSource):
 
 
 def whole_manifest(directory: Path) -> Manifest:
-    """The manifest of a checkpoint whose files are all there, of the right sizes. Raises UserError naming the first that is not."""
+    """The manifest of a checkpoint whose files are all there, of the right sizes, small ones with their checksums, and adapters,
+    which are read whole, all with theirs. Raises UserError naming the first that is not."""
     try:
         manifest = read_manifest(directory)
-        wrong = check_files(directory, manifest, checksums=False)
+        wrong = check_files(directory, manifest, checksums=bool(manifest.base))
     except TypeError as error:  # valid JSON of another kind
         raise UserError(f"{directory / NAME}: not a manifest ({error}); copy the checkpoint again") from None
     except Damaged as error:

@@ -9,39 +9,49 @@ shapes, and only what is asked for is read. `open_weights` tells the formats apa
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from functools import cached_property, reduce
 from pathlib import Path
 
 import torch
 
+from megatron_ft.checkpoint.directory import TRACKER, read_tracker
 from megatron_ft.checkpoint.manifest import Manifest
 from megatron_ft.checkpoint.names import hf_names, hf_shape
 from megatron_ft.errors import UserError
 from megatron_ft.models import ModelShape
-
-TRACKER = "latest_checkpointed_iteration.txt"
 
 
 class WeightSource(ABC):
     """Weights of one checkpoint.
 
     `kind` names the format, `path` the directory read, `shape` the model (vocab_size = embedding rows stored),
-    `vocab_size` how many of those rows are not padding, where the checkpoint says so, `dtype` that of the word embeddings, `iteration` a number, "release" or None, `args` the run's arguments or None,
-    `manifest` that of a checkpoint of this package.
+    `vocab_size` how many of those rows are not padding, where the checkpoint says so, `iteration` a number, "release" or None,
+    `args` the run's arguments or None, `manifest` that of a checkpoint of this package, `notice` one line on what was read where there
+    was a choice, or None.
     """
 
     kind: str
     path: Path
     shape: ModelShape
-    dtype: torch.dtype
     vocab_size: int | None = None
     iteration: int | str | None = None
     args: dict | None = None
     manifest: Manifest | None = None
+    notice: str | None = None
 
     def names(self) -> list[str]:
         """HF GPTBigCode tensor names in file order, without the tied lm_head."""
         return hf_names(self.shape)
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """The widest of all tensors' dtypes: it holds every value of the checkpoint."""
+        return widest(map(self.dtype_of, self.names()))
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        """dtype of one tensor."""
+        return widest(piece.dtype for piece in self.pieces(name)[1])
 
     @abstractmethod
     def pieces(self, name: str) -> tuple[int, list[torch.Tensor]]:
@@ -56,6 +66,11 @@ class WeightSource(ABC):
         """Rows start..stop of axis `dim`; only the pieces that hold them are read."""
         cut_dim, pieces = self.pieces(name)
         return slice_of_pieces(cut_dim, pieces, dim, start, stop)
+
+
+def widest(dtypes: Iterable[torch.dtype]) -> torch.dtype:
+    """The narrowest dtype that holds the values of all: fp32 for bf16 and fp16."""
+    return reduce(torch.promote_types, dtypes)
 
 
 def slice_of_pieces(cut_dim: int, pieces: list[torch.Tensor], dim: int, start: int, stop: int) -> torch.Tensor:
@@ -81,6 +96,37 @@ def check_shape(shape: ModelShape, name: str, found: Sequence[int], where: Path 
             f"{where}: {name} has shape {list(found)}, expected {list(expected)} from the checkpoint's own configuration; "
             "the files do not belong together, copy the checkpoint again"
         )
+
+
+def check_vocabulary(source: WeightSource, rows: int, asked_by: str) -> str | None:
+    """Whether the first `rows` of the stored embedding rows can be the vocabulary, as `asked_by` says; a warning where that is doubtful.
+
+    Raises UserError when the source has fewer rows, or when rows would be cut that it knows to be tokens'.
+    """
+    stored, known = source.shape.vocab_size, source.vocab_size
+    if rows > stored:
+        raise UserError(
+            f"{asked_by}: {rows} tokens, but {source.path} has {stored} embedding rows; "
+            "give the tokenizer the model was trained with"
+        )
+    if known is not None and rows < known:
+        raise UserError(
+            f"{asked_by}: {rows} tokens, but {known} of the {stored} embedding rows of {source.path} are tokens', so "
+            f"{known - rows} trained rows would be lost; give the tokenizer the model was trained with"
+        )
+    if known is not None and rows > known:
+        return (
+            f"warning: {asked_by}: {rows} tokens, but {source.path} was trained with {known}; "
+            f"{rows - known} rows of padding, which nothing was learned for, become tokens'"
+        )
+    args = source.args or {}
+    multiple = (args.get("make_vocab_size_divisible_by") or 128) * (args.get("tensor_model_parallel_size") or 1)
+    if known is None and stored - rows >= multiple:
+        return (
+            f"warning: {asked_by}: {rows} tokens, but {source.path} has {stored} embedding rows; {stored - rows} are cut off, more than "
+            f"the {multiple - 1} that padding to a multiple of {multiple} can add; is this the tokenizer the model was trained with?"
+        )
+    return None
 
 
 def open_weights(path: Path | str, iteration: int | str = "latest") -> WeightSource:
@@ -121,13 +167,13 @@ def find_iteration(path: Path, iteration: int | str = "latest") -> tuple[Path, i
     listed = f"there are {', '.join(there)}" if there else "there is none"
     wanted = str(iteration)
     if wanted == "latest":
-        tracker = path / TRACKER
-        if not tracker.is_file():
+        tracked = read_tracker(path)
+        if tracked is None:
             raise UserError(
                 f"{path}: neither config.json nor {TRACKER}, so no checkpoint is known here ({listed}); "
                 "give the iteration, or its own directory"
             )
-        wanted = tracker.read_text().strip()
+        wanted = tracked
     if wanted != "release" and not wanted.isdigit():
         raise UserError(f"{path}: iteration {wanted!r} is neither a number nor 'release' ({listed})")
     directory = path / ("release" if wanted == "release" else f"iter_{int(wanted):07d}")

@@ -30,7 +30,7 @@ from hypothesis import strategies as st
 from ranks import run_ranks
 
 from megatron_ft.checkpoint import owner as owners
-from megatron_ft.checkpoint.directory import most_at_once, superseded
+from megatron_ft.checkpoint.directory import most_at_once, read_tracker, superseded
 from megatron_ft.checkpoint.manifest import check_files, describe_file, read_manifest
 from megatron_ft.checkpoint.optimizer_state import boxes
 from megatron_ft.checkpoint.owner import Owner
@@ -381,9 +381,15 @@ def test_adapters_are_saved_alone_and_resumed_on_their_base(inputs, tmp_path):
     ).split()
     assert [status for status, _ in run_ranks(train, 2, [*words, str(tmp_path / "unbroken")])] == [0, 0]
     run_ranks(train, 2, [*words, str(save), "--exit-interval", "1"])
+    # The base goes on; its adapters stay on what they were trained on.
+    assert [status for status, _ in run_ranks(train, 1, f"{FLAGS} {inputs} --train-iters 4 --save {base}".split())] == [
+        0
+    ]
+    assert read_tracker(base) == "4"
+    run_ranks(train, 2, [*words, str(save), "--exit-interval", "2"])
     base.rename(tmp_path / "moved")
     words[words.index("--load") + 1] = str(tmp_path / "moved")
-    results = run_ranks(train, 2, [*words, str(save)])
+    results = run_ranks(train, 2, [*words, str(save), "--load-iteration", "2"])
     assert [status for status, _ in results] == [0, 0]
     tensors = tensor_bytes(save / "iter_0000004")
     assert tensors == tensor_bytes(tmp_path / "unbroken/iter_0000004")

@@ -74,13 +74,15 @@ def test_a_lora_run_becomes_a_peft_adapter_and_a_merged_model(inputs, tmp_path):
     base, adapters = tmp_path / "base", tmp_path / "adapters"
     run("1", words, base, "--exit-interval 2", 75)
     lora = "--lora-rank 4 --lora-dropout 0"
-    words = words.replace("--from-scratch", "")
     ranks, flags = LAYOUTS["TP2"]
     start = FLAGS.replace("--from-scratch", f"--load {base}")
     command = f"{start} {flags} {words} {NO_DROPOUT} --lr 0.1 --save {adapters} {lora}".split()
     assert {ended for ended, _ in run_ranks(train, ranks, command)} == {0}
 
-    convert("megatron_to_hf", "--load", base, "--output", tmp_path / "hf", "--tokenizer-file", tokenizer)
+    run("1", words, base, "--exit-interval 4", 75)  # the base goes on; its adapters stay on what they were trained on
+    convert(
+        "megatron_to_hf", "--load", base, "--iteration", "2", "--output", tmp_path / "hf", "--tokenizer-file", tokenizer
+    )
     convert("megatron_to_hf", "--load", adapters, "--output", tmp_path / "peft")
     merge = ("megatron_to_hf", "--load", adapters, "--merge-lora", "--tokenizer-file", tokenizer)
     convert(*merge, "--output", tmp_path / "merged")
@@ -100,7 +102,21 @@ def test_a_lora_run_becomes_a_peft_adapter_and_a_merged_model(inputs, tmp_path):
 
     base.rename(tmp_path / "moved")
     assert "--base says where" in refusal(*merge, "--output", tmp_path / "out")
-    convert(*merge, "--output", tmp_path / "out", "--base", tmp_path / "moved")
+    moved = ("--base", tmp_path / "moved")
+    convert(*merge, "--output", tmp_path / "out", *moved)
+    assert (tmp_path / "out/model.safetensors").read_bytes() == (tmp_path / "merged/model.safetensors").read_bytes()
+    assert "--base says where" in refusal("verify", adapters, tmp_path / "merged")
+    convert("verify", adapters, tmp_path / "merged", *moved)
     assert "adapters of a LoRA run" in refusal(
         "reshard", "--load", adapters, "--save", tmp_path / "x", "--tensor-parallel", "1"
     )
+
+    damaged = next((adapters / "iter_0000006").glob("__0_0.distcp"))
+    content = bytearray(damaged.read_bytes())
+    content[len(content) // 2] ^= 1
+    damaged.write_bytes(content)
+    for command in (
+        ("megatron_to_hf", "--load", adapters, "--output", tmp_path / "x"),
+        (*merge, "--output", tmp_path / "x", *moved),
+    ):
+        assert "does not have the checksum of when it was saved" in refusal(*command)

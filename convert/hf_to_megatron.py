@@ -17,7 +17,7 @@ import warnings
 
 from megatron_ft.checkpoint.legacy_writer import legacy_bytes, write_legacy
 from megatron_ft.checkpoint.output import check_layout, new_directory
-from megatron_ft.checkpoint.stream import DTYPES, dtype_name, dtype_to_write
+from megatron_ft.checkpoint.stream import DTYPES, dtype_name, dtype_to_write, total_bytes
 from megatron_ft.checkpoint.weights import open_weights
 from megatron_ft.errors import UserError, run_program
 from megatron_ft.flags import Help, Parser
@@ -58,9 +58,9 @@ def main() -> None:
     rows = padded_vocab_size(source.shape.vocab_size, args.make_vocab_size_divisible_by, tp)
     if args.format == "torch_dist":
         warnings.filterwarnings("ignore", module=r"megatron\.core")  # it warns of each optional package that is missing
-        from megatron_ft.checkpoint.core_writer import core_bytes, write_core
+        from megatron_ft.checkpoint.core_writer import write_core
 
-        total = core_bytes(source, dtype, rows)
+        total = total_bytes(source, dtype, rows)
     else:
         total = legacy_bytes(source, dtype, tp, pp, rows)
     with (

@@ -36,9 +36,9 @@ from megatron_ft.checkpoint.hf_directory import (
     write_model_card,
     write_tokenizer,
 )
-from megatron_ft.checkpoint.hf_writer import total_bytes, write_safetensors, write_tensors
+from megatron_ft.checkpoint.hf_writer import write_safetensors, write_tensors
 from megatron_ft.checkpoint.output import new_directory
-from megatron_ft.checkpoint.stream import DTYPES, dtype_name, dtype_to_write
+from megatron_ft.checkpoint.stream import DTYPES, dtype_name, dtype_to_write, total_bytes
 from megatron_ft.checkpoint.weights import WeightSource, check_vocabulary, open_weights
 from megatron_ft.errors import UserError, run_program
 from megatron_ft.flags import Help, Parser

@@ -109,14 +109,15 @@ def main() -> int:
             report["largest_logit_difference"] = difference
             report["equal"] &= difference <= LOGITS_TOLERANCE
     if args.report:
-        replace_file(Path(args.report), (json.dumps(report, indent=2) + "\n").encode())
+        replace_file(Path(args.report).resolve(), (json.dumps(report, indent=2) + "\n").encode())
     print("equal" if report["equal"] else "DIFFERENT")
     return 0 if report["equal"] else DIFFERENT
 
 
 def check_report(path: Path) -> None:
     """Raise UserError when the report could not be written: better now than after hours of comparing."""
-    if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+    usable = path.is_file() or not path.exists()  # no directory, no device
+    if not usable or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
         raise UserError(
             f"--report {path}: cannot be written; give a file in a directory that is there and can be written"
         )

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from megatron_ft.checkpoint.boxes import Box, shard, stage_of
 from megatron_ft.checkpoint.names import LAYER, WHOLE, WTE, Weight
 from megatron_ft.checkpoint.pt_stream import LazyTensor, write_pt
 from megatron_ft.checkpoint.torch_dist import write_metadata
@@ -51,17 +52,17 @@ def reshard_core(
     """Write the tensors and `.metadata` into `directory` (which exists, empty)."""
     jobs: dict[int, list[tuple]] = {rank: [] for rank in range(tp * pp)}
     for key in _kept(files):
-        for rank, shape, offset, size in _cuts(files, key, tp, pp, padded_vocab):
-            jobs[rank].append((key, shape, offset, size))
+        for rank, shape, box in _cuts(files, key, tp, pp, padded_vocab):
+            jobs[rank].append((key, shape, box))
     entries: list[tuple] = []
     for rank, boxes in jobs.items():
         file_name = f"__{rank}_0.distcp"
         with (directory / file_name).open("wb") as file:
-            for key, shape, offset, size in boxes:
+            for key, shape, box in boxes:
                 dtype = files.tensors[key].properties.dtype
                 position = file.tell()
-                length = write_pt(file, LazyTensor(dtype, size, partial(_blocks, files, key, offset, size)), advance)
-                entries.append((key, dtype, shape, offset, size, file_name, position, length))
+                length = write_pt(file, LazyTensor(dtype, box.sizes, partial(_blocks, files, key, box)), advance)
+                entries.append((key, dtype, shape, *box, file_name, position, length))
             for key in files.objects if rank == 0 else ():
                 if not key.startswith("rng"):
                     entries.append((key, None, (), (), (), file_name, file.tell(), file.write(files.bytes_of(key))))
@@ -86,41 +87,35 @@ def _new_shape(files: TorchDistFiles, key: str, padded_vocab: int) -> tuple[int,
 
 
 def _cuts(files: TorchDistFiles, key: str, tp: int, pp: int, padded_vocab: int) -> Iterator[tuple]:
-    """(rank, whole shape, offset, size) of every part of a tensor in the new layout."""
+    """(rank, whole shape, box) of every part of a tensor in the new layout."""
     shape, found = _new_shape(files, key, padded_vocab), model_weight(key)
     if found is None or len(shape) == 0:
         for chunk in files.chunks_of(key):
-            yield 0, shape, chunk.offsets, chunk.sizes
+            yield 0, shape, Box(chunk.offsets, chunk.sizes)
         return
     weight, stacked = found
-    layers = range(shape[0]) if stacked else (None,)
-    dim = None if weight.tp_dim is None else weight.tp_dim + stacked
-    for layer in layers:
-        stage = layer // (shape[0] // pp) if stacked else pp - 1 if weight.core.startswith("decoder.") else 0
-        for rank in range(1 if dim is None else tp):
-            offset, size = [0] * len(shape), list(shape)
-            if stacked:
-                offset[0], size[0] = layer, 1
-            if dim is not None:
-                size[dim] = shape[dim] // tp
-                offset[dim] = rank * size[dim]
-            yield stage * tp + rank, shape, tuple(offset), tuple(size)
+    for layer in range(shape[0]) if stacked else (None,):
+        stage = stage_of(weight, layer, shape[0], pp)
+        for rank in range(1 if weight.tp_dim is None else tp):
+            box = shard(shape[1:], weight, rank, tp).stacked(layer) if stacked else shard(shape, weight, rank, tp)
+            yield stage * tp + rank, shape, box
 
 
-def _blocks(files: TorchDistFiles, key: str, offset: tuple[int, ...], size: tuple[int, ...]) -> Iterator[torch.Tensor]:
+def _blocks(files: TorchDistFiles, key: str, box: Box) -> Iterator[torch.Tensor]:
     """A box in blocks of rows; rows beyond the stored tensor (padding) are zeros."""
+    offset, size = box
     axis = next((a for a, n in enumerate(size) if n > 1), 0)  # the layer's axis has one entry
     stored = files.shape(key)
     row_bytes = torch.Size(size[axis + 1 :]).numel() * files.tensors[key].properties.dtype.itemsize
     step = max(1, BLOCK // max(1, row_bytes))
     if not size:
-        yield files.read_box(key, (), ())
+        yield files.read_box(key, box)
         return
     for first in range(offset[axis], offset[axis] + size[axis], step):
         last = min(first + step, offset[axis] + size[axis])
         there = max(0, min(last, stored[axis]) - first)
         begin = (*offset[:axis], min(first, stored[axis]), *offset[axis + 1 :])
-        block = files.read_box(key, begin, (*size[:axis], there, *size[axis + 1 :]))
+        block = files.read_box(key, Box(begin, (*size[:axis], there, *size[axis + 1 :])))
         if there < last - first:
             padding = block.new_zeros((*size[:axis], last - first - there, *size[axis + 1 :]))
             block = torch.cat([block, padding], axis)

@@ -15,21 +15,17 @@ from pathlib import Path
 
 import torch
 
+from megatron_ft.checkpoint.boxes import shard, stage_of
 from megatron_ft.checkpoint.directory import TRACKER
 from megatron_ft.checkpoint.manifest import Manifest, describe_file, git_revision, now, versions
-from megatron_ft.checkpoint.names import WTE, hf_shape, hf_to_stacked, layer_of, weight_of
+from megatron_ft.checkpoint.names import hf_shape, hf_to_stacked, layer_of, weight_of
 from megatron_ft.checkpoint.pt_stream import LazyTensor, write_pt
-from megatron_ft.checkpoint.stream import box_blocks, nbytes
+from megatron_ft.checkpoint.stream import box_blocks
 from megatron_ft.checkpoint.torch_dist import write_metadata
 from megatron_ft.checkpoint.weights import WeightSource
 
 # Megatron-Core's linear layers have an (empty) extra state each, which it wants to find.
 EXTRA_STATES = ("self_attention.linear_proj", "self_attention.linear_qkv", "mlp.linear_fc1", "mlp.linear_fc2")
-
-
-def core_bytes(source: WeightSource, dtype: torch.dtype, padded_vocab: int) -> int:
-    """Bytes of weights that `write_core` will write."""
-    return sum(nbytes(dtype, _whole_shape(source, name, padded_vocab)) for name in source.names())
 
 
 def write_core(
@@ -48,16 +44,18 @@ def write_core(
     place = directory / "release"
     place.mkdir()
     entries: list[tuple] = []
-    per_stage = source.shape.num_layers // pp
+    layers = source.shape.num_layers
     for stage in range(pp):
-        names = [name for name in source.names() if _stage_of(name, per_stage, pp) == stage]
+        names = [name for name in source.names() if stage_of(weight_of(name), layer_of(name), layers, pp) == stage]
         for rank in range(tp):
             with (place / f"__{stage * tp + rank}_0.distcp").open("wb") as file:
                 for name in names:
                     if weight_of(name).tp_dim is not None or rank == 0:
                         entries.append(_write_tensor(file, source, name, dtype, rank, tp, padded_vocab, advance))
                 if rank == 0:
-                    entries += _write_extra_states(file, range(stage * per_stage, (stage + 1) * per_stage), source)
+                    entries += _write_extra_states(
+                        file, range(stage * layers // pp, (stage + 1) * layers // pp), source
+                    )
                 file.flush()
                 os.fsync(file.fileno())
     write_metadata(place, entries)
@@ -75,42 +73,19 @@ def write_core(
     (directory / TRACKER).write_text("release")
 
 
-def _stage_of(name: str, per_stage: int, pp: int) -> int:
-    layer = layer_of(name)
-    if layer is not None:
-        return layer // per_stage
-    return pp - 1 if weight_of(name).core.startswith("decoder.") else 0
-
-
-def _whole_shape(source: WeightSource, name: str, padded_vocab: int) -> tuple[int, ...]:
-    shape = hf_shape(source.shape, name)
-    return (padded_vocab, *shape[1:]) if name == WTE else shape
-
-
 def _write_tensor(
     file, source: WeightSource, name: str, dtype: torch.dtype, rank: int, tp: int, padded_vocab: int, advance
 ) -> tuple:
     """Append one rank's part of one layer's tensor; the entry that `.metadata` needs of it."""
-    whole = list(_whole_shape(source, name, padded_vocab))
-    size, offset = whole.copy(), [0] * len(whole)
-    rows = (0, whole[0])
-    columns = None
-    dim = weight_of(name).tp_dim
-    if dim is not None:
-        size[dim] = whole[dim] // tp
-        offset[dim] = rank * size[dim]
-        if dim == 0:
-            rows = (offset[0], offset[0] + size[0])
-        else:
-            columns = (offset[1], offset[1] + size[1])
+    whole = hf_shape(source.shape.with_vocab(padded_vocab), name)
+    box = shard(whole, weight_of(name), rank, tp)
+    blocks = partial(box_blocks, source, name, dtype, box)
     key, layer = hf_to_stacked(name)
     if layer is not None:
-        whole, size, offset = [source.shape.num_layers, *whole], [1, *size], [layer, *offset]
+        whole, box = (source.shape.num_layers, *whole), box.stacked(layer)
     position = file.tell()
-    length = write_pt(
-        file, LazyTensor(dtype, tuple(size), partial(box_blocks, source, name, dtype, rows, columns)), advance
-    )
-    return key, dtype, tuple(whole), tuple(offset), tuple(size), Path(file.name).name, position, length
+    length = write_pt(file, LazyTensor(dtype, box.sizes, blocks), advance)
+    return key, dtype, whole, box.offsets, box.sizes, Path(file.name).name, position, length
 
 
 def _write_extra_states(file, layers: range, source: WeightSource) -> list[tuple]:

@@ -12,36 +12,27 @@ from pathlib import Path
 
 import torch
 
-from megatron_ft.checkpoint.names import WTE, hf_shape
-from megatron_ft.checkpoint.stream import box_blocks, nbytes, raw, read_ahead
+from megatron_ft.checkpoint.boxes import whole
+from megatron_ft.checkpoint.names import hf_shape
+from megatron_ft.checkpoint.stream import box_blocks, nbytes, raw, read_ahead, total_bytes
 from megatron_ft.checkpoint.weights import WeightSource
 
 DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
-def output_shape(source: WeightSource, name: str, vocab_rows: int) -> tuple[int, ...]:
-    """Shape in the HF model when the embedding is cut to `vocab_rows`."""
-    shape = hf_shape(source.shape, name)
-    return (vocab_rows, *shape[1:]) if name == WTE else shape
-
-
 def plan_shards(source: WeightSource, dtype: torch.dtype, vocab_rows: int, max_shard_bytes: int) -> list[list[str]]:
     """Tensor names of each file, in order; a file exceeds `max_shard_bytes` only when one tensor does."""
+    shape = source.shape.with_vocab(vocab_rows)
     shards: list[list[str]] = [[]]
     size = 0
     for name in source.names():
-        size_here = nbytes(dtype, output_shape(source, name, vocab_rows))
+        size_here = nbytes(dtype, hf_shape(shape, name))
         if shards[-1] and size + size_here > max_shard_bytes:
             shards.append([])
             size = 0
         shards[-1].append(name)
         size += size_here
     return shards
-
-
-def total_bytes(source: WeightSource, dtype: torch.dtype, vocab_rows: int) -> int:
-    """Bytes of all tensors as they will be written."""
-    return sum(nbytes(dtype, output_shape(source, name, vocab_rows)) for name in source.names())
 
 
 def write_safetensors(
@@ -55,14 +46,15 @@ def write_safetensors(
 ) -> list[Path]:
     """Write model.safetensors, or shards with their index; `advance` hears of every block's bytes. Returns the files."""
     shards = plan_shards(source, dtype, vocab_rows, max_shard_bytes)
+    shape = source.shape.with_vocab(vocab_rows)
     files, weight_map = [], {}
     for number, names in enumerate(shards, start=1):
         file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        shapes = {name: output_shape(source, name, vocab_rows) for name in names}
+        shapes = {name: hf_shape(shape, name) for name in names}
         write_tensors(
             directory / file,
             {name: (dtype, shape) for name, shape in shapes.items()},
-            lambda name, shapes=shapes: box_blocks(source, name, dtype, (0, shapes[name][0])),
+            lambda name, shapes=shapes: box_blocks(source, name, dtype, whole(shapes[name])),
             advance,
         )
         files.append(directory / file)

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import torch
 
+from megatron_ft.checkpoint.boxes import part, shard
 from megatron_ft.checkpoint.directory import TRACKER
-from megatron_ft.checkpoint.names import LAYER, WHOLE, WTE, Weight, hf_shape
+from megatron_ft.checkpoint.names import LAYER, WHOLE, Weight, hf_shape
 from megatron_ft.checkpoint.pt_stream import LazyTensor, write_pt
 from megatron_ft.checkpoint.stream import box_blocks, nbytes
 from megatron_ft.checkpoint.weights import WeightSource
@@ -111,16 +112,16 @@ def _model(
             "position_embeddings": {"weight": lazy(positions, "")},
         }
     encoder: dict[str, LazyTensor] = {}
+    queries = source.shape.hidden_size  # rows of them
     per_stage = source.shape.num_layers // pp
     for layer in range(per_stage):
         hf_prefix = f"transformer.h.{stage * per_stage + layer}."
         for weight in LAYER:
             key = f"layers.{layer}.{weight.legacy}"
             if source.shape.multi_query and "query_key_value" in key:
-                encoder[key.replace("query_key_value", "query")] = _query(
-                    source, dtype, rank, tp, hf_prefix + weight.hf
-                )
-                encoder[key.replace("query_key_value", "key_value")] = _key_value(source, dtype, hf_prefix + weight.hf)
+                rows = partial(_rows, source, dtype, hf_prefix + weight.hf)
+                encoder[key.replace("query_key_value", "query")] = rows(rank * queries // tp, queries // tp)
+                encoder[key.replace("query_key_value", "key_value")] = rows(queries, source.shape.qkv_rows - queries)
             else:
                 encoder[key] = lazy(weight, hf_prefix)
     if stage == pp - 1:
@@ -138,30 +139,14 @@ def _shard(
 ) -> LazyTensor:
     """One tensor-parallel rank's part."""
     name = hf_prefix + weight.hf
-    shape = list(hf_shape(source.shape, name))
-    if name == WTE:
-        shape[0] = padded_vocab
-    rows = columns = None
-    if weight.tp_dim is not None:
-        size = shape[weight.tp_dim] // tp
-        shape[weight.tp_dim] = size
-        if weight.tp_dim == 0:
-            rows = (rank * size, (rank + 1) * size)
-        else:
-            columns = (rank * size, (rank + 1) * size)
-    return LazyTensor(dtype, tuple(shape), partial(box_blocks, source, name, dtype, rows, columns))
+    box = shard(hf_shape(source.shape.with_vocab(padded_vocab), name), weight, rank, tp)
+    return LazyTensor(dtype, box.sizes, partial(box_blocks, source, name, dtype, box))
 
 
-def _query(source: WeightSource, dtype: torch.dtype, rank: int, tp: int, name: str) -> LazyTensor:
-    size = source.shape.hidden_size // tp
-    rest = hf_shape(source.shape, name)[1:]
-    return LazyTensor(dtype, (size, *rest), partial(box_blocks, source, name, dtype, (rank * size, (rank + 1) * size)))
-
-
-def _key_value(source: WeightSource, dtype: torch.dtype, name: str) -> LazyTensor:
-    first, last = source.shape.hidden_size, source.shape.qkv_rows
-    rest = hf_shape(source.shape, name)[1:]
-    return LazyTensor(dtype, (last - first, *rest), partial(box_blocks, source, name, dtype, (first, last)))
+def _rows(source: WeightSource, dtype: torch.dtype, name: str, first: int, count: int) -> LazyTensor:
+    """Rows of query-key-value: multi-query attention stores a rank's queries, and keys and values, as tensors of their own."""
+    box = part(hf_shape(source.shape, name), 0, first, count)
+    return LazyTensor(dtype, box.sizes, partial(box_blocks, source, name, dtype, box))
 
 
 def _flat(tree: dict) -> list[LazyTensor]:

@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
+from megatron_ft.checkpoint.boxes import Box
 from megatron_ft.checkpoint.names import hf_shape
 from megatron_ft.checkpoint.weights import WeightSource, slice_of_pieces
 from megatron_ft.errors import UserError
@@ -41,27 +42,18 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def box_blocks(
-    source: WeightSource,
-    name: str,
-    dtype: torch.dtype,
-    rows: tuple[int, int] | None = None,
-    columns: tuple[int, int] | None = None,
-) -> Iterator[torch.Tensor]:
-    """Contiguous blocks, in order, of rows first..last and columns first..last (all where None) of a tensor, in `dtype`.
-
-    Rows beyond the tensor are zeros, as padding of a vocabulary is.
-    """
+def box_blocks(source: WeightSource, name: str, dtype: torch.dtype, box: Box) -> Iterator[torch.Tensor]:
+    """Contiguous blocks of rows, in order, of a box of a tensor, in `dtype`. Rows beyond the tensor are zeros, as padding of a vocabulary is."""
     shape = hf_shape(source.shape, name)
-    first, last = rows or (0, shape[0])
+    first, last = box.offsets[0], box.offsets[0] + box.sizes[0]
     width = 1 if len(shape) == 1 else shape[1]
     step = max(1, BLOCK // (width * max(dtype.itemsize, source.dtype.itemsize)))
     cut_dim, pieces = source.pieces(name)  # once: it may compare replicas or reorder rows
     for row in range(first, last, step):
         stop = min(last, row + step)
         there = slice_of_pieces(cut_dim, pieces, 0, min(row, shape[0]), min(stop, shape[0]))
-        if columns:
-            there = there[:, columns[0] : columns[1]]
+        if len(shape) > 1:
+            there = there.narrow(1, box.offsets[1], box.sizes[1])
         there = converted(there, dtype, name)
         if stop > shape[0]:
             there = torch.cat([there, there.new_zeros(stop - max(row, shape[0]), *there.shape[1:])])
@@ -97,3 +89,9 @@ def raw(tensor: torch.Tensor) -> memoryview:
 def nbytes(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
     """Bytes of a tensor."""
     return torch.Size(shape).numel() * dtype.itemsize
+
+
+def total_bytes(source: WeightSource, dtype: torch.dtype, vocab_rows: int) -> int:
+    """Bytes of all tensors in `dtype`, the embedding with `vocab_rows` rows."""
+    shape = source.shape.with_vocab(vocab_rows)
+    return sum(nbytes(dtype, hf_shape(shape, name)) for name in source.names())

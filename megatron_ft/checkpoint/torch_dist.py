@@ -35,6 +35,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from megatron_ft.checkpoint.boxes import Box, overlap
 from megatron_ft.checkpoint.manifest import Damaged
 from megatron_ft.checkpoint.safe_pickle import load_dcp_metadata
 from megatron_ft.errors import UserError
@@ -172,17 +173,14 @@ def read_tensors(directory: Path, wanted: list[ShardedTensor], metadata: Metadat
             )
         if target.key not in chunks_at:
             chunks_at[target.key] = _by_first_axis(stored.chunks)
-        data, offset = _whole_rank_view(target), tuple(target.global_offset)
+        data = _whole_rank_view(target)
+        box = Box(tuple(target.global_offset), tuple(data.shape))
         filled = 0
-        for chunk in chunks_at[target.key](offset[0], data.shape[0]) if offset else stored.chunks:
-            low = [max(a, b) for a, b in zip(offset, chunk.offsets, strict=True)]
-            high = [
-                min(a + n, b + m) for a, n, b, m in zip(offset, data.shape, chunk.offsets, chunk.sizes, strict=True)
-            ]
-            if any(b <= a for a, b in zip(low, high, strict=True)):
+        for chunk in chunks_at[target.key](box.offsets[0], box.sizes[0]) if box.offsets else stored.chunks:
+            common = overlap(box, chunk)
+            if common is None:
                 continue
-            source = tuple(slice(a - o, b - o) for a, b, o in zip(low, high, chunk.offsets, strict=True))
-            place = data[tuple(slice(a - o, b - o) for a, b, o in zip(low, high, offset, strict=True))]
+            source, place = common.within(chunk), data[common.within(box)]
             where = metadata.storage_data[MetadataIndex(target.key, chunk.offsets)]
             reads[where.relative_path].append((where.offset, where.length, source, place))
             filled += place.numel()

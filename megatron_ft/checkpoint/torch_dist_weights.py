@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, TensorStorageMetadata
 
+from megatron_ft.checkpoint.boxes import Box, overlap, whole
 from megatron_ft.checkpoint.legacy import shape_from_megatron_args
 from megatron_ft.checkpoint.manifest import NAME, Damaged, Manifest, check_files, read_manifest
 from megatron_ft.checkpoint.names import WPE, WTE, hf_to_core, hf_to_stacked
@@ -108,19 +109,16 @@ class TorchDistFiles:
         )
         return flat.as_strided(described.shape, described.stride(), described.storage_offset())
 
-    def read_box(self, key: str, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> torch.Tensor:
+    def read_box(self, key: str, box: Box) -> torch.Tensor:
         """A box of a tensor, put together from the parts that overlap it. Raises UserError when they do not fill it."""
-        out = torch.empty(sizes, dtype=self.tensors[key].properties.dtype)
+        out = torch.empty(box.sizes, dtype=self.tensors[key].properties.dtype)
         filled = 0
         for chunk in self._chunks.get(key, []):
-            low = [max(a, b) for a, b in zip(offsets, chunk.offsets, strict=True)]
-            high = [min(a + n, b + m) for a, n, b, m in zip(offsets, sizes, chunk.offsets, chunk.sizes, strict=True)]
-            if any(last <= first for first, last in zip(low, high, strict=True)):
+            common = overlap(box, chunk)
+            if common is None:
                 continue
-            target = out[tuple(slice(a - o, b - o) for a, b, o in zip(low, high, offsets, strict=True))]
-            target.copy_(
-                self.chunk(chunk)[tuple(slice(a - o, b - o) for a, b, o in zip(low, high, chunk.offsets, strict=True))]
-            )
+            target = out[common.within(box)]
+            target.copy_(self.chunk(chunk)[common.within(chunk)])
             filled += target.numel()
         if filled != out.numel():
             raise UserError(f"{self.path}: the stored parts of {key} do not make the whole; copy the checkpoint again")
@@ -128,7 +126,7 @@ class TorchDistFiles:
 
     def read(self, key: str) -> torch.Tensor:
         """A whole tensor in memory."""
-        return self.read_box(key, (0,) * len(self.shape(key)), self.shape(key))
+        return self.read_box(key, whole(self.shape(key)))
 
     def bytes_of(self, key: str) -> bytes:
         """A byte object's contents (a torch archive); load it with `load_pt` or not at all."""

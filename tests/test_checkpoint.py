@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ from checkpoint_runs import DROPOUT, FLAGS, LAYOUTS, steps, steps_alone, the_end
 from ranks import run_ranks
 
 from megatron_ft.arguments import parse_args
+from megatron_ft.checkpoint.manifest import Manifest, plain_args, read_manifest
+from megatron_ft.checkpoint.resume import FIXED, compare, describe_data
 from megatron_ft.data.packed_dataset import rows_per_epoch
 
 NO_DROPOUT = "--hidden-dropout 0 --attention-dropout 0"
@@ -187,6 +190,58 @@ def test_what_may_change_on_a_resume_and_what_may_not(three, inputs, tmp_path):
     overridden = run("1", inputs, save, NO_DROPOUT, "--train-iters 8 --seed 7 --override-checkpoint-args")
     assert statuses(overridden) == {0}
     assert "--seed was 1234, is 7 (--override-checkpoint-args)" in said(overridden)
+
+
+ANOTHER_RUN = {  # every flag that makes a resume another run, with a value that is not the first start's
+    "seq_length": "--seq-length 16",
+    "packing": "--packing greedy",
+    "packing_lookahead": "--packing-lookahead 8",
+    "overlong": "--overlong truncate",
+    "loss_on_targets_only": "--no-loss-on-targets-only",
+    "norm_target_loss": "--norm-target-loss",
+    "loss_average": "--loss-average microbatch",
+    "softmax_over_padding": "--softmax-over-padding",
+    "eod_mask_loss": "--eod-mask-loss",
+    "reset_position_ids": "--no-reset-position-ids",
+    "reset_attention_mask": "--no-reset-attention-mask",
+    "global_batch_size": "--global-batch-size 2",
+    "rampup_batch_size": "--rampup-batch-size 1 1 3",
+    "seed": "--seed 7",
+    "optimizer": "--optimizer sgd",
+    "bf16": "--bf16",
+    "fp16": "--fp16",
+    "lora_rank": "--lora-rank 4",
+    "lora_alpha": "--lora-alpha 8",
+    "lora_targets": "--lora-targets linear_qkv",
+}
+
+
+def test_every_change_that_makes_another_run_is_seen(tmp_path):
+    words = f"{FLAGS} {write_inputs(tmp_path)} --train-iters 8".split()
+    args = parse_args(words)
+    Manifest(0, args.shape.as_dict(), plain_args(args), {}, {}, describe_data(args)).write(tmp_path)
+    saved = read_manifest(tmp_path)
+
+    def changed(args, shape=args.shape) -> list[str]:
+        return compare(saved, args, shape, describe_data(args))[0]
+
+    assert changed(args) == []
+    assert set(ANOTHER_RUN) == set(FIXED)
+    for name, flag in ANOTHER_RUN.items():
+        (line,) = changed(parse_args([*words, *flag.split()]))
+        assert line.startswith(f"{flag.split()[0].replace('--no-', '--')} was "), name
+    for field in fields(args.shape):
+        other = replace(args.shape, **{field.name: getattr(args.shape, field.name) + 4})
+        (line,) = changed(args, other)
+        assert line.startswith(f"{field.name.replace('_', '-')} was "), field.name
+    tokenizer, data = tmp_path / "tokenizer.json", tmp_path / "first_targets_document.bin"
+    for file, what in ((tokenizer, "tokenizer"), (data, "training data")):
+        whole = file.read_bytes()
+        file.write_bytes(whole + b"\n\n")
+        (line,) = changed(args)
+        assert line.startswith(f"{what} was "), line
+        file.write_bytes(whole)
+    assert changed(args) == []
 
 
 def test_directories_that_cannot_be_resumed_are_explained(three, inputs, tmp_path):

@@ -39,7 +39,7 @@ SHAPE = (
 )  # fmt: skip
 # Written below in another way, saying what the branch does anyway, or about speed alone.
 HANDLED = {
-    "help", "preset", "attention_head_type", "data_prefix", "validation_share", "tokenizer_file", "packing", "overlong", "loss_average",
+    "help", "preset", "attention_head_type", "position_embedding_type", "data_prefix", "validation_share", "tokenizer_file", "packing", "overlong", "loss_average",
     "softmax_over_padding", "train_tokens", "save", "load", "finetune_from", "from_scratch", "finetune", "no_load_optim", "no_load_rng",
     "reset_progress", "train_epochs", "overlap_grad_reduce", "overlap_param_gather", "distributed_timeout_minutes", "exit_duration_in_mins", "recompute_activations", *SHAPE, *SAME_VALUE, *SAME_SWITCH,
     *(f"{split}_weighted_split_paths{end}" for split in ("train", "valid", "test") for end in ("", "_path")),

@@ -90,16 +90,16 @@ class Job:
         """
         if self.has_moved_on():
             return f"job {self.id} has been requeued already"
-        barred = ",".join(filter(None, [_value(self.fields.get("ExcNodeList")), *exclude]))
         asked = subprocess.run(["scontrol", "requeue", self.id], capture_output=True, text=True)
         if asked.returncode == 0:
             if exclude:  # only a pending job can be told, so after requeueing it
-                subprocess.run(["scontrol", "update", f"JobId={self.id}", f"ExcNodeList={barred}"], capture_output=True)
+                barred = f"ExcNodeList={self._barred(exclude)}"
+                subprocess.run(["scontrol", "update", f"JobId={self.id}", barred], capture_output=True)
             return f"job {self.id} is requeued" + (f" without {','.join(exclude)}" if exclude else "")
         state = _fields(_output("scontrol", "show", "job", self.id)).get("JobState", "")
         if state in ("COMPLETING", "PENDING", "REQUEUED", "PREEMPTED", "CANCELLED"):
             return f"job {self.id} is {state} already"
-        command = self.resubmission(barred)
+        command = self.resubmission(exclude)
         again = subprocess.run(command, capture_output=True, text=True, env=self._environment_to_submit())
         if again.returncode:
             raise UserError(
@@ -112,7 +112,7 @@ class Job:
             f" without {','.join(exclude)}" if exclude else ""
         )
 
-    def resubmission(self, exclude: str = "") -> list[str]:
+    def resubmission(self, exclude: Sequence[str] = ()) -> list[str]:
         """sbatch's command line for the same script, arguments and resources as a new job that waits for this one's end."""
         fields, env = self.fields, os.environ
         script, arguments = script_and_arguments(fields["Command"])
@@ -132,12 +132,16 @@ class Job:
             "qos": _value(fields.get("QOS")),
             "constraint": _value(fields.get("Features")),
             "reservation": _value(fields.get("Reservation")),
-            "exclude": exclude,
+            "exclude": self._barred(exclude),
             "export": self._export(),
         }
         given = [f"--{name}={value}" for name, value in options.items() if value]
         requeue = [] if self.may_requeue else ["--no-requeue"]
         return ["sbatch", "--parsable", *given, *requeue, script, *arguments]
+
+    def _barred(self, exclude: Sequence[str]) -> str:
+        """`exclude` and the nodes that were excluded before, by the user or by an earlier start, as SLURM writes a list."""
+        return ",".join(filter(None, [_value(self.fields.get("ExcNodeList")), *exclude]))
 
     def _export(self) -> str | None:
         """The job's own --export, with the count of restarts added where it does not let the whole environment through."""

@@ -165,6 +165,10 @@ class Cluster:
     def state(self, job: int) -> str:
         return self.job(job).get("JobState", "")
 
+    def excluded(self, job: int) -> set[str]:
+        """Nodes that a job must not run on."""
+        return set(self.run("scontrol", "show", "hostnames", self.job(job)["ExcNodeList"]).stdout.split())
+
     def wait_job(self, job: int, *states: str, seconds: float = 120, log: Path | None = None) -> dict[str, str]:
         """Wait until the job is in one of `states` (default: any it can end in)."""
         wanted = states or ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED")

@@ -4,6 +4,7 @@ import os
 import re
 import shlex
 import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -13,6 +14,8 @@ import pytest
 from cluster import Cluster, running_cluster, wait_for  # noqa: F401
 from conftest import ROOT
 from project import Project
+
+from launch.slurm_job import Job, _fields
 
 START = """
 import os, signal, sys, time
@@ -60,6 +63,54 @@ class SmallProject(Project):
 def project(cluster, tmp_path) -> Iterator[SmallProject]:
     yield SmallProject(cluster, tmp_path)
     cluster.free()
+
+
+SHOWN = """JobId=7 JobName=my run
+   UserId=ada(100) GroupId=ada(100) MCS_label=N/A
+   Priority=4294901758 Nice=0 Account=research QOS=(null)
+   Requeue=0 Restarts=0 BatchFlag=1 Reboot=0 ExitCode=0:0
+   RunTime=00:00:00 TimeLimit=1-02:00:00 TimeMin=N/A
+   Partition=main AllocNode:Sid=login:19623
+   ReqNodeList=(null) ExcNodeList=node[3-4]
+   MinCPUsNode=8 MinMemoryCPU=1000M MinTmpDiskNode=0
+   Features=fast&ib DelayBoot=00:00:00
+   Command={script} --lr 1
+   WorkDir=/home/ada/my project
+   StdOut=/home/ada/my project/my run-7.log
+"""  # of scontrol 22.05
+
+
+def test_a_job_is_submitted_again_with_all_it_was_given(tmp_path, monkeypatch):
+    for name in [name for name in os.environ if name.startswith(("SLURM_", "MEGATRON_FT_"))]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("SLURM_GPUS_PER_NODE", "h100:8")
+    script = tmp_path / "my train.sh"
+    script.touch()
+    job = Job("7", "my run", ("node1", "node2"), 8, 12, 0, _fields(SHOWN.format(script=script)))
+    assert job.resubmission(["node2"]) == [
+        "sbatch", "--parsable", "--dependency=afterany:7", "--job-name=my run", "--chdir=/home/ada/my project",
+        "--output=/home/ada/my project/my run-7.log", "--open-mode=append", "--partition=main", "--nodes=2", "--ntasks-per-node=8",
+        "--cpus-per-task=12", "--gpus-per-node=h100:8", "--time=1-02:00:00", "--account=research", "--constraint=fast&ib",
+        "--exclude=node[3-4],node2", "--no-requeue", str(script), "--lr", "1",
+    ]  # fmt: skip
+    assert "--exclude=node[3-4]" in job.resubmission()
+
+
+@pytest.mark.parametrize(
+    ("visible", "local_rank"),
+    [(None, "3"), ("0,1,2,3", "3"), ("3", "0")],
+    ids=["nothing said", "every GPU shown", "one GPU shown"],
+)
+def test_a_rank_takes_its_gpu_whether_the_site_binds_tasks_or_not(tmp_path, visible, local_rank):
+    env = {
+        "SLURM_PROCID": "11", "SLURM_LOCALID": "3", "SLURM_NTASKS": "16", "SLURM_JOB_ID": "7", "SLURMD_NODENAME": "node2",
+        "MEGATRON_FT_RANKS_ON_NODE": "8", **({} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}),
+    }  # fmt: skip
+    show = "import os; print(*(os.environ[name] for name in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'LOCAL_WORLD_SIZE')))"
+    command = [sys.executable, ROOT / "launch" / "rank.py", tmp_path / "logs", sys.executable, "-c", show]
+    done = subprocess.run(list(map(str, command)), env=env, capture_output=True, text=True)
+    assert done.returncode == 0 and "rank-ended rank=11 node=node2 status=0" in done.stderr, done.stderr
+    assert (tmp_path / "logs" / "rank-011.log").read_text().splitlines()[-1] == f"11 16 {local_rank} 8"
 
 
 def test_a_failed_rank_ends_the_job_with_its_status_and_its_traceback_last(project):
@@ -240,11 +291,15 @@ def test_a_node_that_does_not_see_the_data_is_named_and_left_out(project):
         file.rename(project.directory / "sub" / file.name)
     cluster.restart_node(blind, hide=project.directory / "sub")
     try:
-        job = project.submit(
-            "save_at(30)\n", "--nodelist=" + ",".join(cluster.nodes[:2]), flags=("--data-prefix=sub/data",)
-        )
+        where = ("--nodelist=" + ",".join(cluster.nodes[:2]), f"--exclude={cluster.nodes[2]}")
+        job = project.submit("save_at(30)\n", *where, flags=("--data-prefix=sub/data",))
         project.wait_text(f"node {blind} cannot take part")
-        cluster.run("scontrol", "update", f"JobId={job}", "ReqNodeList=")  # the test's own demand for the node
+        cluster.wait_job(job, "PENDING")
+        barred = {blind, cluster.nodes[2]}  # what the user excluded stays excluded
+        wait_for(lambda: cluster.excluded(job) == barred, 10, lambda: str(cluster.job(job)))
+        cluster.run(
+            "scontrol", "update", f"JobId={job}", "ReqNodeList=", f"ExcNodeList={blind}"
+        )  # the test's own demands
         assert project.end(job)["JobState"] == "COMPLETED", project.text()
         assert "sub/data_inputs_document.bin is not there" in project.text()
         assert blind not in project.starts()[1]["nodes"]

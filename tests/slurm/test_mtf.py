@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 from conftest import one_error_line, run_program
 
+from launch.mtf import HANDLED
+from megatron_ft.flags import build_parser
+
 RECORDED = [
     line for line in (Path(__file__).with_name("mtf_flags.txt")).read_text().splitlines() if line.startswith("--")
 ]
@@ -91,6 +94,27 @@ def test_every_composed_flag_is_one_of_the_branch(flags, checkout, tmp_path):
         assert given in composed
     assert composed[composed.index("--train-weighted-split-paths") + 1] == f"train: 1.0 0:0.95 {tmp_path}/data"
     assert composed[composed.index("--distributed-timeout") + 1] == "600"
+
+
+def test_no_flag_of_the_branch_that_the_parser_knows_is_refused(flags, checkout):
+    shared = {
+        option: action
+        for action in build_parser()._actions
+        for option in action.option_strings
+        if option in {flag.replace("_", "-") for flag in RECORDED}
+    }
+    assert {"--lr", "--position-embedding-type"} <= set(shared)
+    assert [option for option, action in shared.items() if action.dest not in HANDLED] == []
+    composed = words(compose(flags, checkout, "--from-scratch", "--position-embedding-type", "absolute"))
+    assert "--position-embedding-type" not in composed, "learned positions are what the branch does anyway"
+
+
+def test_a_length_in_tokens_is_told_in_rows(flags, checkout):
+    at = flags.index("--train-iters")
+    tokens = flags[:at] + flags[at + 2 :]
+    composed = words(compose(tokens, checkout, "--from-scratch", "--train-tokens", str(10 * 8192)))
+    assert composed[composed.index("--train-samples") + 1] == "10"
+    assert "--train-iters" not in composed
 
 
 def test_the_first_start_resets_and_a_later_one_resumes(flags, checkout, tmp_path):

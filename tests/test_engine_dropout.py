@@ -1,0 +1,96 @@
+"""Dropout: which ranks and steps draw alike, and that the model drops in training and only there."""
+
+import numpy as np
+import pytest
+import torch
+from engine_runs import start
+from ranks import run_ranks
+
+FLAGS = (
+    "--num-layers 1 --hidden-size 32 --num-attention-heads 4 --attention-head-type multihead --max-position-embeddings 64 "
+    "--train-iters 1 --data-prefix unused"
+)
+TP2 = "--tensor-model-parallel-size 2"
+
+
+def draws(flags: str) -> dict[tuple, list[float]]:
+    """What this rank draws after `seed_step`: {(stage, data rank, tensor rank, iteration): [from torch's, from the tensor-parallel state]}."""
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+    from megatron_ft.engine import parallel
+
+    args = start(f"{FLAGS} {flags}", __file__)
+    tensor_rank = parallel_state.get_tensor_model_parallel_rank()
+    place = (parallel.pipeline_parallel_rank(), parallel.data_parallel_rank(), tensor_rank)
+    found = {}
+    for iteration in (0, 1, 0):
+        parallel.seed_step(args.seed, iteration)
+        drawn = [torch.rand(1, dtype=torch.float64).item()]
+        with get_cuda_rng_tracker().fork():
+            drawn.append(torch.rand(1, dtype=torch.float64).item())
+        assert found.setdefault((*place, iteration), drawn) == drawn, "the same place and iteration draw the same"
+    return found
+
+
+def test_a_step_draws_by_its_place_and_iteration():
+    ranks = run_ranks(draws, 8, f"{FLAGS} {TP2} --num-layers 2 --pipeline-model-parallel-size 2")
+    found = {key: drawn for rank in ranks for key, drawn in rank.items()}
+    assert len(found) == 16
+    whole = {key: drawn for key, (drawn, _) in found.items()}
+    assert all(whole[*place, 0, i] == whole[*place, 1, i] for *place, _, i in found), "tensor ranks share what is whole"
+    cut = {drawn for _, drawn in found.values()}
+    assert len({*whole.values()}) == 8 and len(cut) == 16 and not cut & {*whole.values()}
+
+
+def forward(flags: str) -> dict[bool, dict[str, np.ndarray]]:
+    """In training (True) and in evaluation: `attention` [t, heads of this rank * d], whose queries, keys and values are the same on all
+    tensor ranks, and where the embedding and the layer's first residual branch are zero [s, b, h]."""
+    import torch.distributed as dist
+
+    from megatron_ft.engine import parallel
+    from megatron_ft.engine.model import build_model
+    from megatron_ft.engine.packed_attention import PackedRow
+
+    args = start(f"{FLAGS} {flags}", __file__)
+    (model,) = build_model(args, args.shape, 128)
+    layer = model.decoder.layers[0]
+    for parameter in layer.self_attention.linear_qkv.parameters():
+        dist.broadcast(parameter.data, 0)
+    seen: dict[str, torch.Tensor] = {}
+    model.embedding.register_forward_hook(lambda module, inputs, output: seen.update(embedding=output))
+    layer.self_attention.core_attention.register_forward_hook(lambda _, inputs, output: seen.update(attention=output))
+    layer.pre_mlp_layernorm.register_forward_pre_hook(lambda module, inputs: seen.update(residual=inputs[0]))
+    tokens = torch.randint(128, (1, 64), generator=torch.Generator().manual_seed(3))
+    positions = torch.cat([torch.arange(24), torch.arange(40)])[None]
+    row = PackedRow.from_cu_seqlens(torch.tensor([0, 24, 64], dtype=torch.int32))
+    found = {}
+    for training in (True, False):
+        parallel.seed_step(args.seed, 0)
+        with torch.no_grad():
+            model.train(training)(tokens, positions, None, packed_seq_params=row)
+        found[training] = {
+            "attention": seen["attention"].numpy(),
+            "embedding": (seen["embedding"] == 0).numpy(),
+            "branch": (seen["residual"] == seen["embedding"]).numpy(),
+        }
+    return found
+
+
+@pytest.mark.parametrize("more", ["", "--sequence-parallel"])
+def test_attention_drops_in_training_alone_and_otherwise_for_other_heads(more):
+    first, second = run_ranks(forward, 2, f"{TP2} {more} --attention-dropout 0.5 --hidden-dropout 0")
+    np.testing.assert_array_equal(first[False]["attention"], second[False]["attention"])
+    for rank in (first, second):
+        assert np.abs(rank[True]["attention"] - rank[False]["attention"]).mean() > 1e-3
+        assert not rank[True]["embedding"].any()
+    assert np.abs(first[True]["attention"] - second[True]["attention"]).mean() > 1e-3
+
+
+@pytest.mark.parametrize("more", ["", "--sequence-parallel"])
+def test_hidden_states_drop_in_training_alone_and_alike_where_they_are_whole(more):
+    first, second = run_ranks(forward, 2, f"{TP2} {more} --attention-dropout 0 --hidden-dropout 0.5")
+    for where in ("embedding", "branch"):
+        for rank in (first, second):
+            assert 0.4 < rank[True][where].mean() < 0.6 and not rank[False][where].any()
+        assert np.array_equal(first[True][where], second[True][where]) == (not more)

@@ -33,14 +33,15 @@ def draws(flags: str) -> dict[tuple, list[float]]:
     return found
 
 
-def test_a_step_draws_by_its_place_and_iteration():
-    ranks = run_ranks(draws, 8, f"{FLAGS} {TP2} --num-layers 2 --pipeline-model-parallel-size 2")
+@pytest.mark.parametrize("more", [TP2, ""], ids=["tensor and pipeline ranks", "data and pipeline ranks"])
+def test_a_step_draws_by_its_place_and_iteration(more):
+    ranks = run_ranks(draws, 4, f"{more} --num-layers 2 --pipeline-model-parallel-size 2")
     found = {key: drawn for rank in ranks for key, drawn in rank.items()}
-    assert len(found) == 16
-    whole = {key: drawn for key, (drawn, _) in found.items()}
-    assert all(whole[*place, 0, i] == whole[*place, 1, i] for *place, _, i in found), "tensor ranks share what is whole"
+    assert len(found) == 8
+    whole = {(*place, iteration): drawn for (*place, _, iteration), (drawn, _) in found.items()}
+    assert all(drawn == whole[*place, i] for (*place, _, i), (drawn, _) in found.items()), "tensor ranks share these"
     cut = {drawn for _, drawn in found.values()}
-    assert len({*whole.values()}) == 8 and len(cut) == 16 and not cut & {*whole.values()}
+    assert len({*whole.values()}) == len(whole) and len(cut) == 8 and not cut & {*whole.values()}
 
 
 def forward(flags: str) -> dict[bool, dict[str, np.ndarray]]:

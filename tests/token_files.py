@@ -30,9 +30,10 @@ def numbered_documents(lengths: Sequence[tuple[int, int]], first: int = 0) -> li
     return [([first + i] * a, [first + i] * b) for i, (a, b) in enumerate(lengths)]
 
 
-def training_flags(*flags: str | Path, seq_length: int = 32) -> argparse.Namespace:
+def training_flags(*flags: str | Path, seq_length: int = 32, world_size: int = 1) -> argparse.Namespace:
     """Flags as the training program parses them."""
     return parse_args(
         ["--preset", "tiny", "--tokenizer-file", __file__, "--train-iters", "1", "--seq-length", str(seq_length)]
-        + [str(flag) for flag in flags]
+        + [str(flag) for flag in flags],
+        world_size,
     )

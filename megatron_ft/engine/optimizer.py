@@ -16,8 +16,16 @@ def build_optimizer(args: argparse.Namespace, chunks: list[nn.Module]):
 
     Also tells the model's configuration what the pipeline schedules ask of it (loss scaling, gradient reduction).
     """
+    optimizer = get_megatron_optimizer(optimizer_config(args), chunks)
+    _use_fused_kernels(optimizer)
+    connect(args, chunks, optimizer)
+    return optimizer
+
+
+def optimizer_config(args: argparse.Namespace) -> OptimizerConfig:
+    """Megatron-Core's configuration of the optimizer under the flags of `args`."""
     offload = args.optimizer_cpu_offload
-    config = OptimizerConfig(
+    return OptimizerConfig(
         optimizer=args.optimizer,
         lr=args.lr,
         min_lr=args.min_lr,
@@ -41,10 +49,6 @@ def build_optimizer(args: argparse.Namespace, chunks: list[nn.Module]):
         optimizer_offload_fraction=1.0 if offload else 0.0,
         use_torch_optimizer_for_cpu_offload=offload,
     )
-    optimizer = get_megatron_optimizer(config, chunks)
-    _use_fused_kernels(optimizer)
-    connect(args, chunks, optimizer)
-    return optimizer
 
 
 def _use_fused_kernels(optimizer) -> None:

@@ -4,8 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+import torch.nn.functional as F
 from engine_runs import finetune, finetune_error
 from ranks import run_ranks
+from token_files import write_documents
 
 from megatron_ft.arguments import parse_args
 from megatron_ft.data.packed_dataset import build_datasets
@@ -110,6 +113,47 @@ def test_validation_counts_every_row_once_whatever_the_batch(runs):
     assert first["rows"] > 1 and first["rows"] % 5 and first["rows"] % 4
     for (other,) in others:
         assert other == pytest.approx(first, rel=1e-6)
+
+
+def documents_with_hits(model, number: int) -> list[tuple[list[int], list[int]]]:
+    """Random inputs, and outputs of which about two in three are `model`'s first choice; of even lengths, so that no row is full."""
+    draw = torch.Generator().manual_seed(5)
+    documents = []
+    for inputs in torch.randint(4, 20, (number,), generator=draw).tolist():
+        tokens = torch.randint(1, 1000, (2 * inputs,), generator=draw).tolist()
+        for i in range(12):
+            logits = model(torch.tensor([tokens])).logits[0, -1, :1000]
+            tokens.append(int(torch.randint(1, 1000, (), generator=draw)) if i % 3 == 1 else int(logits.argmax()))
+        documents.append((tokens[:-12], tokens[-12:]))
+    return documents
+
+
+@torch.no_grad()
+def test_figures_are_those_of_a_count_by_hand(runs, golden):
+    from transformers import GPTBigCodeForCausalLM
+
+    model = GPTBigCodeForCausalLM.from_pretrained(golden / "hf/hf_tiny").eval()
+    documents = documents_with_hits(model, 24)
+    train, valid = documents[:18], documents[18:]
+    losses, hits = [], 0
+    for inputs, outputs in valid:
+        logits = model(torch.tensor([inputs + outputs])).logits[0, -13:-1, :1000]
+        losses += F.cross_entropy(logits, torch.tensor(outputs), reduction="none").tolist()
+        hits += (logits.argmax(-1) == torch.tensor(outputs)).sum().item()
+    prefix = write_documents(runs.tmp_path / "documents", documents)
+    flags = (
+        f"--data-prefix {prefix} --validation-share 0.25 --hidden-dropout 0 --attention-dropout 0 --global-batch-size 1"
+    )
+    runs("all", f"{flags} --train-epochs 1 --lr 0 --eval-iters full")
+    assert runs.steps("all")[-1]["consumed_tokens"] == sum(len(a) + len(b) for a, b in train)
+    (validation,) = runs.validations("all")
+    assert validation["tokens"] == 12 * 6 == len(losses) and 0.5 < hits / 72 < 0.8
+    assert validation["token_accuracy"] == pytest.approx(hits / 72)
+    assert validation["loss"] == pytest.approx(sum(losses) / 72, rel=1e-5)
+    assert validation["rows"] > 1
+    runs("first batch", f"{flags} --skip-train --eval-iters 1")
+    (first,) = runs.validations("first batch")
+    assert first["rows"] == 1 and first["tokens"] < validation["tokens"]
 
 
 def test_a_checkpoint_is_evaluated_without_training(runs, tmp_path):

@@ -116,14 +116,15 @@ def test_validation_counts_every_row_once_whatever_the_batch(runs):
 
 
 def documents_with_hits(model, number: int) -> list[tuple[list[int], list[int]]]:
-    """Random inputs, and outputs of which about two in three are `model`'s first choice; of even lengths, so that no row is full."""
+    """Documents in which two of three tokens are `model`'s first choice, the last 12 of them outputs; of even lengths, so that no row is full."""
     draw = torch.Generator().manual_seed(5)
     documents = []
-    for inputs in torch.randint(4, 20, (number,), generator=draw).tolist():
-        tokens = torch.randint(1, 1000, (2 * inputs,), generator=draw).tolist()
-        for i in range(12):
-            logits = model(torch.tensor([tokens])).logits[0, -1, :1000]
-            tokens.append(int(torch.randint(1, 1000, (), generator=draw)) if i % 3 == 1 else int(logits.argmax()))
+    for half in torch.randint(8, 18, (number,), generator=draw).tolist():
+        tokens: list[int] = []
+        while len(tokens) < 2 * half:
+            anything = int(torch.randint(1, 1000, (), generator=draw))
+            hit = len(tokens) % 3 and int(model(torch.tensor([tokens])).logits[0, -1, :1000].argmax())
+            tokens.append(hit or anything)
         documents.append((tokens[:-12], tokens[-12:]))
     return documents
 

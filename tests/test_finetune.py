@@ -118,15 +118,12 @@ def test_validation_counts_every_row_once_whatever_the_batch(runs):
 def documents_with_hits(model, number: int) -> list[tuple[list[int], list[int]]]:
     """Documents in which two of three tokens are `model`'s first choice, the last 12 of them outputs; of even lengths, so that no row is full."""
     draw = torch.Generator().manual_seed(5)
-    documents = []
-    for half in torch.randint(8, 18, (number,), generator=draw).tolist():
-        tokens: list[int] = []
-        while len(tokens) < 2 * half:
-            anything = int(torch.randint(1, 1000, (), generator=draw))
-            hit = len(tokens) % 3 and int(model(torch.tensor([tokens])).logits[0, -1, :1000].argmax())
-            tokens.append(hit or anything)
-        documents.append((tokens[:-12], tokens[-12:]))
-    return documents
+    tokens = torch.randint(1, 1000, (number, 1), generator=draw)
+    for i in range(1, 36):
+        any_token = torch.randint(1, 1000, (number, 1), generator=draw)
+        tokens = torch.cat([tokens, model(tokens).logits[:, -1:, :1000].argmax(-1) if i % 3 else any_token], dim=1)
+    ends = 2 * torch.randint(8, 19, (number,), generator=draw)
+    return [(row[: end - 12], row[end - 12 : end]) for row, end in zip(tokens.tolist(), ends.tolist(), strict=True)]
 
 
 @torch.no_grad()

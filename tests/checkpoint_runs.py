@@ -255,8 +255,8 @@ def wait_for_iteration(ranks: Ranks, save: Path, iteration: int, timeout: float 
         time.sleep(0.01)
 
 
-def tensor_bytes(directory: Path) -> dict[str, str]:
-    """Digest of every tensor of a checkpoint (weights and optimizer), whatever layout wrote it."""
+def whole_tensors(directory: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint (weights and optimizer), whatever layout wrote it."""
     from megatron_ft.checkpoint.torch_dist_weights import TorchDistFiles
 
     files, found = TorchDistFiles(directory), {}
@@ -264,8 +264,14 @@ def tensor_bytes(directory: Path) -> dict[str, str]:
         whole = torch.zeros(files.shape(key), dtype=files.tensors[key].properties.dtype)
         for chunk in files.chunks_of(key):
             whole[tuple(slice(o, o + s) for o, s in zip(chunk.offsets, chunk.sizes, strict=True))] = files.chunk(chunk)
-        found[key] = hashlib.sha256(whole.view(torch.uint8).numpy().tobytes()).hexdigest()
+        found[key] = whole
     return found
+
+
+def tensor_bytes(directory: Path) -> dict[str, str]:
+    """Digest of every one of these."""
+    tensors = whole_tensors(directory)
+    return {key: hashlib.sha256(t.view(torch.uint8).numpy().tobytes()).hexdigest() for key, t in tensors.items()}
 
 
 def steps(save: Path) -> list[dict]:

@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from checkpoint_runs import whole_tensors
 from ranks import run_ranks
 from safetensors.torch import load_file, save_file
 
@@ -77,18 +78,21 @@ def row(seed):
 
 
 def train_adapters(words, base, world_size, save):
-    """Four steps on every rank: losses and gradient norms, and the adapters written as torch_dist (by all ranks) when `save`."""
-    from megatron.core import dist_checkpointing, parallel_state
+    """Four steps on every rank, then a checkpoint in `save`: losses and gradient norms."""
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
-    from megatron_ft.engine.lora import adapter_state
+    from megatron_ft.checkpoint.state import Checkpointer, TrainState
     from megatron_ft.engine.model import wrap_for_data_parallel
     from megatron_ft.engine.optimizer import build_optimizer
+    from megatron_ft.engine.schedule import build_scheduler, plan_length
 
-    args, chunks = start(words, base, world_size)
+    args, chunks = start([*words, "--load", str(base), "--save", save], base, world_size)
     frozen = {name: p.detach().clone() for name, p in chunks[0].named_parameters() if not p.requires_grad}
     wrapped = wrap_for_data_parallel(args, chunks)
     optimizer = build_optimizer(args, wrapped)
+    state = TrainState(wrapped, optimizer, build_scheduler(args, optimizer, plan_length(args)))
+    checkpointer = Checkpointer(args, args.shape.with_vocab(64))
+    checkpointer.start(state)
     log = []
 
     def forward(data, model):
@@ -108,21 +112,16 @@ def train_adapters(words, base, world_size, save):
         _, norm, _ = optimizer.step()
         log.append((losses[0]["loss"] if losses else None, float(norm)))
     assert all(torch.equal(p, frozen[n]) for n, p in chunks[0].named_parameters() if n in frozen)
-    if save:
-        metadata = {"singleton_local_shards": False, "dp_cp_group": parallel_state.get_data_parallel_group(True)}
-        state = adapter_state(chunks[0].sharded_state_dict(metadata=metadata))
-        dist_checkpointing.save(state, save)
+    state.iteration = 4
+    assert checkpointer.save(state)
+    checkpointer.finish()
     return log
 
 
-def read_adapters(path):
-    """Whole stacked tensors of a torch_dist directory, as a converter reads them."""
-    from torch.distributed.checkpoint import FileSystemReader
-    from torch.distributed.checkpoint.state_dict_loader import _load_state_dict_from_keys
-
-    reader = FileSystemReader(path)
-    names = [n for n, m in reader.read_metadata().state_dict_metadata.items() if hasattr(m, "size")]
-    return _load_state_dict_from_keys(set(names), storage_reader=reader)
+def model_tensors(save):
+    """The model's whole stacked tensors in a run's checkpoint; what else is there is the optimizer's and the random states."""
+    found = whole_tensors(save / "iter_0000004")
+    return {name: tensor for name, tensor in found.items() if not name.startswith("optimizer.")}
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +131,7 @@ def runs(base, tmp_path_factory):
     for name, flags in LAYOUTS.items():
         save = tmp_path_factory.mktemp("adapters")
         ranks = run_ranks(train_adapters, WORLD[name], flags_for(base, flags), base, WORLD[name], str(save))
-        done[name] = ranks[-1], read_adapters(save)
+        done[name] = ranks[-1], model_tensors(save)
     return done
 
 

@@ -8,7 +8,7 @@ as PEFT computes it (Hu et al., 2021). How A [rank, inputs] and B [outputs, rank
 
 What crosses ranks is only rank wide: the column-parallel A x is gathered over the sequence (or its gradient summed), the row-parallel
 A x is summed (or scattered over the sequence). The layers keep their class's names, so weights load as without adapters, and
-`sharded_state_dict` describes the adapters too; `adapter_state(...)` keeps these alone.
+`sharded_state_dict` describes the adapters too.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from megatron_ft.adapters import TARGETS, AdapterConfig, is_trainable
 from megatron_ft.errors import UserError
 
-__all__ = ["adapter_state", "add_lora", "is_trainable"]
+__all__ = ["add_lora", "is_trainable"]
 
 
 def add_lora(chunks: list[nn.Module], args: argparse.Namespace) -> None:
@@ -58,11 +58,6 @@ def add_lora(chunks: list[nn.Module], args: argparse.Namespace) -> None:
             elif isinstance(module, LanguageModelEmbedding) and args.recompute_granularity == "full":
                 # A checkpointed layer whose input needs no gradient would give none to its parameters either.
                 module.register_forward_hook(lambda module, inputs, output: output.requires_grad_())
-
-
-def adapter_state(sharded_state_dict: dict) -> dict:
-    """The adapters' part of a model's `sharded_state_dict()`: what a LoRA run's checkpoint holds of the model."""
-    return {name: value for name, value in sharded_state_dict.items() if is_trainable(name)}
 
 
 def _adapt(linear: nn.Module, config: AdapterConfig, seed: int) -> None:

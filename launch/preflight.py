@@ -26,6 +26,8 @@ from launch.slurm_ranks import srun_command
 from megatron_ft.checkpoint.directory import free_bytes
 from megatron_ft.data.splits import groups_of
 from megatron_ft.errors import UserError, run_program
+from megatron_ft.memory import Layout, checkpoint_bytes
+from megatron_ft.models import padded_vocab_size
 
 SECONDS = 90  # a node that has not answered by then counts as lost
 TORCH_SECONDS = 60  # of these, for starting the training program's Python
@@ -88,10 +90,13 @@ def needed_files(args: argparse.Namespace) -> list[str]:
 
 
 def checkpoint_gigabytes(args: argparse.Namespace) -> float:
-    """Room one checkpoint takes: weights in the training precision, and 12 bytes a parameter of optimizer state."""
-    if args.shape is None:
+    """Room one checkpoint takes: the adapters' alone with LoRA, none with --skip-train."""
+    if args.shape is None or args.skip_train:
         return 0.0
-    return args.shape.num_parameters() * (12 + (2 if args.bf16 or args.fp16 else 4)) / 1e9
+    padded = padded_vocab_size(
+        args.shape.vocab_size, args.make_vocab_size_divisible_by, args.tensor_model_parallel_size
+    )
+    return checkpoint_bytes(args.shape, padded, Layout.from_args(args)) / 1e9
 
 
 def look(save: Path | None, files: Sequence[Path], gpus: int, need_gb: float) -> dict:

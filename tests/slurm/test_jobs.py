@@ -16,6 +16,7 @@ from conftest import ROOT
 from project import Project
 
 from launch.slurm_job import Job, _fields
+from megatron_ft.arguments import parse_args
 
 START = """
 import os, signal, sys, time
@@ -94,6 +95,16 @@ def test_a_job_is_submitted_again_with_all_it_was_given(tmp_path, monkeypatch):
         "--exclude=node[3-4],node2", "--no-requeue", str(script), "--lr", "1",
     ]  # fmt: skip
     assert "--exclude=node[3-4]" in job.resubmission()
+
+
+def test_a_node_needs_room_for_what_the_run_will_save(monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))  # the program puts its own first
+    from launch.preflight import checkpoint_gigabytes
+
+    parameters, per_layer = 15.517e9, 16 * ((6144 + 6400) + 2 * 6144 + 2 * (6144 + 24576))
+    for more, count in (("", parameters), ("--lora-rank 16", 40 * per_layer), ("--skip-train", 0)):
+        flags = f"--preset starcoderbase --bf16 --data-prefix data --tokenizer-file {__file__} --train-iters 1 {more}"
+        assert checkpoint_gigabytes(parse_args(flags.split())) == pytest.approx(14 * count / 1e9, rel=1e-3), more
 
 
 @pytest.mark.parametrize(

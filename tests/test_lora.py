@@ -91,7 +91,7 @@ def train_adapters(words, base, world_size, save):
     wrapped = wrap_for_data_parallel(args, chunks)
     optimizer = build_optimizer(args, wrapped)
     state = TrainState(wrapped, optimizer, build_scheduler(args, optimizer, plan_length(args)))
-    checkpointer = Checkpointer(args, args.shape.with_vocab(64))
+    checkpointer = Checkpointer(args, args.shape.with_vocab(64), {})
     checkpointer.start(state)
     log = []
 
@@ -119,7 +119,7 @@ def train_adapters(words, base, world_size, save):
 
 
 def model_tensors(save):
-    """The model's whole stacked tensors in a run's checkpoint; what else is there is the optimizer's and the random states."""
+    """The model's whole stacked tensors in a run's checkpoint; what else is there is the optimizer's."""
     found = whole_tensors(save / "iter_0000004")
     return {name: tensor for name, tensor in found.items() if not name.startswith("optimizer.")}
 

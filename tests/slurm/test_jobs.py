@@ -30,7 +30,9 @@ for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
     signal.signal(number, lambda number, frame: stop.append(number))
 def save_at(iteration):
     if rank == 0:
-        tracker.write_text(str(iteration))
+        written = tracker.with_suffix(f'.{rank}')
+        written.write_text(str(iteration))
+        written.replace(tracker)
         print(f"saved {iteration}", flush=True)
 def until_stopped(seconds=60):
     print("up", rank, os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"], flush=True)

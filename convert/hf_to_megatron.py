@@ -64,7 +64,7 @@ def main() -> None:
     else:
         total = legacy_bytes(source, dtype, tp, pp, rows)
     with (
-        new_directory(Path(args.save), needed=total, overwrite=args.overwrite) as directory,
+        new_directory(Path(args.save), needed=total, sources=[args.load], overwrite=args.overwrite) as directory,
         Progress("converting", total, "B") as progress,
     ):
         if args.format == "torch_dist":

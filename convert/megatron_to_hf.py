@@ -130,7 +130,8 @@ def write_model(source: WeightSource, tokenizer_path, tokenizer: Tokenizer | Non
         "precision": dtype_name(dtype),
         "embedding rows": f"{rows} of {source.shape.vocab_size}",
     }
-    with new_directory(output, needed=nbytes, overwrite=args.overwrite) as directory:
+    sources = [args.load, tokenizer_path, source.base.path if isinstance(source, MergedSource) else None]
+    with new_directory(output, needed=nbytes, sources=sources, overwrite=args.overwrite) as directory:
         with Progress("converting", nbytes, "B") as progress:
             files = write_safetensors(
                 source, directory, dtype=dtype, vocab_rows=rows, max_shard_bytes=parse_size(args.max_shard_size), advance=progress.update
@@ -154,7 +155,8 @@ def write_adapter(adapters: AdapterSource, args) -> None:
     path, tokenizer = find_tokenizer(adapters, args)
     tensors = adapters.peft_tensors(DTYPES.get(args.dtype))
     nbytes = sum(tensor.nbytes for tensor in tensors.values())
-    with new_directory(Path(args.output), needed=nbytes, overwrite=args.overwrite) as directory:
+    sources = [args.load, adapters.base_path]
+    with new_directory(Path(args.output), needed=nbytes, sources=sources, overwrite=args.overwrite) as directory:
         described = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
         write_tensors(directory / PEFT_WEIGHTS, described, lambda name: iter([tensors[name]]))
         config = adapters.config.to_peft(base)

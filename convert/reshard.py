@@ -78,7 +78,7 @@ def reshard_torch_dist(source: TorchDistSource, rows: int, args) -> int:
 
     total = resharded_bytes(source.files, rows)
     with (
-        new_directory(Path(args.save), needed=total, overwrite=args.overwrite) as directory,
+        new_directory(Path(args.save), needed=total, sources=[args.load], overwrite=args.overwrite) as directory,
         Progress("resharding", total, "B") as progress,
     ):
         name = f"iter_{source.iteration:07d}" if isinstance(source.iteration, int) else "release"
@@ -118,7 +118,7 @@ def reshard_legacy(source: WeightSource, rows: int, args) -> int:
     dtype = dtype_to_write(source, "keep")
     total = legacy_bytes(source, dtype, tp, pp, rows)
     with (
-        new_directory(Path(args.save), needed=total, overwrite=args.overwrite) as directory,
+        new_directory(Path(args.save), needed=total, sources=[args.load], overwrite=args.overwrite) as directory,
         Progress("resharding", total, "B") as progress,
     ):
         write_legacy(

@@ -99,7 +99,7 @@ def main() -> None:
 
     names = ("commits.jsonl", "rows.jsonl", "tokenizer.json", "data", "checkpoints", "hf")
     commits, rows, tokenizer, data, save, model = (out / name for name in names)
-    run("preprocess/commits.py", repo=repo, min_rows=FEWEST_ROWS, output=commits)
+    run("preprocess/commits.py", repo=repo, min_rows=FEWEST_ROWS, fallback="examples/commits.jsonl", output=commits)
     run("preprocess/commits_to_jsonl.py", input=commits, output=rows)
     run("preprocess/train_tokenizer.py", input=rows, vocab_size=VOCABULARY, output=tokenizer)
     run("preprocess/tokenize.py", input=rows, output_prefix=data, tokenizer_file=tokenizer)

@@ -15,17 +15,27 @@ class UserError(ValueError):
     """A mistake a user can mend. The message is one line: what was found, where, what was expected, what to type."""
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, where nothing else handles it: leaves every block as Ctrl-C does."""
+
+
 def run_program(main: Callable[[], int | None]) -> None:
     """Run a program's `main` and exit with its status; a UserError becomes one line on stderr and status 2.
 
-    A broken pipe (`| head`) and Ctrl-C end quietly with the shell's usual statuses; anything else is a bug and keeps its traceback.
+    A broken pipe (`| head`), Ctrl-C and SIGTERM (a scheduler's time limit) end quietly with the shell's usual statuses, and what was half
+    written is removed; anything else is a bug and keeps its traceback. `main` may set handlers of its own.
     """
+    if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, _terminate)
     try:
         status = main() or EXIT_DONE
         sys.stdout.flush()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         status = EXIT_USER_ERROR
+    except Terminated:
+        print("terminated", file=sys.stderr)
+        status = 128 + signal.SIGTERM
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         status = 128 + signal.SIGINT
@@ -33,3 +43,7 @@ def run_program(main: Callable[[], int | None]) -> None:
         sys.stderr.close()
         status = 128 + signal.SIGPIPE
     sys.exit(status)
+
+
+def _terminate(number: int, frame) -> None:
+    raise Terminated

@@ -3,8 +3,8 @@
     python preprocess/commits.py --repo ~/src/project --output commits.jsonl
 
 A row has commit, old_file, new_file, old_contents, new_contents, subject, message, lang, license, repos; oldest commits come first.
-Where the repository has no history to walk (a tarball, a shallow clone, too few such commits), the rows shipped in examples/ are written
-instead, and a line says so; --no-fallback makes that an error.
+A repository without a history to walk (a tarball, a shallow clone, fewer rows than --min-rows) is an error. With --fallback FILE the
+rows of that file are written instead, and a line says so: the demonstration does that with examples/commits.jsonl.
 """
 
 import sys
@@ -24,7 +24,6 @@ from megatron_ft.flags import Help, Parser
 from megatron_ft.output import OutputFile, writing
 from megatron_ft.progress import Progress
 
-SHIPPED = Path(__file__).resolve().parents[1] / "examples/commits.jsonl"
 REGULAR_FILES = ("100644", "100755")  # git's modes; the others are symbolic links and submodules
 
 # CommitPack's names of languages by file name or ending; anything else is "Text".
@@ -84,9 +83,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--max-file-bytes", type=int, default=1 << 20, metavar="N", help="leave out files longer than this")
     add("--license", help="licence to write in every row; told from the repository's licence file when not given")
     add("--min-rows", type=int, default=1, metavar="N", help="fewer rows than this count as no history")
-    add("--fallback", type=Path, default=SHIPPED, metavar="FILE", help="rows to write where there is no history")
-    add("--no-fallback", dest="fallback", action="store_const", const=None, help="make missing history an error")
+    add("--fallback", type=Path, metavar="FILE", help="rows to write where there is no history, instead of an error")
     args = parser.parse_args(argv)
+    if args.max_rows is not None and args.max_rows < 1:
+        raise UserError(f"--max-rows {args.max_rows}: must be at least 1; leave it out for all rows")
+    if args.fallback and args.fallback.resolve() == Path(args.output).resolve():
+        raise UserError(f"--output {args.output}: is the --fallback file, and would be lost; give another name")
     if not args.repo.is_dir():
         raise UserError(f"--repo {args.repo}: no such directory; give a local git repository")
     return args
@@ -105,7 +107,8 @@ def main() -> None:
         reason = f"{args.repo} has {count} commits of one text file, fewer than {args.min_rows}"
     if args.fallback is None:
         raise UserError(
-            f"{reason}; give --repo a full clone (git fetch --unshallow), or leave out --no-fallback for the example rows"
+            f"{reason}; give --repo a full clone (git fetch --unshallow makes one of a shallow clone), a lower --min-rows, "
+            "or --fallback FILE with rows to use instead"
         )
     use_fallback(args, reason)
 

@@ -21,7 +21,15 @@ import argparse
 import json
 from collections.abc import Sequence
 
-from megatron_ft.data.jsonl import BadRow, check_surrogates, open_sources, parse_object, read_blocks, shard_bytes
+from megatron_ft.data.jsonl import (
+    BadRow,
+    check_surrogates,
+    keys_of,
+    open_sources,
+    parse_object,
+    read_blocks,
+    shard_bytes,
+)
 from megatron_ft.errors import UserError, run_program
 from megatron_ft.flags import Help, Parser
 from megatron_ft.output import OutputFile, writing
@@ -61,7 +69,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    sources = open_sources(args.input)
+    sources = open_sources(args.input, [args.output])
     form = FORMATS[args.format]
     written = left_out = 0
     with (
@@ -70,14 +78,11 @@ def main() -> None:
         Progress("commits to rows", shard_bytes(sources), "B") as progress,
     ):
         for block in read_blocks(sources):
-            for i, line in enumerate(block.lines):
+            for i, line in block.rows():
                 try:
                     row = parse_commit(line)
                 except BadRow as reason:
-                    where = f"{block.source.name}, line {block.line_number(i)}"
-                    raise UserError(
-                        f"{where}: {reason}; expected rows as preprocess/commits.py writes them"
-                    ) from reason
+                    raise block.error(i, reason, "expected rows as preprocess/commits.py writes them") from reason
                 if not row["new_contents"] or not row["subject"]:
                     left_out += 1
                     continue
@@ -105,7 +110,7 @@ def parse_commit(line: bytes | None) -> dict:
     row = parse_object(line)
     for name in FIELDS:
         if not isinstance(row.get(name), str):
-            raise BadRow(f"{name!r} is not a string" if name in row else f"no key {name!r}")
+            raise BadRow(f"{name!r} is not a string" if name in row else f"no key {name!r}; {keys_of(row)}")
         check_surrogates(row[name], line)
     return row
 

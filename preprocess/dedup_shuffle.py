@@ -21,10 +21,11 @@ from hashlib import blake2b
 from megatron_ft.data.jsonl import BadRow, open_sources, parse_row, read_blocks, shard_bytes
 from megatron_ft.errors import UserError, run_program
 from megatron_ft.flags import Help, Parser
-from megatron_ft.output import OutputFile, writing
+from megatron_ft.output import STANDARD_OUTPUT, OutputFile, scratch_directory, writing
 from megatron_ft.progress import Progress
 
 RECORD = struct.Struct("<16sI")  # of a spilled row: its key, the length of the line after it
+REMEDY = "mend the row, name other keys (--input-key, --output-key), or leave such rows out (--skip-bad-rows)"
 ROW_OVERHEAD = 200  # bytes a row in memory takes besides its line: key, object headers, its place in the table
 
 
@@ -57,26 +58,25 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    sources = open_sources(args.input)
+    sources = open_sources(args.input, [args.output])
     keys = [[args.input_key], [args.output_key] if args.output_key else ["outputs", "targets"]]
     place = args.temporary_directory or (
-        Path(tempfile.gettempdir()) if args.output == "-" else Path(args.output).parent
+        Path(tempfile.gettempdir()) if args.output in STANDARD_OUTPUT else Path(args.output).parent
     )
     with ExitStack() as stack:
         output = stack.enter_context(OutputFile(args.output))
         stack.enter_context(writing(args.temporary_directory or args.output))
-        spill = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=".dedup-", dir=place)))
+        spill = stack.enter_context(scratch_directory(place, ".dedup"))
         buckets = Buckets(spill, depth=0)
         rows = bad = 0
         with Progress("read", shard_bytes(sources), "B") as progress:
             for block in read_blocks(sources):
-                for i, line in enumerate(block.lines):
+                for i, line in block.rows():
                     try:
                         texts = parse_row(line, keys)
                     except BadRow as reason:
                         if not args.skip_bad_rows:
-                            where = f"{block.source.name}, line {block.line_number(i)}"
-                            raise UserError(f"{where}: {reason}; mend the row, or add --skip-bad-rows") from reason
+                            raise block.error(i, reason, REMEDY) from reason
                         bad += 1
                         continue
                     buckets.add(key_of(texts, args.seed), line)

@@ -24,6 +24,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from itertools import islice
 
 import numpy as np
 
@@ -36,6 +37,7 @@ from megatron_ft.progress import Progress
 from megatron_ft.tokenizer import Tokenizer, load_tokenizer
 
 MEMORY = 512 << 20  # bytes that blocks on their way may take, as `memory_of` reckons; one block may exceed it
+REMEDY = "mend the row, name other keys (--input-key, --output-key), or go on without such rows (--skip-bad-rows)"
 SAMPLE_ROWS = 64  # rows of the data encoded both ways before the fast encoder is trusted with them
 
 
@@ -91,12 +93,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     os.environ["RAYON_NUM_THREADS"] = str(args.workers)  # the tokenizers library's threads
-    sources = open_sources([*args.input, *args.more_input])
+    rejected = Path(f"{args.output_prefix}_rejected.jsonl")
+    sources = open_sources([*args.input, *args.more_input], [rejected])
     tokenizer = load_tokenizer(args.tokenizer_file, args.literal_special_tokens)
     keys = [[args.input_key], [args.output_key] if args.output_key else ["outputs", "targets"]]
     encoder = RowEncoder(tokenizer, keys, args.append_eod)
     totals = Totals()
-    rejected = Path(f"{args.output_prefix}_rejected.jsonl")
     with ExitStack() as stack:
         stack.enter_context(writing(args.output_prefix))
         writers = [stack.enter_context(IndexedWriter(path, encoder.dtype)) for path in field_paths(args.output_prefix)]
@@ -105,9 +107,8 @@ def main() -> None:
         blocks = read_blocks(sources, args.shard)
         for block, encoded in encode_in_order(encoder, blocks, args.workers):
             for i, reason in encoded.bad:
-                where = f"{block.source.name}, line {block.line_number(i)}"
                 if rejects is None:
-                    raise UserError(f"{where}: {reason}; mend the row, or go on without such rows with --skip-bad-rows")
+                    raise block.error(i, reason, REMEDY)
                 rejects.write(rejected_row(block, i, reason))
             for writer, data, sizes in zip(writers, encoded.data, encoded.sizes, strict=True):
                 writer.add_many(data, sizes)
@@ -168,7 +169,7 @@ class RowEncoder:
         """Compare the fast encoder with the reference on the first rows of the data; `tokenizer.notice` tells of a difference."""
         self.tokenizer.encode("")
         rows = []
-        for line in block.lines[:SAMPLE_ROWS]:
+        for _, line in islice(block.rows(), SAMPLE_ROWS):
             try:
                 rows += parse_row(line, self.keys) if line is not None and len(line) < 1 << 18 else []
             except BadRow:
@@ -178,7 +179,7 @@ class RowEncoder:
     def encode(self, block: Block) -> Encoded:
         """Tokens of every good row of a block. Rows are parsed and dropped one by one, as a row may be 64 MiB."""
         data, sizes, bad = ([], []), ([], []), []
-        for i, line in enumerate(block.lines):
+        for i, line in block.rows():
             try:
                 texts = parse_row(line, self.keys)
                 encoded = [self.tokenizer.encode_batch([texts.pop(0)])[0] for _ in self.keys]

@@ -13,7 +13,9 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # not this folder: its t
 
 import argparse
 import re
+import signal
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from megatron_ft.data.jsonl import BadRow, Source, open_sources, parse_row, read_blocks, shard_bytes
 from megatron_ft.errors import UserError, run_program
@@ -58,14 +60,29 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    sources = open_sources(args.input)
-    tokenizer = train(texts_of(sources, args.keys), args.vocab_size)
+    sources = open_sources(args.input, [args.output])
+    with dying_of_signals():
+        tokenizer = train(texts_of(sources, args.keys), args.vocab_size)
     with OutputFile(args.output) as output, writing(args.output):
         output.write(tokenizer.to_str().encode())
         output.commit()
     size = tokenizer.get_vocab_size()
     fewer = f" (the rows hold no more than that; {args.vocab_size} were asked for)" if size < args.vocab_size else ""
     print(f"tokenizer of {size} ids{fewer} -> {args.output}", file=sys.stderr)
+
+
+@contextmanager
+def dying_of_signals() -> Iterator[None]:
+    """Ctrl-C and SIGTERM end the process at once: Python's handlers would wait until the library has trained. No file is open meanwhile."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number, handler in before.items():
+        if handler != signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def texts_of(sources: list[Source], keys: list[str]) -> Iterator[str]:
@@ -75,12 +92,11 @@ def texts_of(sources: list[Source], keys: list[str]) -> Iterator[str]:
     rows = 0
     with Progress("read rows", shard_bytes(sources), "B") as progress:
         for block in read_blocks(sources):
-            for i, line in enumerate(block.lines):
+            for i, line in block.rows():
                 try:
                     texts = parse_row(line, names)
                 except BadRow as reason:
-                    where = f"{block.source.name}, line {block.line_number(i)}"
-                    raise UserError(f"{where}: {reason}; mend the row, or name other --keys") from reason
+                    raise block.error(i, reason, "mend the row, or name other --keys") from reason
                 rows += 1
                 for text in texts:
                     yield from filter(None, special.split(text))

@@ -1,8 +1,11 @@
-"""From a git history to training rows and a tokenizer: the right commits, the right texts, the example rows where there is no history."""
+"""From a git history to training rows and a tokenizer: the right commits, the right texts, an error where there is no history."""
 
 import json
 import os
+import signal
 import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -120,26 +123,30 @@ def test_commits_that_modified_exactly_one_text_file_become_rows(repo, tmp_path)
     assert [json.loads(line)["license"] for line in limited.split("\n")[:-1]] == ["x"]
 
 
-def test_without_history_the_example_rows_are_used_and_it_says_so(repo, tmp_path):
+def test_without_history_there_is_an_error_or_the_fallback_and_a_line_says_so(repo, tmp_path):
     subprocess.run(["git", "clone", "-q", "--depth", "1", f"file://{repo}", tmp_path / "shallow"], check=True)
     (tmp_path / "tarball").mkdir()
-    shipped = (ROOT / "examples/commits.jsonl").read_bytes()
+    shipped = ROOT / "examples/commits.jsonl"
+    out = tmp_path / "c.jsonl"
     for where, flags, reason in [
         (tmp_path / "shallow", [], "is a shallow clone"),
         (tmp_path / "tarball", [], "is no git repository"),
         (repo, ["--min-rows", 100], "has 3 commits of one text file, fewer than 100"),
     ]:
         env = {**os.environ, "GIT_CEILING_DIRECTORIES": str(tmp_path)}
-        done = run_program(COMMITS, "--repo", where, "--output", tmp_path / "c.jsonl", *flags, env=env)
-        assert reason in done.stderr and "examples/commits.jsonl are used instead" in done.stderr
-        assert (tmp_path / "c.jsonl").read_bytes() == shipped
-        (tmp_path / "c.jsonl").unlink()
-        assert reason in one_error_line(
-            run_program(
-                COMMITS, "--repo", where, "--output", tmp_path / "c.jsonl", "--no-fallback", *flags, env=env, ok=False
-            )
-        )
+        command = (COMMITS, "--repo", where, "--output", out, *flags)
+        line = one_error_line(run_program(*command, env=env, ok=False))
+        assert reason in line and "--fallback FILE" in line
         assert not list(tmp_path.glob("c.jsonl*"))
+        done = run_program(*command, "--fallback", shipped, env=env)
+        assert reason in done.stderr and "examples/commits.jsonl are used instead" in done.stderr
+        assert out.read_bytes() == shipped.read_bytes()
+        out.unlink()
+    for flags, words in (
+        (["--max-rows", 0], "--max-rows 0: must be at least 1"),
+        (["--fallback", out], "is the --fallback file"),
+    ):
+        assert words in one_error_line(run_program(COMMITS, "--repo", repo, "--output", out, *flags, ok=False))
     assert "bad revision" in one_error_line(
         run_program(COMMITS, "--repo", repo, "--rev", "nope", "--output", tmp_path / "c.jsonl", ok=False)
     )
@@ -186,12 +193,50 @@ def test_starcoders_special_tokens_stand_in_starcoders_order(shared_data, tmp_pa
     assert ours == theirs
 
 
+def test_an_output_that_is_an_input_is_refused_and_the_data_stay(tmp_path):
+    rows, link = tmp_path / "r.jsonl", tmp_path / "link.jsonl"
+    rows.write_text('{"inputs": "a", "outputs": "b"}\n')
+    link.symlink_to(rows)
+    for program in (ROWS, TRAIN, "preprocess/dedup_shuffle.py"):
+        for output in (rows, link):
+            given = ["--input", rows] if program != "preprocess/dedup_shuffle.py" else [rows]
+            done = run_program(program, *given, "--output", output, ok=False)
+            assert "is input and output at once" in one_error_line(done)
+    assert rows.read_text() == '{"inputs": "a", "outputs": "b"}\n' and link.is_symlink()
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_training_a_tokenizer_stops_at_once(tmp_path, stop):
+    """The library holds the interpreter for seconds; the signal comes in the middle of that."""
+    words = [f"w{n * 7919 % 10**6:x}" for n in range(200_000)]
+    row = json.dumps({"inputs": " ".join(words), "outputs": "x"})
+    (tmp_path / "r.jsonl").write_text(f"{row}\n" * 4)
+    process = subprocess.Popen(
+        [sys.executable, ROOT / TRAIN, "--input", tmp_path / "r.jsonl", "--output", tmp_path / "t.json"],
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:  # until Python's own handler of SIGINT is gone
+        caught = next(
+            line for line in Path(f"/proc/{process.pid}/status").read_text().splitlines() if line.startswith("SigCgt")
+        )
+        if b"tokenizers" in Path(f"/proc/{process.pid}/maps").read_bytes() and not int(caught.split()[1], 16) & 2:
+            break
+        time.sleep(0.02)
+    time.sleep(1)
+    assert process.poll() is None, "the training was over too soon to be stopped"
+    process.send_signal(stop)
+    began = time.monotonic()
+    assert process.wait(timeout=60) == -stop and time.monotonic() - began < 2
+    assert [path.name for path in tmp_path.iterdir()] == ["r.jsonl"]
+
+
 def test_rows_that_are_no_commits_end_in_one_line(tmp_path):
     rows = tmp_path / "r.jsonl"
     for text, words in {
         '{"old_contents": "a", "new_contents": "b"}': "r.jsonl, line 1: no key 'subject'",
         '{"old_contents": "a", "new_contents": 1, "subject": "s"}': "line 1: 'new_contents' is not a string",
-        "[": "line 1: not JSON",
+        "[1": "line 1: not JSON",
         '{"old_contents": "a", "new_contents": "", "subject": "s"}': "no commit with a subject",
     }.items():
         rows.write_text(text + "\n")

@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import os
 
 import pytest
 import zstandard
@@ -97,11 +98,19 @@ def test_a_line_of_any_bytes_is_a_row_of_texts_or_a_bad_row_with_a_reason(line):
     [
         (b"", "empty line"),
         (b"  \r", "empty line"),
-        (b"{", "not JSON"),
+        (b'{"inputs', "not JSON"),
+        (b"{", "JSON over several lines; jq -c . writes one object a line"),
+        (b"[", "JSON over several lines; jq -c '.[]' writes one object a line"),
         (b"[" * 100_000, "not JSON"),
-        (b"[1]", "not a JSON object"),
-        (b'{"inputs": "a"}', "no key 'outputs' or 'targets'"),
-        (b'{"outputs": "a"}', "no key 'inputs'"),
+        (b"[1]", "a JSON array, not an object; jq -c '.[]' writes one object a line"),
+        (b"1", "not a JSON object"),
+        (b'{"inputs": "a"}', "no key 'outputs' or 'targets'; the row has 'inputs'"),
+        (b'{"prompt": "a", "completion": "b"}', "no key 'inputs'; the row has 'prompt', 'completion'"),
+        (b"{%s}" % b", ".join(b'"k%d": 0' % n for n in range(9)), "no key 'inputs'; the row has "
+         + ", ".join(f"'k{n}'" for n in range(8)) + ", ..."),
+        (b"{}", "no key 'inputs'; the row has no keys"),
+        ('{"inputs": "a"}'.encode("utf-16"), "UTF-16, not UTF-8; iconv -f UTF-16 -t UTF-8 converts the file"),
+        ('{"inputs": "a"}'.encode("utf-16-be"), "UTF-16, not UTF-8; iconv -f UTF-16 -t UTF-8 converts the file"),
         (b'{"inputs": 1, "outputs": "a"}', "'inputs' is not a string"),
         (b'{"inputs": "a", "outputs": null}', "'outputs' is not a string"),
         (b'{"inputs": "a", "targets": ""}', "'targets' is empty"),
@@ -133,9 +142,10 @@ def test_a_line_over_the_limit_is_none_and_the_lines_around_it_stay(tmp_path, mo
 def test_files_that_cannot_be_read_end_in_one_line(tmp_path):
     whole = gzip.compress(b'{"a": 1}\n' * 1000)
     (tmp_path / "cut.jsonl.gz").write_bytes(whole[:-9])
-    (tmp_path / "wrong.jsonl.gz").write_bytes(b"plain text\n")
+    (tmp_path / "wrong.jsonl.gz").write_bytes(b"\x1f\x8bplain text\n")
     (tmp_path / "cut.jsonl.zst").write_bytes(zstandard.ZstdCompressor().compress(b'{"a": 1}\n' * 1000)[:-9])
-    (tmp_path / "wrong.jsonl.zst").write_bytes(b"plain text\n")
+    (tmp_path / "wrong.jsonl.zst").write_bytes(b"\x28\xb5\x2f\xfdplain text\n")
+    os.mkfifo(tmp_path / "pipe.jsonl")
     (tmp_path / "empty.jsonl").write_bytes(b"")
     (tmp_path / "nothing").mkdir()
     for name in (
@@ -146,10 +156,53 @@ def test_files_that_cannot_be_read_end_in_one_line(tmp_path):
         "empty.jsonl",
         "missing.jsonl",
         "nothing",
+        "pipe.jsonl",
     ):
         with pytest.raises(UserError, match=name) as error:
             lines_of([tmp_path / name])
         assert "\n" not in str(error.value)
+
+
+def test_files_are_read_by_their_first_bytes_not_their_names(tmp_path):
+    rows = [b'{"n": 1}', b'{"n": 2}']
+    plain = b"\n".join(rows)
+    (tmp_path / "plain.jsonl.gz").write_bytes(plain)
+    (tmp_path / "gzip.jsonl").write_bytes(gzip.compress(plain))
+    (tmp_path / "zstd.jsonl.gz").write_bytes(zstandard.ZstdCompressor().compress(plain))
+    (tmp_path / "pzstd.jsonl").write_bytes(b"\x50\x2a\x4d\x18\4\0\0\0abcd" + zstandard.ZstdCompressor().compress(plain))
+    for path in tmp_path.iterdir():
+        assert lines_of([path]) == rows, path
+
+
+@pytest.mark.parametrize("pack", [bytes, gzip.compress], ids=["plain", "gzip"])
+def test_a_byte_order_mark_and_blank_lines_are_passed_over(tmp_path, pack):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(pack(b'\xef\xbb\xbf{"n": 1}\r\n\n  \r\n{"n": 2}\n\n\n'))
+    (block,) = read_blocks(open_sources([path]))
+    assert [(block.line_number(i), json.loads(line)) for i, line in block.rows()] == [(1, {"n": 1}), (4, {"n": 2})]
+    (tmp_path / "b.jsonl").write_bytes(b'{"n": "\xef\xbb\xbf"}\n' * 2)  # in the middle of a file it is text
+    parts = [lines_of([tmp_path / "b.jsonl"], (i, 2)) for i in (1, 2)]
+    assert parts == [[b'{"n": "\xef\xbb\xbf"}']] * 2
+
+
+def test_a_directory_without_the_programs_own_output(tmp_path, capsys):
+    for name in ("a.jsonl", "b.jsonl", "out.jsonl", "out_rejected.jsonl", "set_made_from.json"):
+        (tmp_path / name).write_text('{"n": 1}\n')
+    (tmp_path / "link.jsonl").symlink_to("out.jsonl")
+    sources = open_sources([tmp_path], [tmp_path / "out.jsonl", "-"])
+    assert [source.path.name for source in sources] == ["a.jsonl", "b.jsonl"]
+    said = capsys.readouterr().err
+    assert said == (
+        f"{tmp_path}: reading a.jsonl, b.jsonl; leaving out link.jsonl, out.jsonl, out_rejected.jsonl, set_made_from.json\n"
+    )
+    assert open_sources([tmp_path / "out_rejected.jsonl"])  # by name it is read
+    for same in ("out.jsonl", "link.jsonl"):
+        with pytest.raises(UserError, match="is input and output at once"):
+            open_sources([tmp_path / "a.jsonl", tmp_path / same], [tmp_path / "out.jsonl"])
+    (tmp_path / "only").mkdir()
+    (tmp_path / "only/x_rejected.jsonl").write_text("{}")
+    with pytest.raises(UserError, match="no JSONL file in this directory but x_rejected.jsonl"):
+        open_sources([tmp_path / "only"])
 
 
 def test_shard_numbers_count_from_one():

@@ -1,74 +1,92 @@
 """What converters may write and where: a layout that divides the model, a directory that is not in use, on a disk with room,
 and there whole or not at all."""
 
-import os
 import shutil
-import signal
-import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from megatron_ft.checkpoint.directory import free_bytes, sync_directory
+from megatron_ft.checkpoint import owner
+from megatron_ft.checkpoint.directory import TRACKER, free_bytes, list_iterations, sync_directory
 from megatron_ft.errors import UserError
 from megatron_ft.models import ModelShape
+from megatron_ft.output import scratch_directory
 
 SPARE = 64 << 20  # bytes left free for configuration, tokenizer and the file system's own
 
 
 @contextmanager
-def new_directory(path: Path, *, needed: int, overwrite: bool = False) -> Iterator[Path]:
+def new_directory(
+    path: Path, *, needed: int, sources: Iterable[str | Path | None] = (), overwrite: bool = False
+) -> Iterator[Path]:
     """Yield an empty directory beside `path` that becomes `path` when the block ends well, and is removed when it does not.
 
-    `needed` is the number of bytes that will be written; too small a disk is a UserError before the first of them. A
-    directory that is not empty is refused unless `overwrite`, and then replaced only once the new one is whole.
+    `needed` is the number of bytes that will be written; too small a disk is a UserError before the first of them. `sources` are what is
+    read (None for what is not given): `path` must not be one of them nor hold one. A directory that is not empty is refused unless
+    `overwrite`, and then replaced only once the new one is whole, and only where a converter wrote it. A link to a directory stays a link.
     """
+    named, path = path, path.resolve()
     if path.exists() and not path.is_dir():
-        raise UserError(f"{path}: is a file, expected a directory to write to; choose another")
-    if path.is_dir() and any(path.iterdir()) and not overwrite:
-        raise UserError(f"{path}: is not empty; choose another directory, or add --overwrite to replace it")
+        raise UserError(f"{named}: is a file, expected a directory to write to; choose another")
+    for source in filter(None, sources):
+        if Path(source).resolve().is_relative_to(path):
+            raise UserError(f"{named}: holds {source}, which is read; choose another directory")
+    if path.is_dir() and any(path.iterdir()):
+        if not overwrite:
+            raise UserError(f"{named}: is not empty; choose another directory, or add --overwrite to replace it")
+        _check_replaceable(named)
     free = free_bytes(path.parent)
     if free < needed + SPARE:
         raise UserError(
-            f"{path}: {needed / 1e9:.2f} GB will be written, but its disk has {free / 1e9:.2f} GB free; "
+            f"{named}: {needed / 1e9:.2f} GB will be written, but its disk has {free / 1e9:.2f} GB free; "
             "make room, or choose another disk"
         )
-    path = path.absolute()
-    staging = path.with_name(f"{path.name}.writing-{os.getpid()}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        staging.mkdir()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}); choose another directory") from None
-    try:
-        with _terminated_like_interrupted():
+        with scratch_directory(path.parent, f"{path.name}.writing") as staging:
             yield staging
             sync_directory(staging)
-            replaced = None
-            if path.exists():
-                replaced = path.with_name(f"{path.name}.replaced-{os.getpid()}")
-                path.rename(replaced)
-            staging.rename(path)
-            sync_directory(path.parent)
-        if replaced:
-            shutil.rmtree(replaced)
+            _put_in_place(staging, path)
     except OSError as error:
-        raise UserError(f"{error.filename or path}: {error.strerror or error}; nothing was left at {path}") from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        raise UserError(
+            f"{error.filename or named}: {error.strerror or error}; nothing was left at {named}, choose another directory or disk"
+        ) from error
 
 
-@contextmanager
-def _terminated_like_interrupted() -> Iterator[None]:
-    """A scheduler's SIGTERM ends the block as Ctrl-C does, so that what is half written is removed."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
+def _put_in_place(staging: Path, path: Path) -> None:
+    """Rename `staging` to `path`; a directory that stands there is out of the way for that moment only."""
+    if not path.exists():
+        staging.rename(path)
+        sync_directory(path.parent)
         return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    with scratch_directory(path.parent, f"{path.name}.replaced") as aside:
+        old = aside / path.name
+        try:
+            path.rename(old)
+            staging.rename(path)
+        except BaseException:
+            if old.exists() and not path.exists():
+                old.rename(path)
+            raise
+        sync_directory(path.parent)
+
+
+def _check_replaceable(path: Path) -> None:
+    """UserError unless a converter wrote the directory `path`, and no run has taken it over."""
+    names = {entry.name for entry in path.iterdir()}
+    if owner.FILE in names:
+        raise UserError(
+            f"{path}: belongs to a training run ({owner.FILE} in it names its process), and is not replaced; choose another directory"
+        )
+    weights = any(name.endswith((".safetensors", ".bin")) for name in names)
+    hugging_face = ("config.json" in names and weights) or "adapter_config.json" in names
+    iterations = {f"iter_{i:07d}" for i in list_iterations(path)} | {"release"}
+    megatron = TRACKER in names and names - {TRACKER} <= iterations
+    if not (hugging_face or megatron):
+        other = sorted(names - {TRACKER} - iterations)
+        raise UserError(
+            f"{path}: holds {other[0] if other else 'no checkpoint'}, which no converter wrote, and is not replaced by --overwrite; "
+            "choose another directory, or remove it yourself"
+        )
 
 
 def check_layout(shape: ModelShape, tensor_parallel: int, pipeline_parallel: int, divisible_by: int) -> None:

@@ -6,21 +6,23 @@ sequences n; uint64 number of document bounds; int32 sizes[n] in tokens; int64 p
 We write one sequence a document, so the bounds are 0..n.
 
 A data set is a pair of such files, one for each field (`field_paths`). Writers work under temporary names; `commit` makes all of
-them appear together, so a run that was killed leaves nothing that looks whole.
+them appear together, so a run that was killed leaves nothing that looks whole. `made_from.py` says what a data set was made from.
 """
 
-import fcntl
 import mmap
 import os
+import re
 import shutil
 import struct
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
 from megatron_ft.errors import UserError
+from megatron_ft.output import open_alone
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
@@ -35,12 +37,22 @@ DTYPES = {
     8: np.dtype("<u2"),
 }
 CODES = {dtype: code for code, dtype in DTYPES.items()}
+_FILES_OF_A_PREFIX = re.compile(r"(_(inputs|targets)_document(\.(bin|idx))?|_rejected\.jsonl|_made_from\.json|_packing/?)$")
 CHUNK = 1 << 20  # sequences whose pointers are computed at a time when an .idx is written
 
 
 def field_paths(prefix: str | Path) -> tuple[str, str]:
     """Paths, without suffix, of a data set's two fields: inputs and targets."""
     return f"{prefix}_inputs_document", f"{prefix}_targets_document"
+
+
+def prefix_of(path: str) -> str:
+    """The prefix of the data set that a file belongs to, as a shell's PREFIX* gives them; any other text is a prefix itself.
+
+    >>> prefix_of("data/part-1_inputs_document.bin")
+    'data/part-1'
+    """
+    return _FILES_OF_A_PREFIX.sub("", path)
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -125,7 +137,7 @@ class IndexedWriter:
         self.path, self.dtype = str(path), np.dtype(dtype)
         self.num_sequences = self.num_tokens = 0
         Path(self.path).parent.mkdir(parents=True, exist_ok=True)
-        self._bin = _open_alone(self.path + ".bin.partial")
+        self._bin = open_alone(self.path + ".bin.partial")
         self._sizes = open(self.path + ".sizes.partial", "w+b", buffering=1 << 16)
 
     def add(self, tokens: Sequence[int] | np.ndarray) -> None:
@@ -156,8 +168,8 @@ class IndexedWriter:
         self.num_tokens += other.num_tokens
 
     def finish(self) -> None:
-        """Write the index beside the tokens, both on disk and still under temporary names."""
-        _sync_and_close(self._bin)
+        """Write the index beside the tokens, both on disk and still under temporary names, and still locked."""
+        _sync(self._bin)
         index = open(self.path + ".idx.partial", "wb", buffering=1 << 20)
         n, start = self.num_sequences, 0
         index.write(HEADER.pack(MAGIC, VERSION, CODES[self.dtype], n, n + 1))
@@ -170,19 +182,20 @@ class IndexedWriter:
             start = int(ends[-1])
         for first in range(0, n + 1, CHUNK):
             index.write(np.arange(first, min(first + CHUNK, n + 1), dtype="<i8").tobytes())
-        _sync_and_close(index)
+        _sync(index)
+        index.close()
         self._sizes.close()
         os.unlink(self.path + ".sizes.partial")
 
     def discard(self) -> None:
-        """Remove the temporary files that are there."""
-        for file in (self._bin, self._sizes):
-            try:
-                file.close()
-            except OSError:  # a full disk fails again when buffers are flushed; the file goes anyway
-                pass
+        """Remove the temporary files that are there, and let others write; nothing after a commit."""
+        if self._bin.closed:
+            return
         for suffix in (".bin.partial", ".sizes.partial", ".idx.partial"):
             Path(self.path + suffix).unlink(missing_ok=True)
+        for file in (self._sizes, self._bin):
+            with suppress(OSError):  # a full disk fails again when buffers are flushed; the file is gone anyway
+                file.close()
 
     def __enter__(self) -> "IndexedWriter":
         return self
@@ -202,25 +215,10 @@ def commit(writers: Iterable[IndexedWriter]) -> None:
     for suffix in (".bin", ".idx"):
         for writer in writers:
             os.replace(writer.path + suffix + ".partial", writer.path + suffix)
+    for writer in writers:
+        writer._bin.close()  # and with it the lock
 
 
-def _open_alone(path: str):
-    """An empty file to write that no other process is writing; UserError where one is."""
-    file = open(path, "ab", buffering=1 << 20)
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.stat(path).st_ino == os.fstat(file.fileno()).st_ino:
-            file.truncate(0)
-            return file
-    except (BlockingIOError, FileNotFoundError):
-        pass
-    file.close()
-    raise UserError(
-        f"{path}: another process is writing this; give each its own prefix, such as PREFIX-$SLURM_ARRAY_TASK_ID"
-    )
-
-
-def _sync_and_close(file) -> None:
+def _sync(file) -> None:
     file.flush()
     os.fsync(file.fileno())
-    file.close()

@@ -1,13 +1,17 @@
-"""JSONL as it comes: plain, .gz or .zst, one file, many, a directory or standard input, read in blocks of whole lines.
+"""JSONL as it comes: plain, gzip or zstd, one file, many, a directory or standard input, read in blocks of whole lines.
 
-`open_sources(paths)` finds the files, `read_blocks(sources, shard)` gives their lines in order, `parse_row` takes one line apart.
+`open_sources(paths, outputs)` finds the files, and sees that no output is one of them, `read_blocks(sources, shard)` gives their lines in order, `parse_row` takes one line apart.
 Every defect of a line is a `BadRow` with its reason. A shard is a range of bytes: a line belongs to the shard its first byte lies
 in (a compressed file, which cannot be entered in the middle, to the shard its own first byte lies in), so nothing before a shard is read.
 """
 
+import codecs
 import gzip
 import io
 import json
+import os
+import re
+import stat
 import sys
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -23,6 +27,12 @@ SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zst
 BLOCK_BYTES = 1 << 20
 MAX_LINE_BYTES = 64 << 20
 STDIN = Path("-")
+# How files end that tokenize.py writes: rejected rows, and what a data set was made from.
+NOT_INPUT = (*(f"_rejected{suffix}" for suffix in SUFFIXES), "_made_from.json")
+# First bytes of compressed files, whatever their names; the last is a skippable frame, which pzstd begins with.
+MAGIC = ((rb"\x1f\x8b", "gzip"), (rb"\x28\xb5\x2f\xfd", "zstd"), (rb"[\x50-\x5f]\x2a\x4d\x18", "zstd"))
+UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+SHOWN_KEYS = 8
 
 
 class BadRow(ValueError):
@@ -31,11 +41,11 @@ class BadRow(ValueError):
 
 @dataclass(frozen=True)
 class Source:
-    """One input file: its path, its size in bytes (0 for standard input), whether it is compressed."""
+    """One input file: its path, its size in bytes (0 for standard input), its compression ("gzip", "zstd" or "")."""
 
     path: Path
     size: int
-    compressed: bool
+    compression: str
 
     @property
     def name(self) -> str:
@@ -58,25 +68,35 @@ class Block:
         """Bytes of the lines."""
         return sum(len(line) for line in self.lines if line)
 
+    def rows(self) -> Iterator[tuple[int, bytes | None]]:
+        """Lines with their places in `lines`, blank ones left out."""
+        return ((i, line) for i, line in enumerate(self.lines) if line is None or (line and not line.isspace()))
+
     def line_number(self, i: int) -> int:
         """Number, from 1, of lines[i] in its file. In a shard, the lines before its start are counted, once."""
         before = _count_lines(self.source.path, self.first_byte) if self.first_byte else 0
         return before + self.first_line + i
 
+    def error(self, i: int, reason: BadRow, remedy: str) -> UserError:
+        """What to say where lines[i] stops the program."""
+        return UserError(f"{self.source.name}, line {self.line_number(i)}: {reason}; {remedy}")
 
-def open_sources(paths: Iterable[str | Path]) -> list[Source]:
-    """The files behind `paths` in order; a directory stands for its JSONL files by name. UserError for what is missing or empty."""
+
+def open_sources(paths: Iterable[str | Path], outputs: Sequence[str | Path] = ()) -> list[Source]:
+    """The files behind `paths` in order; a directory stands for its JSONL files by name. UserError for what is missing or empty.
+
+    `outputs` are the files that the program will write: an input that is named and is one of them is a UserError. In a directory they are
+    left out, and so is what tokenize.py writes; one line on stderr says what is read.
+    """
     sources = []
+    written = {os.path.realpath(output) for output in outputs if str(output) != "-"}
     for path in map(Path, paths):
         if path == STDIN:
-            sources.append(Source(STDIN, 0, False))
+            sources.append(Source(STDIN, 0, ""))
         elif path.is_dir():
-            inside = sorted(file for file in path.iterdir() if file.name.endswith(SUFFIXES) and file.is_file())
-            if not inside:
-                raise UserError(
-                    f"{path}: no JSONL file in this directory; expected names that end in {', '.join(SUFFIXES)}"
-                )
-            sources += [_source(file) for file in inside]
+            sources += map(_source, _inside(path, written))
+        elif os.path.realpath(path) in written:
+            raise UserError(f"{path}: is input and output at once, and would be lost; give the output another name")
         else:
             sources.append(_source(path))
     if not sources:
@@ -88,11 +108,34 @@ def open_sources(paths: Iterable[str | Path]) -> list[Source]:
     return sources
 
 
+def _inside(directory: Path, written: set[str]) -> list[Path]:
+    """The JSONL files of a directory that are input."""
+    found = sorted(file for file in directory.iterdir() if file.name.endswith(SUFFIXES) and file.is_file())
+    inside = [file for file in found if os.path.realpath(file) not in written and not file.name.endswith(NOT_INPUT)]
+    if not inside:
+        others = f" but {found[0].name}, which is no input" if found else ""
+        raise UserError(
+            f"{directory}: no JSONL file in this directory{others}; expected names that end in {', '.join(SUFFIXES)}"
+        )
+    left_out = [file.name for file in found if file not in inside]
+    print(
+        f"{directory}: reading {', '.join(file.name for file in inside)}"
+        + (f"; leaving out {', '.join(left_out)}" if left_out else ""),
+        file=sys.stderr,
+    )
+    return inside
+
+
 def _source(path: Path) -> Source:
     try:
-        return Source(path, path.stat().st_size, path.name.endswith((".gz", ".zst")))
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise UserError(f"{path}: not a regular file; pipe it to standard input, and give - as the input")
+        with open(path, "rb") as file:
+            start = file.read(4)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; give a JSONL file, a directory, or - for standard input") from error
+    return Source(path, status.st_size, next((kind for magic, kind in MAGIC if re.match(magic, start)), ""))
 
 
 def parse_shard(text: str) -> tuple[int, int]:
@@ -120,10 +163,10 @@ def read_blocks(sources: Sequence[Source], shard: tuple[int, int] = (1, 1)) -> I
         try:
             if source.path == STDIN:
                 yield from _blocks_of_stream(source, sys.stdin.buffer, None)
-            elif source.compressed:
+            elif source.compression:
                 if start == 0 and stop > 0:
                     with open(source.path, "rb") as raw:
-                        yield from _blocks_of_stream(source, _decompressed(raw, source.path), raw)
+                        yield from _blocks_of_stream(source, _decompressed(raw, source.compression), raw)
             elif start < stop:
                 yield from _blocks_of_range(source, start, stop)
         except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
@@ -139,8 +182,8 @@ def shard_bytes(sources: Sequence[Source], shard: tuple[int, int] = (1, 1)) -> i
     return sum(source.size for source in sources) // shard[1]
 
 
-def _decompressed(raw: io.BufferedReader, path: Path):
-    return gzip.GzipFile(fileobj=raw) if path.name.endswith(".gz") else io.BufferedReader(_ZstdFile(raw), BLOCK_BYTES)
+def _decompressed(raw: io.BufferedReader, compression: str):
+    return gzip.GzipFile(fileobj=raw) if compression == "gzip" else io.BufferedReader(_ZstdFile(raw), BLOCK_BYTES)
 
 
 class _ZstdFile(io.RawIOBase):
@@ -175,6 +218,8 @@ def _blocks_of_stream(source: Source, stream, raw) -> Iterator[Block]:
     """Blocks of a stream from its start; `raw` tells how far the compressed file was read."""
     line, before = 1, 0
     for lines, consumed in _whole_lines(stream, None):
+        if line == 1:
+            _strip_mark(lines)
         if raw is not None:
             before, consumed = raw.tell(), raw.tell() - before
         yield Block(source, lines, line, 0, consumed)
@@ -192,8 +237,16 @@ def _blocks_of_range(source: Source, start: int, stop: int) -> Iterator[Block]:
         if first_byte >= stop:
             return
         for lines, consumed in _whole_lines(file, stop - first_byte):
+            if first_byte == 0 and line == 1:
+                _strip_mark(lines)
             yield Block(source, lines, line, first_byte, consumed)
             line += len(lines)
+
+
+def _strip_mark(lines: list[bytes | None]) -> None:
+    """Take the byte order mark, which some editors write, off a file's first line."""
+    if lines[0] is not None:
+        lines[0] = lines[0].removeprefix(codecs.BOM_UTF8)
 
 
 def _whole_lines(stream, limit: int | None) -> Iterator[tuple[list[bytes | None], int]]:
@@ -237,13 +290,24 @@ def parse_object(line: bytes | None) -> dict:
         raise BadRow(f"longer than {MAX_LINE_BYTES >> 20} MiB")
     try:
         row = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError:
-        raise BadRow("invalid UTF-8") from None
-    except (ValueError, RecursionError):
-        raise BadRow("not JSON" if line.strip() else "empty line") from None
+    except (ValueError, RecursionError) as error:
+        raise BadRow(_why_not_json(line, error)) from None
+    if isinstance(row, list):
+        raise BadRow("a JSON array, not an object; jq -c '.[]' writes one object a line")
     if not isinstance(row, dict):
         raise BadRow("not a JSON object")
     return row
+
+
+def _why_not_json(line: bytes, error: Exception) -> str:
+    if line.startswith(UTF16) or b"\0" in line[:2]:
+        return "UTF-16, not UTF-8; iconv -f UTF-16 -t UTF-8 converts the file"
+    if isinstance(error, UnicodeDecodeError):
+        return "invalid UTF-8"
+    if line.strip() in (b"[", b"{", b"[{"):
+        objects = "." if line.strip() == b"{" else "'.[]'"
+        return f"JSON over several lines; jq -c {objects} writes one object a line"
+    return "not JSON" if line.strip() else "empty line"
 
 
 def parse_row(line: bytes | None, keys: Sequence[Sequence[str]]) -> list[str]:
@@ -256,7 +320,7 @@ def parse_row(line: bytes | None, keys: Sequence[Sequence[str]]) -> list[str]:
     for names in keys:
         name = next((name for name in names if name in row), None)
         if name is None:
-            raise BadRow(f"no key {' or '.join(map(repr, names))}")
+            raise BadRow(f"no key {' or '.join(map(repr, names))}; {keys_of(row)}")
         text = row[name]
         if not isinstance(text, str):
             raise BadRow(f"{name!r} is not a string")
@@ -265,6 +329,12 @@ def parse_row(line: bytes | None, keys: Sequence[Sequence[str]]) -> list[str]:
         check_surrogates(text, line)
         texts.append(text)
     return texts
+
+
+def keys_of(row: dict) -> str:
+    """The keys that a row has, for messages."""
+    shown = ", ".join(repr(key[:40]) for key in list(row)[:SHOWN_KEYS])
+    return f"the row has {shown or 'no keys'}" + (", ..." if len(row) > SHOWN_KEYS else "")
 
 
 def check_surrogates(text: str, line: bytes) -> None:

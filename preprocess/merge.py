@@ -1,9 +1,10 @@
 """Join tokenized parts, such as the shards of a job array, into one data set: byte for byte what a single run would have written.
 
-    python preprocess/merge.py data/part-{1..8} --output-prefix data/rows
+    python preprocess/merge.py data/part-* --output-prefix data/rows
 
-Parts are joined in the order given; where their names differ in one number only, as a shell's data/part-* gives them, in the order of
-that number. Their rejected rows (PREFIX_rejected.jsonl) are joined too. Nothing is removed.
+A part is named by its prefix, or by any of its files. Parts are joined in the order given; where their names differ in one number only, in
+the order of that number. Parts of another tokenizer, and shards that are missing or named twice, are refused, as far as PREFIX_made_from.json
+tells. Rejected rows (PREFIX_rejected.jsonl) are joined too. Nothing is removed.
 """
 
 import sys
@@ -17,7 +18,8 @@ import shutil
 from collections.abc import Sequence
 from contextlib import ExitStack
 
-from megatron_ft.data.indexed import IndexedReader, IndexedWriter, commit, field_paths
+from megatron_ft.data.indexed import IndexedReader, IndexedWriter, commit, field_paths, prefix_of
+from megatron_ft.data.made_from import join, path_of, read_made_from
 from megatron_ft.errors import UserError, run_program
 from megatron_ft.flags import Help, Parser
 from megatron_ft.output import OutputFile, writing
@@ -31,12 +33,15 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "parts",
         nargs="+",
         metavar="PREFIX",
-        help="prefixes of the parts, as tokenize.py was given them by --output-prefix",
+        help="parts: what tokenize.py was given by --output-prefix, or their files",
     )
     add("--output-prefix", required=True, metavar="PREFIX", help="prefix of the whole")
     args = parser.parse_args(argv)
-    if len(set(map(str, map(Path, args.parts)))) < len(args.parts):
+    args.parts = [str(Path(part)) for part in args.parts]
+    prefixes = [part for part in args.parts if part == prefix_of(part)]
+    if len(set(prefixes)) < len(prefixes):
         raise UserError("a part is named twice; name each once")
+    args.parts = list(dict.fromkeys(map(prefix_of, args.parts)))
     if Path(args.output_prefix) in map(Path, args.parts):
         raise UserError(f"--output-prefix {args.output_prefix} is one of the parts; choose another name")
     return args
@@ -46,6 +51,7 @@ def main() -> None:
     args = parse_args()
     parts = in_order(args.parts)
     dtype = check(parts)
+    made = join({part: read_made_from(part) for part in parts})
     rejected = f"{args.output_prefix}_rejected.jsonl"
     with ExitStack() as stack:
         stack.enter_context(writing(args.output_prefix))
@@ -58,7 +64,10 @@ def main() -> None:
         num_rejected = join_rejected(parts, stack.enter_context(OutputFile(rejected)))
         if not num_rejected:
             Path(rejected).unlink(missing_ok=True)  # an earlier run's
+        path_of(args.output_prefix).unlink(missing_ok=True)
         commit(writers)
+        if made:
+            made.write(args.output_prefix)
     inputs, outputs = writers
     print(
         f"{len(parts)} parts, {inputs.num_sequences:,} rows, {inputs.num_tokens:,} input tokens, {outputs.num_tokens:,} output tokens "

@@ -3,7 +3,7 @@
     python preprocess/tokenize.py rows.jsonl --tokenizer-file tokenizer.json --output-prefix data/rows
 
 writes data/rows_inputs_document.{bin,idx} and data/rows_targets_document.{bin,idx}, the outputs with an end-of-text token. What is
-written does not depend on --workers. Inputs may be several files, .gz, .zst, directories, or - for standard input.
+written does not depend on --workers; data/rows_made_from.json says from what, for merge.py and training. Inputs may be several files, .gz, .zst, directories, or - for standard input.
 
 A job array takes one shard each; preprocess/merge.py then makes of them, byte for byte, what one run would have written:
 
@@ -30,6 +30,7 @@ import numpy as np
 
 from megatron_ft.data.indexed import IndexedWriter, commit, field_paths
 from megatron_ft.data.jsonl import BadRow, Block, open_sources, parse_row, parse_shard, read_blocks, shard_bytes
+from megatron_ft.data.made_from import MadeFrom, digest_of, inputs_of, path_of
 from megatron_ft.errors import UserError, run_program
 from megatron_ft.flags import Help, Parser
 from megatron_ft.output import OutputFile, writing
@@ -127,18 +128,25 @@ def main() -> None:
             rejects.commit()
         else:
             rejected.unlink(missing_ok=True)  # an earlier run's
+        path_of(args.output_prefix).unlink(missing_ok=True)
         commit(writers)
+        MadeFrom(
+            tokenizer.path.name, digest_of(tokenizer.path), args.append_eod, tuple(sorted(args.literal_special_tokens)), args.shard,
+            inputs_of(sources),
+        ).write(args.output_prefix)  # fmt: skip
     summarise(args, tokenizer, writers, totals, rejected)
 
 
 @dataclass
 class Encoded:
-    """What became of one block: for each field the tokens' bytes and each row's size; bad lines with their reasons; special tokens met."""
+    """What became of one block: for each field the tokens' bytes and each row's size; bad lines with their reasons; special tokens met;
+    outputs that ended with an end-of-text token before one was appended."""
 
     data: list[bytes]
     sizes: list[np.ndarray]
     bad: list[tuple[int, str]]
     specials: np.ndarray  # int64 [special tokens], how often each was spelled out
+    ended: int
 
 
 @dataclass
@@ -148,10 +156,12 @@ class Totals:
     bad: Counter = field(default_factory=Counter)
     specials: np.ndarray | int = 0
     tokens: int = 0
+    ended: int = 0
 
     def add(self, encoded: Encoded) -> None:
         self.bad.update(reason for _, reason in encoded.bad)
         self.specials = self.specials + encoded.specials
+        self.ended += encoded.ended
         self.tokens += sum(int(sizes.sum()) for sizes in encoded.sizes)
 
 
@@ -178,7 +188,7 @@ class RowEncoder:
 
     def encode(self, block: Block) -> Encoded:
         """Tokens of every good row of a block. Rows are parsed and dropped one by one, as a row may be 64 MiB."""
-        data, sizes, bad = ([], []), ([], []), []
+        data, sizes, bad, ended = ([], []), ([], []), [], 0
         for i, line in block.rows():
             try:
                 texts = parse_row(line, self.keys)
@@ -190,11 +200,12 @@ class RowEncoder:
                 continue
             for ids, ending, pieces, lengths in zip(encoded, self.endings, data, sizes, strict=True):
                 pieces += [ids.data, ending]
+                ended += bool(ending) and bool(ids[-1] == self.tokenizer.eod)
                 lengths.append(len(ids) + len(ending) // self.dtype.itemsize)
         joined = [b"".join(pieces) for pieces in data]
         specials = sum(self._count_specials(tokens) for tokens in joined)
         specials[self.special_ids == self.tokenizer._eod] -= len(sizes[1]) if self.endings[1] else 0
-        return Encoded(joined, [np.array(s, np.int32) for s in sizes], bad, specials)
+        return Encoded(joined, [np.array(s, np.int32) for s in sizes], bad, specials, ended)
 
     def _count_specials(self, tokens: bytes) -> np.ndarray:
         """int64 [special tokens], how often each occurs."""
@@ -264,6 +275,11 @@ def summarise(args, tokenizer: Tokenizer, writers: list[IndexedWriter], totals: 
         print(
             "special tokens spelled out in the data, and parsed: "
             + ", ".join(f"{token} {n:,}" for token, n in sorted(met.items(), key=lambda item: -item[1]))
+        )
+    if totals.ended:
+        print(
+            f"{totals.ended:,} outputs ended with an end-of-text token already and have two now; take it off the rows"
+            + (", or give --no-append-eod" if totals.ended == outputs.num_sequences else "")
         )
 
 

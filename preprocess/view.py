@@ -14,19 +14,22 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # not this folder: its t
 
 import argparse
 import html
+import io
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from math import ceil
 
 import numpy as np
 
+from megatron_ft.data.indexed import prefix_of
+from megatron_ft.data.made_from import other_tokenizer
 from megatron_ft.data.packed_dataset import PackedRows, PackedSample, check_vocabulary
 from megatron_ft.data.packing import PackedIndex, Packing, TokenizedDocuments, pack
 from megatron_ft.errors import UserError, run_program
 from megatron_ft.flags import Help, Parser
+from megatron_ft.output import OutputFile, writing
 from megatron_ft.tokenizer import Tokenizer, load_tokenizer
 
 # Each document's colour, then again from the first: (256-colour text of context, background of loss tokens), and a hue for HTML.
@@ -48,8 +51,7 @@ def main() -> int | None:
     if args.tokenizer_file:
         rows = shown_rows(documents, packing, args)
         if args.html:
-            with whole_file(args.html) as partial:
-                partial.write_text(html_page(rows, args, stats), encoding="utf-8")
+            write_whole(args.html, html_page(rows, args, stats).encode())
             print(f"{args.html}: {len(rows)} rows")
         else:
             coloured = args.color == "always" or (
@@ -61,7 +63,11 @@ def main() -> int | None:
 def parse_args() -> argparse.Namespace:
     parser = Parser(prog="preprocess/view.py", description=__doc__, formatter_class=Help)
     add = parser.add_argument
-    add("prefix", metavar="PREFIX", help="tokenized data set: PREFIX_inputs_document.bin and so on")
+    add(
+        "prefix",
+        metavar="PREFIX",
+        help="tokenized data set: PREFIX_inputs_document.bin and so on, or one of these files",
+    )
     add("--tokenizer-file", metavar="FILE", help="show rows, decoded with this tokenizer")
     add("--rows", default="0:3", metavar="FIRST:END", help="which packed rows to show; one number is one row")
     add("--html", type=Path, metavar="FILE", help="write the rows as one self-contained page instead")
@@ -89,6 +95,7 @@ def parse_args() -> argparse.Namespace:
     same("--norm-target-loss", action="store_true", help="every output span weighs the same")
     same("--eod-mask-loss", action="store_true", help="no loss after end-of-text tokens")
     args = parser.parse_args()
+    args.prefix = prefix_of(args.prefix)
     if not (args.tokenizer_file or args.stats or args.plot):
         raise UserError("nothing to show: give --tokenizer-file FILE to see rows, or --stats, or --plot FILE")
     if args.html and not args.tokenizer_file:
@@ -146,6 +153,8 @@ def shown_rows(documents: TokenizedDocuments, packing: Packing, args: argparse.N
 
     tokenizer = load_tokenizer(args.tokenizer_file)
     check_vocabulary(documents, tokenizer.vocab_size)
+    if notice := other_tokenizer(documents.prefix, tokenizer.path):
+        print(notice, file=sys.stderr)
     pad = tokenizer.pad if tokenizer.pad is not None else tokenizer.eod
     rows = PackedRows(documents, packing, pack(documents, packing), pad)
     shown = []
@@ -205,7 +214,7 @@ def terminal_text(rows: list[ShownRow], coloured: bool) -> Iterator[str]:
         for place, document in enumerate(row.documents, 1):
             pieces = [piece for piece in row.pieces if piece.document == place]
             body = "".join(terminal_piece(piece, coloured) for piece in pieces)
-            yield f"┌ document {document}, {sum(piece.tokens for piece in pieces):,} tokens"
+            yield f"┌ document {place} (no. {document} of the data set), {sum(piece.tokens for piece in pieces):,} tokens"
             yield body
 
 
@@ -258,7 +267,7 @@ def html_row(row: ShownRow) -> str:
     for place, document in enumerate(row.documents, 1):
         pieces = [piece for piece in row.pieces if piece.document == place]
         parts.append(
-            f'<div class="document h{(place - 1) % len(COLOURS) + 1}"><small>document {document}, '
+            f'<div class="document h{(place - 1) % len(COLOURS) + 1}"><small>document {place} (no. {document} of the data set), '
             f"{sum(piece.tokens for piece in pieces):,} tokens</small><pre>"
         )
         for piece in pieces:
@@ -354,23 +363,16 @@ def plot(documents: TokenizedDocuments, packing: Packing, path: Path) -> None:
     )
     axes.legend()
     axes.spines[["top", "right"]].set_visible(False)
-    with whole_file(path) as partial:
-        figure.savefig(partial, format=path.suffix[1:], dpi=150)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format=path.suffix[1:], dpi=150)
+    write_whole(path, drawn.getvalue())
 
 
-@contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """A path to write to that becomes `path` when the block ends well; UserError where it cannot be written."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        yield partial
-        partial.replace(path)
-    except OSError as error:
-        raise UserError(
-            f"{path}: cannot be written ({error.strerror or error}); give a path in a directory that exists and can be written"
-        ) from error
-    finally:
-        partial.unlink(missing_ok=True)
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file that appears whole; UserError where it cannot be written."""
+    with OutputFile(path) as output, writing(path):
+        output.write(content)
+        output.commit()
 
 
 if __name__ == "__main__":

@@ -106,8 +106,10 @@ def test_a_line_of_any_bytes_is_a_row_of_texts_or_a_bad_row_with_a_reason(line):
         (b"1", "not a JSON object"),
         (b'{"inputs": "a"}', "no key 'outputs' or 'targets'; the row has 'inputs'"),
         (b'{"prompt": "a", "completion": "b"}', "no key 'inputs'; the row has 'prompt', 'completion'"),
-        (b"{%s}" % b", ".join(b'"k%d": 0' % n for n in range(9)), "no key 'inputs'; the row has "
-         + ", ".join(f"'k{n}'" for n in range(8)) + ", ..."),
+        (
+            b"{%s}" % b", ".join(b'"k%d": 0' % n for n in range(9)),
+            "no key 'inputs'; the row has " + ", ".join(f"'k{n}'" for n in range(8)) + ", ...",
+        ),
         (b"{}", "no key 'inputs'; the row has no keys"),
         ('{"inputs": "a"}'.encode("utf-16"), "UTF-16, not UTF-8; iconv -f UTF-16 -t UTF-8 converts the file"),
         ('{"inputs": "a"}'.encode("utf-16-be"), "UTF-16, not UTF-8; iconv -f UTF-16 -t UTF-8 converts the file"),

@@ -122,9 +122,7 @@ with new_directory(Path({str(tmp_path / "out")!r}), needed=1) as directory:
     print(directory.name, flush=True)
     time.sleep(60)
 """
-    processes = [
-        subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) for _ in range(2)
-    ]
+    processes = [subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) for _ in range(2)]
     dead, living = (process.stdout.readline().strip() for process in processes)
     try:
         os.kill(processes[0].pid, signal.SIGKILL)

@@ -57,7 +57,10 @@ def test_names_for_standard_output(tmp_path):
 
 def test_a_name_that_says_compressed_is_compressed(tmp_path):
     content = b"abc" * 10_000
-    for name, read in (("a.gz", gzip.decompress), ("a.zst", lambda data: zstandard.ZstdDecompressor().decompressobj().decompress(data))):
+    for name, read in (
+        ("a.gz", gzip.decompress),
+        ("a.zst", lambda data: zstandard.ZstdDecompressor().decompressobj().decompress(data)),
+    ):
         write(tmp_path / name, content)
         first = (tmp_path / name).read_bytes()
         assert len(first) < 1000 and read(first) == content

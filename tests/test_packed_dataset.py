@@ -162,6 +162,9 @@ def test_mistakes_in_the_data_end_in_one_line(tmp_path):
     assert f"group 1, column {len(f'train: 1 0:1 {good}, 1 0:1 x')}: {tmp_path}/absent_inputs_document.idx" in missing
     assert "the train range 0:0.01 of" in message("--train-weighted-split-paths", f"train: 1 0:0.01 {good}")
     assert "document 5 has token id 5, the tokenizer has 5 entries" in message("--data-prefix", good, vocab_size=5)
+    for field, document in (("inputs", ([7, 1], [1])), ("targets", ([1], [1, 7]))):
+        bad = write_documents(tmp_path / "bad", [([1], [2])] * 3 + [document])
+        assert f"bad_{field}_document: document 3 has token id 7" in message("--data-prefix", bad, vocab_size=7)
 
 
 @pytest.mark.parametrize("flags, message", [

@@ -45,11 +45,17 @@ def test_every_setting_that_shapes_an_index_has_its_own(prefix, change):
     assert len(indices(prefix)) == 2  # built twice, used four times
 
 
-def test_changed_data_get_a_new_index(prefix):
+@pytest.mark.parametrize("lengths", [
+    [(3, 4)] * 39 + [(4, 3)],
+    [(3, 3)] * 40,  # tokenized again with --no-append-eod: the targets alone are shorter
+    [(4, 4)] * 40,
+], ids=["a bound moved", "targets alone", "inputs alone"])  # fmt: skip
+def test_changed_data_get_a_new_index(prefix, lengths):
     packing = Packing(0, 40, 20)
     load_index(TokenizedDocuments(prefix), packing)
-    write_documents(prefix, numbered_documents([(3, 4)] * 39 + [(4, 3)]))
-    load_index(TokenizedDocuments(prefix), packing)
+    write_documents(prefix, numbered_documents(lengths))
+    documents = TokenizedDocuments(prefix)
+    np.testing.assert_array_equal(load_index(documents, packing).rows, pack(documents, packing).rows)
     assert len(indices(prefix)) == 2
 
 

@@ -29,7 +29,7 @@ def test_split_files(tmp_path, text, groups):
     ("train 1.0 0:0.95 /data/x", 1, "no group name"),
     ("1.0 0.95 x", 1, "no group name"),
     ("train: 1.0 0:0.95", 12, "'1.0 0:0.95' has 2 words"),
-    ("train: 1.0 0:0.95 x y z", 21, "'1.0 0:0.95 x y z' has 5 words"),
+    ("train: 1.0 0:0.95 x y z", 21, "'1.0 0:0.95 x y z' has 5 words; expected WEIGHT START:END PREFIX (a prefix cannot hold spaces"),
     ("train: 1.0 0:0.95 x, ", 21, "nothing between the commas"),
     ("train:", 7, "nothing between the commas"),
     ("train: one 0:1 x", 8, "weight 'one' is not a number above 0"),

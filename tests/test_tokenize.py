@@ -125,7 +125,7 @@ def test_a_bad_row_stops_with_its_file_and_line_or_is_set_aside_with_its_reason(
     bad = {
         "not JSON": b'{"inputs": ',
         "not a JSON object": b'"text"',
-        "no key 'inputs'": b'{"outputs": "x"}',
+        "no key 'inputs'; the row has 'outputs'": b'{"outputs": "x"}',
         "'targets' is not a string": b'{"inputs": "x", "targets": 5}',
         "'inputs' is empty": b'{"inputs": "", "targets": "x"}',
         "invalid UTF-8": b'{"inputs": "\xff", "targets": "x"}',
@@ -160,6 +160,86 @@ def test_a_bad_row_stops_with_its_file_and_line_or_is_set_aside_with_its_reason(
     )
 
 
+def test_a_blank_end_and_outputs_that_end_in_end_of_text(data, tmp_path):
+    rows = tmp_path / "r.jsonl"
+    rows.write_text('\ufeff{"inputs": "a", "outputs": "x<|endoftext|>"}\n\n{"inputs": "a", "outputs": "x"}\n\n \n')
+    done = tokenize(data, tmp_path / "out", rows=rows)
+    assert "2 rows" in done.stdout and "1 outputs ended with an end-of-text token already and have two" in done.stdout
+    assert "--no-append-eod" not in done.stdout
+    assert [IndexedReader(f"{tmp_path}/out_targets_document")[i][-2:].tolist()[0] == 0 for i in (0, 1)] == [True, False]
+    assert "two" not in tokenize(data, tmp_path / "out", "--no-append-eod", rows=rows).stdout
+
+
+def test_rejected_rows_named_as_input_are_not_lost(data, tmp_path):
+    rows = tmp_path / "out_rejected.jsonl"
+    rows.write_text('{"inputs": "a", "outputs": "x"}\n')
+    line = one_error_line(tokenize(data, tmp_path / "out", rows=rows, ok=False))
+    assert "is input and output at once" in line and rows.read_text().startswith('{"inputs"')
+
+
+def test_parts_are_merged_by_their_files_and_a_job_array_must_be_whole_and_alike(data, tmp_path):
+    tokenize(data, tmp_path / "whole")
+    for i in (1, 2, 3):
+        tokenize(data, tmp_path / f"part-{i}", "--shard", f"{i}/3")
+    (tmp_path / "part-2_packing").mkdir()
+    (tmp_path / "part-2_rejected.jsonl").write_text("{}\n")
+    files = sorted(tmp_path.glob("part-*"))
+    assert len(files) == 17
+    run_program(MERGE, *files, "--output-prefix", tmp_path / "merged")
+    assert files_of(tmp_path / "merged") == files_of(tmp_path / "whole")
+    made, whole = (json.loads((tmp_path / f"{name}_made_from.json").read_text()) for name in ("merged", "whole"))
+    assert made == whole and made["shard"] == [1, 1] and made["append_eod"] is True
+    assert made["inputs"] == [["rows.jsonl", (data / "rows.jsonl").stat().st_size]]
+
+    def refusal(*parts) -> str:
+        out = ["--output-prefix", tmp_path / "never"]
+        line = one_error_line(run_program(MERGE, *(tmp_path / part for part in parts), *out, ok=False))
+        assert not list(tmp_path.glob("never*"))
+        return line
+
+    assert "shard 2 of 3 of rows.jsonl is missing" in refusal("part-1", "part-3")
+    assert "named twice" in refusal("part-1", "part-1", "part-2", "part-3")
+    tokenize(data, tmp_path / "again", "--shard", "2/3")
+    assert "are both shard 2/3 of rows.jsonl" in refusal("part-1", "part-2", "part-3", "again")
+    tokenize(data, tmp_path / "bare", "--shard", "2/3", "--no-append-eod")
+    assert "different --append-eod" in refusal("part-1", "bare", "part-3")
+    spec = json.loads((data / "t.json").read_text())
+    spec["model"]["merges"] = spec["model"]["merges"][:-1]  # one merge less: other ids, the same vocabulary
+    (tmp_path / "u.json").write_text(json.dumps(spec))
+    tokenize(data, tmp_path / "other", "--tokenizer-file", tmp_path / "u.json", "--shard", "2/3")
+    assert "made with different tokenizers (t.json, sha256 " in refusal("part-1", "other", "part-3")
+    (tmp_path / "other_made_from.json").write_text("{")
+    assert "other_made_from.json: damaged" in refusal("part-1", "other", "part-3")
+
+    (tmp_path / "other_made_from.json").unlink()  # nobody knows: as it is
+    run_program(MERGE, *(tmp_path / part for part in ("part-1", "other")), "--output-prefix", tmp_path / "merged")
+    assert not (tmp_path / "merged_made_from.json").exists()
+    for i in (1, 2):  # standard input may be anything each time
+        with open(data / "rows.jsonl", "rb") as rows:
+            tokenize(data, tmp_path / f"in-{i}", rows=Path("-"), stdin=rows)
+    run_program(MERGE, tmp_path / "in-1", tmp_path / "in-2", "--output-prefix", tmp_path / "merged")
+    assert (tmp_path / "merged_made_from.json").exists()
+
+
+def test_training_and_view_say_when_the_tokenizer_is_another(data, tmp_path):
+    from token_files import training_flags
+
+    from megatron_ft.data.packed_dataset import build_datasets
+
+    tokenize(data, tmp_path / "set")
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf/tokenizer.json").write_bytes((data / "t.json").read_bytes())
+    (tmp_path / "u.json").write_bytes((data / "t.json").read_bytes() + b"\n")
+    for tokenizer, said in ((data / "t.json", False), (tmp_path / "hf", False), (tmp_path / "u.json", True)):
+        flags = training_flags("--data-prefix", tmp_path / "set", "--tokenizer-file", tokenizer, seq_length=512)
+        notices = build_datasets(flags, train_samples=1, pad=0).notices
+        shown = run_program(
+            "preprocess/view.py", tmp_path / "set_inputs_document.bin", "--tokenizer-file", tokenizer, "--rows", 0
+        )
+        assert [n for n in notices if "another tokenizer" in n] == ([shown.stderr.strip()] if said else [])
+        assert ("made with another tokenizer (t.json, sha256 " in shown.stderr) == said
+
+
 def test_what_a_user_can_get_wrong_ends_in_one_line_and_writes_nothing(data, tmp_path):
     (tmp_path / "empty.jsonl").touch()
     (tmp_path / "blank.jsonl.gz").write_bytes(gzip.compress(b""))
@@ -185,7 +265,7 @@ def test_what_a_user_can_get_wrong_ends_in_one_line_and_writes_nothing(data, tmp
     assert "no_inputs_document.idx" in line
 
 
-@pytest.mark.parametrize("how", ["interrupt", "kill", "full disk"])
+@pytest.mark.parametrize("how", ["interrupt", "terminate", "kill", "full disk"])
 def test_stopped_in_the_middle_nothing_looks_whole(data, tmp_path, how):
     prefix = tmp_path / "out"
     tokenize(data, prefix, rows=data / "rows.jsonl")
@@ -225,13 +305,13 @@ def test_stopped_in_the_middle_nothing_looks_whole(data, tmp_path, how):
     while how != "full disk" and not (partial.exists() and partial.stat().st_size) and time.monotonic() < deadline:
         time.sleep(0.05)
     if how != "full disk":
-        process.send_signal(signal.SIGINT if how == "interrupt" else signal.SIGKILL)
+        process.send_signal({"interrupt": signal.SIGINT, "terminate": signal.SIGTERM, "kill": signal.SIGKILL}[how])
     said = process.stderr.read().decode()
     status = process.wait()
     feeder.join()
     with contextlib.suppress(OSError):
         process.stdin.close()
-    assert status == {"interrupt": 130, "kill": -9, "full disk": 2}[how] and "Traceback" not in said
+    assert status == {"interrupt": 130, "terminate": 143, "kill": -9, "full disk": 2}[how] and "Traceback" not in said
     assert how != "full disk" or "cannot be written (File too large)" in said
     after = {
         file.name: file.read_bytes()

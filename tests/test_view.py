@@ -72,7 +72,8 @@ def test_rows_on_the_terminal_and_as_a_page_are_those_of_training(data, tmp_path
     common = (VIEW, prefix, "--tokenizer-file", tokenizer_file, "--seq-length", "128", "--rows", "1")
     shown = run_program(*common, "--color", "always").stdout
     documents = dataset.provenance(1)["documents"]
-    assert [int(number) for number in re.findall(r"^┌ document (\d+), ", shown, re.MULTILINE)] == documents
+    heads = re.findall(r"^┌ document (\d+) \(no\. (\d+) of the data set\), ", shown, re.MULTILINE)
+    assert [tuple(map(int, head)) for head in heads] == list(enumerate(documents, 1))
     assert "\x1b[31m" not in shown  # what the data hold does not steer the terminal
     bodies = shown.split("┌ document ")[1:]
     colours = []
@@ -141,7 +142,7 @@ def test_stats_say_what_the_data_are(tmp_path):
     (["--stats", "--html", "x.html"], "--html shows rows, which need --tokenizer-file"),
     (["--stats", "--range", "0.9:0.2"], "--range 0.9:0.2: not START:END"),
     (["--stats", "--seq-length", "4"], "all 40 documents are longer than a row of 5 tokens"),
-    (["--plot", "/nowhere/x.png"], "/nowhere/x.png: cannot be written"),
+    (["--plot", "/proc/nowhere/x.png"], "/proc/nowhere/x.png: cannot be written"),
     (["--plot", "x.gif"], "must end in .png, .pdf or .svg"),
     (["--tokenizer-file", "TOKENIZER", "--rows", "900"], "--rows 900: no such row; there are "),
     (["--tokenizer-file", "TOKENIZER", "--rows", "a"], "--rows a: give one row like 7"),

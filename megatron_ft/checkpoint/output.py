@@ -1,7 +1,6 @@
 """What converters may write and where: a layout that divides the model, a directory that is not in use, on a disk with room,
 and there whole or not at all."""
 
-import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path

@@ -37,7 +37,9 @@ DTYPES = {
     8: np.dtype("<u2"),
 }
 CODES = {dtype: code for code, dtype in DTYPES.items()}
-_FILES_OF_A_PREFIX = re.compile(r"(_(inputs|targets)_document(\.(bin|idx))?|_rejected\.jsonl|_made_from\.json|_packing/?)$")
+_FILES_OF_A_PREFIX = re.compile(
+    r"(_(inputs|targets)_document(\.(bin|idx))?|_rejected\.jsonl|_made_from\.json|_packing/?)$"
+)
 CHUNK = 1 << 20  # sequences whose pointers are computed at a time when an .idx is written
 
 

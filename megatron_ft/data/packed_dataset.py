@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from megatron_ft.data import _packing
+from megatron_ft.data.made_from import other_tokenizer
 from megatron_ft.data.packing import PackedIndex, Packing, TokenizedDocuments, load_index, load_index_of_rows
 from megatron_ft.data.splits import Group, Part, groups_of
 from megatron_ft.errors import UserError
@@ -147,7 +148,10 @@ def build_datasets(
         for group in groups_of(args, split):
             built[group.name] = _build(group, args, split, pad, vocab_size)
     others = [*datasets.valid.values(), *datasets.test.values()]
-    for dataset in [datasets.train, *others] if datasets.train else others:
+    everything = [datasets.train, *others] if datasets.train else others
+    prefixes = dict.fromkeys(part.documents.prefix for dataset in everything for part in dataset.parts)
+    datasets.notices += filter(None, (other_tokenizer(prefix, args.tokenizer_file) for prefix in prefixes))
+    for dataset in everything:
         datasets.notices += dataset.overlong()
     if datasets.train:
         datasets.notices += _overlaps(datasets.train, others)

@@ -124,7 +124,8 @@ def _parse_part(text: str, offset: int, where: str) -> Part:
     if len(words) != 3:
         column = words[min(len(words), 4) - 1][1] if words else offset + 1
         found = f"{text.strip()!r} has {len(words)} words" if words else "nothing between the commas"
-        raise UserError(f"{where}, column {column}: {found}; expected WEIGHT START:END PREFIX")
+        spaces = " (a prefix cannot hold spaces: name a link without them)" if len(words) > 3 else ""
+        raise UserError(f"{where}, column {column}: {found}; expected WEIGHT START:END PREFIX{spaces}")
     (weight_text, weight_column), (range_text, range_column), (prefix, prefix_column) = words
     weight = _number(weight_text)
     if weight is None or weight <= 0:

@@ -6,7 +6,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from megatron_ft.checkpoint import owner
-from megatron_ft.checkpoint.directory import TRACKER, free_bytes, list_iterations, sync_directory
+from megatron_ft.checkpoint.directory import (
+    TRACKER,
+    free_bytes,
+    iteration_directory,
+    list_iterations,
+    sync_directory,
+)
+from megatron_ft.checkpoint.manifest import Damaged, read_manifest
 from megatron_ft.errors import UserError
 from megatron_ft.models import ModelShape
 from megatron_ft.output import scratch_directory
@@ -78,14 +85,24 @@ def _check_replaceable(path: Path) -> None:
         )
     weights = any(name.endswith((".safetensors", ".bin")) for name in names)
     hugging_face = ("config.json" in names and weights) or "adapter_config.json" in names
-    iterations = {f"iter_{i:07d}" for i in list_iterations(path)} | {"release"}
-    megatron = TRACKER in names and names - {TRACKER} <= iterations
+    expected = {TRACKER, "release"}
+    for number in list_iterations(path):
+        expected |= {iteration_directory(path, number).name, *_tokenizer_names(iteration_directory(path, number))}
+    megatron = TRACKER in names and names <= expected
     if not (hugging_face or megatron):
-        other = sorted(names - {TRACKER} - iterations)
+        other = sorted(names - expected)
         raise UserError(
             f"{path}: holds {other[0] if other else 'no checkpoint'}, which no converter wrote, and is not replaced by --overwrite; "
             "choose another directory, or remove it yourself"
         )
+
+
+def _tokenizer_names(iteration: Path) -> set[str]:
+    """How a resharded checkpoint's tokenizer may be called, which lies beside its iteration (see tokenizer_files)."""
+    try:
+        return {"tokenizer", Path(read_manifest(iteration).args["tokenizer_file"]).name}
+    except (Damaged, KeyError, TypeError):
+        return set()
 
 
 def check_layout(shape: ModelShape, tensor_parallel: int, pipeline_parallel: int, divisible_by: int) -> None:

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
+from megatron_ft.bounds import check_bounds
 from megatron_ft.branch_flags import ACCEPTED, REFUSED, RENAMED
 from megatron_ft.data.splits import validation_share
-from megatron_ft.engine.schedule import check_rampup
 from megatron_ft.errors import UserError
 from megatron_ft.flags import LORA_TARGETS, build_parser
 from megatron_ft.models import PRESETS, ModelShape
@@ -29,6 +29,7 @@ def parse_args(argv: Sequence[str], world_size: int = 1) -> argparse.Namespace:
     args = parser.parse_args(words)
     args.notices += notices
     args.world_size = world_size
+    check_bounds(args)
     fill_in(args)
     validate(args)
     return args
@@ -62,7 +63,7 @@ def normalise(argv: Sequence[str], known: set[str]) -> tuple[list[str], list[str
 
 
 def fill_in(args: argparse.Namespace) -> None:
-    """Resolve what flags say of each other: preset to shape, other names to one, batch sizes."""
+    """Resolve what flags say of each other: preset to shape, other names to one, batch sizes; what has no effect is put off, with a notice."""
     args.load = args.load or args.finetune_from
     if args.lora_rank and args.transformer_impl == "auto":  # Transformer Engine's layers take no adapters
         args.transformer_impl = "local"
@@ -71,8 +72,11 @@ def fill_in(args: argparse.Namespace) -> None:
     if args.recompute_granularity == "full":
         args.recompute_method = args.recompute_method or "uniform"
         args.recompute_num_layers = args.recompute_num_layers or 1
-    if args.skip_train and all(getattr(args, f"train_{unit}") is None for unit in LENGTHS):
-        args.train_iters = 1  # a length that is asked for, and not used
+    if args.skip_train:  # no length, and no schedule over it
+        for unit in LENGTHS:
+            setattr(args, f"train_{unit}", None)
+        args.train_iters, args.lr_decay_style = 1, "constant"
+        args.lr_warmup_iters, args.lr_warmup_samples, args.lr_warmup_fraction = 0, 0, None
     args.shape = shape_from_args(args, PRESETS[args.preset]) if args.preset else None
     if args.shape is None and args.num_layers and args.hidden_size and args.num_attention_heads:
         base = ModelShape(
@@ -81,7 +85,7 @@ def fill_in(args: argparse.Namespace) -> None:
         args.shape = shape_from_args(args, base)
     if args.shape and args.seq_length is None:
         args.seq_length = args.shape.max_position_embeddings
-    if args.data_prefix and args.validation_share is None and validation_share(args) == 0:
+    if args.data_prefix and not args.skip_train and args.validation_share is None and validation_share(args) == 0:
         args.notices.append(
             "validation groups are given, so training takes all of --data-prefix; --validation-share keeps a part out"
         )
@@ -89,6 +93,16 @@ def fill_in(args: argparse.Namespace) -> None:
     args.data_parallel_size = args.world_size // model_parallel if model_parallel > 0 else 0
     if args.global_batch_size is None:
         args.global_batch_size = args.micro_batch_size * max(1, args.data_parallel_size)
+    if args.optimizer == "sgd" and args.use_distributed_optimizer:
+        args.use_distributed_optimizer = False
+        args.notices.append(
+            "--optimizer sgd: only Adam's state is sharded over data-parallel ranks, each keeps its own"
+        )
+    if args.sequence_parallel and args.tensor_model_parallel_size == 1:
+        args.sequence_parallel = False
+        args.notices.append("--sequence-parallel needs --tensor-model-parallel-size above 1 and is off")
+    if args.reset_attention_mask and not args.reset_position_ids:
+        args.notices.append("--no-reset-position-ids: positions run on over the documents of a row")
 
 
 def shape_from_args(args: argparse.Namespace, base: ModelShape) -> ModelShape:
@@ -102,17 +116,8 @@ def shape_from_args(args: argparse.Namespace, base: ModelShape) -> ModelShape:
 
 
 def validate(args: argparse.Namespace) -> None:
-    """Raise UserError for the first contradiction, naming the flags and the way out."""
+    """Raise UserError for the first contradiction, naming the flags and the way out; `args` stay as they are."""
     tp, pp, cp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size, args.context_parallel_size
-    for flag in (
-        "tensor_model_parallel_size",
-        "pipeline_model_parallel_size",
-        "context_parallel_size",
-        "micro_batch_size",
-        "global_batch_size",
-    ):
-        if getattr(args, flag) < 1:
-            raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be at least 1")
     if cp > 1:
         raise UserError(
             f"--context-parallel-size {cp}: Megatron-Core cuts packed rows over ranks only inside Transformer Engine's attention, "
@@ -129,30 +134,27 @@ def validate(args: argparse.Namespace) -> None:
             f"--global-batch-size {args.global_batch_size} is not a multiple of --micro-batch-size {args.micro_batch_size} x "
             f"{args.data_parallel_size} data-parallel ranks; try {max(1, round(args.global_batch_size / step)) * step}"
         )
-    if args.optimizer == "sgd" and args.use_distributed_optimizer:
-        args.use_distributed_optimizer = False
-        args.notices.append(
-            "--optimizer sgd: only Adam's state is sharded over data-parallel ranks, each keeps its own"
-        )
     if args.optimizer_cpu_offload and not ((args.bf16 or args.fp16) and args.use_distributed_optimizer):
         raise UserError("--optimizer-cpu-offload needs --bf16 or --fp16, and the distributed optimizer; add the first")
-    if args.sequence_parallel and tp == 1:
-        args.sequence_parallel = False
-        args.notices.append("--sequence-parallel needs --tensor-model-parallel-size above 1 and is off")
     if args.overlap_param_gather and not (args.use_distributed_optimizer and args.overlap_grad_reduce):
         raise UserError(
             "--overlap-param-gather needs --use-distributed-optimizer and --overlap-grad-reduce; add them, or --no-overlap-param-gather"
         )
-    if args.reset_attention_mask and not args.reset_position_ids:
-        args.notices.append("--no-reset-position-ids: positions run on over the documents of a row")
-    if args.eval_iters != "full" and not args.eval_iters.isdigit():
-        raise UserError(f"--eval-iters {args.eval_iters}: give a number of batches or 'full'")
+    if args.eval_iters != "full" and not (args.eval_iters.isdecimal() and int(args.eval_iters) > 0):
+        raise UserError(f"--eval-iters {args.eval_iters}: give a number of batches, at least 1, or 'full'")
+    if args.tensorboard_dir and Path(args.tensorboard_dir).exists() and not Path(args.tensorboard_dir).is_dir():
+        raise UserError(f"--tensorboard-dir {args.tensorboard_dir}: is a file; give a directory")
     if args.shape:
         args.shape.check_layout(tp, pp)
         if args.seq_length > args.shape.max_position_embeddings:
             raise UserError(
                 f"--seq-length {args.seq_length} is over the model's {args.shape.max_position_embeddings} positions; "
                 f"use at most that, or raise --max-position-embeddings when training from scratch"
+            )
+        layers = args.shape.num_layers // pp
+        if args.recompute_num_layers and args.recompute_num_layers > layers:
+            raise UserError(
+                f"--recompute-num-layers {args.recompute_num_layers}: a pipeline stage has {layers} layers; give at most that"
             )
     elif not args.load and not args.save:
         raise UserError("no model: give --preset (one of " + ", ".join(sorted(PRESETS)) + ") or --load DIR")
@@ -171,16 +173,9 @@ def _validate_data(args: argparse.Namespace) -> None:
             )
         if path and not Path(path).is_file():
             raise UserError(f"--{split}-weighted-split-paths-path {path}: no such file")
-    if not (args.data_prefix or args.train_weighted_split_paths or args.train_weighted_split_paths_path):
+    training_data = args.data_prefix or args.train_weighted_split_paths or args.train_weighted_split_paths_path
+    if not training_data and not args.skip_train:
         raise UserError("no training data: give --data-prefix PREFIX or --train-weighted-split-paths-path FILE")
-    if not 0 <= validation_share(args) < 1:
-        raise UserError(f"--validation-share {args.validation_share}: must be at least 0 and below 1, like 0.05")
-    if args.packing_lookahead < 1:
-        raise UserError(f"--packing-lookahead {args.packing_lookahead}: must be at least 1, like 4096")
-    if args.seq_length is not None and args.seq_length < 1:
-        raise UserError(f"--seq-length {args.seq_length}: must be at least 1, like 2048")
-    if not 0 <= args.seed < 2**32:
-        raise UserError(f"--seed {args.seed}: must be at least 0 and below 2^32")
     if not args.tokenizer_file:
         raise UserError("--tokenizer-file is missing: give the tokenizer the data were made with")
     if not Path(args.tokenizer_file).exists():
@@ -192,12 +187,28 @@ def _validate_length(args: argparse.Namespace) -> None:
         raise UserError(
             f"length of training is missing; give one of {', '.join(f'--train-{unit}' for unit in LENGTHS)}"
         )
-    check_rampup(args)
-    if args.save_epochs is not None and not args.save_epochs > 0:
-        raise UserError(f"--save-epochs {args.save_epochs:g}: must be above 0, like 1 or 0.5")
-    if args.lora_rank < 0:
-        raise UserError(f"--lora-rank {args.lora_rank}: must be 0 (off) or a positive rank, like 16")
-    if not 0 <= args.lora_dropout < 1:
-        raise UserError(f"--lora-dropout {args.lora_dropout:g}: must be at least 0 and below 1, like 0.05")
+    _validate_rampup(args)
+    for flag in ("min_lr", "lr_warmup_init"):
+        if getattr(args, flag) > args.lr:
+            raise UserError(
+                f"--{flag.replace('_', '-')} {getattr(args, flag):g} is above --lr {args.lr:g}; lower it, or raise --lr"
+            )
     if unknown := [name for name in args.lora_targets.split(",") if name not in LORA_TARGETS]:
         raise UserError(f"--lora-targets: {unknown[0]!r} is not one of {', '.join(LORA_TARGETS)}")
+
+
+def _validate_rampup(args: argparse.Namespace) -> None:
+    """Raise UserError when --rampup-batch-size cannot be walked in whole steps."""
+    if not args.rampup_batch_size:
+        return
+    start, increment, samples = args.rampup_batch_size
+    unit = args.micro_batch_size * args.data_parallel_size
+    for name, value in (("START", start), ("INCREMENT", increment)):
+        if value <= 0 or value % unit:
+            raise UserError(
+                f"--rampup-batch-size {name} {value} is not a positive multiple of --micro-batch-size x data-parallel ranks = {unit}"
+            )
+    if samples < 0 or start > args.global_batch_size or (args.global_batch_size - start) % increment:
+        raise UserError(
+            f"--rampup-batch-size {start} {increment} {samples} does not reach --global-batch-size {args.global_batch_size} in whole increments"
+        )

@@ -89,7 +89,7 @@ def run(args: argparse.Namespace, device, started: float) -> int:
     from megatron_ft.engine.out_of_memory import out_of_memory
     from megatron_ft.engine.packed_attention import slow_with_dropout
     from megatron_ft.engine.rows import Rows
-    from megatron_ft.engine.schedule import build_scheduler, many_epochs, plan_length
+    from megatron_ft.engine.schedule import Length, build_scheduler, many_epochs, plan_length
     from megatron_ft.engine.train import Run, train
     from megatron_ft.tokenizer import load_tokenizer
 
@@ -99,10 +99,14 @@ def run(args: argparse.Namespace, device, started: float) -> int:
         )
     tokenizer = load_tokenizer(args.tokenizer_file)
     shape = model_shape(args).with_vocab(tokenizer.vocab_size)
-    epoch = rows_per_epoch(args)
-    length = plan_length(args, epoch)
+    epoch = 0 if args.skip_train else rows_per_epoch(args)
+    checkpointer = Checkpointer(args, shape, tokenizer.config_ids, rows_per_epoch=epoch)
+    done = Length(*checkpointer.progress())
+    length = plan_length(args, epoch, done)
     pad = tokenizer.eod if tokenizer.pad is None else tokenizer.pad
-    datasets = build_datasets(args, train_samples=length.samples, pad=pad, vocab_size=tokenizer.vocab_size)
+    datasets = build_datasets(
+        args, train_samples=None if args.skip_train else length.samples, pad=pad, vocab_size=tokenizer.vocab_size
+    )
     check_groups(args, datasets)
 
     padded_vocab = padded_vocab_size(
@@ -113,21 +117,26 @@ def run(args: argparse.Namespace, device, started: float) -> int:
         add_lora(chunks, args)
     model = wrap_for_data_parallel(args, chunks)
     optimizer = build_optimizer(args, model)
-    state = TrainState(model, optimizer, build_scheduler(args, optimizer, length))
-    checkpointer = Checkpointer(args, shape, tokenizer.config_ids, rows_per_epoch=epoch)
+    state = TrainState(model, optimizer, build_scheduler(args, optimizer, length, done))
     start = checkpointer.start(state)
+    if plan_length(args, epoch, Length(state.iteration, state.consumed_samples)) != length:
+        raise UserError(
+            f"--save {args.save}: its newest checkpoint is damaged and put aside, and from the one before the run is not as long with "
+            f"--global-batch-size {args.global_batch_size}; start the same command again"
+        )
 
     plan = RunPlan(
         train_iters=length.iterations,
-        start_iteration=state.iteration,
+        start_iteration=state.iteration or checkpointer.weights_iteration * args.skip_train,
         train_samples=length.samples,
         rows_per_epoch=epoch,
         device_name=torch.cuda.get_device_name() if device.type == "cuda" else None,
     )
     log = MetricsLog(args, shape, plan, args.save, writes=dist.get_rank() == 0)
     checkpointer.log = log.event
-    log.banner(data=datasets.train.description, start="\n".join(start.reasons))
-    for notice in [*args.notices, *datasets.notices, *many_epochs(length, epoch)]:
+    read = [datasets.train] if datasets.train else [*datasets.valid.values(), *datasets.test.values()]
+    log.banner(data="\n".join(dataset.description for dataset in read), start="\n".join(start.reasons))
+    for notice in [*args.notices, *datasets.notices, *(many_epochs(length, epoch) if epoch else [])]:
         log.event(notice)
     if device.type == "cuda" and not uses_transformer_engine(args):
         if notice := slow_with_dropout(
@@ -157,7 +166,7 @@ def run(args: argparse.Namespace, device, started: float) -> int:
         checkpointer=checkpointer,
         log=log,
         watchdog=watchdog,
-        train_rows=rows(datasets.train, whole=False),
+        train_rows=rows(datasets.train, whole=False) if datasets.train else None,
         valid_rows={name: rows(dataset) for name, dataset in datasets.valid.items()},
         test_rows={name: rows(dataset) for name, dataset in datasets.test.items()},
         started=started,
@@ -166,7 +175,8 @@ def run(args: argparse.Namespace, device, started: float) -> int:
         status = train(training)
         checkpointer.finish()
         for reader in (training.train_rows, *training.valid_rows.values(), *training.test_rows.values()):
-            reader.close()
+            if reader:
+                reader.close()
         return status
     except torch.OutOfMemoryError as error:
         raise out_of_memory(args, error, f"after {state.iteration} iterations") from error

@@ -114,8 +114,8 @@ def superseded(
     """
     if keep_last == 0:
         return []
-    kept = {best, *period_ends}
     newest_first = sorted(iterations, reverse=True)
+    kept = {best, *period_ends, *newest_first[:1]}  # the newest stays, whatever is asked
     return [i for i in newest_first[keep_last:] if i not in kept and not (keep_every and i % keep_every == 0)]
 
 

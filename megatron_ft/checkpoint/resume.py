@@ -3,6 +3,7 @@
 A save directory that holds checkpoints is resumed; else `--load` gives weights for step 0; else `--from-scratch` allows random weights.
 """
 
+import contextlib
 from argparse import Namespace
 from dataclasses import fields
 from pathlib import Path
@@ -32,17 +33,23 @@ SILENT = (
 )  # fmt: skip
 
 
+def newest_manifest(args: Namespace) -> Manifest | None:
+    """Manifest of the checkpoint that this command line resumes, None for a first start. Reads that file alone, so it is cheap;
+    whether the checkpoint is whole is seen when it is loaded."""
+    save = Path(args.save) if args.save else None
+    for iteration in list_iterations(save) if save else []:
+        with contextlib.suppress(Damaged):
+            return read_manifest(iteration_directory(save, iteration))
+    return None
+
+
 def starting_shape(args: Namespace) -> ModelShape | None:
     """Architecture of the checkpoint that this command line starts from or resumes, None when the flags must tell.
 
     Asked before a model is built; reads one manifest or the names in a weights directory.
     """
-    save = Path(args.save) if args.save else None
-    for iteration in list_iterations(save) if save else []:
-        try:
-            return ModelShape(**read_manifest(iteration_directory(save, iteration)).shape)
-        except Damaged:
-            continue
+    if manifest := newest_manifest(args):
+        return ModelShape(**manifest.shape)
     if args.load:
         source, _ = open_start(args.load, args.load_iteration, args)
         return source.shape
@@ -144,7 +151,7 @@ def describe_data(args: Namespace) -> dict[str, str]:
             files = [Path(field + suffix) for field in field_paths(part.prefix) for suffix in (".bin", ".idx")]
             size = sum(file.stat().st_size for file in files if file.is_file())
             blend.append(f"{part.weight:g} {part.start:g}:{part.end:g} {Path(part.prefix).name} ({size} bytes)")
-    found = {"training data": ", ".join(blend)}
+    found = {"training data": ", ".join(blend)} if blend else {}  # --skip-train may have none
     if tokenizer := tokenizer_files.describe(Path(args.tokenizer_file)):
         found["tokenizer"] = tokenizer
     return found

@@ -80,9 +80,15 @@ class Checkpointer:
         self.last_saved = -1
         self._last_save_time, self._last_save_samples = time.monotonic(), 0
         self._pending: _Pending | None = None
+        self.weights_iteration = 0  # of the weights that --load gave, where they have a number
         self._base: dict | None = None  # the weights that LoRA adapters belong to
 
     # ---- start -------------------------------------------------------------------------------------------------------
+
+    def progress(self) -> tuple[int, int]:
+        """(iteration, consumed samples) of the checkpoint that `start` will find, as its manifest says; 0, 0 for a first start."""
+        manifest = self.ranks.on_rank_0(lambda: resume.newest_manifest(self.args))
+        return (manifest.iteration, manifest.state["consumed_samples"]) if manifest else (0, 0)
 
     def start(self, state: TrainState) -> Start:
         """Resume from --save, else load weights from --load, else leave the random start. Fills `state`; raises UserError."""
@@ -121,6 +127,8 @@ class Checkpointer:
     def _load_weights(self, state: TrainState, path: str, iteration: int | str) -> list[str]:
         def load() -> list[str]:
             source, adapters = open_start(path, iteration, self.args)
+            number = (adapters or source).iteration
+            self.weights_iteration = number if isinstance(number, int) else 0
             if self.args.lora_rank:
                 self._check_tokens(source)
                 base = adapters.base_path if adapters else path

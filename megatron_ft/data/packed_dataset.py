@@ -133,16 +133,16 @@ def rows_per_epoch(args: argparse.Namespace, split: str = "train") -> int:
 
 
 def build_datasets(
-    args: argparse.Namespace, *, train_samples: int, pad: int, vocab_size: int | None = None
+    args: argparse.Namespace, *, train_samples: int | None, pad: int, vocab_size: int | None = None
 ) -> Datasets:
     """The data sets that the flags ask for, their indices built where they are missing (by one process; the others wait).
 
-    `train_samples` rows of training data, over as many epochs as that needs. Validation and test groups hold the rows of their ranges once,
+    `train_samples` rows of training data, over as many epochs as that needs; None: no training data. Validation and test groups hold the rows of their ranges once,
     blended by weight as far as each part reaches. `pad` fills the ends of rows. With `vocab_size`, token ids of every
     data set are compared with it. Raises UserError.
     """
     datasets = Datasets()
-    for group in groups_of(args, "train"):
+    for group in groups_of(args, "train") if train_samples is not None else []:
         datasets.train = _build(group, args, "train", pad, vocab_size, train_samples)
     for split, built in (("valid", datasets.valid), ("test", datasets.test)):
         for group in groups_of(args, split):

@@ -47,7 +47,7 @@ class Console:
         for name, text in lines:
             for number, line in enumerate(text.split("\n")):
                 self.print(f"{'' if number else name:>{width}} | {line}")
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and not self.args.skip_train:
             from tqdm import tqdm
 
             self._bar = tqdm(
@@ -118,6 +118,8 @@ class Console:
 
     def _training(self, part: int) -> str:
         plan, args = self.plan, self.args
+        if args.skip_train:
+            return "evaluation only"
         tokens = args.global_batch_size * args.seq_length
         line = f"{plan.train_iters:,} steps of {args.global_batch_size} rows x {args.seq_length:,} tokens ({tokens:,})"
         if plan.rows_per_epoch:

@@ -24,9 +24,7 @@ def evaluate(
     `loss` weighs tokens as training does; `perplexity` is exp of it; `token_accuracy` counts every token of the loss mask alike.
     Rows past the range's end fill the last batch and weigh nothing.
     """
-    limit = len(rows.dataset)
-    if args.eval_iters != "full":
-        limit = min(limit, int(args.eval_iters) * args.global_batch_size)
+    limit = rows_to_evaluate(args, rows)
     sums = [0.0] * 4
     for chunk in model:
         chunk.eval()
@@ -55,6 +53,12 @@ def evaluate(
         "tokens": int(tokens),
         "rows": limit,
     }
+
+
+def rows_to_evaluate(args: argparse.Namespace, rows: Rows) -> int:
+    """How many of a group's rows --eval-iters takes."""
+    every = len(rows.dataset)
+    return every if args.eval_iters == "full" else min(every, int(args.eval_iters) * args.global_batch_size)
 
 
 @torch.no_grad()

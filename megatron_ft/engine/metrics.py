@@ -24,10 +24,13 @@ The learning rate, norm and loss of a step are what `step` is given; nothing is 
 """
 
 import argparse
+import contextlib
+import io
 import json
 import math
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from megatron_ft import memory
@@ -47,7 +50,8 @@ class MetricsLog:
     """The run's log, on the one rank that `writes`; on all others every method does nothing.
 
     Opening it cuts the files in `save_dir` back to `plan.start_iteration`: steps that were done after the checkpoint and lost are
-    taken out, since they will come again. `save_dir` None writes no files. Raises UserError for a sink that is not installed.
+    taken out, since they will come again (--skip-train repeats none, and cuts nothing). `last_step` is then the newest line that stays of
+    metrics.jsonl, or None. `save_dir` None writes no files. Raises UserError for a sink that is not installed.
     """
 
     def __init__(
@@ -66,6 +70,8 @@ class MetricsLog:
         self.console = Console(args, shape, plan, self.layout, self.gpu)
         self.save_dir = Path(save_dir) if save_dir else None
         self.part, self.spikes = 0, Spikes()
+        self.last_step: dict | None = None
+        self._validated: set[tuple[int, str]] = set()  # what validation.jsonl has a line of
         self._files, self._failed, self._sinks = {}, set(), []
         self._iteration = plan.start_iteration
         if not writes:
@@ -73,7 +79,7 @@ class MetricsLog:
         if self.save_dir:
             self.save_dir.mkdir(parents=True, exist_ok=True)
             self._cut_back()
-        self._sinks = open_sinks(args, shape, self.save_dir, plan.start_iteration)
+        self._sinks = open_sinks(args, shape, self.save_dir, 0 if args.skip_train else plan.start_iteration)
 
     # --- what the loop calls ---
 
@@ -83,7 +89,10 @@ class MetricsLog:
         if not self.writes:
             return
         self.console.banner(self.part, facts)
-        self.event("start", iteration=self.plan.start_iteration, **facts, train_iters=self.plan.train_iters)
+        if self.args.skip_train:
+            self._event("evaluation only", self.plan.start_iteration, facts)
+        else:
+            self._event("start", self.plan.start_iteration, {**facts, "train_iters": self.plan.train_iters})
 
     def step(self, record: dict) -> None:
         """Log one finished step. `record` holds iteration, consumed_samples, consumed_tokens, loss, lr, grad_norm, loss_scale,
@@ -103,9 +112,17 @@ class MetricsLog:
         self.console.step(record)
 
     def validation(self, iteration: int, group: str, record: dict) -> None:
-        """Log one group's validation: `record` holds loss, perplexity, token_accuracy and what else is known."""
+        """Log one group's validation: `record` holds loss, perplexity, token_accuracy and what else is known.
+
+        A line of the same iteration and group gives way to it.
+        """
         if not self.writes:
             return
+        if (iteration, group) in self._validated:
+            self._files.pop("validation.jsonl", io.BytesIO()).close()
+            with contextlib.suppress(OSError):  # a full disk: rather twice than not at all
+                self._keep("validation.jsonl", lambda line: (line["iteration"], line["group"]) != (iteration, group))
+        self._validated.add((iteration, group))
         self._write(
             "validation.jsonl", {"iteration": iteration, "group": group, **_finite(record), "time": time.time()}
         )
@@ -117,13 +134,10 @@ class MetricsLog:
         shown = " | ".join(f"{name.replace('_', ' ')} {value:.6g}" for name, value in record.items())
         self.console.print(f" validation at {iteration:>7,} | {group} | {shown}")
 
-    def event(self, text: str, *, iteration: int | None = None, **details: str | int) -> None:
-        """Log something that happened once (a checkpoint, a stop), and print it unless it is the start, which the banner tells."""
-        if not self.writes:
-            return
-        at = self._iteration if iteration is None else iteration
-        self._write("events.jsonl", {"iteration": at, "event": text, **details, "part": self.part, "time": time.time()})
-        if text != "start":
+    def event(self, text: str) -> None:
+        """Log something that happened once (a checkpoint, a stop), and print it."""
+        if self.writes:
+            self._event(text, self._iteration, {})
             self.console.print(text)
 
     def close(self) -> None:
@@ -166,25 +180,42 @@ class MetricsLog:
 
         A training that starts at 0 keeps none: its --eval-at-start comes again. --skip-train adds to what is there.
         """
-        last_kept = self.plan.start_iteration if self.plan.start_iteration or self.args.skip_train else -1
-        for name in ("metrics.jsonl", "validation.jsonl", "events.jsonl"):
-            path = self.save_dir / name
-            if not path.exists():
-                continue
-            kept = self.save_dir / (name + ".kept")
-            with path.open() as source, kept.open("w") as target:
-                for line in source:
-                    record = whole_line(line)
-                    if record is None:
-                        continue
-                    if name == "events.jsonl":  # what happened stays told, even where the steps were lost
-                        self.part = max(self.part, record["part"] + 1)
-                    elif record["iteration"] > last_kept:
-                        continue
-                    if name == "metrics.jsonl":
-                        self.spikes.see(record["loss"])
-                    target.write(line)
-            os.replace(kept, path)
+        last_kept = math.inf if self.args.skip_train else self.plan.start_iteration or -1
+
+        def step_stays(line: dict) -> bool:
+            if line["iteration"] > last_kept:
+                return False
+            self.spikes.see(line["loss"])
+            self.last_step = line
+            return True
+
+        def validation_stays(line: dict) -> bool:
+            if line["iteration"] > last_kept:
+                return False
+            self._validated.add((line["iteration"], line["group"]))
+            return True
+
+        def event_stays(line: dict) -> bool:  # what happened stays told, even where the steps were lost
+            self.part = max(self.part, line["part"] + (not self.args.skip_train))
+            return True
+
+        self._keep("metrics.jsonl", step_stays)
+        self._keep("validation.jsonl", validation_stays)
+        self._keep("events.jsonl", event_stays)
+
+    def _keep(self, name: str, stays: Callable[[dict], bool]) -> None:
+        """Rewrite a file with the lines that stay, in their order; torn ones do not."""
+        path = self.save_dir / name
+        if not path.exists():
+            return
+        kept = self.save_dir / (name + ".kept")
+        with path.open() as source, kept.open("w") as target:
+            target.writelines(line for line in source if (record := whole_line(line)) is not None and stays(record))
+        os.replace(kept, path)
+
+    def _event(self, text: str, iteration: int, details: dict[str, str | int]) -> None:
+        line = {"iteration": iteration, "event": text, **details, "part": self.part, "time": time.time()}
+        self._write("events.jsonl", line)
 
     def _write(self, name: str, record: dict) -> None:
         """Append a line. A disk that is full costs lines of the log, not the run: said once, tried again with every line."""

@@ -11,10 +11,13 @@ MANY_EPOCHS = 10
 
 @dataclass(frozen=True)
 class Length:
-    """Length of training: optimizer steps, and the packed rows they take."""
+    """Length of training, or of a part of it: optimizer steps, and the packed rows they take."""
 
     iterations: int
     samples: int
+
+
+NOTHING = Length(0, 0)
 
 
 def global_batch_at(args: argparse.Namespace, consumed_samples: int) -> int:
@@ -28,46 +31,43 @@ def global_batch_at(args: argparse.Namespace, consumed_samples: int) -> int:
     return min(start + int(consumed_samples / (samples / steps)) * increment, args.global_batch_size)
 
 
-def check_rampup(args: argparse.Namespace) -> None:
-    """Raise UserError when --rampup-batch-size cannot be walked in whole steps."""
-    if not args.rampup_batch_size:
-        return
-    start, increment, samples = args.rampup_batch_size
-    unit = args.micro_batch_size * args.data_parallel_size
-    for name, value in (("START", start), ("INCREMENT", increment)):
-        if value <= 0 or value % unit:
-            raise UserError(
-                f"--rampup-batch-size {name} {value} is not a positive multiple of --micro-batch-size x data-parallel ranks = {unit}"
-            )
-    if samples < 0 or start > args.global_batch_size or (args.global_batch_size - start) % increment:
-        raise UserError(
-            f"--rampup-batch-size {start} {increment} {samples} does not reach --global-batch-size {args.global_batch_size} in whole increments"
-        )
-
-
-def plan_length(args: argparse.Namespace, rows_per_epoch: int | None = None) -> Length:
+def plan_length(args: argparse.Namespace, rows_per_epoch: int | None = None, done: Length = NOTHING) -> Length:
     """Steps and rows of the whole run from whichever of --train-iters, -samples, -tokens, -epochs was given.
 
-    The last step is whole: rows are rounded up to it, so `--train-epochs 1` reads every row. `rows_per_epoch` is needed for epochs alone.
+    The steps that are left come after the steps and rows that are `done`: so a run resumed with another batch size trains what it did not
+    yet, and no more. The last step is whole: rows are rounded up to it, so `--train-epochs 1` reads every row. `rows_per_epoch` is needed
+    for epochs alone. A run with more done than was asked for is as long as was asked for.
     """
     if args.train_iters is not None:
-        wanted = None
-    elif args.train_samples is not None:
+        return Length(args.train_iters, samples_of(args, args.train_iters, done))
+    if args.train_samples is not None:
         wanted = args.train_samples
     elif args.train_tokens is not None:
         wanted = math.ceil(args.train_tokens / args.seq_length)
     else:
         wanted = math.ceil(args.train_epochs * rows_per_epoch)
-    iterations = samples = 0
-    while iterations < args.train_iters if wanted is None else samples < wanted:
-        batch = global_batch_at(args, samples)
+    if wanted <= done.samples:
+        whole = _extend(args, NOTHING, samples=wanted)
+        return Length(min(whole.iterations, done.iterations), min(whole.samples, done.samples))
+    return _extend(args, done, samples=wanted)
+
+
+def samples_of(args: argparse.Namespace, iterations: int, done: Length = NOTHING) -> int:
+    """Rows that the first `iterations` steps take, when those that are `done` took what they took."""
+    if iterations < done.iterations:
+        return min(_extend(args, NOTHING, iterations=iterations).samples, done.samples)
+    return _extend(args, done, iterations=iterations).samples
+
+
+def _extend(args: argparse.Namespace, done: Length, *, iterations: int = 0, samples: int | None = None) -> Length:
+    """`done` and as many whole steps more as reach `samples` rows, or where None `iterations` steps."""
+    step, row = done.iterations, done.samples
+    while step < iterations if samples is None else row < samples:
+        batch, steps = global_batch_at(args, row), 1
         if batch == args.global_batch_size:  # constant from here on
-            rest = args.train_iters - iterations if wanted is None else math.ceil((wanted - samples) / batch)
-            return Length(iterations + rest, samples + rest * batch)
-        iterations, samples = iterations + 1, samples + batch
-    if not iterations:
-        raise UserError("the run has no steps: give a length of training above 0")
-    return Length(iterations, samples)
+            steps = iterations - step if samples is None else -(-(samples - row) // batch)
+        step, row = step + steps, row + steps * batch
+    return Length(step, row)
 
 
 def many_epochs(length: Length, rows_per_epoch: int) -> list[str]:
@@ -80,26 +80,18 @@ def many_epochs(length: Length, rows_per_epoch: int) -> list[str]:
     ]
 
 
-def samples_of(args: argparse.Namespace, iterations: int) -> int:
-    """Rows that the first `iterations` steps take."""
-    samples = 0
-    for done in range(iterations):
-        batch = global_batch_at(args, samples)
-        if batch == args.global_batch_size:
-            return samples + (iterations - done) * batch
-        samples += batch
-    return samples
-
-
-def build_scheduler(args: argparse.Namespace, optimizer, length: Length):
-    """Megatron's OptimizerParamScheduler, stepped in rows. Raises UserError for a warm-up that outlasts the decay."""
+def build_scheduler(args: argparse.Namespace, optimizer, length: Length, done: Length = NOTHING):
+    """Megatron's OptimizerParamScheduler, stepped in rows; flags in steps count what is `done` as it was. Raises UserError for a
+    warm-up that outlasts the decay."""
     from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-    decay = args.lr_decay_samples or (samples_of(args, args.lr_decay_iters) if args.lr_decay_iters else length.samples)
+    decay = args.lr_decay_samples or length.samples
+    if args.lr_decay_iters:
+        decay = samples_of(args, args.lr_decay_iters, done)
     if args.lr_warmup_fraction:
         warmup = args.lr_warmup_fraction * decay
     else:
-        warmup = args.lr_warmup_samples or samples_of(args, args.lr_warmup_iters)
+        warmup = args.lr_warmup_samples or samples_of(args, args.lr_warmup_iters, done)
     if warmup >= decay:
         raise UserError(
             f"learning-rate warm-up of {warmup:g} rows leaves nothing of the schedule's {decay}; "
@@ -130,3 +122,11 @@ def build_scheduler(args: argparse.Namespace, optimizer, length: Length):
         wsd_decay_steps=wsd_decay,
         lr_wsd_decay_style=args.lr_wsd_decay_style,
     )
+
+
+def changed_rate(scheduler, batch: int, used: float) -> bool:
+    """Whether this schedule's rate for the step before, of `batch` rows, is over 10 % from the one it `used`: then it was another schedule."""
+    here, scheduler.num_steps = scheduler.num_steps, max(0, scheduler.num_steps - batch)
+    rate = scheduler.get_lr(scheduler.optimizer.param_groups[0])
+    scheduler.num_steps = here
+    return abs(rate - used) > 0.1 * max(rate, used)

@@ -11,15 +11,17 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from megatron_ft.arguments import LENGTHS
 from megatron_ft.checkpoint.state import Checkpointer, TrainState
 from megatron_ft.engine import parallel, signals
-from megatron_ft.engine.evaluate import evaluate
+from megatron_ft.engine.evaluate import evaluate, rows_to_evaluate
 from megatron_ft.engine.loss import token_losses
 from megatron_ft.engine.metrics import MetricsLog
 from megatron_ft.engine.optimizer import learning_rate
 from megatron_ft.engine.pipeline import run_micro_batches
+from megatron_ft.engine.report import read_lines
 from megatron_ft.engine.rows import MicroBatch, Rows
-from megatron_ft.engine.schedule import Length, global_batch_at
+from megatron_ft.engine.schedule import Length, changed_rate, global_batch_at
 from megatron_ft.errors import EXIT_DONE, EXIT_RESUME, UserError
 
 
@@ -34,7 +36,7 @@ class Run:
     checkpointer: Checkpointer
     log: MetricsLog
     watchdog: signals.Watchdog
-    train_rows: Rows
+    train_rows: Rows | None  # None with --skip-train
     valid_rows: dict[str, Rows]
     test_rows: dict[str, Rows]
     started: float = 0.0  # time.monotonic() at the program's start
@@ -45,10 +47,12 @@ def train(run: Run) -> int:
     args, state = run.args, run.state
     if args.skip_train:
         return _evaluate_only(run)
+    _forget_best_of_other_data(run)
+    _say_how_it_goes_on(run)
     stop = _validate_at_start(run)
     if stop is None:
         stop = _validate_if_due(run)  # a run stopped during a validation does it again
-    while stop is None and state.iteration < run.length.iterations and not _stopped_early(state):
+    while stop is None and state.iteration < run.length.iterations and not _stopped_early(run):
         stop = step(run)
         if stop is None:
             stop = _validate_if_due(run)
@@ -64,6 +68,22 @@ def train(run: Run) -> int:
         run.log.event(f"stopped by {stop} at iteration {state.iteration}; start the same command again to go on")
         return EXIT_RESUME
     return _finish(run)
+
+
+def _say_how_it_goes_on(run: Run) -> None:
+    """What a resumed run should know before its first step: nothing is left, it was stopped early, or its learning rate jumps."""
+    args, state, last = run.args, run.state, run.log.last_step
+    if state.iteration >= run.length.iterations:
+        flag = next(f"--train-{unit}" for unit in LENGTHS if getattr(args, f"train_{unit}") is not None)
+        run.log.event(
+            f"nothing to do: {state.iteration} of {run.length.iterations} steps are done; raise {flag} to go on"
+        )
+    elif _stopped_early(run):
+        run.log.event(f"was stopped early at {state.iteration}; raise --early-stop-patience, or leave it out, to go on")
+    elif last and last["iteration"] == state.iteration:
+        if changed_rate(state.scheduler, last["global_batch_size"], last["lr"]):
+            rate = learning_rate(state.optimizer)
+            run.log.event(f"learning rate goes on at {rate:.3e} (the last step used {last['lr']:.3e})")
 
 
 def step(run: Run) -> str | None:
@@ -214,20 +234,19 @@ def _validate(run: Run) -> str | None:
     if records is None:
         return signals.received() or "a signal to another rank"
     _log_validations(run, records)
-    group = args.best_group or next(iter(records))
+    group = _measured_on(run)["group"]
     loss = records[group]["loss"]
     loss = loss if math.isfinite(loss) else math.inf  # a group without output tokens has none
     better = state.best is None or loss < state.best["loss"]
     if better:
-        state.best = {"group": group, "loss": loss, "iteration": state.iteration, "waited": 0}
+        state.best = {**_measured_on(run), "loss": loss, "iteration": state.iteration, "waited": 0}
     else:
         state.best["waited"] += 1
     state.best["validated"] = state.iteration
-    state.best["stopped"] = args.early_stop_patience is not None and state.best["waited"] >= args.early_stop_patience
     if better and args.save:
         with _weights_in_place(run):
             run.checkpointer.save(state, best=True)
-    if state.best["stopped"]:
+    if _stopped_early(run):
         run.log.event(
             f"early stop: {group} has not improved for {state.best['waited']} validations; best {state.best['loss']:.6f} "
             f"at iteration {state.best['iteration']}"
@@ -258,23 +277,48 @@ def _evaluate_only(run: Run) -> int:
     if records is None:
         run.log.event("stopped by a signal; start the same command again")
         return EXIT_RESUME
-    _log_validations(run, records)
+    for group, record in records.items():
+        run.log.validation(run.log.plan.start_iteration, group, record)
     return EXIT_DONE
 
 
-def _stopped_early(state: TrainState) -> bool:
-    return bool(state.best and state.best["stopped"])
+def _measured_on(run: Run) -> dict:
+    """What the loss that decides on the best checkpoint is of: losses of other rows or tokens are not compared with it."""
+    group = run.args.best_group or next(iter(run.valid_rows))
+    dataset = run.valid_rows[group].dataset
+    tokens = round(dataset.fill_rate * len(dataset) * (run.args.seq_length + 1))
+    return {"group": group, "rows": rows_to_evaluate(run.args, run.valid_rows[group]), "tokens": tokens}
+
+
+def _forget_best_of_other_data(run: Run) -> None:
+    best = run.state.best
+    if not best or not run.valid_rows:
+        return
+    now = _measured_on(run)
+    was = {name: best.get(name, value) for name, value in now.items()}
+    if was != now:
+        run.state.best = None
+        of = "group {group} ({rows} rows of a group of {tokens} tokens)"
+        run.log.event(
+            f"best loss {best['loss']:.6f} at iteration {best['iteration']} is of {of.format(**was)}, validation is now of "
+            f"{of.format(**now)}: the best is looked for anew"
+        )
+
+
+def _stopped_early(run: Run) -> bool:
+    patience, best = run.args.early_stop_patience, run.state.best
+    return patience is not None and best is not None and best["waited"] >= patience
 
 
 def _finish(run: Run) -> int:
-    """Last validation, test groups, last checkpoint."""
+    """Last checkpoint, last validation, test groups."""
     args, state = run.args, run.state
     stop = None
+    with _weights_in_place(run):
+        run.checkpointer.save(state)
     validated = bool(state.best and state.best["validated"] == state.iteration)
     if args.eval_interval and not validated and not _logged(run, list(run.valid_rows)):
         stop = _validate(run)
-    with _weights_in_place(run):
-        run.checkpointer.save(state)
     if stop is None and not _logged(run, [f"test {group}" for group in run.test_rows]):
         records = _evaluate_groups(run, run.test_rows)
         stop = None if records is not None else signals.received() or "a signal to another rank"
@@ -290,8 +334,7 @@ def _logged(run: Run, groups: list[str]) -> bool:
     """Whether there is nothing to evaluate: no groups, or an earlier start of this finished run has done it."""
     done = [not groups]
     if groups and run.args.save and dist.get_rank() == 0:
-        path = Path(run.args.save) / "validation.jsonl"
-        lines = map(json.loads, path.read_text().splitlines() if path.exists() else [])
+        lines = read_lines(Path(run.args.save) / "validation.jsonl")
         done = [any(line["group"] in groups and line["iteration"] == run.state.iteration for line in lines)]
     dist.broadcast_object_list(done, src=0)
     return done[0]

@@ -10,6 +10,7 @@ stopped after saving and the same command goes on, 2 for a user's mistake.
 
 import argparse
 import contextlib
+import functools
 import logging
 import os
 import sys
@@ -79,7 +80,7 @@ def run(args: argparse.Namespace, device, started: float) -> int:
     import torch.distributed as dist
 
     from megatron_ft.checkpoint.state import Checkpointer, TrainState
-    from megatron_ft.data.packed_dataset import build_datasets, rows_per_epoch
+    from megatron_ft.data.packed_dataset import build_datasets, rows_per_epoch, training_fill_rate
     from megatron_ft.engine import parallel
     from megatron_ft.engine.console import RunPlan
     from megatron_ft.engine.lora import add_lora
@@ -101,8 +102,14 @@ def run(args: argparse.Namespace, device, started: float) -> int:
     shape = model_shape(args).with_vocab(tokenizer.vocab_size)
     epoch = 0 if args.skip_train else rows_per_epoch(args)
     checkpointer = Checkpointer(args, shape, tokenizer.config_ids, rows_per_epoch=epoch)
+    fill_rate = training_fill_rate(args) if args.train_tokens else 1.0
+    plan_from = functools.partial(plan_length, args, epoch, fill_rate=fill_rate)
     done = Length(*checkpointer.progress())
-    length = plan_length(args, epoch, done)
+    length = plan_from(done=done)
+    if args.train_tokens:
+        args.notices.append(
+            f"--train-tokens {args.train_tokens:,}: {length.samples:,} rows of {fill_rate * args.seq_length:,.1f} tokens on average"
+        )
     pad = tokenizer.eod if tokenizer.pad is None else tokenizer.pad
     datasets = build_datasets(
         args, train_samples=None if args.skip_train else length.samples, pad=pad, vocab_size=tokenizer.vocab_size
@@ -119,7 +126,7 @@ def run(args: argparse.Namespace, device, started: float) -> int:
     optimizer = build_optimizer(args, model)
     state = TrainState(model, optimizer, build_scheduler(args, optimizer, length, done))
     start = checkpointer.start(state)
-    if plan_length(args, epoch, Length(state.iteration, state.consumed_samples)) != length:
+    if plan_from(done=Length(state.iteration, state.consumed_samples)) != length:
         raise UserError(
             f"--save {args.save}: its newest checkpoint is damaged and put aside, and from the one before the run is not as long with "
             f"--global-batch-size {args.global_batch_size}; start the same command again"

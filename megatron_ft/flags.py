@@ -189,7 +189,7 @@ def _add_training(add) -> None:
     )
     add("--train-iters", action=LastOne, type=int, help="length of training in optimizer steps")
     add("--train-samples", action=LastOne, type=int, help="length in packed rows")
-    add("--train-tokens", action=LastOne, type=int, help="length in tokens")
+    add("--train-tokens", action=LastOne, type=int, help="length in tokens of documents, without the padding of rows")
     add("--train-epochs", action=LastOne, type=float, help="length in passes over the training groups")
     add("--optimizer", choices=["adam", "sgd"], default="adam", help="optimizer; adam decouples weight decay (AdamW)")
     add("--weight-decay", type=float, default=0.01, help="weight decay; none on biases and norms")
@@ -309,7 +309,11 @@ def _add_validation(add) -> None:
     add("--eval-interval", type=int, default=1000, help="steps between validations; 0 is never")
     add("--eval-at-start", action="store_true", help="validate before the first step too, as iteration 0")
     add("--eval-iters", default="10", help="global batches a group, or 'full' for its whole range once")
-    add("--skip-train", action="store_true", help="validate and test every group once, train and save nothing")
+    add(
+        "--skip-train",
+        action="store_true",
+        help="validate and test every group once, without training data; train and save nothing",
+    )
     add("--best-group", help="validation group whose loss marks the best checkpoint; the first when not given")
     add("--early-stop-patience", type=int, help="stop after this many validations without a better loss")
 
@@ -330,7 +334,7 @@ def _add_checkpoint(add) -> None:
             action="store_true",
             help="the branch's; concerns the first start only, which always loads weights alone",
         )
-    add("--save-interval", type=int, default=250, help="steps between checkpoints")
+    add("--save-interval", type=int, default=250, help="steps between checkpoints; 0 is at the end alone")
     add("--save-interval-mins", type=float, help="minutes between checkpoints, besides --save-interval")
     add(
         "--save-epochs",
@@ -350,7 +354,7 @@ def _add_logging(add) -> None:
     add("--tensorboard-dir", metavar="DIR", help="write TensorBoard events")
     add("--wandb-project", help="log to Weights & Biases, where it is installed")
     add("--wandb-run-name", help="name of that run")
-    add("--exit-interval", type=int, help="save and stop when the iteration is divisible by this")
+    add("--exit-interval", type=int, help="save and stop when the iteration is divisible by this; 0 is never")
     add("--exit-duration-in-mins", type=float, help="save and stop after this long, to be resumed")
     add(
         "--watchdog-mins",

@@ -2,7 +2,8 @@
 
 import pytest
 
-from megatron_ft.arguments import parse_args
+from megatron_ft.arguments import parse_args, validate
+from megatron_ft.bounds import BOUNDS
 from megatron_ft.branch_flags import REFUSED
 from megatron_ft.errors import UserError
 from megatron_ft.flags import build_parser
@@ -49,6 +50,7 @@ def test_batch_sizes_follow_the_layout(base):
         (["--seq-length", "4096"], 1, ["--seq-length 4096", "1024 positions"]),
         (["--validation-share", "1.5"], 1, ["--validation-share 1.5"]),
         (["--eval-iters", "some"], 1, ["--eval-iters some", "'full'"]),
+        (["--tensorboard-dir", __file__], 1, ["--tensorboard-dir", "is a file"]),
         (["--overlap-param-gather"], 1, ["--overlap-grad-reduce"]),
         (["--train-weighted-split-paths", "train: 1 0:1 x"], 1, ["exclude each other"]),
         (["--micro-batch-size", "0"], 1, ["--micro-batch-size 0"]),
@@ -62,6 +64,70 @@ def test_a_mistake_ends_in_one_line_that_names_it(base, flags, world_size, words
     assert "\n" not in str(error.value)
     for word in words:
         assert word in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "flags, allowed",
+    [
+        ("--eval-interval -1", "at least 0 (0 is never)"),
+        ("--save-interval -1", "at least 0"),
+        ("--exit-interval -1", "at least 0 (0 is never)"),
+        ("--early-stop-patience 0", "at least 1"),
+        ("--early-stop-patience -1", "at least 1"),
+        ("--eval-iters 0", "at least 1, or 'full'"),
+        ("--eval-iters -1", "at least 1, or 'full'"),
+        ("--lr-warmup-iters -3", "at least 0"),
+        ("--lr-warmup-fraction 1", "at least 0 and below 1"),
+        ("--clip-grad -1", "at least 0 (0 is off)"),
+        ("--lora-alpha 0", "above 0"),
+        ("--keep-last -1", "at least 0 (0 keeps all)"),
+        ("--min-lr 0.1", "is above --lr 5e-05"),
+        ("--lr-warmup-init 0.1", "is above --lr 5e-05"),
+        ("--log-interval 0", "at least 1"),
+        ("--lr -1", "at least 0"),
+        ("--lr nan", "at least 0"),
+        ("--hidden-dropout 2", "at least 0 and below 1"),
+        ("--adam-beta1 1.5", "at least 0 and below 1"),
+        ("--weight-decay -1", "at least 0"),
+        ("--num-workers -1", "at least 0"),
+        ("--make-vocab-size-divisible-by 0", "at least 1"),
+        ("--num-layers 0", "at least 1"),
+        ("--recompute-num-layers 9", "has 4 layers"),
+        ("--watchdog-mins -1", "at least 0 (0 is never)"),
+        ("--train-epochs 0", "above 0"),
+        ("--seed 4294967296", "at least 0 and below 4294967296"),
+    ],
+)
+def test_numbers_out_of_bounds_are_refused(base, flags, allowed):
+    with pytest.raises(UserError) as error:
+        parse_args([*base, *flags.split()])
+    assert str(error.value).startswith(flags) and allowed in str(error.value)
+
+
+def test_bounds_take_their_ends(base):
+    flags = "--keep-last 0 --eval-interval 0 --exit-interval 0 --lr 0 --hidden-dropout 0 --watchdog-mins 0 --recompute-num-layers 4"
+    args = parse_args([*base, *flags.split(), "--early-stop-patience", "1", "--eval-iters", "1"])
+    assert (args.keep_last, args.lr, args.recompute_num_layers) == (0, 0.0, 4)
+
+
+def test_every_number_on_the_command_line_has_bounds():
+    numbers = {action.dest for action in build_parser()._actions if action.type in (int, float)}
+    assert numbers - {"rampup_batch_size"} == set(BOUNDS)
+
+
+def test_validation_of_arguments_changes_none(base):
+    words = "--optimizer sgd --sequence-parallel --no-reset-position-ids".split()
+    args = parse_args([*base, *words])
+    assert len(args.notices) == 3 and not args.use_distributed_optimizer and not args.sequence_parallel
+    before = {name: str(value) for name, value in vars(args).items()}
+    validate(args)
+    assert {name: str(value) for name, value in vars(args).items()} == before
+
+
+def test_evaluation_asks_for_neither_training_data_nor_length(base):
+    at = base.index("--data-prefix")
+    args = parse_args([*base[:at], *base[at + 2 : -2], "--skip-train", "--lr-warmup-iters", "100"])
+    assert args.skip_train and not args.data_prefix
 
 
 def test_what_is_missing_is_asked_for(base):

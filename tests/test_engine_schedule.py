@@ -23,7 +23,8 @@ def flags(tmp_path, text: str, world_size: int = 1):
         ("--train-iters 7 --global-batch-size 4", None, 7, 28),
         ("--train-samples 28 --global-batch-size 4", None, 7, 28),
         ("--train-samples 29 --global-batch-size 4", None, 8, 32),
-        ("--train-tokens 3000 --global-batch-size 4", None, 6, 24),
+        ("--train-tokens 3072 --global-batch-size 4", None, 6, 24),
+        ("--train-tokens 3073 --global-batch-size 4", None, 7, 28),
         ("--train-epochs 3 --global-batch-size 4", 10, 8, 32),
         ("--train-epochs 0.5 --global-batch-size 4", 10, 2, 8),
         ("--train-iters 5 --global-batch-size 8 --rampup-batch-size 2 2 12", None, 5, 2 + 2 + 4 + 6 + 8),
@@ -35,6 +36,37 @@ def test_length_follows_from_any_unit(tmp_path, text, rows_per_epoch, iterations
     length = plan_length(args, rows_per_epoch)
     assert (length.iterations, length.samples) == (iterations, samples)
     assert samples_of(args, iterations) == samples
+
+
+def test_tokens_are_those_of_documents(tmp_path):
+    for tokens, iterations in ((1536, 6), (1537, 7)):
+        args = flags(tmp_path, f"--train-tokens {tokens} --global-batch-size 4")
+        assert plan_length(args, fill_rate=0.5).iterations == iterations, "24 rows of 64 tokens, and a token more"
+
+
+@pytest.mark.parametrize(
+    ("text", "done", "iterations", "samples"),
+    [
+        ("--train-samples 100 --global-batch-size 8", (12, 48), 19, 104),
+        ("--train-samples 100 --global-batch-size 4", (12, 48), 25, 100),
+        ("--train-iters 20 --global-batch-size 2", (12, 48), 20, 64),
+        ("--train-epochs 2 --global-batch-size 8", (12, 48), 21, 120),
+        ("--train-iters 8 --global-batch-size 4", (20, 80), 8, 32),
+        ("--train-samples 30 --global-batch-size 4", (20, 80), 8, 32),
+        ("--train-samples 100 --global-batch-size 2", (13, 104), 13, 100),
+        ("--train-iters 9 --global-batch-size 8 --rampup-batch-size 2 2 12", (4, 14), 9, 14 + 5 * 8),
+        ("--train-iters 9 --global-batch-size 8 --rampup-batch-size 2 2 12", (3, 8), 9, 8 + 6 + 5 * 8),
+    ],
+)
+def test_what_is_left_of_a_resumed_run_comes_after_what_is_done(tmp_path, text, done, iterations, samples):
+    length = plan_length(flags(tmp_path, text), 60, done=Length(*done))
+    assert (length.iterations, length.samples) == (iterations, samples)
+
+
+def test_a_warm_up_that_was_done_with_another_batch_is_no_longer_than_what_is_done(tmp_path):
+    args = flags(tmp_path, "--train-samples 100 --global-batch-size 8 --lr-warmup-iters 11")
+    assert samples_of(args, 11, Length(12, 48)) == 48
+    assert samples_of(args, 14, Length(12, 48)) == 64
 
 
 def test_more_than_ten_epochs_are_remarked_on():

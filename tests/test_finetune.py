@@ -1,6 +1,7 @@
 """Whole runs of the training program: how they go on, agree with each other, and end."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,9 @@ class Runs:
 
     def lines(self, name: str, file: str = "metrics.jsonl") -> list[dict]:
         return [json.loads(line) for line in (self.tmp_path / name / file).read_text().splitlines()]
+
+    def events(self, name: str) -> list[str]:
+        return [line["event"] for line in self.lines(name, "events.jsonl")]
 
     def steps(self, name: str) -> list[dict]:
         return [{key: line[key] for key in DETERMINISTIC_KEYS} for line in self.lines(name)]
@@ -156,12 +160,26 @@ def test_figures_are_those_of_a_count_by_hand(runs, golden):
 
 def test_a_checkpoint_is_evaluated_without_training(runs, tmp_path):
     flags = "--eval-interval 2 --eval-iters full --hidden-dropout 0 --attention-dropout 0"
-    runs("trained", f"{flags} --train-iters 2 --global-batch-size 2")
+    runs("trained", f"{flags} --train-iters 2 --global-batch-size 2 --save-interval 1")
     assert runs("evaluated", f"{flags} --skip-train --load {tmp_path / 'trained'}") == [EXIT_DONE]
     (trained,), (evaluated,) = runs.validations("trained"), runs.validations("evaluated")
-    assert evaluated.pop("iteration") == 0 and trained.pop("iteration") == 2
-    assert evaluated == pytest.approx(trained, rel=1e-6)
+    assert evaluated == pytest.approx(trained, rel=1e-6), "the same loss, at the weights' iteration"
     assert not list((tmp_path / "evaluated").glob("iter_*"))
+    before = {name: runs.lines("trained", name) for name in ("metrics.jsonl", "validation.jsonl")}
+    shutil.rmtree(tmp_path / "trained/iter_0000002")  # as after a crash: the checkpoint is older than the log
+    at = runs.common.index("--data-prefix")
+    prefix = runs.common[at + 1]
+    del runs.common[at : at + 2]
+    (tmp_path / "valid.txt").write_text(f"valid: 1 0.9:1 {prefix}\nmore: 1 0.8:0.9 {prefix}\n")
+    flags += f" --skip-train --global-batch-size 2 --valid-weighted-split-paths-path {tmp_path}/valid.txt"
+    for _ in range(2):
+        assert runs("trained", flags) == [EXIT_DONE]
+    assert runs.lines("trained") == before["metrics.jsonl"]
+    found = [(line["iteration"], line["group"]) for line in runs.lines("trained", "validation.jsonl")]
+    assert found == [(2, "valid"), (1, "valid"), (1, "more")]
+    assert sum(line["event"] == "start" for line in runs.lines("trained", "events.jsonl")) == 1
+    runs.common[at:at] = ["--data-prefix", prefix]
+    flags = "--eval-iters full"
     assert runs("nothing", f"{flags} --skip-train --validation-share 0") == [EXIT_USER_ERROR]
 
 
@@ -284,6 +302,49 @@ def test_early_stop_keeps_and_marks_the_best(runs):
     assert sorted(path.name for path in save.glob("iter_*")) == ["iter_0000004", "iter_0000008"]
     assert runs("early", flags) == [EXIT_DONE]
     assert len(runs.validations("early")) == 4, "a run stopped early stays stopped"
+    assert "was stopped early at 8; raise --early-stop-patience, or leave it out, to go on" in runs.events("early")
+    assert runs("early", flags.replace("patience 2", "patience 3")) == [EXIT_DONE]
+    assert len(runs.validations("early")) == 5, "more patience goes on"
+
+
+def test_losses_of_other_rows_do_not_compete_for_the_best(runs):
+    flags = "--train-iters 4 --global-batch-size 2 --eval-interval 2 --early-stop-patience 1 --lr 0.3 --clip-grad 0 --min-lr 0.3"
+    runs("other", f"{flags} --eval-iters full --exit-interval 2")
+    assert runs("other", f"{flags} --eval-iters 1") == [EXIT_DONE]
+    (line,) = [event for event in runs.events("other") if event.startswith("best loss")]
+    assert "of group valid (6 rows" in line and "now of group valid (2 rows" in line
+    assert column(runs.lines("other", "validation.jsonl"), "rows") == [2, 2], (
+        "validated again, in the first one's place"
+    )
+    assert column(runs.lines("other", "validation.jsonl"), "iteration") == [2, 4]
+
+
+def test_another_batch_size_trains_the_rows_that_are_left(runs):
+    flags = "--eval-interval 0 --lr-warmup-iters 4 --keep-last 0"
+    runs("more", f"{flags} --train-samples 50 --global-batch-size 4 --exit-interval 6")
+    shutil.copytree(runs.tmp_path / "more", runs.tmp_path / "fewer")
+    more = f"{flags} --train-samples 50 --global-batch-size 8 --override-checkpoint-args"
+    assert runs("more", more) == [EXIT_DONE]
+    assert column(runs.steps("more"), "consumed_samples") == [4, 8, 12, 16, 20, 24, 32, 40, 48, 56]
+    rates = column(runs.steps("more"), "lr")
+    assert rates[4] == max(rates) and rates[6:] == sorted(rates[6:], reverse=True) and 0 < rates[-1] < rates[6]
+    fewer = f"{flags} --train-iters 12 --global-batch-size 2 --override-checkpoint-args"
+    assert runs("fewer", fewer) == [EXIT_DONE]
+    assert column(runs.steps("fewer"), "consumed_samples") == [4, 8, 12, 16, 20, 24, 26, 28, 30, 32, 34, 36]
+
+
+def test_a_finished_run_says_how_it_goes_on_and_survives_a_torn_line(runs):
+    flags = "--global-batch-size 2 --eval-interval 3 --eval-iters 1"
+    runs("done", f"{flags} --train-iters 4")
+    with (runs.tmp_path / "done/validation.jsonl").open("a") as file:
+        file.write('{"iteration": 4, "gro')
+    assert runs("done", f"{flags} --train-iters 2") == [EXIT_DONE]
+    assert "nothing to do: 4 of 2 steps are done; raise --train-iters to go on" in runs.events("done")
+    assert not any(event.startswith("learning rate goes on") for event in runs.events("done"))
+    assert runs("done", f"{flags} --train-iters 6 --lr 5e-3") == [EXIT_DONE]
+    (line,) = [event for event in runs.events("done") if event.startswith("learning rate goes on")]
+    last, following = column(runs.steps("done"), "lr")[3:5]
+    assert line == f"learning rate goes on at {following:.3e} (the last step used {last:.3e})"
 
 
 def test_sgd_trains_and_goes_on(runs):

@@ -102,6 +102,18 @@ def test_metrics_hold_each_iteration_once_after_a_resume_with_lost_steps(tmp_pat
     assert [e.value for e in events.Scalars("train/loss")][0] == 2.0
 
 
+def test_a_validation_of_the_same_group_and_iteration_is_replaced(tmp_path):
+    args, save = make_args(tmp_path), tmp_path / "run"
+    for loss in (1.0, 0.5):
+        log = run(args, save, 13, 12)
+        log.validation(12, "all", {"loss": 2 * loss})
+        log.validation(12, "all", {"loss": loss})
+        log.validation(12, "other", {"loss": loss})
+        log.close()
+    found = [(line["iteration"], line["group"], line["loss"]) for line in lines(save / "validation.jsonl")]
+    assert found == [(12, "all", 0.5), (12, "other", 0.5)]
+
+
 def test_report_draws_all_parts_without_network(tmp_path):
     args, save = make_args(tmp_path), tmp_path / "run <1>"
     run(args, save, 1, 20)

@@ -132,6 +132,13 @@ def rows_per_epoch(args: argparse.Namespace, split: str = "train") -> int:
     )
 
 
+def training_fill_rate(args: argparse.Namespace) -> float:
+    """Share of the training rows' places that hold a token, over the data sets by their weights; a set too small for one row counts as full."""
+    parts = [part for group in groups_of(args, "train") for part in group.parts]
+    indices = [load_index(*_documents_and_packing(part, args, "train"), args.data_cache_path) for part in parts]
+    return float(np.average([index.fill_rate or 1.0 for index in indices], weights=[part.weight for part in parts]))
+
+
 def build_datasets(
     args: argparse.Namespace, *, train_samples: int | None, pad: int, vocab_size: int | None = None
 ) -> Datasets:

@@ -31,19 +31,21 @@ def global_batch_at(args: argparse.Namespace, consumed_samples: int) -> int:
     return min(start + int(consumed_samples / (samples / steps)) * increment, args.global_batch_size)
 
 
-def plan_length(args: argparse.Namespace, rows_per_epoch: int | None = None, done: Length = NOTHING) -> Length:
+def plan_length(
+    args: argparse.Namespace, rows_per_epoch: int | None = None, *, fill_rate: float = 1.0, done: Length = NOTHING
+) -> Length:
     """Steps and rows of the whole run from whichever of --train-iters, -samples, -tokens, -epochs was given.
 
     The steps that are left come after the steps and rows that are `done`: so a run resumed with another batch size trains what it did not
     yet, and no more. The last step is whole: rows are rounded up to it, so `--train-epochs 1` reads every row. `rows_per_epoch` is needed
-    for epochs alone. A run with more done than was asked for is as long as was asked for.
+    for epochs alone, `fill_rate`, the share of a row that holds documents, for tokens alone. A run with more done than was asked for is as long as was asked for.
     """
     if args.train_iters is not None:
         return Length(args.train_iters, samples_of(args, args.train_iters, done))
     if args.train_samples is not None:
         wanted = args.train_samples
     elif args.train_tokens is not None:
-        wanted = math.ceil(args.train_tokens / args.seq_length)
+        wanted = math.ceil(args.train_tokens / (fill_rate * args.seq_length))
     else:
         wanted = math.ceil(args.train_epochs * rows_per_epoch)
     if wanted <= done.samples:

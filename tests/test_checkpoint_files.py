@@ -426,4 +426,4 @@ def test_what_is_superseded():
     assert superseded(iterations, keep_last=2, keep_every=30, best=10) == [40, 20]
     assert superseded(iterations, keep_last=0, keep_every=None, best=None) == []
     assert superseded(iterations, keep_last=1, keep_every=None, best=None) == [50, 40, 30, 20, 10]
-    assert 60 not in superseded(iterations, keep_last=-1, keep_every=None, best=10), "the newest is never superseded"
+    assert superseded([60], keep_last=-1, keep_every=None, best=None) == [], "the newest is never superseded"

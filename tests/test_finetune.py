@@ -335,9 +335,8 @@ def test_another_batch_size_trains_the_rows_that_are_left(runs):
 
 def test_a_finished_run_says_how_it_goes_on_and_survives_a_torn_line(runs):
     flags = "--global-batch-size 2 --eval-interval 3 --eval-iters 1"
-    runs("done", f"{flags} --train-iters 4")
-    with (runs.tmp_path / "done/validation.jsonl").open("a") as file:
-        file.write('{"iteration": 4, "gro')
+    assert runs("done", f"{flags} --train-iters 4", 1, "tear-in-step 2") == [EXIT_DONE]
+    assert (runs.tmp_path / "done/iter_0000004").is_dir()
     assert runs("done", f"{flags} --train-iters 2") == [EXIT_DONE]
     assert "nothing to do: 4 of 2 steps are done; raise --train-iters to go on" in runs.events("done")
     assert not any(event.startswith("learning rate goes on") for event in runs.events("done"))

@@ -333,6 +333,19 @@ def test_another_batch_size_trains_the_rows_that_are_left(runs):
     assert column(runs.steps("fewer"), "consumed_samples") == [4, 8, 12, 16, 20, 24, 26, 28, 30, 32, 34, 36]
 
 
+def test_a_damaged_newest_checkpoint_and_another_batch_size_are_sorted_out_by_a_second_start(runs):
+    flags = "--eval-interval 0 --train-samples 50 --keep-last 0"
+    runs("damaged", f"{flags} --global-batch-size 4 --save-interval 5 --exit-interval 6")
+    for file in (runs.tmp_path / "damaged/iter_0000006").glob("*.distcp"):
+        file.write_bytes(b"")
+    more = f"{flags} --global-batch-size 8 --override-checkpoint-args"
+    words = [*runs.common, "--save", str(runs.tmp_path / "damaged"), *more.split()]
+    (line,) = run_ranks(finetune_error, 1, words)
+    assert "newest checkpoint is damaged" in line and "start the same command again" in line
+    assert runs("damaged", more) == [EXIT_DONE]
+    assert column(runs.steps("damaged"), "consumed_samples") == [4, 8, 12, 16, 20, 28, 36, 44, 52]
+
+
 def test_a_finished_run_says_how_it_goes_on_and_survives_a_torn_line(runs):
     flags = "--global-batch-size 2 --eval-interval 3 --eval-iters 1"
     assert runs("done", f"{flags} --train-iters 4", 1, "tear-in-step 2") == [EXIT_DONE]

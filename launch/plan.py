@@ -359,7 +359,7 @@ def steps_of_run(args: argparse.Namespace, rows: int | None, batch: int) -> int 
     """Steps of the whole run, by whichever length was given."""
     if args.train_iters:
         return args.train_iters
-    samples = args.train_samples or (args.train_tokens and args.train_tokens / args.seq_length)
+    samples = args.train_samples or (args.train_tokens and args.train_tokens / (ASSUMED_FILL * args.seq_length))
     samples = samples or (args.train_epochs and rows and args.train_epochs * rows)
     return math.ceil(samples / batch) if samples else None
 

@@ -201,7 +201,9 @@ def bytes_to_save(args):
     wrapped = wrap_for_data_parallel(args, chunks)
     optimizer = build_optimizer(args, wrapped)
     optimizer_state.initialise(optimizer)
-    return Together().total(sharding.bytes_to_save(wrapped, optimizer, bool(args.lora_rank)))
+    return Together(args.distributed_timeout_minutes).total(
+        sharding.bytes_to_save(wrapped, optimizer, bool(args.lora_rank))
+    )
 
 
 @pytest.mark.parametrize(

@@ -244,6 +244,24 @@ def test_every_change_that_makes_another_run_is_seen(tmp_path):
     assert changed(args) == []
 
 
+def test_the_saved_batch_is_asked_for_where_it_can_be_given(inputs, tmp_path):
+    save = tmp_path / "save"
+    small = FLAGS.replace("--global-batch-size 4", "")
+
+    def start(ranks: int, *more: str) -> str:
+        words = f"{small} {inputs} --save {save} --train-iters 2 --micro-batch-size 1".split()
+        return str(run_ranks(train, ranks, [*words, *more])[0][0])
+
+    assert start(2) == "0"
+    assert "--global-batch-size was 2, is 1; give --global-batch-size 2," in start(1)
+    four = start(4)
+    assert "--global-batch-size was 2, is 4; start a number of processes that divides 2," in four
+    assert "give --global-batch-size" not in four
+    more = ("--tensor-model-parallel-size", "2", "--micro-batch-size")
+    assert "start 2 x D processes, D such that --micro-batch-size 2 x D divides 2," in start(4, *more, "2")
+    assert "give --global-batch-size 2 and a --micro-batch-size that divides it," in start(2, *more, "4")
+
+
 def test_directories_that_cannot_be_resumed_are_explained(three, inputs, tmp_path):
     def start(save: Path, *more: str) -> tuple[str, str]:
         (found,) = run("1", inputs, save, NO_DROPOUT, "--train-iters 7", *more)

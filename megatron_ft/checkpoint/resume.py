@@ -132,11 +132,23 @@ def compare(manifest: Manifest, args: Namespace, shape: ModelShape, now_data: di
     return changed, others
 
 
-def refuse_changes(manifest: Manifest, changed: list[str], where: Path) -> UserError:
+def refuse_changes(manifest: Manifest, args: Namespace, changed: list[str], where: Path) -> UserError:
     """The error for a resume that would silently be another run."""
     hint = ""
     if any(line.startswith("--global-batch-size") for line in changed):
-        hint = f"give --global-batch-size {manifest.args['global_batch_size']}, "
+        saved, micro = manifest.args["global_batch_size"], args.micro_batch_size
+        model_parallel = args.world_size // args.data_parallel_size
+        if saved % (micro * args.data_parallel_size) == 0:
+            hint = f"give --global-batch-size {saved}, "
+        elif saved % micro:
+            hint = f"give --global-batch-size {saved} and a --micro-batch-size that divides it, "
+        elif micro * model_parallel == 1:
+            hint = f"start a number of processes that divides {saved}, "
+        else:
+            hint = (
+                f"start {model_parallel} x D processes, D such that --micro-batch-size {micro} x D divides {saved}, "
+                f"and give --global-batch-size {saved}, "
+            )
     return UserError(
         f"{where} is another run's: {'; '.join(changed)}; {hint}use the saved flags, another --save, "
         "or --override-checkpoint-args to go on with the new ones"

@@ -193,7 +193,7 @@ class Checkpointer:
     def _compare(self, manifest: Manifest, where: Path) -> list[str]:
         changed, others = resume.compare(manifest, self.args, self.shape, resume.describe_data(self.args))
         if changed and not self.args.override_checkpoint_args:
-            raise resume.refuse_changes(manifest, changed, where)
+            raise resume.refuse_changes(manifest, self.args, changed, where)
         return [f"{line} (--override-checkpoint-args)" for line in changed] + others
 
     def _load(self, state: TrainState, where: Path, manifest: Manifest) -> list[str]:

@@ -50,7 +50,11 @@ def main() -> None:
     parser = Parser(description=__doc__, formatter_class=Help, allow_abbrev=False)
     add = parser.add_argument
     add("--load", required=True, metavar="DIR", help="checkpoint: a run's directory, or one iteration's")
-    add("--iteration", default="latest", help="a number, 'release', or 'latest' as the tracker file says")
+    add(
+        "--iteration",
+        default="latest",
+        help="a number, 'best' (lowest validation loss), 'release', or 'latest' as the tracker file says",
+    )
     add("--output", required=True, metavar="DIR", help="new Hugging Face directory")
     add("--tokenizer-file", metavar="FILE", help="tokenizer.json or SentencePiece model; the run's own when not given")
     add("--tokenizer-from", metavar="DIR", help="Hugging Face directory to take the tokenizer files from")
@@ -80,6 +84,8 @@ def main() -> None:
     if args.merge_lora and not adapters:
         raise UserError(f"--merge-lora: {args.load} holds a whole model, no adapters; leave the flag out")
     source = MergedSource(adapters, args.base) if adapters else open_weights(args.load, args.iteration)
+    if source.notice:
+        print(source.notice)
     if source.kind == "Hugging Face":
         raise UserError(f"{args.load}: a Hugging Face model already; give a Megatron checkpoint")
     if not adapters:
@@ -151,6 +157,8 @@ def write_adapter(adapters: AdapterSource, args) -> None:
     """PEFT's directory of a LoRA run: adapter_model.safetensors and adapter_config.json."""
     if adapters.manifest is None:
         raise UserError(f"{args.load}: a PEFT adapter already; --merge-lora makes a whole model of it")
+    if adapters.notice:
+        print(adapters.notice)
     base = base_model(adapters, args.base)
     path, tokenizer = find_tokenizer(adapters, args)
     tensors = adapters.peft_tensors(DTYPES.get(args.dtype))
@@ -178,6 +186,7 @@ def base_model(adapters: AdapterSource, given: str | None) -> str | None:
     """What PEFT is to load the adapters on: the run's base where that is a Hugging Face directory, else --base, else None."""
     place = Path(given or adapters.base_path)
     if (place / "config.json").is_file():
+        adapters.open_base(place)  # is it that one?
         return str(place.absolute())
     if given and place.exists():
         raise UserError(

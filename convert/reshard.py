@@ -31,7 +31,11 @@ def main() -> None:
     parser = Parser(description=__doc__, formatter_class=Help, allow_abbrev=False)
     add = parser.add_argument
     add("--load", required=True, metavar="DIR", help="checkpoint: a run's directory, or one iteration's")
-    add("--iteration", default="latest", help="a number, 'release', or 'latest' as the tracker file says")
+    add(
+        "--iteration",
+        default="latest",
+        help="a number, 'best' (lowest validation loss), 'release', or 'latest' as the tracker file says",
+    )
     add("--save", required=True, metavar="OUT", help="new checkpoint directory")
     add("--tensor-parallel", type=int, required=True, metavar="T", help="tensor parallel ranks")
     add("--pipeline-parallel", type=int, default=1, metavar="P", help="pipeline stages")
@@ -44,6 +48,8 @@ def main() -> None:
     add("--overwrite", action="store_true", help="replace --save when it is not empty")
     args = parser.parse_args()
     source = open_weights(args.load, args.iteration)
+    if source.notice:
+        print(source.notice)
     if source.kind == "Hugging Face":
         raise UserError(f"{args.load}: a Hugging Face model; use convert/hf_to_megatron.py")
     check_layout(source.shape, args.tensor_parallel, args.pipeline_parallel, args.make_vocab_size_divisible_by)

@@ -61,7 +61,7 @@ def main() -> int:
     add = parser.add_argument
     add("a", metavar="A", help="first checkpoint")
     add("b", metavar="B", help="second checkpoint")
-    add("--iteration-a", default="latest", help="iteration of A: a number, 'release' or 'latest'")
+    add("--iteration-a", default="latest", help="iteration of A: a number, 'best', 'release' or 'latest'")
     add("--iteration-b", default="latest", help="iteration of B")
     add("--base", metavar="DIR", help="base weights of a LoRA run; where the run took them from when not given")
     add("--tolerance", type=float, default=0.0, help="largest difference of tensors that still counts as equal")

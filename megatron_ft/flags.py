@@ -326,7 +326,7 @@ def _add_checkpoint(add) -> None:
         help="weights to start from: torch_dist, legacy Megatron or Hugging Face directory; with --lora-rank also adapters to train on",
     )
     add("--finetune-from", metavar="DIR", help="another name of --load")
-    add("--load-iteration", default="latest", help="which iteration of --load: a number, 'release' or 'latest'")
+    add("--load-iteration", default="latest", help="of --load: a number, 'best', 'release' or 'latest'")
     add("--from-scratch", action="store_true", help="random weights; without it a missing checkpoint is an error")
     for flag in ("--finetune", "--no-load-optim", "--no-load-rng", "--reset-progress"):
         add(

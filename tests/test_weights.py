@@ -180,7 +180,7 @@ def test_a_legacy_checkpoint_that_does_not_belong_together_is_refused_by_name(go
     with pytest.raises(UserError, match="iteration 8 was asked for; there are iter_0000007"):
         open_weights(golden / "legacy/tp2pp2", 8)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="no checkpoint is known here"):
+    with pytest.raises(UserError, match="so none is known here"):
         open_weights(tmp_path / "empty")
     with pytest.raises(UserError, match="no such directory"):
         open_weights(tmp_path / "nowhere")

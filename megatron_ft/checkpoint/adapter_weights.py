@@ -17,6 +17,7 @@ from megatron_ft.adapters import (
     stacked_name,
     to_peft,
 )
+from megatron_ft.checkpoint.base_weights import is_base
 from megatron_ft.checkpoint.hf import read_json
 from megatron_ft.checkpoint.manifest import NAME, Manifest
 from megatron_ft.checkpoint.names import hf_shape
@@ -39,6 +40,7 @@ class AdapterSource:
     base_iteration: int | str = "latest"
     iteration: int | str | None = None
     manifest: Manifest | None = None
+    notice: str | None = None  # of `find_iteration`
 
     @property
     def args(self) -> dict:
@@ -50,7 +52,7 @@ class AdapterSource:
         return {name: tensor.to(dtype or tensor.dtype) for name, tensor in to_peft(self.tensors).items()}
 
     def open_base(self, elsewhere: Path | str | None = None) -> WeightSource:
-        """The weights they belong to, from where they were or `elsewhere`. Raises UserError when these are not there or do not fit."""
+        """The weights they belong to, from where they were or `elsewhere`. Raises UserError when these are not there or are others."""
         try:
             base = open_weights(elsewhere or self.base_path, self.base_iteration)
         except UserError as error:
@@ -65,6 +67,11 @@ class AdapterSource:
                         f"{self.path}: {stacked_name(target, part)} has shape {list(found)}, {base.path} and rank {rank} want {list(shape)}; "
                         "give the base that the adapters were trained on"
                     )
+        if self.manifest and not is_base(base, self.manifest.base):
+            raise UserError(
+                f"{self.path}: the base weights are not those the adapters were trained on: {base.path} holds others; "
+                f"put the right ones back at {self.base_path}"
+            )
         return base
 
 
@@ -75,7 +82,7 @@ def open_adapters(path: Path | str, iteration: int | str = "latest") -> AdapterS
         return None
     if (path / PEFT_CONFIG).is_file():
         return _open_peft(path)
-    directory, number = find_iteration(path, iteration)
+    directory, number, notice = find_iteration(path, iteration)
     if not (directory / NAME).is_file() or not read_json(directory / NAME).get("base"):
         return None
     manifest = whole_manifest(directory)
@@ -91,6 +98,7 @@ def open_adapters(path: Path | str, iteration: int | str = "latest") -> AdapterS
         manifest.base.get("iteration") or "latest",
         number,
         manifest,
+        notice,
     )
 
 
@@ -136,7 +144,8 @@ class MergedSource(WeightSource):
         self.adapters, self.kind = adapters, f"{self.base.kind} with merged LoRA adapters"
         self.path, self.iteration, self.args = adapters.path, adapters.iteration, adapters.args
         self.manifest = adapters.manifest
-        self.shape, self.vocab_size, self.notice = self.base.shape, self.base.vocab_size, self.base.notice
+        self.shape, self.vocab_size = self.base.shape, self.base.vocab_size
+        self.notice = adapters.notice or self.base.notice
         self._last: tuple[str, torch.Tensor] | None = None
 
     def dtype_of(self, name: str) -> torch.dtype:

@@ -46,6 +46,23 @@ def read_tracker(save: Path) -> str | None:
     return path.read_text(errors="replace").strip() if path.is_file() else None
 
 
+def read_best(save: Path) -> int | None:
+    """Iteration of the best checkpoint, None when none is known."""
+    path = save / BEST
+    text = path.read_text(errors="replace").strip() if path.is_file() else ""
+    return int(text) if text.isdigit() else None
+
+
+def name_what_is_there(save: Path, newest: int, best: int | None) -> None:
+    """Let the tracker and the best mark name these. Files that do so already are left alone."""
+    for name, iteration in ((TRACKER, newest), (BEST, best)):
+        path = save / name
+        if iteration is None:
+            path.unlink(missing_ok=True)
+        elif not path.is_file() or path.read_bytes() != str(iteration).encode():
+            replace_file(path, str(iteration).encode())
+
+
 def sync_directory(path: Path) -> None:
     """Make the names in a directory durable."""
     handle = os.open(path, os.O_RDONLY)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from megatron_ft.checkpoint import tokenizer_files
 from megatron_ft.checkpoint.adapter_weights import open_start
+from megatron_ft.checkpoint.base_weights import is_base
 from megatron_ft.checkpoint.directory import TRACKER, iteration_directory, list_iterations, read_tracker
 from megatron_ft.checkpoint.manifest import NAME, Damaged, Manifest, read_manifest
 from megatron_ft.data.indexed import field_paths
@@ -87,6 +88,17 @@ def candidates(save: Path) -> tuple[list[int], list[str]]:
     return iterations, []
 
 
+def saved_best(save: Path, until: int) -> int | None:
+    """The best of the checkpoints in `save` up to an iteration: the last whose manifest says that nothing before it was better."""
+    for iteration in list_iterations(save):
+        if iteration <= until:
+            with contextlib.suppress(Damaged):
+                best = read_manifest(iteration_directory(save, iteration)).state["best"]
+                if best and best["iteration"] == iteration:
+                    return iteration
+    return None
+
+
 def none_is_whole(save: Path, damage: list[str]) -> UserError:
     """The error for a directory whose every checkpoint is damaged."""
     return UserError(
@@ -110,6 +122,37 @@ def choose_first_start(args: Namespace) -> tuple[str, str]:
         return "scratch", f"{empty} and no --load: random weights (--from-scratch)"
     raise UserError(
         f"{empty}, and no --load DIR is given; give one to fine-tune from, or --from-scratch for random weights"
+    )
+
+
+def find_base(base: dict, args: Namespace, where: Path) -> tuple[str, int | str]:
+    """(directory, iteration) of the weights that the adapters in `where` were trained on: where they were, or else --load.
+
+    Raises UserError when neither holds them.
+    """
+    iteration = "latest" if base["iteration"] is None else base["iteration"]
+    places = [(base["path"], iteration)]
+    if args.load:
+        places += [(args.load, iteration), (args.load, args.load_iteration)]
+    looked, others = [], False
+    for place in dict.fromkeys(places):
+        try:
+            source, _ = open_start(*place, args)
+        except UserError as error:
+            looked.append(str(error))
+            continue
+        if is_base(source, base):
+            return place
+        looked.append(f"{source.path} holds others")
+        others = True
+    what = (
+        "the base weights are not those the adapters were trained on"
+        if others
+        else "the base weights of its adapters are gone"
+    )
+    raise UserError(
+        f"{where}: {what}: {'; '.join(dict.fromkeys(looked))}; put them back at {base['path']}, or give --load DIR (and --load-iteration N) "
+        "of where they are now"
     )
 
 

@@ -19,6 +19,7 @@ from typing import Any
 
 from megatron_ft.checkpoint import directory, optimizer_state, resume, sharding, tokenizer_files
 from megatron_ft.checkpoint.adapter_weights import open_start
+from megatron_ft.checkpoint.base_weights import describe_base
 from megatron_ft.checkpoint.content import TrainState, describe, restore, tensors_to_save
 from megatron_ft.checkpoint.load_weights import known_tokens, load_adapters, load_weights
 from megatron_ft.checkpoint.manifest import Damaged, Manifest, check_files, describe_file, read_manifest
@@ -131,12 +132,13 @@ class Checkpointer:
             self.weights_iteration = number if isinstance(number, int) else 0
             if self.args.lora_rank:
                 self._check_tokens(source)
-                base = adapters.base_path if adapters else path
-                self._base = {"path": str(Path(base).absolute()), "iteration": source.iteration}
             report = load_weights(source, state.model, self.shape.vocab_size)
             lines = [f"{source.path} ({source.kind}): {line}" for line in report.lines()]
+            lines += [found.notice for found in (adapters, source) if found and found.notice]
             return [*lines, load_adapters(adapters, state.model)] if adapters else lines
 
+        if self.args.lora_rank:
+            self._base = self.ranks.on_rank_0(lambda: describe_base(open_start(path, iteration, self.args)[0]))
         lines = self.ranks.everywhere(load)
         optimizer_state.take_weights(state.optimizer)
         return lines
@@ -169,7 +171,7 @@ class Checkpointer:
                 continue
             self.last_saved, self._last_save_samples = iteration, state.consumed_samples
             skipped = iterations[: len(damage)]
-            self.ranks.on_rank_0(lambda skipped=skipped: self._put_aside(skipped))
+            self.ranks.on_rank_0(lambda skipped=skipped, newest=iteration: self._go_on_from(newest, skipped))
             lines = [
                 *(f"damaged checkpoint skipped, {line}" for line in damage),
                 *notes,
@@ -200,7 +202,9 @@ class Checkpointer:
         """Fill `state` from a verified checkpoint; lines for the log."""
         lines = []
         if manifest.base:
-            lines += self._load_base(state, manifest.base)
+            lines += self._load_weights(
+                state, *self.ranks.on_rank_0(lambda: resume.find_base(manifest.base, self.args, where))
+            )
         self.ranks.everywhere(lambda: restore(state, where, manifest))
         if manifest.layout != sharding.layout():
             lines.append(
@@ -209,19 +213,18 @@ class Checkpointer:
             )
         return lines
 
-    def _load_base(self, state: TrainState, base: dict) -> list[str]:
-        """The weights that adapters belong to, from where they were or, if they moved, from --load."""
-        there = self.ranks.on_rank_0(lambda: Path(base["path"]).is_dir())
-        if not there and self.args.load:
-            return self._load_weights(state, self.args.load, self.args.load_iteration)
-        return self._load_weights(state, base["path"], "latest" if base["iteration"] is None else base["iteration"])
-
-    def _put_aside(self, iterations: list[int]) -> None:
+    def _go_on_from(self, newest: int, damaged: list[int]) -> None:
+        """Rank 0: put damaged checkpoints aside; tracker and best mark name what was loaded, whatever they named before."""
+        save = self.save_directory
         with self.owner.writing():
-            for iteration in iterations:
-                if directory.iteration_directory(self.save_directory, iteration).exists():
-                    aside = directory.put_aside(self.save_directory, iteration)
+            for iteration in damaged:
+                if directory.iteration_directory(save, iteration).exists():
+                    aside = directory.put_aside(save, iteration)
                     self.log(f"put aside as {aside}; remove it when you have looked")
+            best = resume.saved_best(save, newest)
+            failure = _failure_of(lambda: directory.name_what_is_there(save, newest, best))
+            if failure:
+                self.log(f"warning: {failure}; the tracker file may name what is not there")
 
     def _check_free_space(self, state: TrainState) -> None:
         """Say at once when the next save cannot fit, and when those that lie there at once later in the run cannot."""
@@ -321,6 +324,19 @@ class Checkpointer:
             )
         self.ranks.on_rank_0(lambda: self.owner.release() if self.owner else None)
 
+    def saved_best(self) -> dict | None:
+        """`best` of the state in the best checkpoint on disk, a save in the background included; None when there is none."""
+        self.wait()
+
+        def read() -> dict | None:
+            best = directory.read_best(self.save_directory) if self.save_directory else None
+            if best is not None:
+                with contextlib.suppress(Damaged):
+                    return read_manifest(directory.iteration_directory(self.save_directory, best)).state["best"]
+            return None
+
+        return self.ranks.on_rank_0(read)
+
     def wait(self) -> bool:
         """Wait for a save in the background and commit it. Whether it went well."""
         pending, self._pending = self._pending, None
@@ -364,12 +380,14 @@ class Checkpointer:
             directory.replace_file(save / directory.TRACKER, str(pending.iteration).encode())
             if pending.is_best:
                 directory.replace_file(save / directory.BEST, str(pending.iteration).encode())
-            self._delete_superseded((manifest.state["best"] or {}).get("iteration"))
+            self._delete_superseded()
         self.log(f"saved iteration {pending.iteration} to {directory.iteration_directory(save, pending.iteration)}")
 
-    def _delete_superseded(self, best: int | None) -> None:
-        """Rank 0: what cannot be deleted is said, and no reason to stop saving."""
+    def _delete_superseded(self) -> None:
+        """Rank 0: what cannot be deleted is said, and no reason to stop saving. The best is the one on disk: a better one may have
+        failed to be saved."""
         save, args = self.save_directory, self.args
+        best = directory.read_best(save)
         iterations = directory.list_iterations(save)
         ends = directory.period_ends(self._consumed_samples(iterations), self.period) if self.period else ()
         for old in directory.superseded(

@@ -327,6 +327,10 @@ def _finish(run: Run) -> int:
         run.log.event(f"stopped by {stop} after the last step; start the same command again for what is left")
         return EXIT_RESUME
     run.log.event(f"done: {state.iteration} iterations, {state.consumed_samples} rows, {state.consumed_tokens} tokens")
+    if best := run.checkpointer.saved_best():
+        run.log.event(
+            f"best: iteration {best['iteration']} ({best['group']} loss {best['loss']:.6f}); convert it with --iteration best"
+        )
     return EXIT_DONE
 
 

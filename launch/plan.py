@@ -19,7 +19,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # not this folder: its f
 
 from megatron_ft import memory
 from megatron_ft.arguments import fill_in, normalise
-from megatron_ft.checkpoint.directory import most_at_once
+from megatron_ft.checkpoint.retention import most_at_once
 from megatron_ft.errors import EXIT_DONE, UserError, run_program
 from megatron_ft.flags import Help, Parser, build_parser
 from megatron_ft.memory import GIB, GPUS, Layout, Memory

@@ -30,10 +30,11 @@ from hypothesis import strategies as st
 from ranks import run_ranks
 
 from megatron_ft.checkpoint import owner as owners
-from megatron_ft.checkpoint.directory import most_at_once, read_tracker, superseded
+from megatron_ft.checkpoint.directory import read_tracker
 from megatron_ft.checkpoint.manifest import check_files, describe_file, read_manifest
 from megatron_ft.checkpoint.optimizer_state import boxes
 from megatron_ft.checkpoint.owner import Owner
+from megatron_ft.checkpoint.retention import most_at_once, superseded
 from megatron_ft.checkpoint.torch_dist import read_metadata
 from megatron_ft.errors import UserError
 

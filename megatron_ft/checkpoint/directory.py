@@ -14,7 +14,6 @@ import os
 import re
 import shutil
 import threading
-from collections.abc import Collection
 from pathlib import Path
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -114,73 +113,6 @@ def remove_leftovers(save: Path) -> list[str]:
     for path in leftovers:
         shutil.rmtree(path, ignore_errors=True)
     return sorted(path.name for path in leftovers)
-
-
-def superseded(
-    iterations: list[int],
-    *,
-    keep_last: int,
-    keep_every: int | None,
-    best: int | None,
-    period_ends: Collection[int] = (),
-) -> list[int]:
-    """Iterations that may go: not among the newest `keep_last` (0 keeps all), no multiple of `keep_every`, not the best, none of `period_ends`.
-
-    >>> superseded([60, 50, 40, 30, 20, 10], keep_last=2, keep_every=30, best=10)
-    [40, 20]
-    """
-    if keep_last == 0:
-        return []
-    newest_first = sorted(iterations, reverse=True)
-    kept = {best, *period_ends, *newest_first[:1]}  # the newest stays, whatever is asked
-    return [i for i in newest_first[keep_last:] if i not in kept and not (keep_every and i % keep_every == 0)]
-
-
-def periods(samples: int, period: float) -> int:
-    """How many whole periods of `period` rows `samples` rows make; rounding errors of 0.1 x 30 and the like do not count."""
-    return int(samples / period + 1e-9)
-
-
-def period_ends(samples: dict[int, int], period: float) -> set[int]:
-    """Of checkpoints {iteration: consumed samples}, the first at or past each multiple of `period` rows.
-
-    >>> sorted(period_ends({1: 8, 2: 16, 3: 24, 4: 32, 5: 40, 6: 48}, 20))
-    [3, 5]
-    """
-    ends: dict[int, int] = {}
-    for iteration in sorted(samples):
-        ends.setdefault(periods(samples[iteration], period), iteration)
-    return {iteration for number, iteration in ends.items() if number > 0}
-
-
-def most_at_once(
-    there: list[int],
-    until: int | None,
-    *,
-    save_interval: int | None,
-    keep_last: int,
-    keep_every: int | None,
-    best: bool,
-) -> int:
-    """Most checkpoints that lie in a directory at once while a run goes on from the newest iteration `there` to `until`.
-
-    One that is being written lies beside those it will supersede, and the best, where one is looked for, beside the newest.
-    Without `until`, as many saves are looked at as it takes to delete the first: with `keep_last` 0 they only grow from there.
-
-    >>> most_at_once([], 1000, save_interval=100, keep_last=2, keep_every=None, best=True)
-    4
-    """
-    now = max(there, default=0)
-    step = save_interval or keep_every or until or 1
-    end = max(now, until or now + step * (keep_last + 2))
-    coming = sorted({*range(now - now % step + step, end, step), end} - {now})
-    kept, most = list(there), len(there)
-    for iteration in coming:
-        kept.append(iteration)
-        most = max(most, len(kept))
-        gone = superseded(kept, keep_last=keep_last, keep_every=keep_every, best=None)
-        kept = [i for i in kept if i not in gone]
-    return min(most + best, len(there) + len(coming))
 
 
 def free_bytes(save: Path) -> int:

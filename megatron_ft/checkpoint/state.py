@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_ft.checkpoint import directory, optimizer_state, resume, sharding, tokenizer_files
+from megatron_ft.checkpoint import directory, optimizer_state, resume, retention, sharding, tokenizer_files
 from megatron_ft.checkpoint.adapter_weights import open_start
 from megatron_ft.checkpoint.base_weights import describe_base
 from megatron_ft.checkpoint.content import TrainState, describe, restore, tensors_to_save
@@ -228,32 +228,8 @@ class Checkpointer:
 
     def _check_free_space(self, state: TrainState) -> None:
         """Say at once when the next save cannot fit, and when those that lie there at once later in the run cannot."""
-        args = self.args
         needed = self.ranks.total(sharding.bytes_to_save(state.model, state.optimizer, bool(self._base)))
-
-        def compare() -> None:
-            free = directory.free_bytes(self.save_directory)
-            if free < needed:
-                raise UserError(
-                    f"--save {self.save_directory}: a checkpoint takes {needed / 1e9:.3f} GB, {free / 1e9:.3f} GB are free; "
-                    "free some space, or give a --save elsewhere"
-                )
-            there = directory.list_iterations(self.save_directory)
-            most = directory.most_at_once(
-                there,
-                args.train_iters,
-                save_interval=args.save_interval,
-                keep_last=args.keep_last,
-                keep_every=args.keep_every,
-                best=bool(args.eval_interval),
-            )
-            if free < (most - len(there)) * needed:
-                self.log(
-                    f"warning: --save {self.save_directory}: up to {most} checkpoints of {needed / 1e9:.3f} GB will lie there at "
-                    f"once ({len(there)} do), {free / 1e9:.3f} GB are free; free some space, or lower --keep-last {args.keep_last}"
-                )
-
-        self.ranks.on_rank_0(compare)
+        self.ranks.on_rank_0(lambda: retention.check_room(self.save_directory, needed, self.args, self.log))
 
     # ---- save --------------------------------------------------------------------------------------------------------
 
@@ -262,9 +238,7 @@ class Checkpointer:
         self.poll()
         if self.args.save_interval and state.iteration % self.args.save_interval == 0:
             return True
-        if self.period and directory.periods(state.consumed_samples, self.period) > directory.periods(
-            self._last_save_samples, self.period
-        ):
+        if self.period and retention.passed_period(self._last_save_samples, state.consumed_samples, self.period):
             return True
         if not self.args.save_interval_mins:
             return False
@@ -380,32 +354,8 @@ class Checkpointer:
             directory.replace_file(save / directory.TRACKER, str(pending.iteration).encode())
             if pending.is_best:
                 directory.replace_file(save / directory.BEST, str(pending.iteration).encode())
-            self._delete_superseded()
+            retention.delete_superseded(save, self.args, self.period, self.log)
         self.log(f"saved iteration {pending.iteration} to {directory.iteration_directory(save, pending.iteration)}")
-
-    def _delete_superseded(self) -> None:
-        """Rank 0: what cannot be deleted is said, and no reason to stop saving. The best is the one on disk: a better one may have
-        failed to be saved."""
-        save, args = self.save_directory, self.args
-        best = directory.read_best(save)
-        iterations = directory.list_iterations(save)
-        ends = directory.period_ends(self._consumed_samples(iterations), self.period) if self.period else ()
-        for old in directory.superseded(
-            iterations, keep_last=args.keep_last, keep_every=args.keep_every, best=best, period_ends=ends
-        ):
-            try:
-                directory.discard(directory.iteration_directory(save, old))
-            except OSError as error:
-                self.log(f"warning: {error.filename} could not be deleted: {error.strerror}")
-
-    def _consumed_samples(self, iterations: list[int]) -> dict[int, int]:
-        """Rows that each checkpoint's run had seen, as their manifests say; a damaged one says nothing."""
-        found = {}
-        for iteration in iterations:
-            with contextlib.suppress(Damaged):
-                manifest = read_manifest(directory.iteration_directory(self.save_directory, iteration))
-                found[iteration] = manifest.state["consumed_samples"]
-        return found
 
     def _mark_best(self, state: TrainState) -> None:
         """Rank 0: write into a checkpoint that is there already that it is the best."""

@@ -1,8 +1,8 @@
 """The device a rank computes on; without a GPU, the adapter that lets Megatron-Core run on the CPU.
 
 Megatron-Core asks for CUDA by name in some forty places: tensors made on `"cuda"`, streams, the CUDA random state, asserts on
-`torch.cuda.FloatTensor`. `set_up_device` enters a mode that answers these from the CPU. It is the only file that patches anything
-outside this package, and it does nothing where a GPU is present.
+`torch.cuda.FloatTensor`. `set_up_device` enters a mode that answers these from the CPU. It does nothing where a GPU is
+present. Beside it only `optimizer.py` exchanges a function of another package: the sum of gradients' norms.
 """
 
 import argparse

@@ -79,18 +79,14 @@ def run(args: argparse.Namespace, device, started: float) -> int:
     import torch
     import torch.distributed as dist
 
-    from megatron_ft.checkpoint.state import Checkpointer, TrainState
+    from megatron_ft.checkpoint.state import Checkpointer
     from megatron_ft.data.packed_dataset import build_datasets, rows_per_epoch, training_fill_rate
     from megatron_ft.engine import parallel
     from megatron_ft.engine.console import RunPlan
-    from megatron_ft.engine.lora import add_lora
     from megatron_ft.engine.metrics import MetricsLog
-    from megatron_ft.engine.model import build_model, uses_transformer_engine, wrap_for_data_parallel
-    from megatron_ft.engine.optimizer import build_optimizer
     from megatron_ft.engine.out_of_memory import out_of_memory
-    from megatron_ft.engine.packed_attention import slow_with_dropout
     from megatron_ft.engine.rows import Rows
-    from megatron_ft.engine.schedule import Length, build_scheduler, many_epochs, plan_length
+    from megatron_ft.engine.schedule import Length, many_epochs, plan_length
     from megatron_ft.engine.train import Run, train
     from megatron_ft.tokenizer import load_tokenizer
 
@@ -116,15 +112,7 @@ def run(args: argparse.Namespace, device, started: float) -> int:
     )
     check_groups(args, datasets)
 
-    padded_vocab = padded_vocab_size(
-        shape.vocab_size, args.make_vocab_size_divisible_by, args.tensor_model_parallel_size
-    )
-    chunks = build_model(args, shape, padded_vocab)
-    if args.lora_rank:
-        add_lora(chunks, args)
-    model = wrap_for_data_parallel(args, chunks)
-    optimizer = build_optimizer(args, model)
-    state = TrainState(model, optimizer, build_scheduler(args, optimizer, length, done))
+    state = build_state(args, shape, length, done)
     start = checkpointer.start(state)
     if plan_from(done=Length(state.iteration, state.consumed_samples)) != length:
         raise UserError(
@@ -143,13 +131,9 @@ def run(args: argparse.Namespace, device, started: float) -> int:
     checkpointer.log = log.event
     read = [datasets.train] if datasets.train else [*datasets.valid.values(), *datasets.test.values()]
     log.banner(data="\n".join(dataset.description for dataset in read), start="\n".join(start.reasons))
-    for notice in [*args.notices, *datasets.notices, *(many_epochs(length, epoch) if epoch else [])]:
+    notices = [*args.notices, *datasets.notices, *(many_epochs(length, epoch) if epoch else [])]
+    for notice in [*notices, *attention_notices(args, shape, device)]:
         log.event(notice)
-    if device.type == "cuda" and not uses_transformer_engine(args):
-        if notice := slow_with_dropout(
-            shape.attention_dropout, chunks[0].config.params_dtype, shape.kv_channels, device
-        ):
-            log.event(notice)
 
     def rows(dataset, whole: bool = True) -> Rows:
         return Rows(
@@ -190,6 +174,36 @@ def run(args: argparse.Namespace, device, started: float) -> int:
     finally:
         watchdog.stop()
         log.close()
+
+
+def build_state(args: argparse.Namespace, shape: ModelShape, length, done):
+    """TrainState of a random start: model, optimizer, scheduler of a run of `length`, of which `done` (both Length) lies in a checkpoint."""
+    from megatron_ft.checkpoint.content import TrainState
+    from megatron_ft.engine.lora import add_lora
+    from megatron_ft.engine.model import build_model, wrap_for_data_parallel
+    from megatron_ft.engine.optimizer import build_optimizer
+    from megatron_ft.engine.schedule import build_scheduler
+
+    padded_vocab = padded_vocab_size(
+        shape.vocab_size, args.make_vocab_size_divisible_by, args.tensor_model_parallel_size
+    )
+    chunks = build_model(args, shape, padded_vocab)
+    if args.lora_rank:
+        add_lora(chunks, args)
+    model = wrap_for_data_parallel(args, chunks)
+    optimizer = build_optimizer(args, model)
+    return TrainState(model, optimizer, build_scheduler(args, optimizer, length, done))
+
+
+def attention_notices(args: argparse.Namespace, shape: ModelShape, device) -> list[str]:
+    """A line for the log when this GPU has no fast kernel for the attention that was asked for."""
+    from megatron_ft.engine.model import compute_dtype, uses_transformer_engine
+    from megatron_ft.engine.packed_attention import slow_with_dropout
+
+    if device.type != "cuda" or uses_transformer_engine(args):
+        return []
+    notice = slow_with_dropout(shape.attention_dropout, compute_dtype(args), shape.kv_channels, device)
+    return [notice] if notice else []
 
 
 def model_shape(args: argparse.Namespace) -> ModelShape:

@@ -46,9 +46,14 @@ def uses_transformer_engine(args: argparse.Namespace) -> bool:
     return args.transformer_impl != "local" and HAVE_TE and torch.cuda.is_available()
 
 
+def compute_dtype(args: argparse.Namespace) -> torch.dtype:
+    """What weights are multiplied in: --bf16, --fp16, or fp32."""
+    return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+
+
 def transformer_config(args: argparse.Namespace, shape: ModelShape) -> TransformerConfig:
     """Megatron-Core's configuration for `shape` under the flags of `args`."""
-    dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+    dtype = compute_dtype(args)
     fuse = torch.cuda.is_available()
     return TransformerConfig(
         num_layers=shape.num_layers,

@@ -9,6 +9,7 @@ from megatron.core.utils import get_model_config, local_multi_tensor_l2_norm
 from torch import Tensor, nn
 
 from megatron_ft.checkpoint.optimizer_state import parts
+from megatron_ft.engine.model import compute_dtype
 
 
 def build_optimizer(args: argparse.Namespace, chunks: list[nn.Module]):
@@ -37,7 +38,7 @@ def optimizer_config(args: argparse.Namespace) -> OptimizerConfig:
         clip_grad=args.clip_grad or float("inf"),  # at infinity nothing is clipped, and the norm is still measured
         fp16=args.fp16,
         bf16=args.bf16,
-        params_dtype=torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32,
+        params_dtype=compute_dtype(args),
         loss_scale=args.loss_scale if args.fp16 else None,
         initial_loss_scale=args.initial_loss_scale,
         min_loss_scale=args.min_loss_scale,

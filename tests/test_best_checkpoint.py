@@ -67,6 +67,36 @@ def test_the_best_on_disk_stays_when_a_better_one_could_not_be_saved(inputs, tmp
     assert there(tmp_path) == [14, 16] and marks(tmp_path) == ["16", "14"] and best["loss"] == 0.5
 
 
+def train_with_a_full_disk(words, full_at):
+    """A run whose save of the best at iteration `full_at` finds no room."""
+    from megatron_ft.checkpoint.state import Checkpointer
+
+    save = Checkpointer.save
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def save_or_not(self, state, *, best=False):
+        if best and state.iteration == full_at:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limit[1]))
+        try:
+            return save(self, state, best=best)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+
+    Checkpointer.save = save_or_not
+    return train(words)
+
+
+def test_a_best_that_could_not_be_saved_is_none_to_beat(inputs, tmp_path):
+    """From step 5 on the learning rate is 0: iteration 6 is as good as 4, which found no room, and better than 2."""
+    save = tmp_path / "save"
+    words = f"{FLAGS} {inputs} --save {save} --train-iters 6 --eval-interval 2 --eval-iters 4 --keep-last 1"
+    words += " --lr 1e-3 --lr-decay-style linear --lr-decay-iters 4 --min-lr 0"
+    [(status, *_)] = run_ranks(train_with_a_full_disk, 1, words.split(), 4)
+    assert status == 0 and marks(save) == ["6", "6"]
+    losses = [json.loads(line)["loss"] for line in (save / "validation.jsonl").open()]
+    assert losses[0] > losses[1] == losses[2]
+
+
 def test_tracker_and_best_mark_follow_a_run_that_goes_back(inputs, tmp_path):
     save = tmp_path / "save"
     words = f"{FLAGS} {inputs} --train-iters 20 --keep-last 0 --save {save}".split()

@@ -237,7 +237,8 @@ def _validate(run: Run) -> str | None:
     group = _measured_on(run)["group"]
     loss = records[group]["loss"]
     loss = loss if math.isfinite(loss) else math.inf  # a group without output tokens has none
-    better = state.best is None or loss < state.best["loss"]
+    earlier = state.best
+    better = earlier is None or loss < earlier["loss"]
     if better:
         state.best = {**_measured_on(run), "loss": loss, "iteration": state.iteration, "waited": 0}
     else:
@@ -245,7 +246,10 @@ def _validate(run: Run) -> str | None:
     state.best["validated"] = state.iteration
     if better and args.save:
         with _weights_in_place(run):
-            run.checkpointer.save(state, best=True)
+            saved = run.checkpointer.save(state, best=True)
+        if not saved:  # what is not on the disk is nothing that a later model has to beat
+            lost = {**state.best, "loss": math.inf}
+            state.best = {**(earlier or lost), "waited": 0, "validated": state.iteration}
     if _stopped_early(run):
         run.log.event(
             f"early stop: {group} has not improved for {state.best['waited']} validations; best {state.best['loss']:.6f} "

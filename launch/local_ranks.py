@@ -18,7 +18,7 @@ from pathlib import Path
 from launch.command import free_port, rank_environment, shared_environment
 from megatron_ft.errors import EXIT_DONE, EXIT_RESUME, EXIT_USER_ERROR
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 _TRACEBACK = re.compile(
     r"(\[rank\d+\]: )?Traceback \(most recent"
 )  # torch names the rank once there is a process group
@@ -108,7 +108,10 @@ class _StopRequests:
         self.passed_on_as = passed_on_as
         self.passed_on = False
         self._old = {
-            number: signal.signal(number, lambda number, _: self.caught.append(number)) for number in STOP_SIGNALS
+            number: signal.signal(number, lambda number, _: self.caught.append(number))
+            for number in STOP_SIGNALS
+            if number != signal.SIGHUP
+            or signal.getsignal(number) != signal.SIG_IGN  # nohup: a closed terminal is no wish
         }
 
     def restore(self) -> None:
@@ -134,6 +137,8 @@ def _wait(ranks: list[subprocess.Popen], stop: _StopRequests) -> int | None:
                     raise KeyboardInterrupt
                 interrupted, number = True, signal.SIGTERM
                 print("\nstopping: every rank saves after this step (Ctrl-C again ends them at once)", file=sys.stderr)
+            if number == signal.SIGHUP:
+                number = signal.SIGTERM
             stop.passed_on = True
             for rank in ranks:
                 if rank.poll() is None:

@@ -1,12 +1,16 @@
 """Whole runs of the training program: how they go on, agree with each other, and end."""
 
 import json
+import os
+import pty
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ROOT
 from engine_runs import finetune, finetune_error
 from ranks import run_ranks
 from token_files import write_documents
@@ -357,6 +361,27 @@ def test_a_finished_run_says_how_it_goes_on_and_survives_a_torn_line(runs):
     (line,) = [event for event in runs.events("done") if event.startswith("learning rate goes on")]
     last, following = column(runs.steps("done"), "lr")[3:5]
     assert line == f"learning rate goes on at {following:.3e} (the last step used {last:.3e})"
+
+
+def test_a_closed_terminal_stops_a_run_as_sigterm_does(runs):
+    save = runs.tmp_path / "closed"
+    flags = (
+        f"--train-iters 100000 --global-batch-size 2 --eval-interval 0 --save-interval 0 --save {save} --log-interval 1"
+    )
+    command = [sys.executable, str(ROOT / "launch/finetune.py"), "--num-processes", "2", *runs.common, *flags.split()]
+    launcher, terminal = pty.fork()
+    if launcher == 0:
+        os.execv(sys.executable, command)
+    seen = b""
+    while b" 3/100,000" not in seen:
+        seen += os.read(terminal, 4096)
+    os.close(terminal)  # the kernel sends SIGHUP to the launcher; what ranks print now fails
+    assert os.waitstatus_to_exitcode(os.waitpid(launcher, 0)[1]) == EXIT_RESUME
+    (stopped,) = [event for event in runs.events("closed") if event.startswith("stopped by")]
+    assert not any("could not be saved" in event for event in runs.events("closed"))
+    iteration = int((save / "latest_checkpointed_iteration.txt").read_text())
+    assert f"stopped by SIGTERM at iteration {iteration};" in stopped and iteration >= 3
+    assert runs.lines("closed")[-1]["iteration"] == iteration
 
 
 def test_sgd_trains_and_goes_on(runs):

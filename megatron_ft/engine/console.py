@@ -1,6 +1,8 @@
 """What a run prints: a banner of what is about to happen, a line every --log-interval steps, and on a terminal a progress bar below them."""
 
 import argparse
+import contextlib
+import os
 import sys
 from dataclasses import dataclass
 
@@ -63,24 +65,38 @@ class Console:
         self._interval.append(record)
         if self._bar is not None:
             loss = "none" if record["loss"] is None else f"{record['loss']:.4f}"
-            self._bar.set_postfix_str(f"loss {loss}, {record['tokens_per_second']:,.0f} tokens/s", refresh=False)
-            self._bar.update(record["iteration"] - self._bar.n)
+            with self._terminal():
+                self._bar.set_postfix_str(f"loss {loss}, {record['tokens_per_second']:,.0f} tokens/s", refresh=False)
+                self._bar.update(record["iteration"] - self._bar.n)
         if record["iteration"] % self.args.log_interval == 0 or record["iteration"] == self.plan.train_iters:
             self.print(self._interval_line())
             self._interval.clear()
 
     def print(self, text: str) -> None:
         """Print a line, above the bar where there is one."""
-        if self._bar is not None:
-            self._bar.write(text)
-        else:
-            print(text, flush=True)
+        with self._terminal():
+            if self._bar is not None:
+                self._bar.write(text)
+            else:
+                print(text, flush=True)
 
     def close(self) -> None:
         """End the bar."""
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
+        with self._terminal():
+            if self._bar is not None:
+                self._bar.close()
+                self._bar = None
+
+    @contextlib.contextmanager
+    def _terminal(self):
+        """A terminal that was closed, or a pipe whose reader has gone, ends no run: what is printed stands in its files too."""
+        try:
+            yield
+        except OSError:
+            if self._bar is not None:
+                self._bar.disable = True
+                self._bar = None
+            sys.stdout = open(os.devnull, "w")  # for the rest of the process
 
     # --- banner ---
 

@@ -64,16 +64,16 @@ def project(cluster, golden, tmp_path) -> Iterator[TrainingProject]:
 
 
 def assert_as_uninterrupted(
-    project: TrainingProject, job: int, uninterrupted: dict[str, torch.Tensor], starts: int
+    project: TrainingProject, job: int, uninterrupted: dict[str, torch.Tensor], starts: int, seconds: float = 20
 ) -> None:
-    """The job is over, and was restarted as often as expected, without a trace in the weights or a process left."""
+    """The job is over, and was restarted as often as expected, without a trace in the weights or, after `seconds`, a process left."""
     assert project.end(job, 120)["JobState"] == "COMPLETED", project.text()
     assert len(project.starts()) == starts, project.text()
     assert project.steps() == list(range(1, STEPS + 1)), "every step is in the metrics once"
     weights = project.weights()
     assert weights.keys() == uninterrupted.keys()
     assert all(torch.equal(weights[name], uninterrupted[name]) for name in weights)
-    wait_for(lambda: not project.cluster.processes(job), 20, lambda: str(project.cluster.processes(job)))
+    wait_for(lambda: not project.cluster.processes(job), seconds, lambda: str(project.cluster.processes(job)))
 
 
 def training_processes(cluster: Cluster, job: int) -> list[psutil.Process]:
@@ -133,9 +133,10 @@ def test_a_cancelled_job_stays_cancelled_and_the_same_command_resumes_it(project
 
 
 def test_a_node_whose_daemon_is_killed(project, uninterrupted):
-    """Its rank lives on, stale, and must not write into the next life's checkpoints."""
+    """Its rank lives on, stale, and must not write into the next life's checkpoints. It ends when it notices that its peer is gone, at the
+    latest when a collective times out."""
     cluster = project.cluster
-    job = project.submit("--nodelist=" + ",".join(cluster.nodes[:2]))
+    job = project.submit("--nodelist=" + ",".join(cluster.nodes[:2]), flags=("--distributed-timeout-minutes=1",))
     project.wait_step(2)
     lost = cluster.nodes[0]  # the node of rank 0, which writes the checkpoints
     stale = [process for process in training_processes(cluster, job) if process.environ()["SLURMD_NODENAME"] == lost]
@@ -152,4 +153,4 @@ def test_a_node_whose_daemon_is_killed(project, uninterrupted):
         assert lost not in project.starts()[1]["nodes"]
     finally:
         cluster.start_node(lost)
-    assert_as_uninterrupted(project, job, uninterrupted, starts=2)
+    assert_as_uninterrupted(project, job, uninterrupted, starts=2, seconds=90)

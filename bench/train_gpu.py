@@ -102,7 +102,6 @@ PATHS = {
     "packed, full recompute": "--recompute-granularity full",
     "packed, full recompute, optimizer on host": "--recompute-granularity full --optimizer-cpu-offload",
 }
-HOST_BYTES = 24  # of memory a parameter, for the optimizer on the host: weights and gradients pinned, two moments, and a copy while it is made
 
 
 def paths_of(model: str) -> list[str]:
@@ -113,8 +112,10 @@ def paths_of(model: str) -> list[str]:
 
 def attempt_in_a_process(model: str, path: str, flags: argparse.Namespace) -> Result | str:
     """One line by a process of its own: whatever ends it costs no other line, and all of its memory is given back."""
-    needed, free = HOST_BYTES * PRESETS[f"starcoderbase-{model}"].num_parameters(), psutil.virtual_memory().available
-    if "on host" in path and needed > free:
+    shape, free = PRESETS[f"starcoderbase-{model}"], psutil.virtual_memory().available
+    layout = memory.Layout(precision="bf16", optimizer_cpu_offload="--optimizer-cpu-offload" in PATHS[path])
+    needed = memory.host_bytes(shape, shape.vocab_size, layout, 0)
+    if needed > free:
         return f"{model} {path}: skipped, needs {needed / GIB:.0f} GiB of host memory, {free / GIB:.0f} are free"
     with tempfile.TemporaryDirectory() as directory:
         line = Path(directory) / "line.json"

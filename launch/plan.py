@@ -19,6 +19,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # not this folder: its f
 
 from megatron_ft import memory
 from megatron_ft.arguments import fill_in, normalise
+from megatron_ft.bounds import check_bounds
 from megatron_ft.checkpoint.retention import most_at_once
 from megatron_ft.errors import EXIT_DONE, UserError, run_program
 from megatron_ft.flags import Help, Parser, build_parser
@@ -130,9 +131,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, argparse.Namespace]:
             raise UserError(f"--{name.replace('_', '-')} {getattr(cluster, name)}: must be above 0")
     if cluster.mfu >= 1:
         raise UserError(f"--mfu {cluster.mfu:g} is a share of the peak, below 1; 45 % is 0.45")
-    for name in undecided:
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
+    check_bounds(args)
     cluster.given = "".join(f" {words}" for words in given_words(training, args))
     args.bf16 = args.bf16 or (cluster.precision == "bf16" and not args.fp16)
     args.fp16 = args.fp16 or (cluster.precision == "fp16" and not args.bf16)

@@ -10,7 +10,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 
 import torch
-from ranks import _context, _rank_main, free_port
+from ranks import _context, _rank_main, free_port, run_ranks
 from token_files import write_documents
 
 FLAGS = (
@@ -75,6 +75,14 @@ def train(words: list[str]) -> tuple[int | str, list[str]]:
         return main(words), reasons
     except UserError as error:
         return f"error: {error}", reasons
+
+
+def run(inputs: str, save: Path, more: str, layout: str = "1") -> tuple[int | str, str]:
+    """One start: its status or error line, how it said it started."""
+    ranks, flags = LAYOUTS[layout]
+    words = FLAGS.replace("--from-scratch", "") if "--load" in more else FLAGS
+    results = run_ranks(train, ranks, f"{words} {flags} {inputs} --save {save} {more}".split())
+    return results[0][0], "\n".join(results[0][1])
 
 
 def state_and_checkpointer(words: list[str]):

@@ -5,9 +5,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from checkpoint_runs import FLAGS, LAYOUTS, tensor_bytes, train, write_inputs
+from checkpoint_runs import run, tensor_bytes, write_inputs
 from conversions import convert, refusal
-from ranks import run_ranks
 from safetensors.torch import load_file, save_file
 
 LORA = "--lora-rank 2 --lora-dropout 0 --train-iters 4"
@@ -17,14 +16,6 @@ NOT_THOSE = "the base weights are not those the adapters were trained on"
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory) -> str:
     return write_inputs(tmp_path_factory.mktemp("inputs"))
-
-
-def run(inputs: str, save: Path, more: str, layout: str = "1") -> tuple[int | str, str]:
-    """One start: its status or error line, how it said it started."""
-    ranks, flags = LAYOUTS[layout]
-    words = FLAGS.replace("--from-scratch", "") if "--load" in more else FLAGS
-    results = run_ranks(train, ranks, f"{words} {flags} {inputs} --save {save} {more}".split())
-    return results[0][0], "\n".join(results[0][1])
 
 
 def base_of(save: Path, iteration: int) -> dict:

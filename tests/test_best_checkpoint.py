@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from checkpoint_runs import FLAGS, LAYOUTS, state_and_checkpointer, train, write_inputs
+from checkpoint_runs import FLAGS, run, state_and_checkpointer, train, write_inputs
 from conversions import convert, refusal
 from ranks import run_ranks
 
@@ -17,14 +17,6 @@ TRACKER, BEST = "latest_checkpointed_iteration.txt", "best_checkpointed_iteratio
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory) -> str:
     return write_inputs(tmp_path_factory.mktemp("inputs"))
-
-
-def run(inputs: str, save: Path, more: str, layout: str = "1") -> tuple[int | str, str]:
-    """One start: its status or error line, how it said it started."""
-    ranks, flags = LAYOUTS[layout]
-    words = FLAGS.replace("--from-scratch", "") if "--load" in more else FLAGS
-    results = run_ranks(train, ranks, f"{words} {flags} {inputs} --save {save} {more}".split())
-    return results[0][0], "\n".join(results[0][1])
 
 
 def there(save: Path) -> list[int]:

@@ -118,14 +118,11 @@ def test_one_rank_holds_what_the_model_table_says():
         assert memory.parameters_on_rank(shape, shape.vocab_size, memory.Layout(), 0) == shape.num_parameters()
 
 
-def state_bytes_of_run(args):
-    """Bytes of weights, gradient buffers and optimizer state of a real rank after a step, and of what is on the host."""
-    from engine_runs import tell_host_from_gpu
-
+def model_of(args):
+    """This rank's part of the model, bare and wrapped for data parallelism."""
     from megatron_ft.engine.device import set_up_device
     from megatron_ft.engine.lora import add_lora
     from megatron_ft.engine.model import build_model, wrap_for_data_parallel
-    from megatron_ft.engine.optimizer import build_optimizer
     from megatron_ft.engine.parallel import initialize
 
     set_up_device(args)
@@ -133,7 +130,16 @@ def state_bytes_of_run(args):
     chunks = build_model(args, args.shape, args.shape.vocab_size)
     if args.lora_rank:
         add_lora(chunks, args)
-    wrapped = wrap_for_data_parallel(args, chunks)
+    return chunks, wrap_for_data_parallel(args, chunks)
+
+
+def state_bytes_of_run(args):
+    """Bytes of weights, gradient buffers and optimizer state of a real rank after a step, and of what is on the host."""
+    from engine_runs import tell_host_from_gpu
+
+    from megatron_ft.engine.optimizer import build_optimizer
+
+    chunks, wrapped = model_of(args)
     if args.optimizer_cpu_offload:
         tell_host_from_gpu()
     optimizer = build_optimizer(args, wrapped)
@@ -187,18 +193,9 @@ def bytes_to_save(args):
     """Bytes that a run's ranks would write into a checkpoint."""
     from megatron_ft.checkpoint import optimizer_state, sharding
     from megatron_ft.checkpoint.together import Together
-    from megatron_ft.engine.device import set_up_device
-    from megatron_ft.engine.lora import add_lora
-    from megatron_ft.engine.model import build_model, wrap_for_data_parallel
     from megatron_ft.engine.optimizer import build_optimizer
-    from megatron_ft.engine.parallel import initialize
 
-    set_up_device(args)
-    initialize(args)
-    chunks = build_model(args, args.shape, args.shape.vocab_size)
-    if args.lora_rank:
-        add_lora(chunks, args)
-    wrapped = wrap_for_data_parallel(args, chunks)
+    _, wrapped = model_of(args)
     optimizer = build_optimizer(args, wrapped)
     optimizer_state.initialise(optimizer)
     return Together(args.distributed_timeout_minutes).total(

@@ -19,7 +19,7 @@ from collections.abc import Callable
 
 import torch
 
-from megatron_ft.arguments import parse_args
+from megatron_ft.config.arguments import parse_args
 from megatron_ft.errors import run_program
 
 
@@ -41,13 +41,13 @@ def main() -> None:
 def measure(flags: argparse.Namespace, folder: Path) -> None:
     """Print the table."""
     state, args, shape = build(flags, folder)
-    from megatron_ft.checkpoint import sharding
-    from megatron_ft.checkpoint.state import Checkpointer
+    from megatron_ft.checkpoint import sharded_state
+    from megatron_ft.checkpoint.checkpointer import Checkpointer
 
-    model, optimizer = sharding.tensors_of(state.model, state.optimizer, adapters_only=False)
+    model, optimizer = sharded_state.tensors_of(state.model, state.optimizer, adapters_only=False)
     tensors = {
         f"{item.key}.{number}": item.data.detach()
-        for number, item in enumerate([*sharding.without_objects(model), *optimizer])
+        for number, item in enumerate([*sharded_state.without_objects(model), *optimizer])
     }
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     print(
@@ -106,7 +106,7 @@ def measure(flags: argparse.Namespace, folder: Path) -> None:
 def build(flags: argparse.Namespace, folder: Path):
     """(TrainState, arguments, shape) of a one-process run."""
     from megatron_ft.checkpoint import optimizer_state
-    from megatron_ft.checkpoint.state import TrainState
+    from megatron_ft.checkpoint.checkpointer import TrainState
     from megatron_ft.engine import parallel
     from megatron_ft.engine.device import set_up_device
     from megatron_ft.engine.model import build_model, wrap_for_data_parallel

@@ -22,14 +22,14 @@ import zlib
 
 import torch
 
-from megatron_ft.checkpoint.directory import free_bytes
-from megatron_ft.checkpoint.legacy_writer import legacy_bytes, write_legacy
-from megatron_ft.checkpoint.names import hf_shape
-from megatron_ft.checkpoint.weights import WeightSource
+from megatron_ft.config.flags import Help, Parser
 from megatron_ft.errors import UserError, run_program
-from megatron_ft.flags import Help, Parser
-from megatron_ft.models import PRESETS, ModelShape
+from megatron_ft.files.atomic import free_bytes
+from megatron_ft.model.shape import PRESETS, ModelShape
+from megatron_ft.model.tensor_names import hf_shape
 from megatron_ft.progress import Progress
+from megatron_ft.weights.legacy_writer import legacy_bytes, write_legacy
+from megatron_ft.weights.source import WeightSource
 
 ROOT = Path(__file__).resolve().parents[1]
 DTYPE = torch.bfloat16

@@ -26,14 +26,14 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
+from megatron_ft.config.flags import Help, Parser
 from megatron_ft.data import _packing
 from megatron_ft.data.batch import collate
-from megatron_ft.data.indexed import IndexedWriter, commit, field_paths, token_dtype
+from megatron_ft.data.indexed import IndexedWriter, commit, field_paths
 from megatron_ft.data.packed_dataset import PackedRows
 from megatron_ft.data.packing import Packing, TokenizedDocuments, load_index, pack
 from megatron_ft.errors import UserError, run_program
-from megatron_ft.flags import Help, Parser
-from megatron_ft.tokenizer import load_tokenizer
+from megatron_ft.tokenizer.tokenizer import load_tokenizer, token_dtype
 
 ORDERS = ("best-fit", "greedy")
 

@@ -25,9 +25,9 @@ import sysconfig
 import tempfile
 import time
 
+from megatron_ft.config.flags import Help, Parser
 from megatron_ft.data.indexed import field_paths
 from megatron_ft.errors import UserError, run_program
-from megatron_ft.flags import Help, Parser
 
 ROOT = Path(__file__).resolve().parents[1]
 BATCH = 1000  # texts of one encode_batch call

@@ -23,13 +23,13 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
 
-from megatron_ft.arguments import parse_args
 from megatron_ft.checkpoint.load_weights import load_weights
-from megatron_ft.checkpoint.weights import open_weights
+from megatron_ft.config.arguments import parse_args
+from megatron_ft.config.flags import Help, Parser
 from megatron_ft.data.batch import Batch
 from megatron_ft.engine import device
 from megatron_ft.errors import run_program
-from megatron_ft.flags import Help, Parser
+from megatron_ft.weights.open import open_weights
 
 SHAPE = "--num-layers 12 --hidden-size 512 --num-attention-heads 8 --max-position-embeddings 1024 --hidden-dropout 0 --attention-dropout 0"
 VOCABULARY = 49152

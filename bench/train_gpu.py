@@ -27,14 +27,14 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from megatron_ft import memory
-from megatron_ft.arguments import parse_args
+from megatron_ft.config.arguments import parse_args
+from megatron_ft.config.flags import Help, Parser
 from megatron_ft.data.batch import Batch
 from megatron_ft.engine import device
 from megatron_ft.errors import run_program
-from megatron_ft.flags import Help, Parser
-from megatron_ft.memory import GIB
-from megatron_ft.models import PRESETS
+from megatron_ft.model import cost
+from megatron_ft.model.cost import GIB
+from megatron_ft.model.shape import PRESETS
 
 
 @dataclass
@@ -71,7 +71,7 @@ def main() -> int | None:
     if flags.alone:
         Path(flags.alone).write_text(json.dumps(attempt(flags.models[0], flags.paths[0], flags)))
         return None
-    gpu = memory.find_gpu(torch.cuda.get_device_name())
+    gpu = cost.find_gpu(torch.cuda.get_device_name())
     print(
         f"{torch.cuda.get_device_name()}, torch {torch.__version__}; rows of {flags.seq_length} tokens, "
         f"documents of about {flags.document_tokens}, {flags.micro_batches} rows a step",
@@ -113,8 +113,8 @@ def paths_of(model: str) -> list[str]:
 def attempt_in_a_process(model: str, path: str, flags: argparse.Namespace) -> Result | str:
     """One line by a process of its own: whatever ends it costs no other line, and all of its memory is given back."""
     shape, free = PRESETS[f"starcoderbase-{model}"], psutil.virtual_memory().available
-    layout = memory.Layout(precision="bf16", optimizer_cpu_offload="--optimizer-cpu-offload" in PATHS[path])
-    needed = memory.host_bytes(shape, shape.vocab_size, layout, 0)
+    layout = cost.Layout(precision="bf16", optimizer_cpu_offload="--optimizer-cpu-offload" in PATHS[path])
+    needed = cost.host_bytes(shape, shape.vocab_size, layout, 0)
     if needed > free:
         return f"{model} {path}: skipped, needs {needed / GIB:.0f} GiB of host memory, {free / GIB:.0f} are free"
     with tempfile.TemporaryDirectory() as directory:
@@ -176,7 +176,7 @@ def measure(preset: str, path: str, flags: argparse.Namespace) -> Result:
     seconds = timed(step, flags.steps)
     tokens = args.seq_length * flags.micro_batches
     attended = sum(micro.squared_lengths for micro in micros) / tokens
-    flops = tokens * memory.flops_per_token(args.shape, attended)
+    flops = tokens * cost.flops_per_token(args.shape, attended)
     peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
     return Result(preset.removeprefix("starcoderbase-"), path, seconds, tokens, flops, peak, first_loss)
 
@@ -258,7 +258,7 @@ def document_mask(cu_seqlens: Tensor, tokens: int) -> Tensor:
     return (document[:, None] == document[None]) & (places[:, None] >= places[None])
 
 
-def line_of(result: Result, gpu: memory.Gpu | None, packed: Result | None = None) -> str:
+def line_of(result: Result, gpu: cost.Gpu | None, packed: Result | None = None) -> str:
     """One line of the table; with `packed`, how much faster that was."""
     rate = result.flops / result.seconds
     mfu = f"{100 * rate / gpu.peak_flops('bf16'):.1f}" if gpu else "?"
@@ -269,7 +269,7 @@ def line_of(result: Result, gpu: memory.Gpu | None, packed: Result | None = None
     )
 
 
-def print_table(results: list[Result], notes: list[str], gpu: memory.Gpu | None) -> None:
+def print_table(results: list[Result], notes: list[str], gpu: cost.Gpu | None) -> None:
     """The figures, ratios to the packed path of the same model."""
     print(
         f"{'model':<6}{'path':<43}{'step s':>8}{'tokens/s':>10}{'TFLOP/s':>9}{'MFU %':>7}{'GiB':>7}{'loss':>9}{'packed is':>11}"

@@ -15,14 +15,14 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # not this folder: its f
 
 import warnings
 
-from megatron_ft.checkpoint.legacy_writer import legacy_bytes, write_legacy
-from megatron_ft.checkpoint.output import check_layout, new_directory
-from megatron_ft.checkpoint.stream import DTYPES, dtype_name, dtype_to_write, total_bytes
-from megatron_ft.checkpoint.weights import open_weights
+from megatron_ft.config.flags import Help, Parser
 from megatron_ft.errors import UserError, run_program
-from megatron_ft.flags import Help, Parser
-from megatron_ft.models import padded_vocab_size
+from megatron_ft.model.shape import padded_vocab_size
 from megatron_ft.progress import Progress
+from megatron_ft.weights.legacy_writer import legacy_bytes, write_legacy
+from megatron_ft.weights.open import open_weights
+from megatron_ft.weights.output_directory import check_layout, new_directory
+from megatron_ft.weights.tensor_blocks import DTYPES, dtype_name, dtype_to_write, total_bytes
 
 
 def main() -> None:
@@ -58,7 +58,7 @@ def main() -> None:
     rows = padded_vocab_size(source.shape.vocab_size, args.make_vocab_size_divisible_by, tp)
     if args.format == "torch_dist":
         warnings.filterwarnings("ignore", module=r"megatron\.core")  # it warns of each optional package that is missing
-        from megatron_ft.checkpoint.core_writer import write_core
+        from megatron_ft.weights.torch_dist_writer import write_core
 
         total = total_bytes(source, dtype, rows)
     else:

@@ -21,29 +21,31 @@ import json
 
 import torch
 
-from megatron_ft.checkpoint import tokenizer_files
-from megatron_ft.checkpoint.adapter_weights import (
+from megatron_ft.config.flags import Help, Parser
+from megatron_ft.errors import UserError, run_program
+from megatron_ft.progress import Progress
+from megatron_ft.tokenizer import files as tokenizer_files
+from megatron_ft.tokenizer.tokenizer import Tokenizer, load_tokenizer
+from megatron_ft.weights.adapters import (
     PEFT_CONFIG,
     PEFT_WEIGHTS,
     AdapterSource,
     MergedSource,
     open_adapters,
 )
-from megatron_ft.checkpoint.hf_directory import (
+from megatron_ft.weights.hf_files import (
     card_args,
     parse_size,
     write_configs,
     write_model_card,
     write_tokenizer,
 )
-from megatron_ft.checkpoint.hf_writer import write_safetensors, write_tensors
-from megatron_ft.checkpoint.output import new_directory
-from megatron_ft.checkpoint.stream import DTYPES, dtype_name, dtype_to_write, total_bytes
-from megatron_ft.checkpoint.weights import WeightSource, check_vocabulary, open_weights
-from megatron_ft.errors import UserError, run_program
-from megatron_ft.flags import Help, Parser
-from megatron_ft.progress import Progress
-from megatron_ft.tokenizer import Tokenizer, load_tokenizer
+from megatron_ft.weights.hf_writer import write_safetensors, write_tensors
+from megatron_ft.weights.open import open_weights
+from megatron_ft.weights.output_directory import new_directory
+from megatron_ft.weights.source import WeightSource
+from megatron_ft.weights.tensor_blocks import DTYPES, dtype_name, dtype_to_write, total_bytes
+from megatron_ft.weights.vocabulary import check_vocabulary
 
 
 def main() -> None:

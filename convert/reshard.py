@@ -14,17 +14,19 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # not this folder: its f
 import shutil
 import warnings
 
-from megatron_ft.checkpoint import tokenizer_files
-from megatron_ft.checkpoint.directory import TRACKER
-from megatron_ft.checkpoint.legacy_writer import legacy_bytes, write_legacy
-from megatron_ft.checkpoint.output import check_layout, new_directory
-from megatron_ft.checkpoint.stream import dtype_to_write
-from megatron_ft.checkpoint.torch_dist_weights import TorchDistSource
-from megatron_ft.checkpoint.weights import WeightSource, check_vocabulary, open_weights
+from megatron_ft.config.flags import Help, Parser
 from megatron_ft.errors import UserError, run_program
-from megatron_ft.flags import Help, Parser
-from megatron_ft.models import padded_vocab_size
+from megatron_ft.model.shape import padded_vocab_size
 from megatron_ft.progress import Progress
+from megatron_ft.tokenizer import files as tokenizer_files
+from megatron_ft.weights.directory import TRACKER
+from megatron_ft.weights.legacy_writer import legacy_bytes, write_legacy
+from megatron_ft.weights.open import open_weights
+from megatron_ft.weights.output_directory import check_layout, new_directory
+from megatron_ft.weights.source import WeightSource
+from megatron_ft.weights.tensor_blocks import dtype_to_write
+from megatron_ft.weights.torch_dist_reader import TorchDistSource
+from megatron_ft.weights.vocabulary import check_vocabulary
 
 
 def main() -> None:
@@ -79,8 +81,9 @@ def vocabulary_rows(source: WeightSource, args) -> int:
 def reshard_torch_dist(source: TorchDistSource, rows: int, args) -> int:
     """Weights, optimizer state and manifest, under the same iteration. Returns bytes of tensors."""
     warnings.filterwarnings("ignore", module=r"megatron\.core")  # it warns of each optional package that is missing
-    from megatron_ft.checkpoint.core_reshard import reshard_core, resharded_bytes
-    from megatron_ft.checkpoint.manifest import describe_file, read_manifest
+    from megatron_ft.files.checksum import describe_file
+    from megatron_ft.weights.manifest import read_manifest
+    from megatron_ft.weights.torch_dist_reshard import reshard_core, resharded_bytes
 
     total = resharded_bytes(source.files, rows)
     with (

@@ -25,15 +25,16 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_ft.checkpoint.adapter_weights import MergedSource, open_adapters
-from megatron_ft.checkpoint.directory import replace_file
-from megatron_ft.checkpoint.names import WTE, core_to_hf, hf_shape, layer_of, weight_of
-from megatron_ft.checkpoint.stream import dtype_name
-from megatron_ft.checkpoint.weights import WeightSource, open_weights
+from megatron_ft.config.flags import Help, Parser
 from megatron_ft.errors import UserError, run_program
-from megatron_ft.flags import Help, Parser
-from megatron_ft.models import ModelShape
+from megatron_ft.files.atomic import replace_file
+from megatron_ft.model.shape import ModelShape
+from megatron_ft.model.tensor_names import WTE, core_to_hf, hf_shape, layer_of, weight_of
 from megatron_ft.progress import Progress
+from megatron_ft.weights.adapters import MergedSource, open_adapters
+from megatron_ft.weights.open import open_weights
+from megatron_ft.weights.source import WeightSource
+from megatron_ft.weights.tensor_blocks import dtype_name
 
 DIFFERENT = 1  # exit status
 BLOCK = 32 << 20  # bytes compared at once
@@ -218,7 +219,7 @@ def compare_logits(args, a: WeightSource, b: WeightSource, rounded: dict[str, to
 
 def prompt_tokens(args, a: WeightSource, b: WeightSource) -> tuple[torch.Tensor, str]:
     """Token ids [1, s], s at most 128: the prompt where there is a tokenizer, filled up with random ids of the vocabulary."""
-    from megatron_ft.tokenizer import load_tokenizer
+    from megatron_ft.tokenizer.tokenizer import load_tokenizer
 
     rows = min(a.shape.vocab_size, b.shape.vocab_size)
     length = min(128, a.shape.max_position_embeddings)
@@ -268,10 +269,10 @@ def hugging_face_logits(source: WeightSource, tokens: torch.Tensor, rounded: dic
 
 def megatron_logits(source: WeightSource, tokens: torch.Tensor, rounded: dict[str, torch.dtype]) -> torch.Tensor:
     from megatron_ft.checkpoint.load_weights import load_weights
+    from megatron_ft.config.flags import build_parser
     from megatron_ft.engine import parallel
     from megatron_ft.engine.device import set_up_device
     from megatron_ft.engine.model import build_model
-    from megatron_ft.flags import build_parser
 
     flags = build_parser().parse_args(["--transformer-impl", "local", "--global-batch-size", "1"])
     flags.world_size = 1

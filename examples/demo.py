@@ -99,8 +99,8 @@ def main() -> None:
 
     names = ("commits.jsonl", "rows.jsonl", "tokenizer.json", "data", "checkpoints", "hf")
     commits, rows, tokenizer, data, save, model = (out / name for name in names)
-    run("preprocess/commits.py", repo=repo, min_rows=FEWEST_ROWS, fallback="examples/commits.jsonl", output=commits)
-    run("preprocess/commits_to_jsonl.py", input=commits, output=rows)
+    run("dataset/git_commits.py", repo=repo, min_rows=FEWEST_ROWS, fallback="examples/commits.jsonl", output=commits)
+    run("dataset/commits_to_jsonl.py", input=commits, output=rows)
     run("preprocess/train_tokenizer.py", input=rows, vocab_size=VOCABULARY, output=tokenizer)
     run("preprocess/tokenize.py", input=rows, output_prefix=data, tokenizer_file=tokenizer)
     resumed_at = train(
@@ -128,7 +128,7 @@ def main() -> None:
     run("convert/verify.py", save, model, logits=True, report=out / "verify.json")
     validation = read_jsonl(rows)[-5:]  # the last rows are not trained on
     (out / "prompt.txt").write_text(min((row["inputs"] for row in validation), key=len))
-    run("convert/generate.py", model, prompt_file=out / "prompt.txt", max_new_tokens=64)
+    run("convert/complete.py", model, prompt_file=out / "prompt.txt", max_new_tokens=64)
     summarise(out, resumed_at, time.monotonic() - began)
 
 

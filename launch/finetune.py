@@ -15,16 +15,16 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # not this folder: its files would hide others' of the same name
 
-from launch import mtf
-from launch.command import as_shell, local_gpus, model_parallel_size, rank_environment, training_command
-from launch.local_ranks import local_environment, run_local_ranks
-from launch.preflight import needed_files
-from launch.slurm_job import Job, inside_batch_job
-from launch.slurm_ranks import ranks_command, ranks_environment
-from launch.supervise import supervise
-from megatron_ft.arguments import parse_args
+from megatron_ft.config.arguments import parse_args
+from megatron_ft.config.flags import Help, Parser, build_parser
 from megatron_ft.errors import EXIT_DONE, UserError, run_program
-from megatron_ft.flags import Help, Parser, build_parser
+from megatron_ft.launcher import mtf
+from megatron_ft.launcher.command import as_shell, local_gpus, model_parallel_size, rank_environment, training_command
+from megatron_ft.launcher.local_ranks import local_environment, run_local_ranks
+from megatron_ft.launcher.node_check import needed_files
+from megatron_ft.launcher.slurm_job import Job, inside_batch_job
+from megatron_ft.launcher.slurm_ranks import ranks_command, ranks_environment
+from megatron_ft.launcher.supervise import supervise
 
 
 def launch_parser() -> Parser:

@@ -17,14 +17,14 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # not this folder: its files would hide others' of the same name
 
-from megatron_ft import memory
-from megatron_ft.arguments import fill_in, normalise
-from megatron_ft.bounds import check_bounds
 from megatron_ft.checkpoint.retention import most_at_once
+from megatron_ft.config.arguments import fill_in, normalise
+from megatron_ft.config.bounds import check_bounds
+from megatron_ft.config.flags import Help, Parser, build_parser
 from megatron_ft.errors import EXIT_DONE, UserError, run_program
-from megatron_ft.flags import Help, Parser, build_parser
-from megatron_ft.memory import GIB, GPUS, Layout, Memory
-from megatron_ft.models import ModelShape, padded_vocab_size
+from megatron_ft.model import cost
+from megatron_ft.model.cost import GIB, GPUS, Layout, Memory
+from megatron_ft.model.shape import ModelShape, padded_vocab_size
 
 DOES_NOT_FIT = 1
 # How the assumed MFU, which is that of one GPU alone with nothing recomputed, shrinks in a layout.
@@ -172,7 +172,7 @@ def model_shape(args: argparse.Namespace) -> ModelShape:
     fill_in(resolved)
     shape = resolved.shape
     if shape is None and resolved.load:
-        from megatron_ft.checkpoint.adapter_weights import open_start
+        from megatron_ft.weights.adapters import open_start
 
         shape = open_start(resolved.load, resolved.load_iteration, resolved)[0].shape
     if shape is None:
@@ -274,7 +274,7 @@ def judge(
 ) -> Proposal:
     """Memory and expected speed of a layout."""
     padded = padded_vocab_size(shape.vocab_size, args.make_vocab_size_divisible_by, layout.tensor_parallel)
-    need = memory.estimate(shape, padded, layout, args.seq_length)
+    need = cost.estimate(shape, padded, layout, args.seq_length)
     mfu = cluster.mfu * (1 - tensor_parallel_loss(shape)) ** math.log2(layout.tensor_parallel)
     pp, micros = layout.pipeline_parallel, layout.num_microbatches
     mfu *= micros / (micros + pp - 1) * (1 - PIPELINE_LOSS if pp > 1 else 1)  # the pipeline's bubble
@@ -282,7 +282,7 @@ def judge(
     if layout.recompute == "full":  # one more forward pass: 8 for 6, or 6 for 4 with frozen weights
         mfu *= 4 / 6 if lora else 6 / 8
     attended = min(cluster.document_tokens, args.seq_length)
-    flops = batch * args.seq_length * memory.flops_per_token(shape, attended, lora=lora)
+    flops = batch * args.seq_length * cost.flops_per_token(shape, attended, lora=lora)
     peak = GPUS[cluster.gpu].peak_flops(layout.precision) * cluster.nodes * cluster.gpus_per_node
     return Proposal(layout, need, flops / (peak * mfu), mfu)
 
@@ -344,7 +344,7 @@ def checkpoint_line(shape: ModelShape, args: argparse.Namespace, layout: Layout,
         keep_every=args.keep_every,
         best=bool(args.eval_interval),
     )
-    size = memory.checkpoint_bytes(shape, padded, layout)
+    size = cost.checkpoint_bytes(shape, padded, layout)
     at_once = f"at most {most} at once" if steps or args.keep_last else "all are kept"
     return f"checkpoint {size / 1e9:,.1f} GB, {at_once}"
 

@@ -16,11 +16,11 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # not this folder: its files would hide others' of the same name
 
-from launch.slurm_job import STARTS, read_starts
-from megatron_ft.checkpoint.directory import iteration_directory, list_iterations
-from megatron_ft.engine.report import read_lines
+from megatron_ft.config.flags import Help, Parser
 from megatron_ft.errors import UserError, run_program
-from megatron_ft.flags import Help, Parser
+from megatron_ft.files.log_lines import read_lines
+from megatron_ft.launcher.slurm_job import STARTS, read_starts
+from megatron_ft.weights.directory import iteration_directory, list_iterations
 
 METRICS, EVENTS = "metrics.jsonl", "events.jsonl"
 COLUMNS = ("RUN", "JOB", "STATE", "STEP", "LOSS", "TOKENS/S", "ETA", "RESTARTS", "CHECKPOINT")

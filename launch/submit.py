@@ -17,8 +17,8 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # not this folder: its files would hide others' of the same name
 
-from launch.command import ROOT
 from megatron_ft.errors import EXIT_DONE, UserError, run_program
+from megatron_ft.launcher.command import ROOT
 
 SIZES = {
     "-N": "nodes",

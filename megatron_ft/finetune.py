@@ -18,10 +18,10 @@ import time
 import warnings
 from pathlib import Path
 
-from megatron_ft.arguments import parse_args, shape_from_args, validate
+from megatron_ft.config.arguments import parse_args, shape_from_args, validate
 from megatron_ft.engine import signals
 from megatron_ft.errors import EXIT_DONE, EXIT_RESUME, EXIT_USER_ERROR, UserError, run_program
-from megatron_ft.models import PRESETS, ModelShape, padded_vocab_size
+from megatron_ft.model.shape import PRESETS, ModelShape, padded_vocab_size
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -79,16 +79,16 @@ def run(args: argparse.Namespace, device, started: float) -> int:
     import torch
     import torch.distributed as dist
 
-    from megatron_ft.checkpoint.state import Checkpointer
+    from megatron_ft.checkpoint.checkpointer import Checkpointer
     from megatron_ft.data.packed_dataset import build_datasets, rows_per_epoch, training_fill_rate
     from megatron_ft.engine import parallel
-    from megatron_ft.engine.console import RunPlan
-    from megatron_ft.engine.metrics import MetricsLog
     from megatron_ft.engine.out_of_memory import out_of_memory
     from megatron_ft.engine.rows import Rows
     from megatron_ft.engine.schedule import Length, many_epochs, plan_length
     from megatron_ft.engine.train import Run, train
-    from megatron_ft.tokenizer import load_tokenizer
+    from megatron_ft.metrics.console import RunPlan
+    from megatron_ft.metrics.metrics import MetricsLog
+    from megatron_ft.tokenizer.tokenizer import load_tokenizer
 
     if args.optimizer_cpu_offload and device.type == "cpu":
         raise UserError(
@@ -178,7 +178,7 @@ def run(args: argparse.Namespace, device, started: float) -> int:
 
 def build_state(args: argparse.Namespace, shape: ModelShape, length, done):
     """TrainState of a random start: model, optimizer, scheduler of a run of `length`, of which `done` (both Length) lies in a checkpoint."""
-    from megatron_ft.checkpoint.content import TrainState
+    from megatron_ft.checkpoint.train_state import TrainState
     from megatron_ft.engine.lora import add_lora
     from megatron_ft.engine.model import build_model, wrap_for_data_parallel
     from megatron_ft.engine.optimizer import build_optimizer

@@ -18,11 +18,11 @@ import shutil
 from collections.abc import Sequence
 from contextlib import ExitStack
 
+from megatron_ft.config.flags import Help, Parser
 from megatron_ft.data.indexed import IndexedReader, IndexedWriter, commit, field_paths, prefix_of
-from megatron_ft.data.made_from import join, path_of, read_made_from
+from megatron_ft.data.provenance import join, path_of, read_made_from
 from megatron_ft.errors import UserError, run_program
-from megatron_ft.flags import Help, Parser
-from megatron_ft.output import OutputFile, writing
+from megatron_ft.files.output import OutputFile, writing
 from megatron_ft.progress import Progress
 
 

@@ -28,14 +28,15 @@ from itertools import islice
 
 import numpy as np
 
+from megatron_ft.config.flags import Help, Parser
 from megatron_ft.data.indexed import IndexedWriter, commit, field_paths
-from megatron_ft.data.jsonl import BadRow, Block, open_sources, parse_row, parse_shard, read_blocks, shard_bytes
-from megatron_ft.data.made_from import MadeFrom, digest_of, inputs_of, path_of
+from megatron_ft.data.provenance import MadeFrom, inputs_of, path_of
 from megatron_ft.errors import UserError, run_program
-from megatron_ft.flags import Help, Parser
-from megatron_ft.output import OutputFile, writing
+from megatron_ft.files.jsonl import BadRow, Block, open_sources, parse_row, parse_shard, read_blocks, shard_bytes
+from megatron_ft.files.output import OutputFile, writing
 from megatron_ft.progress import Progress
-from megatron_ft.tokenizer import Tokenizer, load_tokenizer
+from megatron_ft.tokenizer.files import digest_of
+from megatron_ft.tokenizer.tokenizer import Tokenizer, load_tokenizer
 
 MEMORY = 512 << 20  # bytes that blocks on their way may take, as `memory_of` reckons; one block may exceed it
 REMEDY = "mend the row, name other keys (--input-key, --output-key), or go on without such rows (--skip-bad-rows)"

@@ -17,10 +17,10 @@ import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from megatron_ft.data.jsonl import BadRow, Source, open_sources, parse_row, read_blocks, shard_bytes
+from megatron_ft.config.flags import Help, Parser
 from megatron_ft.errors import UserError, run_program
-from megatron_ft.flags import Help, Parser
-from megatron_ft.output import OutputFile, writing
+from megatron_ft.files.jsonl import BadRow, Source, open_sources, parse_row, read_blocks, shard_bytes
+from megatron_ft.files.output import OutputFile, writing
 from megatron_ft.progress import Progress
 
 # StarCoder's, in the order of their ids.

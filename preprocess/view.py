@@ -23,14 +23,14 @@ from math import ceil
 
 import numpy as np
 
+from megatron_ft.config.flags import Help, Parser
 from megatron_ft.data.indexed import prefix_of
-from megatron_ft.data.made_from import other_tokenizer
 from megatron_ft.data.packed_dataset import PackedRows, PackedSample, check_vocabulary
 from megatron_ft.data.packing import PackedIndex, Packing, TokenizedDocuments, pack
+from megatron_ft.data.provenance import other_tokenizer
 from megatron_ft.errors import UserError, run_program
-from megatron_ft.flags import Help, Parser
-from megatron_ft.output import OutputFile, writing
-from megatron_ft.tokenizer import Tokenizer, load_tokenizer
+from megatron_ft.files.output import OutputFile, writing
+from megatron_ft.tokenizer.tokenizer import Tokenizer, load_tokenizer
 
 # Each document's colour, then again from the first: (256-colour text of context, background of loss tokens), and a hue for HTML.
 COLOURS = [(75, 24, 210), (114, 22, 130), (179, 94, 40), (176, 53, 290), (174, 88, 5)]

@@ -58,7 +58,7 @@ def write_inputs(folder: Path) -> str:
 
 def train(words: list[str]) -> tuple[int | str, list[str]]:
     """The training program on this rank: its exit status, or the line of its error; and how it said it started."""
-    from megatron_ft.checkpoint.state import Checkpointer
+    from megatron_ft.checkpoint.checkpointer import Checkpointer
     from megatron_ft.errors import UserError
     from megatron_ft.finetune import main
 
@@ -87,8 +87,8 @@ def run(inputs: str, save: Path, more: str, layout: str = "1") -> tuple[int | st
 
 def state_and_checkpointer(words: list[str]):
     """What finetune.py builds before it trains, without data: (arguments, TrainState, Checkpointer), not yet started."""
-    from megatron_ft.arguments import parse_args
-    from megatron_ft.checkpoint.state import Checkpointer, TrainState
+    from megatron_ft.checkpoint.checkpointer import Checkpointer, TrainState
+    from megatron_ft.config.arguments import parse_args
     from megatron_ft.engine import parallel
     from megatron_ft.engine.device import set_up_device
     from megatron_ft.engine.model import build_model, wrap_for_data_parallel
@@ -183,11 +183,11 @@ def wait_for_a_slow_rank(timeout_minutes: float, seconds: float) -> str:
     """ "heard" when both ranks met, though rank 1 came `seconds` late; else "gave up"."""
     import torch.distributed as dist
 
-    from megatron_ft.checkpoint import together
+    from megatron_ft.checkpoint import collective
 
     dist.init_process_group("gloo")
-    together.MINUTES = 0  # the least it waits is half an hour
-    ranks = together.Together(timeout_minutes)
+    collective.MINUTES = 0  # the least it waits is half an hour
+    ranks = collective.Together(timeout_minutes)
     ranks.all_of("here")
     time.sleep(seconds * ranks.rank)
     try:
@@ -265,7 +265,7 @@ def wait_for_iteration(ranks: Ranks, save: Path, iteration: int, timeout: float 
 
 def whole_tensors(directory: Path) -> dict[str, torch.Tensor]:
     """Every tensor of a checkpoint (weights and optimizer), whatever layout wrote it."""
-    from megatron_ft.checkpoint.torch_dist_weights import TorchDistFiles
+    from megatron_ft.weights.torch_dist_reader import TorchDistFiles
 
     files, found = TorchDistFiles(directory), {}
     for key in sorted(files.tensors):

@@ -21,7 +21,7 @@ def start(flags: str, tokenizer: Path) -> argparse.Namespace:
     """Parsed flags, with device and process groups set up as finetune.py does."""
     import os
 
-    from megatron_ft.arguments import parse_args
+    from megatron_ft.config.arguments import parse_args
     from megatron_ft.engine import parallel
     from megatron_ft.engine.device import set_up_device
 
@@ -33,9 +33,9 @@ def start(flags: str, tokenizer: Path) -> argparse.Namespace:
 
 def branch_weights(path: Path):
     """The branch's flat weights (npz by legacy names, 4 layers, 64 wide, 1024 rows) as a WeightSource."""
-    from megatron_ft.checkpoint.names import layer_of, weight_of
-    from megatron_ft.checkpoint.weights import WeightSource
-    from megatron_ft.models import ModelShape
+    from megatron_ft.model.shape import ModelShape
+    from megatron_ft.model.tensor_names import layer_of, weight_of
+    from megatron_ft.weights.source import WeightSource
 
     arrays = np.load(path)
 
@@ -195,12 +195,13 @@ def loss_and_gradient_error(
     """Loss of one step on `packed_rows(seed, ...)` from the weights of a HF directory, and the largest difference of its gradients
     from the HF model's, saved as {name: tensor} in `gradients`."""
     from megatron_ft.checkpoint.load_weights import load_weights, unwrap
-    from megatron_ft.checkpoint.weights import WeightSource, open_weights
     from megatron_ft.engine import parallel
     from megatron_ft.engine.model import build_model, wrap_for_data_parallel
     from megatron_ft.engine.optimizer import build_optimizer
     from megatron_ft.engine.rows import micro_batch_from
     from megatron_ft.engine.train import forward_backward
+    from megatron_ft.weights.open import open_weights
+    from megatron_ft.weights.source import WeightSource
 
     source = open_weights(weights)
     flags += f" --num-layers {source.shape.num_layers} --hidden-size {source.shape.hidden_size} --num-attention-heads 4"
@@ -247,7 +248,7 @@ def difference_from_dense_model(flags: str, golden: Path) -> dict[str, float]:
     from megatron_ft.engine import parallel
     from megatron_ft.engine.model import build_model
     from megatron_ft.engine.rows import micro_batch_from
-    from megatron_ft.models import padded_vocab_size
+    from megatron_ft.model.shape import padded_vocab_size
 
     flags = f"{flags} --preset tiny --num-layers 2 --seq-length 256 --data-prefix unused --train-iters 1"
     args = start(flags, golden / "data/tokenizer.json")
@@ -304,7 +305,7 @@ def finetune(flags: list[str], during: str = "") -> int:
     import time
 
     from megatron_ft import finetune
-    from megatron_ft.engine import evaluate, signals, train
+    from megatron_ft.engine import signals, train, validation
 
     signals.forget()
     what, _, when = during.partition(" ")
@@ -323,7 +324,7 @@ def finetune(flags: list[str], during: str = "") -> int:
     last_rank = int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1
     name, _, where = what.partition("-in-")
     if name.startswith("SIG") and last_rank:
-        module, function = (train, "forward_backward") if where == "step" else (evaluate, "_count")
+        module, function = (train, "forward_backward") if where == "step" else (validation, "_count")
         number = signal.Signals[name]
         setattr(module, function, after(getattr(module, function), lambda: os.kill(os.getpid(), number)))
     if what == "tear-in-step":
@@ -350,7 +351,6 @@ def finetune_error(flags: list[str]) -> str:
 def losses_of_splits(golden: Path) -> dict:
     """One step on the same four rows with micro-batches of 2 and of 1: {average: [(loss, gradient norm), ...]}, and by hand."""
     from megatron_ft.checkpoint.load_weights import load_weights
-    from megatron_ft.checkpoint.weights import open_weights
     from megatron_ft.data.batch import Batch
     from megatron_ft.engine import parallel
     from megatron_ft.engine.loss import token_losses
@@ -358,6 +358,7 @@ def losses_of_splits(golden: Path) -> dict:
     from megatron_ft.engine.optimizer import build_optimizer
     from megatron_ft.engine.rows import micro_batch_from
     from megatron_ft.engine.train import forward_backward
+    from megatron_ft.weights.open import open_weights
 
     flags = "--num-layers 4 --hidden-size 64 --num-attention-heads 4 --max-position-embeddings 256 --seq-length 256"
     flags += " --hidden-dropout 0 --attention-dropout 0 --data-prefix unused --train-iters 1 --global-batch-size 4"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_ft.arguments import parse_args
+from megatron_ft.config.arguments import parse_args
 from megatron_ft.data.indexed import IndexedWriter, commit, field_paths
 
 

@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from megatron_ft.adapters import is_trainable
-from megatron_ft.checkpoint.adapter_weights import AdapterSource
-from megatron_ft.checkpoint.names import WTE, core_to_hf, hf_shape, weight_of
-from megatron_ft.checkpoint.weights import WeightSource
 from megatron_ft.errors import UserError
+from megatron_ft.model.lora import is_trainable
+from megatron_ft.model.tensor_names import WTE, core_to_hf, hf_shape, weight_of
+from megatron_ft.weights.adapters import AdapterSource
+from megatron_ft.weights.source import WeightSource
 
 MEAN_BLOCK = 4096  # rows read at a time for the mean of an embedding; fixed, so that the sum is one number everywhere
 

@@ -8,15 +8,15 @@ from argparse import Namespace
 from dataclasses import fields
 from pathlib import Path
 
-from megatron_ft.checkpoint import tokenizer_files
-from megatron_ft.checkpoint.adapter_weights import open_start
-from megatron_ft.checkpoint.base_weights import is_base
-from megatron_ft.checkpoint.directory import TRACKER, iteration_directory, list_iterations, read_tracker
-from megatron_ft.checkpoint.manifest import NAME, Damaged, Manifest, read_manifest
 from megatron_ft.data.indexed import field_paths
 from megatron_ft.data.splits import groups_of
 from megatron_ft.errors import UserError
-from megatron_ft.models import ModelShape
+from megatron_ft.model.shape import ModelShape
+from megatron_ft.tokenizer import files as tokenizer_files
+from megatron_ft.weights.adapters import open_start
+from megatron_ft.weights.directory import TRACKER, iteration_directory, list_iterations, read_tracker
+from megatron_ft.weights.fingerprint import is_base
+from megatron_ft.weights.manifest import NAME, Damaged, Manifest, read_manifest
 
 # Flags a run's numbers follow from, beside its architecture and data. Changing one on a resume would make it another run without a word.
 FIXED = (

@@ -5,9 +5,9 @@ from argparse import Namespace
 from collections.abc import Callable, Collection
 from pathlib import Path
 
-from megatron_ft.checkpoint import directory
-from megatron_ft.checkpoint.manifest import Damaged, read_manifest
 from megatron_ft.errors import UserError
+from megatron_ft.weights import directory
+from megatron_ft.weights.manifest import Damaged, read_manifest
 
 
 def check_room(save: Path, needed: int, args: Namespace, log: Callable[[str], None]) -> None:

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_ft.errors import UserError
-from megatron_ft.output import open_alone
+from megatron_ft.files.output import open_alone
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
@@ -55,11 +55,6 @@ def prefix_of(path: str) -> str:
     'data/part-1'
     """
     return _FILES_OF_A_PREFIX.sub("", path)
-
-
-def token_dtype(vocab_size: int) -> np.dtype:
-    """uint16 where every id fits, else int32: Megatron's `best_fitting_dtype`, with its limit of 65500."""
-    return DTYPES[8] if vocab_size < 65500 else DTYPES[4]
 
 
 class IndexedReader:

@@ -12,8 +12,8 @@ from typing import NamedTuple
 import numpy as np
 
 from megatron_ft.data import _packing
-from megatron_ft.data.made_from import other_tokenizer
 from megatron_ft.data.packing import PackedIndex, Packing, TokenizedDocuments, load_index, load_index_of_rows
+from megatron_ft.data.provenance import other_tokenizer
 from megatron_ft.data.splits import Group, Part, groups_of
 from megatron_ft.errors import UserError
 

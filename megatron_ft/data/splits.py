@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
 
+from megatron_ft.config.arguments import validation_share
 from megatron_ft.errors import UserError
 
 FORM = "expected NAME: WEIGHT START:END PREFIX, WEIGHT START:END PREFIX ..."
@@ -63,13 +64,6 @@ def groups_of(args: argparse.Namespace, split: str) -> list[Group]:
         )
     _check_names_differ(groups, split)
     return groups
-
-
-def validation_share(args: argparse.Namespace) -> float:
-    """Share of `--data-prefix` that is kept out of training: 0.05 when the flag is not given, nothing where other documents validate."""
-    if args.validation_share is not None:
-        return args.validation_share
-    return 0.0 if args.valid_weighted_split_paths or args.valid_weighted_split_paths_path else 0.05
 
 
 def read_split_file(path: str | Path) -> list[Group]:

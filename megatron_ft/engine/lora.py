@@ -31,8 +31,8 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 
-from megatron_ft.adapters import TARGETS, AdapterConfig, is_trainable
 from megatron_ft.errors import UserError
+from megatron_ft.model.lora import TARGETS, AdapterConfig, is_trainable
 
 __all__ = ["add_lora", "is_trainable"]
 

@@ -20,7 +20,7 @@ from torch import nn
 
 from megatron_ft.engine.packed_attention import PackedAttention
 from megatron_ft.errors import UserError
-from megatron_ft.models import ModelShape
+from megatron_ft.model.shape import ModelShape
 
 try:
     from megatron.core.extensions.transformer_engine import HAVE_TE

@@ -6,7 +6,7 @@ import os
 import torch
 
 from megatron_ft.errors import UserError
-from megatron_ft.memory import GIB
+from megatron_ft.model.cost import GIB
 
 
 def out_of_memory(args: argparse.Namespace, error: torch.OutOfMemoryError, when: str) -> UserError:

@@ -11,18 +11,18 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megatron_ft.arguments import LENGTHS
-from megatron_ft.checkpoint.state import Checkpointer, TrainState
+from megatron_ft.checkpoint.checkpointer import Checkpointer, TrainState
+from megatron_ft.config.arguments import LENGTHS
 from megatron_ft.engine import parallel, signals
-from megatron_ft.engine.evaluate import evaluate, rows_to_evaluate
 from megatron_ft.engine.loss import token_losses
-from megatron_ft.engine.metrics import MetricsLog
 from megatron_ft.engine.optimizer import learning_rate
 from megatron_ft.engine.pipeline import run_micro_batches
-from megatron_ft.engine.report import read_lines
 from megatron_ft.engine.rows import MicroBatch, Rows
 from megatron_ft.engine.schedule import Length, changed_rate, global_batch_at
+from megatron_ft.engine.validation import evaluate, rows_to_evaluate
 from megatron_ft.errors import EXIT_DONE, EXIT_RESUME, UserError
+from megatron_ft.files.log_lines import read_lines
+from megatron_ft.metrics.metrics import MetricsLog
 
 
 @dataclass

@@ -21,8 +21,8 @@ from checkpoint_runs import (
 )
 from ranks import run_ranks
 
-from megatron_ft.checkpoint.directory import list_iterations
-from megatron_ft.checkpoint.manifest import check_files, read_manifest
+from megatron_ft.weights.directory import list_iterations
+from megatron_ft.weights.manifest import check_files, read_manifest
 
 pytestmark = pytest.mark.slow
 ITERATIONS = 40

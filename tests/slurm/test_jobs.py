@@ -15,8 +15,8 @@ from cluster import Cluster, running_cluster, wait_for  # noqa: F401
 from conftest import ROOT
 from project import Project
 
-from launch.slurm_job import Job, _fields
-from megatron_ft.arguments import parse_args
+from megatron_ft.config.arguments import parse_args
+from megatron_ft.launcher.slurm_job import Job, _fields
 
 START = """
 import os, signal, sys, time
@@ -101,7 +101,7 @@ def test_a_job_is_submitted_again_with_all_it_was_given(tmp_path, monkeypatch):
 
 def test_a_node_needs_room_for_what_the_run_will_save(monkeypatch):
     monkeypatch.setattr(sys, "path", list(sys.path))  # the program puts its own first
-    from launch.preflight import checkpoint_gigabytes
+    from megatron_ft.launcher.node_check import checkpoint_gigabytes
 
     parameters, per_layer = 15.517e9, 16 * ((6144 + 6400) + 2 * 6144 + 2 * (6144 + 24576))
     for more, count in (("", parameters), ("--lora-rank 16", 40 * per_layer), ("--skip-train", 0)):

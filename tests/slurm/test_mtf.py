@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from conftest import one_error_line, run_program
 
-from launch.mtf import HANDLED
-from megatron_ft.flags import build_parser
+from megatron_ft.config.flags import build_parser
+from megatron_ft.launcher.mtf import HANDLED
 
 RECORDED = [
     line for line in (Path(__file__).with_name("mtf_flags.txt")).read_text().splitlines() if line.startswith("--")

@@ -13,7 +13,7 @@ import torch
 from cluster import Cluster, running_cluster, wait_for  # noqa: F401
 from project import Project
 
-from megatron_ft.checkpoint.weights import open_weights
+from megatron_ft.weights.open import open_weights
 
 pytestmark = pytest.mark.slow
 STEPS = 30

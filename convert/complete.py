@@ -1,0 +1,112 @@
+"""Complete a prompt with a converted model, by plain transformers: the last look before handing it on.
+
+    python convert/complete.py runs/first-hf --prompt "def print_hello_world():"
+
+The prompt is printed as given, the completion after it. Greedy unless --temperature is above 0.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # not this folder: its files would hide others'
+
+from megatron_ft.config.flags import Help, Parser
+from megatron_ft.errors import UserError, run_program
+
+
+def main() -> None:
+    parser = Parser(description=__doc__, formatter_class=Help, allow_abbrev=False)
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="Hugging Face directory with tokenizer files")
+    add("--prompt", help="text to complete; def print_hello_world(): when neither it nor --prompt-file is given")
+    add("--prompt-file", metavar="FILE", help="file with the text to complete")
+    add("--max-new-tokens", type=int, default=64, help="longest completion; end-of-text ends it sooner")
+    add("--temperature", type=float, default=0.0, help="0 takes the likeliest token, above it samples")
+    add("--top-p", type=float, default=0.95, help="share of probability that sampling chooses from")
+    add("--seed", type=int, default=1234, help="seed of sampling")
+    args = parser.parse_args()
+    if args.prompt is not None and args.prompt_file:
+        raise UserError("--prompt and --prompt-file exclude each other; keep one")
+    if args.max_new_tokens < 1:
+        raise UserError(f"--max-new-tokens {args.max_new_tokens}: must be at least 1")
+    if not 0 <= args.temperature < float("inf"):
+        raise UserError(f"--temperature {args.temperature:g}: must be 0 (the likeliest token) or above it, like 0.2")
+    if not 0 < args.top_p <= 1:
+        raise UserError(f"--top-p {args.top_p:g}: must be above 0 and at most 1")
+    directory = Path(args.model)
+    check_directory(directory)
+    prompt = "def print_hello_world():" if args.prompt is None else args.prompt
+    if args.prompt_file:
+        prompt = read_prompt(Path(args.prompt_file))
+    complete(directory, prompt, args)
+
+
+def check_directory(directory: Path) -> None:
+    """Raise UserError for what transformers could not load, and say what would make it loadable."""
+    if not directory.is_dir():
+        raise UserError(f"{directory}: no such directory; give what convert/megatron_to_hf.py wrote")
+    if not any((directory / name).is_file() for name in ("config.json", "adapter_config.json")):
+        raise UserError(
+            f"{directory}: no Hugging Face model; convert it with convert/megatron_to_hf.py --load {directory} first"
+        )
+    if not any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        raise UserError(
+            f"{directory}: has no tokenizer files; convert again with --tokenizer-file, or copy tokenizer.json there"
+        )
+
+
+def read_prompt(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--prompt-file {path}: cannot be read as text ({error})") from None
+
+
+def complete(directory: Path, prompt: str, args) -> None:
+    """Print the prompt and its completion, token by token as they come."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        model = AutoModelForCausalLM.from_pretrained(directory, dtype="auto", local_files_only=True).eval()
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"{directory}: transformers cannot load it ({str(error).splitlines()[0]}); convert it again"
+        ) from None
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model.to(device)
+    ids = tokenizer(prompt, return_tensors="pt").input_ids
+    room = model.config.n_positions - args.max_new_tokens
+    if room < 1:
+        raise UserError(
+            f"--max-new-tokens {args.max_new_tokens}: the model has {model.config.n_positions} positions; give fewer"
+        )
+    if ids.shape[1] == 0:
+        raise UserError("the prompt is empty; give some text to complete")
+    if ids.shape[1] > room:
+        print(
+            f"the prompt's first {ids.shape[1] - room} tokens are left out: {model.config.n_positions} positions",
+            file=sys.stderr,
+        )
+        ids = ids[:, -room:]
+    torch.manual_seed(args.seed)
+    sampling = (
+        {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p}
+        if args.temperature > 0
+        else {"do_sample": False}
+    )
+    model.generate(
+        ids.to(device),
+        attention_mask=torch.ones_like(ids, device=device),
+        max_new_tokens=args.max_new_tokens,
+        pad_token_id=model.config.pad_token_id if model.config.pad_token_id is not None else model.config.eos_token_id,
+        streamer=TextStreamer(tokenizer, skip_special_tokens=False, clean_up_tokenization_spaces=False),
+        **sampling,
+    )
+
+
+if __name__ == "__main__":
+    run_program(main)

@@ -1,0 +1,100 @@
+"""What a rank runs: the training program's command line and the environment it finds, for local ranks and for SLURM alike."""
+
+import argparse
+import os
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def training_command(flags: Sequence[str]) -> list[str]:
+    """Command line of one Megatron-Core rank."""
+    return [*training_python(), "-m", "megatron_ft.finetune", *flags]
+
+
+def training_python() -> list[str]:
+    """The Python that trains, in the site's container where cluster.env names one.
+
+    -P: a file called tokenize.py where it is started must not hide Python's own.
+    """
+    container = shlex.split(os.environ.get("CONTAINER_COMMAND", ""))
+    python = (os.environ.get("CONTAINER_PYTHON") or "python") if container else sys.executable
+    return [*container, python, "-P"]
+
+
+def shared_environment(ranks_on_node: int, gpus: int) -> dict[str, str]:
+    """Variables every rank needs; what the user or the site has set already stays. With `gpus` on a node ranks must not train on the CPU."""
+    cores = len(os.sched_getaffinity(0))
+    defaults = {
+        "OMP_NUM_THREADS": str(max(1, cores // ranks_on_node)),
+        "CUDA_DEVICE_MAX_CONNECTIONS": "1",  # what tensor parallelism needs to overlap on GPUs before Blackwell
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONUNBUFFERED": "1",  # a log is followed with tail -f
+    }
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    return {
+        **{name: os.environ.get(name, value) for name, value in defaults.items()},
+        "PYTHONPATH": path,
+        "MEGATRON_FT_GPUS": str(gpus),  # for engine/device.py
+    }
+
+
+def rank_environment(rank: int, world_size: int, local_rank: int, ranks_on_node: int) -> dict[str, str]:
+    """Who a rank is, in torchrun's variable names."""
+    return {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_RANK": str(local_rank),
+        "LOCAL_WORLD_SIZE": str(ranks_on_node),
+    }
+
+
+def model_parallel_size(flags: Sequence[str]) -> int:
+    """TP x PP x CP as the flags say it: the fewest processes that can hold the model."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    names = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
+    for name in names:
+        parser.add_argument(f"--{name}", f"--{name.replace('_', '-')}", type=int, default=1)
+    try:
+        sizes = parser.parse_known_args(list(flags))[0]
+    except argparse.ArgumentError:
+        return 1  # the full parser says what is wrong
+    tp, pp, cp = (max(1, getattr(sizes, name)) for name in names)
+    return tp * pp * cp
+
+
+def local_gpus() -> int:
+    """GPUs of this machine that a process may use, without the seconds that importing torch takes."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return len([device for device in visible.split(",") if device.strip() not in ("", "-1", "NoDevFiles")])
+    if not shutil.which("nvidia-smi"):
+        return 0
+    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True)
+    return sum(line.startswith("GPU ") for line in listed.stdout.splitlines())
+
+
+def free_port(first: int) -> int:
+    """The first port from `first` on that nobody listens on here. Choose `first` below 32768: the kernel lends those above to
+    connections, and may lend this one before a rank listens on it."""
+    for port in range(first, first + 1000):
+        with socket.socket() as s:
+            try:
+                s.bind(("", port))
+            except OSError:
+                continue
+            return port
+    raise OSError(f"no free port from {first} on")
+
+
+def as_shell(environment: Mapping[str, str], command: Sequence[str]) -> str:
+    """The same, to be pasted into a shell."""
+    return " \\\n  ".join(
+        [*(f"{name}={shlex.quote(value)}" for name, value in environment.items()), shlex.join(command)]
+    )

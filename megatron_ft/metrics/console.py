@@ -1,0 +1,196 @@
+"""What a run prints: a banner of what is about to happen, a line every --log-interval steps, and on a terminal a progress bar below them."""
+
+import argparse
+import contextlib
+import os
+import sys
+from dataclasses import dataclass
+
+from megatron_ft.model import cost
+from megatron_ft.model.shape import ModelShape, padded_vocab_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunPlan:
+    """How long the run is and where this start begins; what the log needs for ETA, cutting back and the banner."""
+
+    train_iters: int
+    start_iteration: int = 0
+    train_samples: int | None = None
+    rows_per_epoch: int | None = None
+    device_name: str | None = None  # torch.cuda.get_device_name(), None on a CPU
+
+
+class Console:
+    """Prints for the rank that has one. `gpu` is None on a CPU and for a device that is not known."""
+
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        shape: ModelShape,
+        plan: RunPlan,
+        layout: cost.Layout,
+        gpu: cost.Gpu | None,
+    ) -> None:
+        self.args, self.shape, self.plan, self.layout, self.gpu = args, shape, plan, layout, gpu
+        self._interval: list[dict] = []
+        self._bar = None
+
+    def banner(self, part: int, facts: dict[str, str]) -> None:
+        """Print model, layout, device, memory, length and `facts`, each of one line or several; begin the progress bar. `part` counts resumes."""
+        lines = [("model", self._model()), ("layout", str(self.layout)), ("precision", self._precision())]
+        lines += [
+            ("device", self.plan.device_name or "CPU"),
+            ("memory", self._memory()),
+            ("training", self._training(part)),
+        ]
+        lines += [(name.replace("_", " "), text) for name, text in facts.items()]
+        width = max(len(name) for name, _ in lines)
+        for name, text in lines:
+            for number, line in enumerate(text.split("\n")):
+                self.print(f"{'' if number else name:>{width}} | {line}")
+        if sys.stderr.isatty() and not self.args.skip_train:
+            from tqdm import tqdm
+
+            self._bar = tqdm(
+                total=self.plan.train_iters,
+                initial=self.plan.start_iteration,
+                unit="step",
+                dynamic_ncols=True,
+                smoothing=0.1,
+            )
+
+    def step(self, record: dict) -> None:
+        """Take a step's whole record (the keys of metrics.jsonl); print the interval's line when it is full."""
+        self._interval.append(record)
+        if self._bar is not None:
+            loss = "none" if record["loss"] is None else f"{record['loss']:.4f}"
+            with self._terminal():
+                self._bar.set_postfix_str(f"loss {loss}, {record['tokens_per_second']:,.0f} tokens/s", refresh=False)
+                self._bar.update(record["iteration"] - self._bar.n)
+        if record["iteration"] % self.args.log_interval == 0 or record["iteration"] == self.plan.train_iters:
+            self.print(self._interval_line())
+            self._interval.clear()
+
+    def print(self, text: str) -> None:
+        """Print a line, above the bar where there is one."""
+        with self._terminal():
+            if self._bar is not None:
+                self._bar.write(text)
+            else:
+                print(text, flush=True)
+
+    def close(self) -> None:
+        """End the bar."""
+        with self._terminal():
+            if self._bar is not None:
+                self._bar.close()
+                self._bar = None
+
+    @contextlib.contextmanager
+    def _terminal(self):
+        """A terminal that was closed, or a pipe whose reader has gone, ends no run: what is printed stands in its files too."""
+        try:
+            yield
+        except OSError:
+            if self._bar is not None:
+                self._bar.disable = True
+                self._bar = None
+            sys.stdout = open(os.devnull, "w")  # for the rest of the process
+
+    # --- banner ---
+
+    def _padded_vocab(self) -> int:
+        return padded_vocab_size(
+            self.shape.vocab_size, self.args.make_vocab_size_divisible_by, self.layout.tensor_parallel
+        )
+
+    def _model(self) -> str:
+        shape = self.shape
+        parameters = shape.num_parameters(self._padded_vocab())
+        attention = "multi-query" if shape.multi_query else "multi-head"
+        line = f"{self.args.preset or 'GPTBigCode'}: {parameters:,} parameters, {shape.num_layers} layers x {shape.hidden_size}, "
+        line += f"{shape.num_attention_heads} heads ({attention}), vocabulary {shape.vocab_size:,} (padded {self._padded_vocab():,})"
+        if self.layout.lora_rank:
+            whole = cost.Layout(lora_rank=self.layout.lora_rank, lora_targets=self.layout.lora_targets)
+            adapters = cost.adapter_parameters_on_rank(shape, whole)
+            line += f"; LoRA rank {self.layout.lora_rank} trains {adapters:,} ({100 * adapters / parameters:.2f} %)"
+        return line
+
+    def _precision(self) -> str:
+        optimizer = f"{self.args.optimizer}{' on the CPU' if self.args.optimizer_cpu_offload else ''}"
+        return f"{self.layout.precision}, {optimizer}, peak lr {self.args.lr:g} ({self.args.lr_decay_style})"
+
+    def _memory(self) -> str:
+        need = cost.estimate(self.shape, self._padded_vocab(), self.layout, self.args.seq_length)
+        parts = [(need.weights, "weights"), (need.gradients, "gradients"), (need.optimizer, "optimizer")]
+        parts += [(need.activations, "activations")]
+        unit, size = ("GiB", cost.GIB) if need.total >= cost.GIB else ("MiB", 2**20)
+        line = f"about {need.total / size:.1f} {unit} a rank: "
+        line += ", ".join(f"{name} {part / size:.1f}" for part, name in parts)
+        if self.gpu and not need.fits(self.gpu):
+            line += f"; MORE than {self.gpu.name} holds: see launch/plan.py"
+        return line
+
+    def _training(self, part: int) -> str:
+        plan, args = self.plan, self.args
+        if args.skip_train:
+            return "evaluation only"
+        tokens = args.global_batch_size * args.seq_length
+        line = f"{plan.train_iters:,} steps of {args.global_batch_size} rows x {args.seq_length:,} tokens ({tokens:,})"
+        if plan.rows_per_epoch:
+            samples = plan.train_samples or plan.train_iters * args.global_batch_size
+            line += f", {samples / plan.rows_per_epoch:.2f} epochs of {plan.rows_per_epoch:,} rows"
+        if plan.start_iteration:
+            line += f"; {plan.start_iteration:,} done before (start {part + 1})"
+        return line
+
+    # --- the line of an interval ---
+
+    def _interval_line(self) -> str:
+        steps, last = self._interval, self._interval[-1]
+        seconds = sum(record["step_seconds"] for record in steps)
+        mean = {
+            key: sum(values) / len(values)
+            for key in ("loss", "grad_norm", "fill_rate")
+            if (values := [record[key] for record in steps if record[key] is not None])
+        }
+        weigh = {
+            key: sum(r[key] * r["step_seconds"] for r in steps) / seconds
+            for key in ("tokens_per_second", "tflops_per_gpu")
+        }
+        width = len(f"{self.plan.train_iters:,}")
+        remaining = (self.plan.train_iters - last["iteration"]) * seconds / len(steps)
+        parts = [
+            f" iteration {last['iteration']:>{width},}/{self.plan.train_iters:,}",
+            f"samples {last['consumed_samples']:>11,}",
+            f"tokens {last['consumed_tokens']:>15,}",
+            f"lr {last['lr']:.3e}",
+            f"loss {mean['loss']:>9.6f}" if "loss" in mean else "loss      none",
+            f"grad norm {mean['grad_norm']:>8.3f}" if "grad_norm" in mean else "grad norm     none",
+            f"scale {last['loss_scale']:>7g}",
+            f"{weigh['tokens_per_second']:>9,.0f} tok/s",
+            f"{weigh['tflops_per_gpu']:>7.2f} TFLOP/s"
+            if self.plan.device_name
+            else f"{1e3 * weigh['tflops_per_gpu']:>7.2f} GFLOP/s",
+        ]
+        if self.gpu:
+            peak = self.gpu.peak_flops(self.layout.precision)
+            parts.append(f"MFU {100e12 * weigh['tflops_per_gpu'] / peak:>5.1f} %")
+        positions = sum(record["global_batch_size"] for record in steps) * self.args.seq_length
+        parts.append(f"fill {100 * mean['fill_rate']:>5.1f} %")
+        parts.append(f"in loss {100 * sum(record['loss_tokens'] for record in steps) / positions:>5.1f} %")
+        if last["memory_bytes"]:
+            parts.append(f"mem {last['memory_bytes'] / cost.GIB:>5.1f} GiB")
+        parts.append(f"ETA {clock(remaining)}")
+        parts += [f"skipped {last['skipped_iterations']}"] if last["skipped_iterations"] else []
+        parts += [f"spikes {last['spikes']}"] if last["spikes"] else []
+        return " | ".join(parts)
+
+
+def clock(seconds: float) -> str:
+    """Seconds as 1d 02:03:04 or 0:03:04."""
+    minutes, second = divmod(int(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    days, hour = divmod(hours, 24)
+    return (f"{days}d {hour:02}" if days else f"{hour}") + f":{minute:02}:{second:02}"

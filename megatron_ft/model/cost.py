@@ -1,0 +1,378 @@
+"""What a model costs: parameters, bytes a GPU by layout, floating point operations a token, and what known GPUs offer.
+
+Pure arithmetic on a `ModelShape` and a `Layout`, no torch: `launch/plan.py` proposes layouts with it, the training banner says
+what a GPU is expected to hold, and the log turns tokens a second into TFLOP/s and MFU. Parameters and state are exact
+(tests hold them against Megatron-Core models); activations are a sum over the tensors that backward keeps, described line by line.
+"""
+
+import argparse
+from dataclasses import dataclass, replace
+
+from megatron_ft.model.shape import ModelShape
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One device: usable memory in bytes, peak dense TFLOP/s of its matrix units in 16 bit and of fp32 arithmetic (makers' data sheets)."""
+
+    name: str
+    memory: int
+    peak_16bit: float
+    peak_fp32: float
+
+    def peak_flops(self, precision: str) -> float:
+        """Peak FLOP/s in `precision` (fp32, bf16 or fp16)."""
+        return 1e12 * (self.peak_fp32 if precision == "fp32" else self.peak_16bit)
+
+
+def _gpu(name: str, gib: float, peak_16bit: float, peak_fp32: float) -> tuple[str, Gpu]:
+    return name, Gpu(name, int(gib * GIB), peak_16bit, peak_fp32)
+
+
+# Memory is what a program can take, a little under what the name says.
+GPUS = dict(
+    [
+        _gpu("v100-16gb", 15.7, 125, 15.7),
+        _gpu("v100-32gb", 31.7, 125, 15.7),
+        _gpu("a10-24gb", 22.0, 125, 31.2),
+        _gpu("a40-48gb", 44.3, 149.7, 37.4),
+        _gpu("a100-40gb", 39.4, 312, 19.5),
+        _gpu("a100-80gb", 79.1, 312, 19.5),
+        _gpu("l40s-48gb", 44.4, 362, 91.6),
+        _gpu("h100-pcie-80gb", 79.1, 756, 51),
+        _gpu("h100-nvl-94gb", 93.1, 835, 60),
+        _gpu("h100-80gb", 79.1, 989.4, 67),
+        _gpu("gh200-96gb", 94.5, 989.4, 67),
+        _gpu("h200-141gb", 139.8, 989.4, 67),
+        _gpu("b200-180gb", 178.0, 2250, 75),
+        _gpu("mi250x-64gb", 64.0, 191.5, 47.9),  # one of its two dies, which is what a rank drives
+        _gpu("mi300x-192gb", 191.5, 1307.4, 163.4),
+    ]
+)
+
+
+def find_gpu(device_name: str) -> Gpu | None:
+    """The known GPU behind CUDA's device name ("NVIDIA A100-SXM4-80GB"), or None: then no MFU is given rather than a guess."""
+    name = device_name.lower()
+    for mark, gpu in [
+        ("gh200", "gh200-96gb"),
+        ("b200", "b200-180gb"),
+        ("h200", "h200-141gb"),
+        ("h100 pcie", "h100-pcie-80gb"),
+        ("h100 nvl", "h100-nvl-94gb"),
+        ("h100", "h100-80gb"),
+        ("l40s", "l40s-48gb"),
+        ("a100", "a100-40gb" if "40gb" in name else "a100-80gb"),
+        ("a40", "a40-48gb"),
+        ("a10g", None),
+        ("nvidia a10", "a10-24gb"),
+        ("v100", "v100-32gb" if "32gb" in name else "v100-16gb"),
+        ("mi250x", "mi250x-64gb"),
+        ("mi300x", "mi300x-192gb"),
+    ]:
+        if mark in name:
+            return GPUS[gpu] if gpu else None
+    return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """How a run is spread and what it keeps: the flags that decide memory and speed."""
+
+    tensor_parallel: int = 1
+    pipeline_parallel: int = 1
+    data_parallel: int = 1
+    context_parallel: int = 1
+    sequence_parallel: bool = False
+    distributed_optimizer: bool = True
+    precision: str = "bf16"  # fp32, bf16, fp16
+    fp32_gradients: bool = True  # --accumulate-allreduce-grads-in-fp32
+    optimizer: str = "adam"
+    optimizer_cpu_offload: bool = False
+    micro_batch: int = 1
+    num_microbatches: int = 1
+    recompute: str | None = None  # None, selective, full
+    recompute_num_layers: int = 1
+    recompute_method: str = "uniform"
+    lora_rank: int = 0
+    lora_targets: tuple[str, ...] = ()
+    lora_dropout: float = 0.0
+
+    @classmethod
+    def from_args(cls, args: argparse.Namespace) -> "Layout":
+        """The layout that parsed training flags ask for."""
+        data_parallel = max(1, args.data_parallel_size)
+        return cls(
+            tensor_parallel=args.tensor_model_parallel_size,
+            pipeline_parallel=args.pipeline_model_parallel_size,
+            data_parallel=data_parallel,
+            context_parallel=args.context_parallel_size,
+            sequence_parallel=args.sequence_parallel,
+            distributed_optimizer=args.use_distributed_optimizer,
+            precision="bf16" if args.bf16 else "fp16" if args.fp16 else "fp32",
+            fp32_gradients=args.accumulate_allreduce_grads_in_fp32,
+            optimizer=args.optimizer,
+            optimizer_cpu_offload=args.optimizer_cpu_offload,
+            micro_batch=args.micro_batch_size,
+            num_microbatches=max(1, args.global_batch_size // (args.micro_batch_size * data_parallel)),
+            recompute=args.recompute_granularity,
+            recompute_num_layers=args.recompute_num_layers or 1,
+            recompute_method=args.recompute_method or "uniform",
+            lora_rank=args.lora_rank,
+            lora_targets=tuple(args.lora_targets.split(",")) if args.lora_rank else (),
+            lora_dropout=args.lora_dropout,
+        )
+
+    def __str__(self) -> str:
+        parts = [f"TP {self.tensor_parallel}", f"PP {self.pipeline_parallel}", f"DP {self.data_parallel}"]
+        parts += [f"CP {self.context_parallel}"] if self.context_parallel > 1 else []
+        parts += ["sequence parallel"] if self.sequence_parallel else []
+        parts += ["distributed optimizer"] if self.distributed_optimizer and self.data_parallel > 1 else []
+        parts += [f"{self.recompute} recompute"] if self.recompute else []
+        return ", ".join(parts)
+
+    @property
+    def optimizer_shards(self) -> int:
+        """Over how many ranks the optimizer's state is shared out."""
+        return self.data_parallel * self.context_parallel if self.distributed_optimizer else 1
+
+    @property
+    def number_bytes(self) -> int:
+        """Bytes of one weight or activation number."""
+        return 4 if self.precision == "fp32" else 2
+
+
+# --- parameters ------------------------------------------------------------------------------------------------------
+
+
+def linear_shapes(shape: ModelShape) -> dict[str, tuple[int, int, str]]:
+    """Each layer's four linear maps by Megatron's name: (outputs, inputs, which side tensor parallelism cuts)."""
+    h, f = shape.hidden_size, shape.ffn_hidden_size
+    return {
+        "linear_qkv": (shape.qkv_rows, h, "column"),
+        "linear_proj": (h, h, "row"),
+        "linear_fc1": (f, h, "column"),
+        "linear_fc2": (h, f, "row"),
+    }
+
+
+def sizes_on_rank(shape: ModelShape, padded_vocab_size: int, layout: Layout, stage: int) -> list[int]:
+    """Numbers in each parameter that one rank of pipeline stage `stage` holds, adapters not counted. Exact."""
+    tp, pp, h = layout.tensor_parallel, layout.pipeline_parallel, shape.hidden_size
+    layer = [h] * 4  # two layer norms, on every tensor-parallel rank
+    for outputs, inputs, cut in linear_shapes(shape).values():
+        layer += [outputs * inputs // tp, outputs // tp if cut == "column" else outputs]
+    sizes = shape.num_layers // pp * layer
+    if stage == 0:
+        sizes += [padded_vocab_size // tp * h, shape.max_position_embeddings * h]
+    if stage == pp - 1:
+        sizes += [h, h]
+        if pp > 1:  # the last stage keeps its own copy of the tied embedding
+            sizes += [padded_vocab_size // tp * h]
+    return sizes
+
+
+def adapter_sizes_on_rank(shape: ModelShape, layout: Layout) -> list[int]:
+    """The same of LoRA's: of A [rank, inputs] and B [outputs, rank] the side that the base map cuts is cut too."""
+    rank, tp, layer = layout.lora_rank, layout.tensor_parallel, []
+    for target, (outputs, inputs, cut) in linear_shapes(shape).items():
+        if target in layout.lora_targets:
+            a, b = (inputs, outputs // tp) if cut == "column" else (inputs // tp, outputs)
+            layer += [rank * a, rank * b]
+    return shape.num_layers // layout.pipeline_parallel * layer
+
+
+def parameters_on_rank(shape: ModelShape, padded_vocab_size: int, layout: Layout, stage: int) -> int:
+    """Parameters that one rank of pipeline stage `stage` holds, adapters not counted."""
+    return sum(sizes_on_rank(shape, padded_vocab_size, layout, stage))
+
+
+def adapter_parameters_on_rank(shape: ModelShape, layout: Layout) -> int:
+    """LoRA parameters on one rank."""
+    return sum(adapter_sizes_on_rank(shape, layout))
+
+
+# --- bytes -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one GPU, and `host` of the node's memory for this rank, which --optimizer-cpu-offload takes."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int  # or what the optimizer's step needs, where that is more
+    host: int = 0
+
+    @property
+    def total(self) -> int:
+        """All four on the GPU."""
+        return self.weights + self.gradients + self.optimizer + self.activations
+
+    def fits(self, gpu: Gpu) -> bool:
+        """Whether it leaves the room that CUDA's context, NCCL's buffers and the allocator's gaps take (2 GiB and 5 %)."""
+        return 1.05 * self.total + 2 * GIB <= gpu.memory
+
+
+def estimate(shape: ModelShape, padded_vocab_size: int, layout: Layout, seq_length: int) -> Memory:
+    """Bytes on the fullest GPU of the pipeline."""
+    stages = []
+    for stage in range(layout.pipeline_parallel):
+        state = state_bytes(shape, padded_vocab_size, layout, stage)
+        activations = activation_bytes(shape, padded_vocab_size, layout, seq_length, stage)
+        step = step_bytes(shape, padded_vocab_size, layout, stage)
+        host = host_bytes(shape, padded_vocab_size, layout, stage)
+        stages.append(Memory(*state, max(activations, step), host))
+    return max(stages, key=lambda memory: memory.total)
+
+
+def trained_sizes(shape: ModelShape, padded_vocab_size: int, layout: Layout, stage: int) -> list[int]:
+    """Numbers in each parameter of a rank that is trained: the adapters' with LoRA, else all."""
+    if layout.lora_rank:
+        return adapter_sizes_on_rank(shape, layout)
+    return sizes_on_rank(shape, padded_vocab_size, layout, stage)
+
+
+def state_bytes(shape: ModelShape, padded_vocab_size: int, layout: Layout, stage: int) -> tuple[int, int, int]:
+    """Bytes of weights, gradients and optimizer state on one rank of a stage.
+
+    Megatron keeps gradients in one buffer (fp32 with --accumulate-allreduce-grads-in-fp32). Adam keeps two fp32 moments, SGD one;
+    16-bit training keeps fp32 master weights besides; the distributed optimizer shares both out over data-parallel ranks.
+    --optimizer-cpu-offload moves the moments to the host; what it optimizes there are copies, the masters stay on the GPU.
+    """
+    parameters = parameters_on_rank(shape, padded_vocab_size, layout, stage) + adapter_parameters_on_rank(shape, layout)
+    trained = sum(trained_sizes(shape, padded_vocab_size, layout, stage))
+    weights = parameters * layout.number_bytes
+    gradients = trained * (4 if layout.fp32_gradients else layout.number_bytes)
+    moments = 0 if layout.optimizer_cpu_offload else 8 if layout.optimizer == "adam" else 4
+    masters = 4 if layout.precision != "fp32" else 0
+    return weights, gradients, -(-trained * (moments + masters) // layout.optimizer_shards)
+
+
+def step_bytes(shape: ModelShape, padded_vocab_size: int, layout: Layout, stage: int) -> int:
+    """Bytes that the optimizer's step takes when activations are gone: fp32 copies of 16-bit gradients, all at once."""
+    if layout.precision == "fp32" or layout.fp32_gradients:
+        return 0
+    return 4 * sum(trained_sizes(shape, padded_vocab_size, layout, stage)) // layout.optimizer_shards
+
+
+def host_bytes(shape: ModelShape, padded_vocab_size: int, layout: Layout, stage: int) -> int:
+    """Bytes of host memory that --optimizer-cpu-offload takes for one rank of a stage.
+
+    While training: fp32 copies of masters and gradients, which torch's pinned allocator rounds up to powers of two, tensor by tensor,
+    and Adam's two moments, each for this rank's share. Before that Megatron-Core builds the optimizer once for the whole weights and
+    drops it again: an fp32 copy of them all, beside the share's first. The larger of both.
+    """
+    if not layout.optimizer_cpu_offload:
+        return 0
+    sizes = trained_sizes(shape, padded_vocab_size, layout, stage)
+    pinned = sum(1 << (4 * size - 1).bit_length() for size in sizes) // layout.optimizer_shards
+    training = 2 * pinned + 8 * sum(sizes) // layout.optimizer_shards
+    building = 4 * sum(sizes) + pinned
+    return max(training, building)
+
+
+def checkpoint_bytes(shape: ModelShape, padded_vocab_size: int, layout: Layout) -> int:
+    """Bytes of a checkpoint on disk, but for a few thousand: weights, fp32 weights and Adam's moments; the adapters' alone with LoRA."""
+    whole = replace(layout, tensor_parallel=1, pipeline_parallel=1)
+    state = 4 + (8 if layout.optimizer == "adam" else 4)
+    return (layout.number_bytes + state) * sum(trained_sizes(shape, padded_vocab_size, whole, 0))
+
+
+def activation_bytes(shape: ModelShape, padded_vocab_size: int, layout: Layout, seq_length: int, stage: int = 0) -> int:
+    """Bytes of activations on one rank of a stage at its fullest moment, between forward and backward.
+
+    After Korthikanti et al., "Reducing Activation Recomputation in Large Transformer Models" (2022), less the s x s terms, which
+    attention without a mask never stores. A stage holds the micro-batches that one-forward-one-backward has in flight there.
+    """
+    tokens = layout.micro_batch * seq_length // layout.context_parallel
+    layers = shape.num_layers // layout.pipeline_parallel
+    in_flight = min(layout.pipeline_parallel - stage, layout.num_microbatches)
+    kept = in_flight * kept_by_layers(shape, layout, tokens, layers)
+    if stage == 0 and shape.hidden_dropout and not layout.lora_rank:
+        kept += in_flight * tokens * shape.hidden_size // _split(layout)  # the embedding's dropout mask
+    working = layout.recompute_num_layers if layout.recompute_method == "uniform" else 1
+    working = working * layer_activation_bytes(shape, layout, tokens) if layout.recompute == "full" else 0
+    head = 0
+    if stage == layout.pipeline_parallel - 1:
+        head = kept_by_head(shape, padded_vocab_size, layout, tokens)
+        if layout.precision != "fp32":  # the logits' gradient in 16 bit, beside the softmax
+            head += tokens * padded_vocab_size // layout.tensor_parallel * 2
+    return kept + max(working, head)
+
+
+def kept_by_layers(shape: ModelShape, layout: Layout, tokens: int, layers: int) -> int:
+    """Bytes that `layers` layers keep for backward of one micro-batch of `tokens` positions."""
+    whole = layer_activation_bytes(shape, layout, tokens)
+    if layout.recompute != "full":  # selective recompute drops what attention without a mask does not keep anyway
+        return layers * whole
+    unit_input = tokens * shape.hidden_size // _split(layout) * layout.number_bytes
+    if layout.recompute_method == "uniform":
+        return -(-layers // layout.recompute_num_layers) * unit_input
+    recomputed = min(
+        layout.recompute_num_layers, layers
+    )  # block: that many layers one by one, the rest keep everything
+    return recomputed * unit_input + (layers - recomputed) * whole
+
+
+def kept_by_head(shape: ModelShape, padded_vocab_size: int, layout: Layout, tokens: int) -> int:
+    """Bytes that final norm, logits and loss keep: norm's input, the softmax in fp32, and where the embedding is trained, the norm's
+    output, and that gathered (in a buffer that Megatron-Core keeps)."""
+    row = tokens * shape.hidden_size * layout.number_bytes
+    trained = 0 if layout.lora_rank else row // _split(layout) + (row if layout.sequence_parallel else 0)
+    return row // _split(layout) + trained + 4 * tokens * padded_vocab_size // layout.tensor_parallel
+
+
+def _split(layout: Layout) -> int:
+    """Over how many ranks sequence parallelism cuts norms, dropout and residuals."""
+    return layout.tensor_parallel if layout.sequence_parallel else 1
+
+
+def layer_activation_bytes(shape: ModelShape, layout: Layout, tokens: int) -> int:
+    """Bytes that one layer keeps for backward when nothing is recomputed.
+
+    A linear map's input is kept for the gradient of its weight: in full training all four are, with LoRA those of the maps that have
+    adapters, as their dropout left them. The input of linear_proj is attention's output, which attention keeps anyway.
+    """
+    size, tp, h, split = layout.number_bytes, layout.tensor_parallel, shape.hidden_size, _split(layout)
+    kv = 2 * shape.kv_channels * (1 if shape.multi_query else shape.num_attention_heads // tp)
+    numbers = 2 * h // split  # input of both layer norms
+    numbers += h // tp + kv  # queries, keys and values
+    numbers += h // tp  # attention's output
+    numbers += shape.ffn_hidden_size // tp  # before GELU
+    bytes_of_masks = 2 * h // split if shape.hidden_dropout else 0
+    dropped = layout.lora_rank > 0 and layout.lora_dropout > 0
+    for name, (_, inputs, cut) in linear_shapes(shape).items():
+        if layout.lora_rank and name not in layout.lora_targets:
+            continue
+        inputs //= split if cut == "column" else tp
+        if name != "linear_proj" or dropped:
+            numbers += inputs
+        if dropped:
+            bytes_of_masks += inputs
+        numbers += layout.lora_rank // (1 if cut == "column" else split)  # between A and B
+    bytes_of_statistics = 4 * (
+        4 // split + shape.num_attention_heads // tp
+    )  # norms' mean and scale, attention's log-sums
+    return tokens * (numbers * size + bytes_of_masks + bytes_of_statistics)
+
+
+# --- operations ------------------------------------------------------------------------------------------------------
+
+
+def flops_per_token(
+    shape: ModelShape, attended_length: float = 0.0, *, lora: bool = False, vocab_size: int | None = None
+) -> float:
+    """Model FLOPs a token of a training step (forward and backward), recomputation not counted, as MFU is defined (PaLM, appendix B).
+
+    `attended_length` is the token-weighted mean length of the documents, sum(l^2) / sum(l); attention is causal, so half of it is
+    worked on. With `lora`, gradients of the frozen weights are not computed: 4 FLOPs a weight instead of 6 (the adapters' own are
+    left out, below 1 %).
+    """
+    linear = shape.num_layers * sum(outputs * inputs for outputs, inputs, _ in linear_shapes(shape).values())
+    linear += (vocab_size or shape.vocab_size) * shape.hidden_size
+    attention = shape.num_layers * shape.hidden_size * attended_length  # two products of length l / 2
+    return (4 if lora else 6) * linear + 6 * attention

@@ -1,0 +1,131 @@
+"""What stands beside the weights in a Hugging Face directory: configurations, tokenizer files, model card."""
+
+import json
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from megatron_ft.config.flags import build_parser
+from megatron_ft.errors import UserError
+from megatron_ft.model.shape import ModelShape
+from megatron_ft.tokenizer import files as tokenizer_files
+from megatron_ft.tokenizer.tokenizer import Tokenizer
+
+
+def write_configs(
+    directory: Path, shape: ModelShape, dtype: torch.dtype, special_ids: Mapping[str, int | None]
+) -> None:
+    """config.json and generation_config.json. `special_ids` has bos_token_id, eos_token_id, pad_token_id (None: left out)."""
+    ids = {name: value for name, value in special_ids.items() if value is not None}
+    config = {**shape.to_hf_config(), **ids, "dtype": str(dtype).removeprefix("torch.")}
+    _write_json(directory / "config.json", config)
+    _write_json(directory / "generation_config.json", {"_from_model_config": True, **ids})
+
+
+def write_tokenizer(directory: Path, source: Path, tokenizer: Tokenizer, positions: int) -> None:
+    """Copy a Hugging Face directory's tokenizer files, or a bare tokenizer.json or SentencePiece model with what transformers
+    needs to load it."""
+    if source.is_dir():
+        for file in tokenizer_files.files_of(source):
+            shutil.copyfile(file, directory / file.name)
+        if (directory / "tokenizer_config.json").is_file():
+            return
+    elif source.suffix == ".model":
+        shutil.copyfile(source, directory / "tokenizer.model")
+    else:
+        shutil.copyfile(source, directory / "tokenizer.json")
+    if tokenizer.kind == "sentencepiece":
+        config = {"tokenizer_class": "LlamaTokenizer"}
+    else:
+        end = _text_of(tokenizer, tokenizer.eod)
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": end, "eos_token": end, "unk_token": end}
+        if tokenizer.pad is not None:
+            config["pad_token"] = _text_of(tokenizer, tokenizer.pad)
+    config |= {"model_max_length": positions, "clean_up_tokenization_spaces": False}
+    _write_json(directory / "tokenizer_config.json", config)
+
+
+def write_model_card(
+    directory: Path, *, name: str, shape: ModelShape, facts: Mapping[str, object], args: Mapping
+) -> None:
+    """README.md: what the model is, how to use it, and the arguments of the run that made it."""
+    about = "\n".join(f"| {what} | {value} |" for what, value in facts.items())
+    run = "\n".join(f"| `--{key.replace('_', '-')}` | {_cell(value)} |" for key, value in sorted(args.items()))
+    attention = "multi-query" if shape.multi_query else "multi-head"
+    text = f"""---
+library_name: transformers
+pipeline_tag: text-generation
+tags:
+- code
+- gpt_bigcode
+---
+
+# {name}
+
+A GPTBigCode (StarCoder) model of {shape.num_parameters() / 1e9:.3g} billion parameters: {shape.num_layers} layers of width {shape.hidden_size},
+{shape.num_attention_heads} heads with {attention} attention, {shape.max_position_embeddings} positions, {shape.vocab_size} tokens.
+Trained with Megatron and converted by Megatron-FT.
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{name}")
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+inputs = tokenizer("def print_hello_world():", return_tensors="pt")
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=32)[0]))
+```
+
+| conversion | |
+| --- | --- |
+{about}
+"""
+    if run:
+        text += f"\n## Arguments of the run\n\n| flag | value |\n| --- | --- |\n{run}\n"
+    (directory / "README.md").write_text(text, encoding="utf-8")
+
+
+# Arguments that say where on somebody's machine things lay, or which of its processes wrote the file.
+_LOCAL_ARGS = {"save", "tensorboard_dir", "data_cache_path"}
+
+
+def card_args(args: Mapping | None) -> dict:
+    """What a model card shows of a run's arguments: training flags that were not left at their defaults, paths cut to their last part."""
+    defaults = vars(build_parser().parse_args([]))
+    found = {}
+    for key, value in (args or {}).items():
+        if key in _LOCAL_ARGS or key not in defaults or value == defaults[key] or value is None:
+            continue
+        if isinstance(value, list | tuple):
+            value = " ".join(str(one) for one in value)
+        if isinstance(value, str | int | float | bool):
+            found[key] = re.sub(r"\S*/", "", value) if isinstance(value, str) else value
+    return found
+
+
+def _cell(value: object) -> str:
+    return str(value).replace("|", "\\|").replace("\n", " ")
+
+
+def _text_of(tokenizer: Tokenizer, token: int) -> str:
+    return next((text for text, i in tokenizer.special_ids.items() if i == token), None) or tokenizer.decode([token])
+
+
+def _write_json(path: Path, content: dict) -> None:
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def parse_size(text: str) -> int:
+    """Bytes in "5GB", "500MB" (powers of ten, as transformers counts), "2GiB" or a plain number. Raises UserError."""
+    units = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+    number = text.strip().rstrip("BKMGibkmgI")
+    unit = text.strip()[len(number) :].upper()
+    try:
+        size = int(float(number) * units[unit])
+    except (KeyError, ValueError, OverflowError):  # float() reads inf and nan
+        raise UserError(f"--max-shard-size {text}: not a size; give one like 5GB or 500MB") from None
+    if size < 1:
+        raise UserError(f"--max-shard-size {text}: must be positive, like 5GB")
+    return size

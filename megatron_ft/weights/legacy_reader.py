@@ -1,0 +1,199 @@
+"""Weights of Megatron before Core, as BigCode's branch saves them: one directory a rank, any TP x PP, memory-mapped.
+
+    release | iter_0000250/
+      mp_rank_TT            one pipeline stage            model_optim_rng.pt, or with the distributed optimizer
+      mp_rank_TT_PPP        several stages                model_rng.pt (and mp_rank_TT_PPP_DDD/optim.pt, not read)
+
+Layers are numbered from 0 on every stage. What tensor parallelism replicates (key_value of multi-query attention, norms,
+output biases, positions) must be the same on every rank, and the last stage's copy of the tied embedding the first's.
+"""
+
+import argparse
+import re
+from pathlib import Path
+
+import torch
+
+from megatron_ft.errors import UserError
+from megatron_ft.model.shape import ModelShape
+from megatron_ft.model.tensor_names import WTE, layer_of, weight_of
+from megatron_ft.weights.safe_pickle import load_pt
+from megatron_ft.weights.source import WeightSource, check_shape, widest
+
+MODEL_FILES = ("model_optim_rng.pt", "model_rng.pt")
+
+
+class LegacySource(WeightSource):
+    """See WeightSource."""
+
+    kind = "legacy Megatron"
+
+    def __init__(self, directory: Path, iteration: int | str | None) -> None:
+        self.path = directory
+        self.iteration = iteration
+        ranks = self._rank_directories()
+        first = self._load(ranks[min(ranks)])
+        self.args = vars(first["args"]) if isinstance(first["args"], argparse.Namespace) else dict(first["args"])
+        self.version = float(first.get("checkpoint_version", 0))
+        self.tp = self.args.get("tensor_model_parallel_size", self.args.get("model_parallel_size", 1))
+        self.pp = self.args.get("pipeline_model_parallel_size", 1)
+        missing = [self._rank_name(t, p) for p in range(self.pp) for t in range(self.tp) if (t, p) not in ranks]
+        if missing:
+            raise UserError(
+                f"{directory}: TP{self.tp} PP{self.pp} according to its arguments, but {', '.join(missing)} is missing; "
+                "copy the checkpoint again"
+            )
+        # [pipeline stage][tensor rank] -> flat names, `layers.N.` counted from the stage's first layer
+        self._stages = [
+            [self._tensors(self._load(ranks[t, p]), first, ranks[t, p]) for t in range(self.tp)] for p in range(self.pp)
+        ]
+        embedding = "embedding.word_embeddings.weight"
+        if embedding not in self._stages[0][0] or "embedding.position_embeddings.weight" not in self._stages[0][0]:
+            raise UserError(
+                f"{directory}: the first stage has no word and learned position embeddings; expected a GPTBigCode"
+            )
+        rows = sum(rank[embedding].shape[0] for rank in self._stages[0])
+        self.shape = ModelShape.from_megatron_args(self.args, rows, directory)
+        if self.version not in (0, 1, 2, 3) or (self.version < 2 and self.shape.multi_query):
+            raise UserError(
+                f"{directory}: checkpoint_version {self.version:g} of a {'multi-query' if self.shape.multi_query else 'multi-head'} "
+                "model, whose query-key-value order is not known; expected version 2 or 3 (0 and 1 for multi-head models)"
+            )
+        self._first_layers = self._count_layers()
+        self._compared: set[str] = set()  # HF names whose replicas were found equal
+        for name in self.names():
+            dim, pieces = self._cuts(name)
+            total = list(pieces[0].shape)
+            total[dim] = sum(piece.shape[dim] for piece in pieces)
+            check_shape(self.shape, name, total, directory)
+
+    def _rank_name(self, tensor_rank: int, stage: int) -> str:
+        return f"mp_rank_{tensor_rank:02d}" + (f"_{stage:03d}" if self.pp > 1 else "")
+
+    def _rank_directories(self) -> dict[tuple[int, int], Path]:
+        """(tensor rank, stage) -> directory. Directories with a data-parallel rank too hold optimizer state only."""
+        found = {}
+        for path in self.path.iterdir():
+            match = re.fullmatch(r"mp_rank_(\d+)(?:_(\d{3}))?", path.name)
+            if match and any((path / name).is_file() for name in MODEL_FILES):
+                found[int(match.group(1)), int(match.group(2) or 0)] = path
+        if not found:
+            raise UserError(
+                f"{self.path}: mp_rank_* directories without {' or '.join(MODEL_FILES)}; copy the checkpoint again"
+            )
+        return found
+
+    def _load(self, rank: Path) -> dict:
+        file = next(rank / name for name in MODEL_FILES if (rank / name).is_file())
+        found = load_pt(file)
+        if not isinstance(found, dict) or "model" not in found or "args" not in found:
+            raise UserError(f"{file}: no 'model' and 'args' in it; expected a checkpoint of Megatron-LM")
+        return found
+
+    def _tensors(self, found: dict, first: dict, rank: Path) -> dict[str, torch.Tensor]:
+        if found.get("iteration") != first.get("iteration"):
+            raise UserError(
+                f"{rank}: from iteration {found.get('iteration')}, but the first rank is from {first.get('iteration')}; "
+                "two checkpoints are mixed here, copy one of them again"
+            )
+        flat: dict[str, torch.Tensor] = {}
+
+        def walk(tree: dict, prefix: str) -> None:
+            for key, value in tree.items():
+                if isinstance(value, dict):
+                    walk(value, f"{prefix}{key}.")
+                elif isinstance(value, torch.Tensor):
+                    flat[f"{prefix}{key}"] = value
+
+        walk(found["model"], "")
+        # Older versions say transformer for encoder and attention for self_attention.
+        return {
+            name.removeprefix("language_model.")
+            .replace("transformer.layers.", "encoder.layers.")
+            .replace("transformer.final_", "encoder.final_")
+            .replace(".attention.", ".self_attention."): tensor
+            for name, tensor in flat.items()
+        }
+
+    def _count_layers(self) -> list[int]:
+        """Number of the first layer of every stage, and the total at the end."""
+        firsts = [0]
+        for stage in self._stages:
+            numbers = {int(m.group(1)) for name in stage[0] if (m := re.match(r"encoder\.layers\.(\d+)\.", name))}
+            if numbers != set(range(len(numbers))):
+                raise UserError(
+                    f"{self.path}: layers {sorted(numbers)} on a pipeline stage, expected them counted from 0"
+                )
+            firsts.append(firsts[-1] + len(numbers))
+        if firsts[-1] != self.shape.num_layers:
+            raise UserError(
+                f"{self.path}: {firsts[-1]} layers on {self.pp} stages, but its arguments say {self.shape.num_layers}; "
+                "the files do not belong together"
+            )
+        return firsts
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        return widest(piece.dtype for piece in self._cuts(name)[1])  # nothing is compared, so nothing is read
+
+    def pieces(self, name: str) -> tuple[int, list[torch.Tensor]]:
+        cuts = self._cuts(name, compare=name not in self._compared)
+        self._compared.add(name)
+        return cuts
+
+    def _cuts(self, name: str, compare: bool = False) -> tuple[int, list[torch.Tensor]]:
+        """Shards in rank order; `compare` also reads the copies that must be equal and raises UserError when they are not."""
+        layer, weight = layer_of(name), weight_of(name)
+        if layer is None:
+            stage = self.pp - 1 if weight.legacy.startswith("encoder.") else 0
+            key = weight.legacy
+        else:
+            stage = next(p for p in range(self.pp) if layer < self._first_layers[p + 1])
+            key = f"encoder.layers.{layer - self._first_layers[stage]}.{weight.legacy}"
+        if weight.tp_dim is None:
+            return 0, [self._replica(stage, key, name, compare)]
+        if "query_key_value" in key and self.shape.multi_query:
+            query = key.replace("query_key_value", "query")
+            key_value = key.replace("query_key_value", "key_value")
+            return 0, [*self._shards(stage, query), self._replica(stage, key_value, name, compare)]
+        shards = self._shards(stage, key)
+        if "query_key_value" in key and self.version < 2:
+            shards = [self._reordered(shard) for shard in shards]
+        if name == WTE and self.pp > 1 and compare:
+            for rank, shard in enumerate(shards):
+                copy = self._stages[-1][rank].get("word_embeddings_for_head.weight")
+                if copy is not None and not torch.equal(copy, shard):
+                    raise UserError(
+                        f"{self.path}: word_embeddings_for_head.weight of {self._rank_name(rank, self.pp - 1)} differs from "
+                        f"the embedding of {self._rank_name(rank, 0)}, {_difference(copy, shard)}; tied weights must be equal"
+                    )
+        return weight.tp_dim, shards
+
+    def _shards(self, stage: int, key: str) -> list[torch.Tensor]:
+        for rank, tensors in enumerate(self._stages[stage]):
+            if key not in tensors:
+                raise UserError(f"{self.path / self._rank_name(rank, stage)}: has no {key}; copy the checkpoint again")
+        return [tensors[key] for tensors in self._stages[stage]]
+
+    def _replica(self, stage: int, key: str, name: str, compare: bool) -> torch.Tensor:
+        copies = self._shards(stage, key)
+        for rank, copy in enumerate(copies[1:] if compare else [], start=1):
+            if not torch.equal(copies[0], copy):
+                raise UserError(
+                    f"{self.path}: {key} ({name}) differs between {self._rank_name(0, stage)} and "
+                    f"{self._rank_name(rank, stage)}, {_difference(copies[0], copy)}; replicas must be equal, "
+                    "take a checkpoint from before they drifted apart"
+                )
+        return copies[0]
+
+    def _reordered(self, shard: torch.Tensor) -> torch.Tensor:
+        """Rows of query_key_value from checkpoint version 0 ([3, heads, d]) or 1 ([heads, d, 3]) to today's [heads, 3, d]."""
+        d, rest = self.shape.kv_channels, shard.shape[1:]
+        if self.version == 0:
+            return shard.view(3, -1, d, *rest).transpose(0, 1).reshape(shard.shape)
+        return shard.view(-1, d, 3, *rest).transpose(1, 2).reshape(shard.shape)
+
+
+def _difference(a: torch.Tensor, b: torch.Tensor) -> str:
+    if a.shape != b.shape:
+        return f"shapes {list(a.shape)} and {list(b.shape)}"
+    return f"by up to {(a.float() - b.float()).abs().max().item():.3g}"

@@ -1,0 +1,128 @@
+"""The manifest of a checkpoint: every file's size and checksum, the run's state, and what made it.
+
+`manifest.json` carries the checksum of its own content, so a damaged manifest is found without reading anything else.
+"""
+
+import hashlib
+import json
+import subprocess
+from argparse import Namespace
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+
+import megatron_ft
+from megatron_ft.errors import UserError
+from megatron_ft.files.atomic import replace_file
+from megatron_ft.files.checksum import file_checksum
+
+NAME = "manifest.json"
+FORMAT = 1  # raised when an older package could not read what a newer one writes
+ALWAYS_CHECKED = 1 << 20  # bytes; files up to this size have their checksum compared on every start
+
+
+class Damaged(Exception):
+    """A checkpoint that is not whole; the message says what is wrong with which file."""
+
+
+@dataclass
+class Manifest:
+    """Content of manifest.json. `state` is TrainState's numbers, `layout` the parallel sizes it was saved from,
+    `files` maps a file's name to its size in bytes and sha256, `base` says which weights adapters belong to, `special_ids` is the
+    tokenizer's `config_ids`, so that a converted model knows its end of text without it."""
+
+    iteration: int
+    shape: dict
+    args: dict
+    state: dict
+    layout: dict
+    data: dict = field(default_factory=dict)
+    base: dict | None = None
+    special_ids: dict[str, int | None] = field(default_factory=dict)
+    files: dict[str, dict] = field(default_factory=dict)
+    versions: dict = field(default_factory=dict)
+    git_revision: str | None = None
+    saved_at: str = ""
+    format: int = FORMAT
+
+    def write(self, directory: Path) -> None:
+        """Write it into `directory`, replacing one that is there."""
+        content = asdict(self)
+        content["checksum"] = _checksum(content)
+        replace_file(directory / NAME, (json.dumps(content, indent=1, sort_keys=True) + "\n").encode())
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """Read and check manifest.json. Raises Damaged, or UserError when a newer package wrote it."""
+    path = directory / NAME
+    try:
+        content = json.loads(path.read_bytes())
+        claimed = content.pop("checksum")
+    except FileNotFoundError:
+        raise Damaged(f"{path} is missing") from None
+    except (ValueError, KeyError, TypeError, AttributeError):  # not JSON, no object, no checksum
+        raise Damaged(f"{path} is not a manifest that was written whole") from None
+    if claimed != _checksum(content):
+        raise Damaged(f"{path} does not have the checksum it names")
+    if content["format"] > FORMAT:
+        raise UserError(
+            f"{directory} was written by megatron-ft {content['versions'].get('megatron_ft')} in checkpoint format {content['format']}; "
+            f"this is {megatron_ft.__version__}, which reads up to format {FORMAT}: install the newer package"
+        )
+    return Manifest(**content)
+
+
+def check_files(directory: Path, manifest: Manifest, *, checksums: bool, part: int = 0, parts: int = 1) -> list[str]:
+    """What is wrong with the files a manifest lists: sizes always, checksums of small files always, of all with `checksums`.
+
+    Several processes share the work: this one takes every `parts`-th file from `part`.
+    """
+    wrong = []
+    for name in sorted(manifest.files)[part::parts]:
+        path, expected = directory / name, manifest.files[name]
+        if not path.is_file():
+            wrong.append(f"{path} is missing")
+        elif path.stat().st_size != expected["size"]:
+            wrong.append(f"{path} has {path.stat().st_size} bytes, expected {expected['size']}")
+        elif (checksums or expected["size"] <= ALWAYS_CHECKED) and file_checksum(path) != expected["sha256"]:
+            wrong.append(f"{path} does not have the checksum of when it was saved")
+    return wrong
+
+
+def plain_args(args: Namespace) -> dict:
+    """The arguments as JSON holds them: what argparse gave, without what was worked out of it."""
+    return {k: v for k, v in sorted(vars(args).items()) if isinstance(v, (str, int, float, bool, list, type(None)))}
+
+
+@cache
+def versions() -> dict[str, str]:
+    """Versions of what decides a run's numbers."""
+    return {"megatron_ft": megatron_ft.__version__, **{name: version(name) for name in ("torch", "megatron-core")}}
+
+
+@cache
+def git_revision() -> str | None:
+    """Commit of the checkout this package runs from, with a mark when files differ from it; None outside one."""
+    root = Path(megatron_ft.__file__).resolve().parents[1]
+    if not (root / ".git").exists():
+        return None
+    try:
+        git = ["git", "-C", str(root)]
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True)
+        changed = subprocess.run(
+            [*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, timeout=30, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return commit.stdout.strip() + ("-modified" if changed.stdout.strip() else "")
+
+
+def now() -> str:
+    """Time of day for a manifest, UTC."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _checksum(content: dict) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,114 @@
+"""What converters may write and where: a layout that divides the model, a directory that is not in use, on a disk with room,
+and there whole or not at all."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from megatron_ft.errors import UserError
+from megatron_ft.files.atomic import free_bytes, sync_directory
+from megatron_ft.files.output import scratch_directory
+from megatron_ft.model.shape import ModelShape
+from megatron_ft.weights.directory import OWNER, TRACKER, iteration_directory, list_iterations
+from megatron_ft.weights.manifest import Damaged, read_manifest
+
+SPARE = 64 << 20  # bytes left free for configuration, tokenizer and the file system's own
+
+
+@contextmanager
+def new_directory(
+    path: Path, *, needed: int, sources: Iterable[str | Path | None] = (), overwrite: bool = False
+) -> Iterator[Path]:
+    """Yield an empty directory beside `path` that becomes `path` when the block ends well, and is removed when it does not.
+
+    `needed` is the number of bytes that will be written; too small a disk is a UserError before the first of them. `sources` are what is
+    read (None for what is not given): `path` must not be one of them nor hold one. A directory that is not empty is refused unless
+    `overwrite`, and then replaced only once the new one is whole, and only where a converter wrote it. A link to a directory stays a link.
+    """
+    named, path = path, path.resolve()
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{named}: is a file, expected a directory to write to; choose another")
+    for source in filter(None, sources):
+        if Path(source).resolve().is_relative_to(path):
+            raise UserError(f"{named}: holds {source}, which is read; choose another directory")
+    if path.is_dir() and any(path.iterdir()):
+        if not overwrite:
+            raise UserError(f"{named}: is not empty; choose another directory, or add --overwrite to replace it")
+        _check_replaceable(named)
+    free = free_bytes(path.parent)
+    if free < needed + SPARE:
+        raise UserError(
+            f"{named}: {needed / 1e9:.2f} GB will be written, but its disk has {free / 1e9:.2f} GB free; "
+            "make room, or choose another disk"
+        )
+    try:
+        with scratch_directory(path.parent, f"{path.name}.writing") as staging:
+            yield staging
+            sync_directory(staging)
+            _put_in_place(staging, path)
+    except OSError as error:
+        raise UserError(
+            f"{error.filename or named}: {error.strerror or error}; nothing was left at {named}, choose another directory or disk"
+        ) from error
+
+
+def _put_in_place(staging: Path, path: Path) -> None:
+    """Rename `staging` to `path`; a directory that stands there is out of the way for that moment only."""
+    if not path.exists():
+        staging.rename(path)
+        sync_directory(path.parent)
+        return
+    with scratch_directory(path.parent, f"{path.name}.replaced") as aside:
+        old = aside / path.name
+        try:
+            path.rename(old)
+            staging.rename(path)
+        except BaseException:
+            if old.exists() and not path.exists():
+                old.rename(path)
+            raise
+        sync_directory(path.parent)
+
+
+def _check_replaceable(path: Path) -> None:
+    """UserError unless a converter wrote the directory `path`, and no run has taken it over."""
+    names = {entry.name for entry in path.iterdir()}
+    if OWNER in names:
+        raise UserError(
+            f"{path}: belongs to a training run ({OWNER} in it names its process), and is not replaced; choose another directory"
+        )
+    weights = any(name.endswith((".safetensors", ".bin")) for name in names)
+    hugging_face = ("config.json" in names and weights) or "adapter_config.json" in names
+    expected = {TRACKER, "release"}
+    for number in list_iterations(path):
+        expected |= {iteration_directory(path, number).name, *_tokenizer_names(iteration_directory(path, number))}
+    megatron = TRACKER in names and names <= expected
+    if not (hugging_face or megatron):
+        other = sorted(names - expected)
+        raise UserError(
+            f"{path}: holds {other[0] if other else 'no checkpoint'}, which no converter wrote, and is not replaced by --overwrite; "
+            "choose another directory, or remove it yourself"
+        )
+
+
+def _tokenizer_names(iteration: Path) -> set[str]:
+    """How a resharded checkpoint's tokenizer may be called, which lies beside its iteration (see tokenizer_files)."""
+    try:
+        return {"tokenizer", Path(read_manifest(iteration).args["tokenizer_file"]).name}
+    except (Damaged, KeyError, TypeError):
+        return set()
+
+
+def check_layout(shape: ModelShape, tensor_parallel: int, pipeline_parallel: int, divisible_by: int) -> None:
+    """Raise UserError, with the converters' flag names, when a layout does not divide the shape."""
+    for flag, value in (
+        ("--tensor-parallel", tensor_parallel),
+        ("--pipeline-parallel", pipeline_parallel),
+        ("--make-vocab-size-divisible-by", divisible_by),
+    ):
+        if value < 1:
+            raise UserError(f"{flag} {value}: must be at least 1")
+    try:
+        shape.check_layout(tensor_parallel, pipeline_parallel)
+    except UserError as error:
+        raise UserError(str(error).replace("-model-parallel-size", "-parallel")) from None

@@ -1,0 +1,93 @@
+"""One lazy reader for the weights of any format: `WeightSource`, which each format's reader implements.
+
+A source gives tensors under their Hugging Face names, complete or in slices, memory-mapped: opening reads names and shapes,
+and only what is asked for is read.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from functools import cached_property, reduce
+from pathlib import Path
+
+import torch
+
+from megatron_ft.errors import UserError
+from megatron_ft.model.shape import ModelShape
+from megatron_ft.model.tensor_names import hf_names, hf_shape
+from megatron_ft.weights.manifest import Manifest
+
+
+class WeightSource(ABC):
+    """Weights of one checkpoint.
+
+    `kind` names the format, `path` the directory read, `shape` the model (vocab_size = embedding rows stored),
+    `vocab_size` how many of those rows are not padding, where the checkpoint says so, `iteration` a number, "release" or None,
+    `args` the run's arguments or None, `manifest` that of a checkpoint of this package, `notice` one line on what was read where there
+    was a choice, or None.
+    """
+
+    kind: str
+    path: Path
+    shape: ModelShape
+    vocab_size: int | None = None
+    iteration: int | str | None = None
+    args: dict | None = None
+    manifest: Manifest | None = None
+    notice: str | None = None
+
+    def names(self) -> list[str]:
+        """HF GPTBigCode tensor names in file order, without the tied lm_head."""
+        return hf_names(self.shape)
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """The widest of all tensors' dtypes: it holds every value of the checkpoint."""
+        return widest(map(self.dtype_of, self.names()))
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        """dtype of one tensor."""
+        return widest(piece.dtype for piece in self.pieces(name)[1])
+
+    @abstractmethod
+    def pieces(self, name: str) -> tuple[int, list[torch.Tensor]]:
+        """The axis along which the tensor is cut in this checkpoint, and the cuts in order, memory-mapped."""
+
+    def read(self, name: str) -> torch.Tensor:
+        """The whole tensor on the CPU; memory-mapped (do not write to it) where the checkpoint has it in one piece."""
+        dim, pieces = self.pieces(name)
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim)
+
+    def read_slice(self, name: str, dim: int, start: int, stop: int) -> torch.Tensor:
+        """Rows start..stop of axis `dim`; only the pieces that hold them are read."""
+        cut_dim, pieces = self.pieces(name)
+        return slice_of_pieces(cut_dim, pieces, dim, start, stop)
+
+
+def widest(dtypes: Iterable[torch.dtype]) -> torch.dtype:
+    """The narrowest dtype that holds the values of all: fp32 for bf16 and fp16."""
+    return reduce(torch.promote_types, dtypes)
+
+
+def slice_of_pieces(cut_dim: int, pieces: list[torch.Tensor], dim: int, start: int, stop: int) -> torch.Tensor:
+    """Rows start..stop of axis `dim` of the tensor whose cuts along `cut_dim` are `pieces`; a view where one piece holds them all."""
+    if cut_dim != dim:
+        pieces = [piece.narrow(dim, start, stop - start) for piece in pieces]
+    else:
+        found, offset = [], 0
+        for piece in pieces:
+            first, last = max(start, offset), min(stop, offset + piece.shape[dim])
+            if first < last:
+                found.append(piece.narrow(dim, first - offset, last - first))
+            offset += piece.shape[dim]
+        pieces = found or [pieces[0].narrow(dim, 0, 0)]
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, cut_dim)
+
+
+def check_shape(shape: ModelShape, name: str, found: Sequence[int], where: Path | str) -> None:
+    """Raise UserError when a tensor is not as the model's configuration says."""
+    expected = hf_shape(shape, name)
+    if tuple(found) != expected:
+        raise UserError(
+            f"{where}: {name} has shape {list(found)}, expected {list(expected)} from the checkpoint's own configuration; "
+            "the files do not belong together, copy the checkpoint again"
+        )

@@ -1,0 +1,126 @@
+"""Length of training and learning-rate schedules, against Megatron's own calculator and the formulas' values."""
+
+import math
+
+import pytest
+import torch
+
+from megatron_ft.config.arguments import parse_args
+from megatron_ft.engine.schedule import Length, build_scheduler, global_batch_at, many_epochs, plan_length, samples_of
+from megatron_ft.errors import UserError
+
+
+def flags(tmp_path, text: str, world_size: int = 1):
+    tokenizer = tmp_path / "tokenizer.json"
+    tokenizer.touch()
+    common = ["--preset", "tiny", "--seq-length", "128", "--data-prefix", "unused", "--tokenizer-file", str(tokenizer)]
+    return parse_args([*common, *text.split()], world_size)
+
+
+@pytest.mark.parametrize(
+    ("text", "rows_per_epoch", "iterations", "samples"),
+    [
+        ("--train-iters 7 --global-batch-size 4", None, 7, 28),
+        ("--train-samples 28 --global-batch-size 4", None, 7, 28),
+        ("--train-samples 29 --global-batch-size 4", None, 8, 32),
+        ("--train-tokens 3072 --global-batch-size 4", None, 6, 24),
+        ("--train-tokens 3073 --global-batch-size 4", None, 7, 28),
+        ("--train-epochs 3 --global-batch-size 4", 10, 8, 32),
+        ("--train-epochs 0.5 --global-batch-size 4", 10, 2, 8),
+        ("--train-iters 5 --global-batch-size 8 --rampup-batch-size 2 2 12", None, 5, 2 + 2 + 4 + 6 + 8),
+        ("--train-samples 37 --global-batch-size 8 --rampup-batch-size 2 2 12", None, 7, 38),
+    ],
+)
+def test_length_follows_from_any_unit(tmp_path, text, rows_per_epoch, iterations, samples):
+    args = flags(tmp_path, text)
+    length = plan_length(args, rows_per_epoch)
+    assert (length.iterations, length.samples) == (iterations, samples)
+    assert samples_of(args, iterations) == samples
+
+
+def test_tokens_are_those_of_documents(tmp_path):
+    for tokens, iterations in ((1536, 6), (1537, 7)):
+        args = flags(tmp_path, f"--train-tokens {tokens} --global-batch-size 4")
+        assert plan_length(args, fill_rate=0.5).iterations == iterations, "24 rows of 64 tokens, and a token more"
+
+
+@pytest.mark.parametrize(
+    ("text", "done", "iterations", "samples"),
+    [
+        ("--train-samples 100 --global-batch-size 8", (12, 48), 19, 104),
+        ("--train-samples 100 --global-batch-size 4", (12, 48), 25, 100),
+        ("--train-iters 20 --global-batch-size 2", (12, 48), 20, 64),
+        ("--train-epochs 2 --global-batch-size 8", (12, 48), 21, 120),
+        ("--train-iters 8 --global-batch-size 4", (20, 80), 8, 32),
+        ("--train-samples 30 --global-batch-size 4", (20, 80), 8, 32),
+        ("--train-samples 100 --global-batch-size 2", (13, 104), 13, 100),
+        ("--train-iters 9 --global-batch-size 8 --rampup-batch-size 2 2 12", (4, 14), 9, 14 + 5 * 8),
+        ("--train-iters 9 --global-batch-size 8 --rampup-batch-size 2 2 12", (3, 8), 9, 8 + 6 + 5 * 8),
+    ],
+)
+def test_what_is_left_of_a_resumed_run_comes_after_what_is_done(tmp_path, text, done, iterations, samples):
+    length = plan_length(flags(tmp_path, text), 60, done=Length(*done))
+    assert (length.iterations, length.samples) == (iterations, samples)
+
+
+def test_a_warm_up_that_was_done_with_another_batch_is_no_longer_than_what_is_done(tmp_path):
+    args = flags(tmp_path, "--train-samples 100 --global-batch-size 8 --lr-warmup-iters 11")
+    assert samples_of(args, 11, Length(12, 48)) == 48
+    assert samples_of(args, 14, Length(12, 48)) == 64
+
+
+def test_more_than_ten_epochs_are_remarked_on():
+    (line,) = many_epochs(Length(10_000, 1_280_000), 31_000)
+    assert line.startswith("41.3 epochs of 31,000 rows") and "--train-epochs" in line
+    assert many_epochs(Length(10, 100), 10) == []
+
+
+def test_ramp_up_is_megatrons(tmp_path):
+    from megatron.core.num_microbatches_calculator import RampupBatchsizeNumMicroBatchesCalculator
+
+    args = flags(tmp_path, "--train-iters 1 --micro-batch-size 2 --global-batch-size 20 --rampup-batch-size 4 4 70")
+    megatron = RampupBatchsizeNumMicroBatchesCalculator(20, 2, 1, False, 1, 4, 4, 70)
+    for consumed in range(0, 120):
+        megatron.update(consumed, consistency_check=True)
+        assert global_batch_at(args, consumed) == megatron.get_current_global_batch_size(), consumed
+
+
+def rates(args, steps: int) -> list[float]:
+    """The learning rate each step uses, from a scheduler on a real optimizer."""
+
+    class Optimizer:
+        param_groups = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0).param_groups
+
+    scheduler = build_scheduler(args, Optimizer, plan_length(args))
+    used = []
+    for _ in range(steps):
+        used.append(Optimizer.param_groups[0]["lr"])
+        scheduler.step(increment=args.global_batch_size)
+    return used
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("--lr-decay-style constant --lr-warmup-iters 2", [0, 0.5, 1, 1, 1, 1, 1, 1, 1, 1]),
+        ("--lr-decay-style linear --min-lr 0.2 --lr-warmup-samples 8", [0, 0.5, *[0.2 + 0.8 * (10 - i) / 8 for i in range(2, 10)]]),
+        ("--lr-decay-style cosine --lr-warmup-fraction 0.2 --lr-warmup-init 0.1", [0.1, 0.55, *[0.5 + 0.5 * math.cos(math.pi * (i - 2) / 8) for i in range(2, 10)]]),
+        ("--lr-decay-style inverse-square-root --lr-warmup-iters 1", [0, 1, *[i**-0.5 for i in range(2, 10)]]),
+        ("--lr-decay-style WSD --lr-wsd-decay-iters 4", [1] * 7 + [0.75, 0.5, 0.25]),
+        ("--lr-decay-style WSD --lr-wsd-decay-samples 16 --lr-wsd-decay-style minus_sqrt", [1] * 7 + [1 - (i / 4) ** 0.5 for i in (1, 2, 3)]),
+        ("--lr-decay-style linear --lr-decay-iters 5", [1, 0.8, 0.6, 0.4, 0.2, 0, 0, 0, 0, 0]),
+    ],
+)  # fmt: skip
+def test_schedules(tmp_path, text, expected):
+    args = flags(tmp_path, f"--train-iters 10 --global-batch-size 4 --lr 1 {text}")
+    assert rates(args, 10) == pytest.approx(expected, abs=1e-12)
+
+
+def test_impossible_schedules_are_named(tmp_path):
+    for text, word in [
+        ("--lr-warmup-iters 10", "--lr-warmup-iters"),
+        ("--lr-decay-style WSD", "--lr-wsd-decay-iters"),
+        ("--lr-decay-style WSD --lr-wsd-decay-iters 9 --lr-warmup-iters 2", "--lr-wsd-decay-iters"),
+    ]:
+        with pytest.raises(UserError, match=word):
+            rates(flags(tmp_path, f"--train-iters 10 --global-batch-size 4 --lr 1 {text}"), 1)

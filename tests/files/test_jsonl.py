@@ -1,0 +1,214 @@
+"""Reading JSONL: every line once and in order, however files are divided and compressed; broken bytes are bad rows, never crashes or other rows."""
+
+import gzip
+import io
+import json
+import os
+
+import pytest
+import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_ft.errors import UserError
+from megatron_ft.files import jsonl
+from megatron_ft.files.jsonl import BadRow, open_sources, parse_row, parse_shard, read_blocks
+
+KEYS = [["inputs"], ["outputs", "targets"]]
+
+
+def lines_of(paths, shard=(1, 1)) -> list[bytes]:
+    return [line for block in read_blocks(open_sources(paths), shard) for line in block.lines]
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    files=st.lists(
+        st.lists(st.binary(max_size=30).map(lambda b: b.replace(b"\n", b"")), max_size=12), min_size=1, max_size=4
+    ),
+    count=st.integers(1, 9),
+    block=st.sampled_from([1, 20, 1 << 20]),
+    last_newline=st.booleans(),
+)
+def test_shards_hold_every_line_once_and_in_order(tmp_path_factory, files, count, block, last_newline):
+    directory = tmp_path_factory.mktemp("shards")
+    paths = []
+    for i, lines in enumerate(files):
+        data = b"".join(line + b"\n" for line in lines)
+        if lines and lines[-1] and not last_newline:
+            data = data[:-1]
+        paths.append(directory / f"{i}.jsonl")
+        paths[-1].write_bytes(data)
+    if not any(files):
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jsonl, "BLOCK_BYTES", block)
+        whole = lines_of(paths)
+        assert whole == [line for lines in files for line in lines]
+        assert [line for i in range(1, count + 1) for line in lines_of(paths, (i, count))] == whole
+        for i in range(1, count + 1):
+            for part in read_blocks(open_sources(paths), (i, count)):
+                lines = part.source.path.read_bytes().split(b"\n")
+                assert [lines[part.line_number(k) - 1] for k in range(len(part.lines))] == part.lines
+
+
+def test_compressed_files_directories_and_standard_input(tmp_path, monkeypatch):
+    data = b"".join(b'{"n": %d}\n' % n for n in range(5000))
+    frame = zstandard.ZstdCompressor().compress
+    (tmp_path / "a.jsonl").write_bytes(data)
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(data[:777]) + gzip.compress(data[777:]))
+    (tmp_path / "c.jsonl.zst").write_bytes(frame(data[:999]) + frame(data[999:]))
+    (tmp_path / "notes.txt").write_text("not read")
+    expected = data.splitlines()
+    assert lines_of([tmp_path]) == expected * 3
+    assert [line for i in range(1, 4) for line in lines_of([tmp_path], (i, 3))] == expected * 3
+    monkeypatch.setattr(jsonl.sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
+    assert lines_of(["-"]) == expected
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.one_of(
+        st.binary(max_size=60),
+        st.builds(
+            lambda a, b, c: a + b + c,
+            st.sampled_from([b'{"inputs": "', b'{"inputs": "x", "outputs": "', b"[", b'{"inputs":']),
+            st.binary(max_size=30),
+            st.sampled_from([b'"}', b"}", b""]),
+        ),
+        st.recursive(
+            st.none() | st.floats() | st.text(),
+            lambda c: st.lists(c) | st.dictionaries(st.sampled_from(["inputs", "outputs", "targets", "x"]), c),
+        ).map(lambda value: json.dumps(value).encode()),
+    )
+)
+def test_a_line_of_any_bytes_is_a_row_of_texts_or_a_bad_row_with_a_reason(line):
+    try:
+        inputs, outputs = parse_row(line, KEYS)
+    except BadRow as reason:
+        assert str(reason) and "\n" not in str(reason)
+        return
+    assert inputs.encode() and outputs.encode()  # strings, not empty, no lone surrogate
+    row = json.loads(line.decode())
+    assert (inputs, outputs) == (row["inputs"], row.get("outputs", row.get("targets")))
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (b"", "empty line"),
+        (b"  \r", "empty line"),
+        (b'{"inputs', "not JSON"),
+        (b"{", "JSON over several lines; jq -c . writes one object a line"),
+        (b"[", "JSON over several lines; jq -c '.[]' writes one object a line"),
+        (b"[" * 100_000, "not JSON"),
+        (b"[1]", "a JSON array, not an object; jq -c '.[]' writes one object a line"),
+        (b"1", "not a JSON object"),
+        (b'{"inputs": "a"}', "no key 'outputs' or 'targets'; the row has 'inputs'"),
+        (b'{"prompt": "a", "completion": "b"}', "no key 'inputs'; the row has 'prompt', 'completion'"),
+        (
+            b"{%s}" % b", ".join(b'"k%d": 0' % n for n in range(9)),
+            "no key 'inputs'; the row has " + ", ".join(f"'k{n}'" for n in range(8)) + ", ...",
+        ),
+        (b"{}", "no key 'inputs'; the row has no keys"),
+        ('{"inputs": "a"}'.encode("utf-16"), "UTF-16, not UTF-8; iconv -f UTF-16 -t UTF-8 converts the file"),
+        ('{"inputs": "a"}'.encode("utf-16-be"), "UTF-16, not UTF-8; iconv -f UTF-16 -t UTF-8 converts the file"),
+        (b'{"inputs": 1, "outputs": "a"}', "'inputs' is not a string"),
+        (b'{"inputs": "a", "outputs": null}', "'outputs' is not a string"),
+        (b'{"inputs": "a", "targets": ""}', "'targets' is empty"),
+        (b'{"inputs": "\xff", "outputs": "a"}', "invalid UTF-8"),
+        (b'{"inputs": "\xed\xa0\x80", "outputs": "a"}', "invalid UTF-8"),
+        (b'{"inputs": "a", "outputs": "x\\ud800"}', "lone surrogate"),
+        (None, "longer than 64 MiB"),
+    ],
+)
+def test_each_defect_has_its_reason(line, reason):
+    with pytest.raises(BadRow) as error:
+        parse_row(line, KEYS)
+    assert str(error.value) == reason
+
+
+def test_escaped_surrogate_pairs_are_good():
+    assert parse_row(b'{"inputs": "\\ud83d\\ude00", "targets": "b", "outputs": "c"}', KEYS) == ["\U0001f600", "c"]
+
+
+def test_a_line_over_the_limit_is_none_and_the_lines_around_it_stay(tmp_path, monkeypatch):
+    monkeypatch.setattr(jsonl, "MAX_LINE_BYTES", 100)
+    monkeypatch.setattr(jsonl, "BLOCK_BYTES", 16)
+    (tmp_path / "a.jsonl").write_bytes(
+        b"a\n" + b"x" * 100 + b"\n" + b"y" * 101 + b"\n" + b"z" * 9999 + b"\nb\n" + b"w" * 300
+    )
+    assert lines_of([tmp_path / "a.jsonl"]) == [b"a", b"x" * 100, None, None, b"b", None]
+
+
+def test_files_that_cannot_be_read_end_in_one_line(tmp_path):
+    whole = gzip.compress(b'{"a": 1}\n' * 1000)
+    (tmp_path / "cut.jsonl.gz").write_bytes(whole[:-9])
+    (tmp_path / "wrong.jsonl.gz").write_bytes(b"\x1f\x8bplain text\n")
+    (tmp_path / "cut.jsonl.zst").write_bytes(zstandard.ZstdCompressor().compress(b'{"a": 1}\n' * 1000)[:-9])
+    (tmp_path / "wrong.jsonl.zst").write_bytes(b"\x28\xb5\x2f\xfdplain text\n")
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    (tmp_path / "empty.jsonl").write_bytes(b"")
+    (tmp_path / "nothing").mkdir()
+    for name in (
+        "cut.jsonl.gz",
+        "wrong.jsonl.gz",
+        "cut.jsonl.zst",
+        "wrong.jsonl.zst",
+        "empty.jsonl",
+        "missing.jsonl",
+        "nothing",
+        "pipe.jsonl",
+    ):
+        with pytest.raises(UserError, match=name) as error:
+            lines_of([tmp_path / name])
+        assert "\n" not in str(error.value)
+
+
+def test_files_are_read_by_their_first_bytes_not_their_names(tmp_path):
+    rows = [b'{"n": 1}', b'{"n": 2}']
+    plain = b"\n".join(rows)
+    (tmp_path / "plain.jsonl.gz").write_bytes(plain)
+    (tmp_path / "gzip.jsonl").write_bytes(gzip.compress(plain))
+    (tmp_path / "zstd.jsonl.gz").write_bytes(zstandard.ZstdCompressor().compress(plain))
+    (tmp_path / "pzstd.jsonl").write_bytes(b"\x50\x2a\x4d\x18\4\0\0\0abcd" + zstandard.ZstdCompressor().compress(plain))
+    for path in tmp_path.iterdir():
+        assert lines_of([path]) == rows, path
+
+
+@pytest.mark.parametrize("pack", [bytes, gzip.compress], ids=["plain", "gzip"])
+def test_a_byte_order_mark_and_blank_lines_are_passed_over(tmp_path, pack):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(pack(b'\xef\xbb\xbf{"n": 1}\r\n\n  \r\n{"n": 2}\n\n\n'))
+    (block,) = read_blocks(open_sources([path]))
+    assert [(block.line_number(i), json.loads(line)) for i, line in block.rows()] == [(1, {"n": 1}), (4, {"n": 2})]
+    (tmp_path / "b.jsonl").write_bytes(b'{"n": "\xef\xbb\xbf"}\n' * 2)  # in the middle of a file it is text
+    parts = [lines_of([tmp_path / "b.jsonl"], (i, 2)) for i in (1, 2)]
+    assert parts == [[b'{"n": "\xef\xbb\xbf"}']] * 2
+
+
+def test_a_directory_without_the_programs_own_output(tmp_path, capsys):
+    for name in ("a.jsonl", "b.jsonl", "out.jsonl", "out_rejected.jsonl", "set_made_from.json"):
+        (tmp_path / name).write_text('{"n": 1}\n')
+    (tmp_path / "link.jsonl").symlink_to("out.jsonl")
+    sources = open_sources([tmp_path], [tmp_path / "out.jsonl", "-"])
+    assert [source.path.name for source in sources] == ["a.jsonl", "b.jsonl"]
+    said = capsys.readouterr().err
+    assert said == (
+        f"{tmp_path}: reading a.jsonl, b.jsonl; leaving out link.jsonl, out.jsonl, out_rejected.jsonl, set_made_from.json\n"
+    )
+    assert open_sources([tmp_path / "out_rejected.jsonl"])  # by name it is read
+    for same in ("out.jsonl", "link.jsonl"):
+        with pytest.raises(UserError, match="is input and output at once"):
+            open_sources([tmp_path / "a.jsonl", tmp_path / same], [tmp_path / "out.jsonl"])
+    (tmp_path / "only").mkdir()
+    (tmp_path / "only/x_rejected.jsonl").write_text("{}")
+    with pytest.raises(UserError, match="no JSONL file in this directory but x_rejected.jsonl"):
+        open_sources([tmp_path / "only"])
+
+
+def test_shard_numbers_count_from_one():
+    assert parse_shard("3/8") == (3, 8)
+    for wrong in ("0/8", "9/8", "3", "a/b", "-1/2", "1/0", ""):
+        with pytest.raises(UserError, match="--shard"):
+            parse_shard(wrong)

@@ -1,0 +1,267 @@
+"""The log of a run: each iteration once over resumes, aligned lines, TensorBoard, and the report's curves."""
+
+import contextlib
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+import termios
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from megatron_ft.config.arguments import parse_args
+from megatron_ft.errors import UserError
+from megatron_ft.files.log_lines import read_lines
+from megatron_ft.metrics.console import RunPlan, clock
+from megatron_ft.metrics.metrics import DETERMINISTIC_KEYS, TIMING_KEYS, MetricsLog, Spikes
+from megatron_ft.metrics.report import POINTS, thin, write_report
+from megatron_ft.model.cost import flops_per_token
+
+
+def make_args(tmp_path, *flags):
+    tokenizer = tmp_path / "tokenizer.json"
+    tokenizer.write_text("{}")
+    words = (
+        "--preset tiny --data-prefix d --train-iters 40 --global-batch-size 4 --log-interval 5 --seq-length 100".split()
+    )
+    return parse_args([*words, "--tokenizer-file", str(tokenizer), *flags])
+
+
+def record(iteration, loss=None):
+    return {
+        "iteration": iteration,
+        "consumed_samples": 4 * iteration,
+        "consumed_tokens": 390 * iteration,
+        "loss": 2.0 / iteration if loss is None else loss,
+        "lr": 1e-4,
+        "grad_norm": 1.5,
+        "loss_scale": 1.0,
+        "global_batch_size": 4,
+        "loss_tokens": 100,
+        "fill_rate": 0.975,
+        "skipped_iterations": 0,
+        "squared_lengths": 40_000,
+        "step_seconds": 0.5,
+    }
+
+
+def run(args, save, first, last, **plan):
+    log = MetricsLog(args, args.shape, RunPlan(train_iters=40, start_iteration=first - 1, **plan), save)
+    log.banner(data="two prefixes", start="resume: iter_0000012\nlayout: was TP1, is TP2")
+    for iteration in range(first, last + 1):
+        log.step(record(iteration))
+    return log
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_metrics_hold_each_iteration_once_after_a_resume_with_lost_steps(tmp_path, capsys):
+    args, save = make_args(tmp_path, "--tensorboard-dir", str(tmp_path / "tb")), tmp_path / "run"
+    killed = run(args, save, 1, 17)  # killed here: no close, a torn line; the last checkpoint was at 12
+    killed.validation(15, "all", {"loss": 1.0, "perplexity": 2.7, "token_accuracy": 0.5})
+    with (save / "metrics.jsonl").open("a") as file:
+        file.write('{"iteration": 18, "los')
+    resumed = run(args, save, 13, 40)
+    resumed.validation(40, "all", {"loss": 0.5, "perplexity": 1.6, "token_accuracy": 0.75})
+    resumed.close()
+    resumed.close()
+
+    steps = lines(save / "metrics.jsonl")
+    assert [step["iteration"] for step in steps] == list(range(1, 41))
+    assert [step["part"] for step in steps] == [0] * 12 + [1] * 28
+    assert all(tuple(step) == DETERMINISTIC_KEYS + TIMING_KEYS for step in steps)
+    assert steps[0]["tokens_per_second"] == 800
+    expected = 400 * flops_per_token(args.shape, 100.0) / 0.5 / 1e12
+    assert steps[0]["tflops_per_gpu"] == pytest.approx(expected)
+    assert [line["iteration"] for line in lines(save / "validation.jsonl")] == [40]
+    assert [e["event"] for e in lines(save / "events.jsonl")] == ["start", "start"]
+
+    straight = run(args, tmp_path / "straight", 1, 40)
+    straight.close()
+    other = lines(tmp_path / "straight" / "metrics.jsonl")
+    assert [[s[k] for k in DETERMINISTIC_KEYS] for s in steps] == [[s[k] for k in DETERMINISTIC_KEYS] for s in other]
+
+    shown = capsys.readouterr().out
+    assert "    start | resume: iter_0000012\n          | layout: was TP1, is TP2\n" in shown
+    shown = [line for line in shown.splitlines() if line.startswith(" iteration")]
+    assert len({len(line) for line in shown}) == 1, "interval lines are aligned"
+    columns = [[m.start() for m in re.finditer(r"\|", line)] for line in shown]
+    assert all(c == columns[0] for c in columns)
+    assert "fill  97.5 %" in shown[-1] and "in loss  25.0 %" in shown[-1] and "ETA 0:00:00" in shown[-1]
+
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "tb"), purge_orphaned_data=True).Reload()
+    assert "validation/all/loss" in events.Tags()["scalars"]
+    assert [e.value for e in events.Scalars("train/loss")][0] == 2.0
+
+
+def test_a_validation_of_the_same_group_and_iteration_is_replaced(tmp_path):
+    args, save = make_args(tmp_path), tmp_path / "run"
+    for loss in (1.0, 0.5):
+        log = run(args, save, 13, 12)
+        log.validation(12, "all", {"loss": 2 * loss})
+        log.validation(12, "all", {"loss": loss})
+        log.validation(12, "other", {"loss": loss})
+        log.close()
+    found = [(line["iteration"], line["group"], line["loss"]) for line in lines(save / "validation.jsonl")]
+    assert found == [(12, "all", 0.5), (12, "other", 0.5)]
+
+
+def test_report_draws_all_parts_without_network(tmp_path):
+    args, save = make_args(tmp_path), tmp_path / "run <1>"
+    run(args, save, 1, 20)
+    log = run(args, save, 11, 40, device_name="NVIDIA H100 80GB HBM3")
+    log.validation(20, "held <out>", {"loss": 1.0})
+    log.validation(40, "held <out>", {"loss": 0.25})
+    log.close()
+    page = (save / "report.html").read_text()
+
+    class Reader(HTMLParser):
+        curves, resumes = 0, 0
+
+        def handle_starttag(self, tag, attrs):
+            attrs = dict(attrs)
+            assert tag not in ("script", "link", "img", "iframe")
+            assert not {"src", "href", "onclick"} & set(attrs)
+            if tag == "polyline":
+                self.curves += 1
+                xs = [float(pair.split(",")[0]) for pair in attrs["points"].split()]
+                assert xs == sorted(xs)
+            self.resumes += attrs.get("class") == "resume"
+
+    reader = Reader()
+    reader.feed(page)
+    assert reader.curves == 6  # loss, its validation, lr, gradient norm, throughput, MFU
+    assert reader.resumes == 5
+    assert "http" not in page
+    assert "held &lt;out&gt;" in page and "best 0.2500 at 40" in page and "40 in 2 parts" in page
+
+
+def test_report_of_a_directory_without_steps_is_a_user_error(tmp_path):
+    with pytest.raises(UserError, match="no metrics.jsonl"):
+        write_report(tmp_path)
+
+
+def test_thinned_curves_keep_spikes_and_bounds():
+    points = [(i, 1.0) for i in range(100_000)]
+    points[54_321] = (54_321, 99.0)
+    kept = thin(points)
+    assert len(kept) <= POINTS and (54_321, 99.0) in kept
+    assert kept == sorted(kept)
+
+
+def test_losses_that_are_not_numbers_stay_valid_json(tmp_path, capsys):
+    args, save = make_args(tmp_path), tmp_path / "run"
+    log = MetricsLog(args, args.shape, RunPlan(train_iters=40), save)
+    for iteration in range(1, 6):
+        log.step({**record(iteration), "loss": None if iteration == 1 else float("nan"), "grad_norm": float("inf")})
+    log.close()
+    steps = [
+        json.loads(line, parse_constant=lambda name: pytest.fail(name)) for line in (save / "metrics.jsonl").open()
+    ]
+    assert all(step["loss"] is None and step["grad_norm"] is None for step in steps)
+    assert "loss      none" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full, which is a full disk")
+def test_a_full_disk_costs_lines_and_not_the_run(tmp_path, capsys):
+    args, save = make_args(tmp_path), tmp_path / "run"
+    save.mkdir()
+    log = MetricsLog(args, args.shape, RunPlan(train_iters=40), save)
+    log.step(record(1))
+    log.close()
+    (save / "metrics.jsonl").rename(save / "real")
+    (save / "metrics.jsonl").symlink_to("/dev/full")
+    for iteration in range(2, 5):
+        log.step(record(iteration))
+    (save / "metrics.jsonl").unlink()
+    with (save / "real").open("a") as file:
+        file.write('{"iteration": 2, "cons')  # as much as the disk took
+    (save / "real").rename(save / "metrics.jsonl")
+    log.step(record(5))
+    log.close()
+    assert capsys.readouterr().out.count("lines are lost until there is room again") == 1
+    assert [step["iteration"] for step in read_lines(save / "metrics.jsonl")] == [1, 5]
+    assert "5 in 1 part" in (save / "report.html").read_text()
+
+
+def test_ranks_that_do_not_write_leave_no_trace(tmp_path, capsys):
+    args = make_args(tmp_path)
+    log = MetricsLog(args, args.shape, RunPlan(train_iters=40), tmp_path / "run", writes=False)
+    log.banner(data="d")
+    log.step(record(1))
+    log.event("saved")
+    log.close()
+    assert not (tmp_path / "run").exists() and capsys.readouterr().out == ""
+
+
+def test_spikes_are_counted_and_the_usual_noise_is_not():
+    spikes = Spikes()
+    for i in range(100):
+        spikes.see(2.0 + 0.05 * (i % 3))
+    assert spikes.count == 0
+    assert spikes.see(5.0) == 1
+    assert spikes.see(2.05) == 1
+
+
+@pytest.mark.skipif(importlib.util.find_spec("wandb") is not None, reason="wandb is installed")
+def test_wandb_that_is_not_installed_is_named(tmp_path):
+    with pytest.raises(UserError, match="pip install wandb"):
+        args = make_args(tmp_path, "--wandb-project", "p")
+        MetricsLog(args, args.shape, RunPlan(train_iters=40), tmp_path / "run")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="wandb is not installed")
+def test_wandb_goes_on_in_the_same_run_after_a_resume(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    args, save = make_args(tmp_path, "--wandb-project", "p"), tmp_path / "run"
+    run(args, save, 1, 10).close()
+    first = (save / "wandb_run_id").read_text()
+    run(args, save, 6, 12).close()
+    assert (save / "wandb_run_id").read_text() == first
+    assert len(list(save.glob(f"wandb/offline-run-*/run-{first}.wandb"))) == 2
+
+
+def test_the_page_documents_every_key_in_order():
+    keys = re.findall(r"^\| `(\w+)` \|", (ROOT / "docs/logs.md").read_text(), flags=re.MULTILINE)
+    assert tuple(keys) == DETERMINISTIC_KEYS + TIMING_KEYS
+
+
+ON_A_TERMINAL = """
+import sys
+sys.path[:0] = [{root!r}, {root!r} + "/tests"]
+from pathlib import Path
+import test_metrics
+test_metrics.run(test_metrics.make_args(Path({folder!r})), None, 1, 40).close()
+"""
+
+
+def test_on_a_terminal_a_bar_shows_loss_speed_and_time_left(tmp_path):
+    ours, theirs = os.openpty()
+    termios.tcsetwinsize(theirs, (40, 160))
+    script = ON_A_TERMINAL.format(root=str(ROOT), folder=str(tmp_path))
+    child = subprocess.Popen(
+        [sys.executable, "-c", script], stdout=theirs, stderr=theirs, env={**os.environ, "COLUMNS": "120"}
+    )
+    os.close(theirs)
+    shown = b""
+    with contextlib.suppress(OSError):  # how a terminal's other side says that it is closed
+        while piece := os.read(ours, 4096):
+            shown += piece
+    os.close(ours)
+    assert child.wait() == 0
+    bar = shown.decode().replace("\r", "\n")
+    assert re.search(r"100%\|.*40/40 \[\d\d:\d\d<\d\d:\d\d.*loss 0\.0500, 800 tokens/s", bar), bar
+    assert bar.count(" iteration ") == 8
+
+
+def test_clock_reads_like_one():
+    assert clock(59) == "0:00:59" and clock(3723) == "1:02:03" and clock(90061) == "1d 01:01:01"

@@ -1,0 +1,243 @@
+"""Tokenizers: the fast encoder never gives another id than the `tokenizers` library, whatever it is fed, or steps aside and says why."""
+
+import json
+import random
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+
+from megatron_ft.errors import UserError
+from megatron_ft.tokenizer import fast_bpe
+from megatron_ft.tokenizer.tokenizer import load_tokenizer
+
+SPECIALS = ["<|endoftext|>", "<fim_prefix>", "<fim_pad>"]
+SNIPPETS = [
+    "def f(x):\n    return x ** 2  # it's\n", "  \n\t", "don't", "'s", "'", "''ll", " 1", "12  34", "½", "٣", "é", "e\u0301", "我想", "🙂", "\u00a0",
+    "\u3000", "\u2028", "\r\n", "\x1c", "\x00", "<|endoftext|>", "<fim_prefix>", "<|endoftext", "\U00011de0", "\U00040041", "{}[];", " ==", "\u0378",
+]  # fmt: skip
+TEXTS = st.lists(st.one_of(st.sampled_from(SNIPPETS), st.text(max_size=12)), max_size=12).map("".join)
+
+
+def train(pre_tokenizer, vocab_size=600, alphabet=None) -> Backend:
+    """A small BPE tokenizer trained on this file."""
+    backend = Backend(models.BPE())
+    backend.pre_tokenizer, backend.decoder = pre_tokenizer, decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=SPECIALS,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()) if alphabet is None else alphabet,
+        show_progress=False,
+    )
+    with open(__file__, encoding="utf-8") as file:
+        backend.train_from_iterator([file.read()], trainer)
+    return backend
+
+
+STARCODERS = pre_tokenizers.Sequence([pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+GPT2S = pre_tokenizers.ByteLevel(add_prefix_space=False)
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    """(ours, reference) for StarCoder's pre-tokenisation, GPT-2's, and one whose vocabulary lacks most bytes."""
+    directory = tmp_path_factory.mktemp("tokenizers")
+    pairs = []
+    for name, backend in {
+        "starcoder": train(STARCODERS),
+        "gpt2": train(GPT2S),
+        "lacking": train(STARCODERS, alphabet=[]),
+    }.items():
+        backend.save(str(directory / f"{name}.json"))
+        ours = load_tokenizer(directory / f"{name}.json")
+        ours.encode("")
+        assert ours.notice is None
+        pairs.append((ours, backend))
+    return pairs
+
+
+@settings(max_examples=300, deadline=None)
+@given(TEXTS)
+@example("a  1")
+@example("\n\n 2")
+@example("x\u0378y")
+def test_hunt_for_a_different_id(pairs, text):
+    for ours, reference in pairs:
+        assert ours.encode(text) == reference.encode(text, add_special_tokens=False).ids
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.lists(
+        st.one_of(
+            TEXTS,
+            st.builds(
+                lambda piece, n: piece * n,
+                st.sampled_from(["a", " ", "=", "ab", "\n", "xyz ", "0", "é", "def", " \t", "<fim_pad>"]),
+                st.integers(1, 90),
+            ),
+            st.text("defrtun_", min_size=40, max_size=120),
+        ),
+        max_size=6,
+    ).map("".join)
+)
+def test_hunt_for_a_different_id_where_long_texts_are_cut(pairs, text):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fast_bpe, "LONG_TEXT", 24)
+        patch.setattr(fast_bpe, "WINDOW", 20)
+        patch.setattr(fast_bpe, "OVERLAP", 6)
+        for ours, reference in pairs:
+            assert ours.encode(text) == reference.encode(text, add_special_tokens=False).ids
+
+
+def test_starcoders_47_vectors(shared_data):
+    tokenizer = load_tokenizer(shared_data / "starcoder-tokenizer.json")
+    rows = [json.loads(line) for line in open(shared_data / "starcoder-tokenizer-vectors.jsonl", encoding="utf-8")]
+    assert len(rows) == 47
+    for row in rows:
+        assert tokenizer.encode(row["text"]) == row["ids"]
+    assert tokenizer.notice is None
+    assert (tokenizer.vocab_size, tokenizer.eod, tokenizer.pad, tokenizer.dtype) == (49152, 0, None, np.uint16)
+    assert tokenizer.special_ids["<commit_msg>"] == 16 and len(tokenizer.special_ids) == 19
+
+
+def test_real_rows_with_starcoders_tokenizer(shared_data):
+    tokenizer = load_tokenizer(shared_data / "starcoder-tokenizer.json")
+    reference = Backend.from_file(str(shared_data / "starcoder-tokenizer.json"))
+    texts = [
+        t
+        for line in open(shared_data / "oasst-commitpackft.jsonl")
+        for t in json.loads(line).values()
+        if isinstance(t, str)
+    ]
+    texts = texts[::4] + [
+        f"<commit_before>{a}<commit_msg>{b}<commit_after>" for a, b in zip(texts[::9], texts[1::9], strict=False)
+    ]
+    expected = [e.ids for e in reference.encode_batch_fast(texts, add_special_tokens=False)]
+    assert [ids.tolist() for ids in tokenizer.encode_batch(texts)] == expected
+    assert tokenizer.decode(expected[-1]) == texts[-1]
+
+
+@pytest.mark.slow
+def test_every_code_point_has_the_same_ids(shared_data):
+    tokenizer = load_tokenizer(shared_data / "starcoder-tokenizer.json")
+    reference = Backend.from_file(str(shared_data / "starcoder-tokenizer.json"))
+    points = [chr(c) for c in range(sys.maxunicode + 1) if not 0xD800 <= c < 0xE000]
+    for start in range(0, len(points), 2048):
+        text = "".join(f"a{c}a {c} !{c}!  {c}1{c}\n" for c in points[start : start + 2048])
+        assert tokenizer.encode(text) == reference.encode(text, add_special_tokens=False).ids, hex(start)
+    assert tokenizer.notice is None
+
+
+@pytest.mark.slow
+def test_long_single_pre_tokens_have_the_same_ids(shared_data):
+    tokenizer = load_tokenizer(shared_data / "starcoder-tokenizer.json")
+    reference = Backend.from_file(str(shared_data / "starcoder-tokenizer.json"))
+    letters = random.Random(1).choices("etaoinshrdlu", k=1_500_000)
+    for text in ("x" * 1_500_000, " " * 1_500_000 + "y", "".join(letters), "=" * 1_500_000, "\u3000" * 700_000):
+        assert tokenizer.encode(text) == reference.encode(text, add_special_tokens=False).ids
+
+
+def notice_of(backend: Backend | dict, path) -> str:
+    """What the loaded tokenizer says of its way of encoding, having encoded as the reference does."""
+    spec = backend if isinstance(backend, dict) else json.loads(backend.to_str())
+    path.write_text(json.dumps(spec))
+    tokenizer = load_tokenizer(path)
+    text = "def f(x): return 12  # don't <|endoftext|>"
+    assert tokenizer.encode(text) == Backend.from_str(json.dumps(spec)).encode(text, add_special_tokens=False).ids
+    return tokenizer.notice or ""
+
+
+def test_what_the_fast_encoder_cannot_express_falls_back_with_one_line_that_says_why(tmp_path, monkeypatch):
+    path = tmp_path / "tokenizer.json"
+    good = json.loads(train(STARCODERS).to_str())
+    normalizing = train(GPT2S)
+    normalizing.normalizer = normalizers.NFC()
+    assert "normalizer (NFC)" in notice_of(normalizing, path)
+    assert "Whitespace" in notice_of(train(pre_tokenizers.Whitespace()), path)
+    assert "Digits" in notice_of(train(pre_tokenizers.Sequence([pre_tokenizers.Digits(False), GPT2S])), path)
+    lower_rank_last = json.loads(json.dumps(good))
+    lower_rank_last["model"]["merges"].reverse()
+    assert "encoded alone, is not itself" in notice_of(lower_rank_last, path)
+    stripping = json.loads(json.dumps(good))
+    stripping["added_tokens"][0]["lstrip"] = True
+    assert "matching rules" in notice_of(stripping, path)
+    monkeypatch.setattr(fast_bpe, "DIGITS_BYTE_LEVEL", fast_bpe.BYTE_LEVEL)
+    assert "its ids differ on" in notice_of(good, path)
+    assert "\n" not in notice_of(good, path)
+
+
+def test_a_difference_on_the_runs_own_data_makes_it_fall_back(tmp_path, monkeypatch):
+    train(STARCODERS).save(str(tmp_path / "tokenizer.json"))
+    monkeypatch.setattr(fast_bpe, "HARD_CASES", ["="])
+    monkeypatch.setattr(fast_bpe, "DIGITS_BYTE_LEVEL", r"\p{L}|[^\p{L}]+")
+    tokenizer = load_tokenizer(tmp_path / "tokenizer.json")
+    tokenizer.encode("=")
+    assert tokenizer.notice is None
+    tokenizer.check_sample(["=", "return x"])
+    assert "ids differ on 'return" in tokenizer.notice
+    reference = Backend.from_file(str(tmp_path / "tokenizer.json"))
+    assert tokenizer.encode("return x") == reference.encode("return x").ids
+
+
+def test_literal_special_tokens_are_plain_text_and_others_are_parsed(pairs):
+    path = pairs[0][0].path
+    tokenizer = load_tokenizer(path, ["<|endoftext|>"])
+    ids = tokenizer.encode("a<|endoftext|>b<fim_pad>")
+    assert 0 not in ids and ids[-1] == 2
+    assert tokenizer.decode(ids) == "a<|endoftext|>b<fim_pad>"
+    assert (tokenizer.eod, tokenizer.vocab_size) == (0, pairs[0][0].vocab_size)
+    with pytest.raises(UserError, match="no such special token; it has"):
+        load_tokenizer(path, ["<nope>"])
+
+
+def test_sentencepiece_models_load(tmp_path):
+    sentencepiece = pytest.importorskip("sentencepiece")
+    sentencepiece.SentencePieceTrainer.train(
+        input=__file__, model_prefix=str(tmp_path / "spm"), vocab_size=400, hard_vocab_limit=False, minloglevel=2
+    )
+    reference = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "spm.model"))
+    tokenizer = load_tokenizer(tmp_path / "spm.model")
+    assert tokenizer.encode("def test_this") == reference.encode("def test_this")
+    assert tokenizer.decode(tokenizer.encode("def test_this")) == "def test_this"
+    assert (tokenizer.kind, tokenizer.eod, tokenizer.vocab_size) == (
+        "sentencepiece",
+        reference.eos_id(),
+        len(reference),
+    )
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "spm.model").rename(tmp_path / "hf/tokenizer.model")
+    assert load_tokenizer(tmp_path / "hf").kind == "sentencepiece"
+
+
+def test_hugging_face_directories_load(pairs, tmp_path):
+    backend = pairs[1][1]
+    whole, slow = tmp_path / "whole", tmp_path / "slow"
+    whole.mkdir()
+    backend.save(str(whole / "tokenizer.json"))
+    (whole / "tokenizer_config.json").write_text(
+        json.dumps({"eos_token": {"content": "<fim_prefix>"}, "pad_token": "<fim_pad>"})
+    )
+    tokenizer = load_tokenizer(whole)
+    assert (tokenizer.eod, tokenizer.pad) == (0, 2)  # <|endoftext|> is Megatron's end of text wherever it exists
+    slow.mkdir()
+    backend.model.save(str(slow))
+    (slow / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    (slow / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "GPT2Tokenizer"}))
+    text = "def f(x):\n    return x  # don't"
+    assert load_tokenizer(slow).encode(text) == tokenizer.encode(text) == backend.encode(text).ids
+
+
+def test_unreadable_tokenizers_end_in_one_line(tmp_path):
+    (tmp_path / "broken.json").write_text("{")
+    (tmp_path / "binary.json").write_bytes(b"\xff\xfe")
+    (tmp_path / "broken.model").write_bytes(b"nothing")
+    (tmp_path / "empty").mkdir()
+    for name in ("missing.json", "broken.json", "binary.json", "broken.model", "empty"):
+        with pytest.raises(UserError, match=name) as error:
+            load_tokenizer(tmp_path / name)
+        assert "\n" not in str(error.value) and "give" in str(error.value) or "needs" in str(error.value)

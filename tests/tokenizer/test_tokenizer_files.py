@@ -1,0 +1,113 @@
+"""The tokenizer that a run keeps: conversion finds it wherever the original went, a resume compares it, file or directory."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from checkpoint_runs import FLAGS, train, write_inputs
+from conversions import convert
+from ranks import run_ranks
+
+from megatron_ft.tokenizer import files as tokenizer_files
+
+
+@pytest.fixture
+def inputs(tmp_path) -> str:
+    (tmp_path / "data").mkdir()
+    return write_inputs(tmp_path / "data")
+
+
+def run(words: str, save: Path, more: str = "") -> tuple[int | str, str]:
+    """One start on one rank: its status or error line, how it said it started."""
+    [(ended, reasons)] = run_ranks(train, 1, f"{FLAGS} {words} --train-iters 4 --save {save} {more}".split())
+    return ended, "\n".join(reasons)
+
+
+def as_directory(tokenizer: Path, directory: Path) -> Path:
+    """A Hugging Face directory of the same tokenizer, with a chat template and files that are no tokenizer's."""
+    directory.mkdir()
+    shutil.copy(tokenizer, directory / "tokenizer.json")
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>", "model_max_length": 64}
+    (directory / "tokenizer_config.json").write_text(json.dumps(config))
+    (directory / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    (directory / "config.json").write_text("{}")
+    return directory
+
+
+def ids_of(directory: Path) -> list:
+    """End of text in both of a model's configurations."""
+    return [
+        json.loads((directory / f"{name}.json").read_text())["eos_token_id"] for name in ("config", "generation_config")
+    ]
+
+
+def test_conversion_finds_the_kept_file_and_without_any_the_end_of_text(inputs, tmp_path):
+    tokenizer, save = tmp_path / "data/tokenizer.json", tmp_path / "save"
+    assert run(inputs, save)[0] == 0
+    content = tokenizer.read_bytes()
+    tokenizer.write_bytes(content.replace(b"Q", b"@", 1))  # somebody else's by now
+    convert("reshard", "--load", save, "--save", tmp_path / "tp1", "--tensor-parallel", "1")
+    for name, load in {"run": save, "iteration": save / "iter_0000004", "resharded": tmp_path / "tp1"}.items():
+        convert("megatron_to_hf", "--load", load, "--output", tmp_path / name)
+        assert (tmp_path / name / "tokenizer.json").read_bytes() == content, name
+        assert ids_of(tmp_path / name) == [0, 0]
+
+    (save / "tokenizer.json").unlink()  # and the one at its old place is not the run's any more
+    printed = convert("megatron_to_hf", "--load", save, "--output", tmp_path / "bare")
+    assert f"neither beside the checkpoint nor at {tokenizer}" in printed
+    assert not (tmp_path / "bare/tokenizer.json").exists()
+    assert ids_of(tmp_path / "bare") == [0, 0]
+
+
+def test_a_directory_is_kept_and_its_chat_template_survives(inputs, tmp_path):
+    from transformers import AutoTokenizer
+
+    file, save = tmp_path / "data/tokenizer.json", tmp_path / "save"
+    directory = as_directory(file, tmp_path / "starcoder-hf")
+    assert run(inputs.replace(str(file), str(directory)), save)[0] == 0
+    kept = {path.name for path in (save / "tokenizer").iterdir()}
+    assert kept == {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
+    shutil.rmtree(directory)
+    convert("megatron_to_hf", "--load", save, "--output", tmp_path / "hf")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == "hi"
+    assert tokenizer.model_max_length == 64 and ids_of(tmp_path / "hf") == [0, 0]
+
+
+def test_a_directory_of_other_content_is_refused_on_a_resume(inputs, tmp_path):
+    file, save = tmp_path / "data/tokenizer.json", tmp_path / "save"
+    directory = as_directory(file, tmp_path / "first")
+    words = inputs.replace(str(file), str(directory))
+    assert run(words, save, "--exit-interval 1")[0] == 75
+    moved = tmp_path / "moved"
+    shutil.copytree(directory, moved)
+    (moved / "README.md").write_text("not a part of the tokenizer")
+    assert run(words.replace(str(directory), str(moved)), save, "--exit-interval 2")[0] == 75
+    spec = json.loads((moved / "tokenizer.json").read_text())
+    vocab = spec["model"]["vocab"]
+    vocab["A"], vocab["B"] = vocab["B"], vocab["A"]
+    (moved / "tokenizer.json").write_text(json.dumps(spec))
+    other = words.replace(str(directory), str(moved))
+    refused, _ = run(other, save)
+    assert "tokenizer was directory of tokenizer.json, tokenizer_config.json, chat_template.jinja (sha256 " in refused
+    assert "--override-checkpoint-args" in refused
+    assert run(other, save, "--override-checkpoint-args")[0] == 0
+    assert tokenizer_files.describe(save / "tokenizer") == tokenizer_files.describe(
+        moved
+    )  # what the last iteration read
+
+
+def test_a_stale_file_leaves_the_kept_directory(tmp_path):
+    first, second, save = (tmp_path / name for name in ("first", "second", "save"))
+    for directory, names in ((first, ("vocab.json", "merges.txt")), (second, ("tokenizer.json",)), (save, ())):
+        directory.mkdir()
+        for name in names:
+            (directory / name).write_text(name)
+    for directory in (first, second):
+        tokenizer_files.keep(directory, save)
+        assert tokenizer_files.describe(save / "tokenizer") == tokenizer_files.describe(directory)
+    assert tokenizer_files.find(save / "iter_0000001", "nowhere/second", None) == save / "tokenizer"
+    tokenizer_files.keep(tmp_path / "gone", save)
+    assert tokenizer_files.describe(save / "tokenizer") == tokenizer_files.describe(second)
+    assert tokenizer_files.describe(tmp_path / "gone") is None

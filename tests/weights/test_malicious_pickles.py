@@ -1,0 +1,168 @@
+"""No file of a checkpoint is trusted: each kind, poisoned, is refused by name and nothing in it runs."""
+
+import io
+import json
+import pickle
+import shutil
+import zipfile
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import torch
+from conversions import convert, refusal, tiny_hf
+
+from megatron_ft.errors import UserError
+from megatron_ft.files.checksum import describe_file
+from megatron_ft.weights.manifest import read_manifest
+from megatron_ft.weights.open import open_weights
+from megatron_ft.weights.safe_pickle import load_dcp_metadata, load_pt
+
+
+class Touch:
+    """Pickles as a call that would leave a file behind."""
+
+    def __init__(self, how: str, trace: Path) -> None:
+        self.how, self.trace = how, trace
+
+    def __reduce__(self):
+        import os
+        import subprocess
+
+        command = f"touch {self.trace}"
+        return {
+            "os.system": (os.system, (command,)),
+            "eval": (eval, (f"__import__('os').system({command!r})",)),
+            "exec": (exec, (f"import os; os.system({command!r})",)),
+            "getattr": (getattr, ("text", "upper")),
+            "subprocess": (subprocess.check_call, (["touch", str(self.trace)],)),
+            "import": (__import__, ("this",)),
+        }[self.how]
+
+
+HOWS = ["os.system", "eval", "exec", "getattr", "subprocess", "import"]
+NAMED = {"os.system": "posix.system", "subprocess": "subprocess.check_call", "import": "__import__"}
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory) -> dict[str, Path]:
+    """One model in every format."""
+    root = tmp_path_factory.mktemp("checkpoints")
+    found = {"hf": tiny_hf(root / "hf")}
+    for form in ("legacy", "torch_dist"):
+        convert("hf_to_megatron", "--load", found["hf"], "--save", root / form, "--format", form)
+        found[form] = root / form
+    binary = Path(shutil.copytree(found["hf"], root / "bin"))
+    from safetensors.torch import load_file
+
+    torch.save(load_file(binary / "model.safetensors"), binary / "pytorch_model.bin")
+    (binary / "model.safetensors").unlink()
+    return found | {"bin": binary}
+
+
+@pytest.mark.parametrize("how", HOWS)
+def test_poisoned_files_are_refused_by_name_and_nothing_runs(checkpoints, tmp_path, how):
+    trace = tmp_path / "trace"
+    wanted = NAMED.get(how, how)
+
+    def poisoned(form: str, file: str, content) -> Path:
+        directory = Path(shutil.copytree(checkpoints[form], tmp_path / f"{form}-{file.replace('/', '_')}"))
+        if callable(content):
+            content(directory / file)
+        elif file.endswith(".metadata"):
+            (directory / file).write_bytes(pickle.dumps(content))
+        else:
+            torch.save(content, directory / file)
+        return directory
+
+    evil = Touch(how, trace)
+    legacy_file = "release/mp_rank_00/model_optim_rng.pt"
+    good = load_pt(checkpoints["legacy"] / legacy_file)
+
+    def record(file: Path) -> None:
+        """The same length of archive where the first tensor was, its pickle replaced."""
+        stream = io.BytesIO()
+        torch.save(evil, stream)
+        content = bytearray(file.read_bytes())
+        content[: len(stream.getvalue())] = stream.getvalue()
+        metadata = load_dcp_metadata(file.parent / ".metadata")
+        for info in metadata.storage_data.values():
+            if info.offset == 0:
+                info.length = len(stream.getvalue())
+        (file.parent / ".metadata").write_bytes(pickle.dumps(metadata))
+        file.write_bytes(content)
+        manifest = read_manifest(file.parent)  # whoever can poison a file can write its checksum
+        manifest.files = {name: describe_file(file.parent / name) for name in manifest.files}
+        manifest.write(file.parent)
+
+    directories = [
+        (poisoned("legacy", legacy_file, {**good, "args": Namespace(**vars(good["args"]), more=evil)}), legacy_file),
+        (poisoned("bin", "pytorch_model.bin", {"transformer.wte.weight": evil}), "pytorch_model.bin"),
+        (poisoned("torch_dist", "release/.metadata", evil), ".metadata"),
+    ]
+    for directory, file in directories:
+        with pytest.raises(UserError, match=rf"{file}: refused, its pickle wants .*{wanted.split('.')[-1]}"):
+            open_weights(directory)
+
+    common = poisoned("torch_dist", "release/common.pt", {"args": evil})
+    (common / "release/manifest.json").unlink()
+    with pytest.raises(UserError, match="common.pt: refused"):
+        open_weights(common)
+
+    stored = poisoned("torch_dist", "release/__0_0.distcp", record)
+    source = open_weights(stored)
+    with pytest.raises(UserError, match="__0_0.distcp: damaged at byte 0"):
+        for name in source.names():
+            source.read(name)
+    assert not trace.exists()
+    if how == "os.system":
+        assert "refused" in refusal("megatron_to_hf", "--load", directories[0][0], "--output", tmp_path / "out")
+        assert "refused" in refusal("verify", directories[2][0], checkpoints["hf"])
+        assert "refused" in refusal("reshard", "--load", common, "--save", tmp_path / "out", "--tensor-parallel", "1")
+        assert not trace.exists() and not (tmp_path / "out").exists()
+
+
+def test_attributes_of_allowed_modules_cannot_be_reached(tmp_path):
+    """Protocol 4 names attributes of attributes; the allow-list is a table of whole names."""
+    file = tmp_path / ".metadata"
+    for module, name in (("torch", "serialization.os.system"), ("torch.distributed.checkpoint.metadata", "os.getcwd")):
+        pickled = (
+            b"\x80\x04\x8c"
+            + bytes([len(module)])
+            + module.encode()
+            + b"\x8c"
+            + bytes([len(name)])
+            + name.encode()
+            + b"\x93)R."
+        )
+        file.write_bytes(pickled)
+        with pytest.raises(UserError, match=f"wants {module}.{name}"):
+            load_dcp_metadata(file)
+
+
+def test_damaged_files_are_called_damaged(checkpoints, tmp_path):
+    original = checkpoints["legacy"] / "release/mp_rank_00/model_optim_rng.pt"
+    for name, content in (("cut", original.read_bytes()[:5000]), ("noise", b"\x80\x02not a pickle"), ("empty", b"")):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(UserError, match=f"{name}: (not a readable torch file|refused)"):
+            load_pt(tmp_path / name)
+        with pytest.raises(UserError, match=f"{name}: (not readable|refused)"):
+            load_dcp_metadata(tmp_path / name)
+    with zipfile.ZipFile(tmp_path / "zip", "w") as archive:
+        archive.writestr("readme", "no weights")
+    with pytest.raises(UserError, match="zip: not a readable torch file"):
+        load_pt(tmp_path / "zip")
+    with pytest.raises(UserError, match="none: no such file"):
+        load_pt(tmp_path / "none")
+    for content in ("{", "[]", json.dumps({"shape": {"layers": 3}})):
+        directory = Path(shutil.copytree(checkpoints["torch_dist"], tmp_path / "manifest", dirs_exist_ok=True))
+        (directory / "release/manifest.json").write_text(content)
+        with pytest.raises(UserError, match="manifest.json"):
+            open_weights(directory)
+
+
+def test_arguments_of_megatron_load_as_inert_values(golden):
+    found = load_pt(golden / "legacy/tp2pp2/iter_0000007/mp_rank_00_000/model_optim_rng.pt")
+    kind = found["args"].position_embedding_type
+    assert kind.value == 2 and type(kind).__module__.startswith("megatron_ft.")
+    assert found["rng_state"][0]["np_rng_state"][1].dtype == "uint32"

@@ -24,6 +24,7 @@ from megatron_ft.checkpoint.load_weights import known_tokens, load_adapters, loa
 from megatron_ft.checkpoint.rank_files import RankWriter
 from megatron_ft.checkpoint.train_state import TrainState, describe, restore, tensors_to_save
 from megatron_ft.errors import UserError
+from megatron_ft.files.atomic import replace_file
 from megatron_ft.files.checksum import describe_file
 from megatron_ft.model.shape import ModelShape
 from megatron_ft.tokenizer import files as tokenizer_files
@@ -355,9 +356,9 @@ class Checkpointer:
         with self.owner.writing():
             tokenizer_files.keep(Path(self.args.tokenizer_file), save)
             directory.commit(save, pending.iteration, staging)
-            directory.replace_file(save / directory.TRACKER, str(pending.iteration).encode())
+            replace_file(save / directory.TRACKER, str(pending.iteration).encode())
             if pending.is_best:
-                directory.replace_file(save / directory.BEST, str(pending.iteration).encode())
+                replace_file(save / directory.BEST, str(pending.iteration).encode())
             retention.delete_superseded(save, self.args, self.period, self.log)
         self.log(f"saved iteration {pending.iteration} to {directory.iteration_directory(save, pending.iteration)}")
 
@@ -368,7 +369,7 @@ class Checkpointer:
             manifest = read_manifest(where)
             manifest.state["best"] = state.best
             manifest.write(where)
-            directory.replace_file(self.save_directory / directory.BEST, str(state.iteration).encode())
+            replace_file(self.save_directory / directory.BEST, str(state.iteration).encode())
 
     def _failed(self, reason: str) -> bool:
         self.failures += 1

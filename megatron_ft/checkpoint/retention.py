@@ -6,13 +6,14 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 
 from megatron_ft.errors import UserError
+from megatron_ft.files.atomic import free_bytes
 from megatron_ft.weights import directory
 from megatron_ft.weights.manifest import Damaged, read_manifest
 
 
 def check_room(save: Path, needed: int, args: Namespace, log: Callable[[str], None]) -> None:
     """Raise UserError when a checkpoint of `needed` bytes does not fit into `save`; log a warning when those that will lie there at once do not."""
-    free = directory.free_bytes(save)
+    free = free_bytes(save)
     if free < needed:
         raise UserError(
             f"--save {save}: a checkpoint takes {needed / 1e9:.3f} GB, {free / 1e9:.3f} GB are free; "

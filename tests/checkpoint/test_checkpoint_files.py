@@ -75,10 +75,10 @@ def test_a_live_owner_keeps_the_directory_and_a_dead_one_loses_it(tmp_path, monk
     first.claim()
     with pytest.raises(UserError, match="belongs to a run that is alive"):
         Owner(tmp_path).claim()
-    claim = json.loads((tmp_path / owners.FILE).read_text())
+    claim = json.loads((tmp_path / owners.OWNER).read_text())
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
-    (tmp_path / owners.FILE).write_text(json.dumps(claim | {"pid": gone.pid}))
+    (tmp_path / owners.OWNER).write_text(json.dumps(claim | {"pid": gone.pid}))
     second = Owner(tmp_path)
     second.claim()
     with pytest.raises(UserError, match="has been taken over"), first.writing():
@@ -89,7 +89,7 @@ def test_a_live_owner_keeps_the_directory_and_a_dead_one_loses_it(tmp_path, monk
     with second.writing():
         pass
     # a requeued SLURM job is the next life of the same job, whatever its old nodes still do
-    (tmp_path / owners.FILE).write_text(json.dumps(claim | {"slurm_job": "17", "slurm_restarts": 0}))
+    (tmp_path / owners.OWNER).write_text(json.dumps(claim | {"slurm_job": "17", "slurm_restarts": 0}))
     monkeypatch.setenv("SLURM_JOB_ID", "17")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     Owner(tmp_path).claim()
@@ -98,10 +98,10 @@ def test_a_live_owner_keeps_the_directory_and_a_dead_one_loses_it(tmp_path, monk
 def test_an_owner_on_another_host_is_watched_for_signs_of_life(tmp_path, monkeypatch):
     first = Owner(tmp_path)
     first.claim()
-    elsewhere = json.loads((tmp_path / owners.FILE).read_text()) | {"host": "node17"}
-    (tmp_path / owners.FILE).write_text(json.dumps(elsewhere))
+    elsewhere = json.loads((tmp_path / owners.OWNER).read_text()) | {"host": "node17"}
+    (tmp_path / owners.OWNER).write_text(json.dumps(elsewhere))
     monkeypatch.setattr(owners, "STALE", 0.5)
-    monkeypatch.setattr(owners.time, "sleep", lambda seconds: os.utime(tmp_path / owners.FILE))
+    monkeypatch.setattr(owners.time, "sleep", lambda seconds: os.utime(tmp_path / owners.OWNER))
     with pytest.raises(UserError, match="node17.*its heartbeat moves"):
         Owner(tmp_path).claim(log=lambda line: None)
     monkeypatch.setattr(owners.time, "sleep", lambda seconds: threading_wait(0.6))

@@ -1,8 +1,9 @@
-# The two commands: `make demo` sets everything up and runs the whole road, `make test` sets up and tests.
+# `make demo` sets everything up and runs the pipeline end to end; `make test` sets everything up and runs the tests.
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
+BENCH_DIR ?= /tmp
 
 .PHONY: demo test test-slow lint bench venv clean
 
@@ -18,11 +19,22 @@ test-slow: venv
 lint: venv
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/codespell
+
+# The benchmarks that need no GPU and no data; docs/benchmarks.md has the commands of the published figures.
+bench: venv
+	$(RUN) bench/packing.py
+	$(RUN) bench/tokenize.py --tokenizer-file tests/fixtures/tokenizer.json
+	$(RUN) bench/train_cpu.py
+	$(RUN) bench/checkpoint.py --directory "$(BENCH_DIR)"
+	$(RUN) bench/convert.py --preset starcoderbase-1b --directory "$(BENCH_DIR)"
 
 venv: $(STAMP)
 
-# Exact versions; the package is installed in place, so the checkout is what runs.
-$(STAMP): constraints.txt setup.py pyproject.toml megatron_ft/data/packing.cpp
+# Exact versions; the package is installed in place, so the checkout is what runs. What setup.py reads or compiles
+# makes it install again when it changes.
+$(STAMP): constraints.txt setup.py pyproject.toml megatron_ft/__init__.py megatron_ft/data/packing.cpp
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python 3.11 or newer is needed; make PYTHON=/path/to/python3.11")'
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt torch setuptools wheel pybind11
@@ -30,4 +42,5 @@ $(STAMP): constraints.txt setup.py pyproject.toml megatron_ft/data/packing.cpp
 	touch $(STAMP)
 
 clean:
-	rm -rf $(VENV) build demo *.egg-info megatron_ft/data/*.so
+	rm -rf $(VENV) build demo *.egg-info megatron_ft/data/_packing*.so
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,4 +1,4 @@
-"""Build and install Megatron-FT: the package, its C++ packing extension, and what it depends on."""
+"""Build and install Megatron-FT: the package, its C++ packing extension, and its dependencies."""
 
 import re
 from pathlib import Path
@@ -9,6 +9,11 @@ from setuptools import find_packages, setup
 root = Path(__file__).resolve().parent
 version = re.search(r'__version__ = "(.+)"', (root / "megatron_ft/__init__.py").read_text()).group(1)
 
+plots = ["matplotlib"]
+wandb = ["wandb"]
+types = ["mypy", "types-psutil", "types-PyYAML", "types-tqdm"]
+dev = ["pytest", "hypothesis", "ruff", "codespell", "peft", *types, *plots]
+
 setup(
     name="megatron-ft",
     version=version,
@@ -18,6 +23,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["megatron_ft", "megatron_ft.*"]),
+    package_data={"megatron_ft": ["py.typed"]},
     ext_modules=[
         Pybind11Extension(
             "megatron_ft.data._packing", ["megatron_ft/data/packing.cpp"], cxx_std=17, extra_compile_args=["-O3"]
@@ -32,14 +38,12 @@ setup(
         "sentencepiece",
         "tiktoken",
         "numpy",
-        "pybind11",
         "regex",
         "safetensors",
         "psutil",
         "tqdm",
         "zstandard",
         "tensorboard",
-        "matplotlib",
     ],
-    extras_require={"gpu": ["transformer-engine[pytorch]"], "dev": ["pytest", "hypothesis", "ruff", "peft"]},
+    extras_require={"gpu": ["transformer-engine[pytorch]"], "plots": plots, "wandb": wandb, "dev": dev},
 )

@@ -16,6 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from megatron_ft.errors import UserError
+from megatron_ft.files.atomic import rename_directory, sync_path
 
 HEARTBEAT_SECONDS = 2.0
 STALE_SECONDS = (
@@ -75,11 +76,9 @@ def _build(directory: Path, build: Callable[[Path], None]) -> None:
     partial.mkdir()
     try:
         build(partial)
-        for path in [*partial.iterdir(), partial]:
-            descriptor = os.open(path, os.O_RDONLY)
-            os.fsync(descriptor)
-            os.close(descriptor)
-        partial.rename(directory)
+        for path in partial.iterdir():
+            sync_path(path)
+        rename_directory(partial, directory)
     except OSError as error:
         if directory.is_dir():  # another builder was faster
             return

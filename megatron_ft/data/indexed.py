@@ -22,7 +22,8 @@ from pathlib import Path
 import numpy as np
 
 from megatron_ft.errors import UserError
-from megatron_ft.files.output import open_alone
+from megatron_ft.files.atomic import sync_file
+from megatron_ft.files.output import open_locked
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
@@ -134,7 +135,7 @@ class IndexedWriter:
         self.path, self.dtype = str(path), np.dtype(dtype)
         self.num_sequences = self.num_tokens = 0
         Path(self.path).parent.mkdir(parents=True, exist_ok=True)
-        self._bin = open_alone(self.path + ".bin.partial")
+        self._bin = open_locked(self.path + ".bin.partial")
         self._sizes = open(self.path + ".sizes.partial", "w+b", buffering=1 << 16)
 
     def add(self, tokens: Sequence[int] | np.ndarray) -> None:
@@ -166,7 +167,7 @@ class IndexedWriter:
 
     def finish(self) -> None:
         """Write the index beside the tokens, both on disk and still under temporary names, and still locked."""
-        _sync(self._bin)
+        sync_file(self._bin)
         index = open(self.path + ".idx.partial", "wb", buffering=1 << 20)
         n, start = self.num_sequences, 0
         index.write(HEADER.pack(MAGIC, VERSION, CODES[self.dtype], n, n + 1))
@@ -179,7 +180,7 @@ class IndexedWriter:
             start = int(ends[-1])
         for first in range(0, n + 1, CHUNK):
             index.write(np.arange(first, min(first + CHUNK, n + 1), dtype="<i8").tobytes())
-        _sync(index)
+        sync_file(index)
         index.close()
         self._sizes.close()
         os.unlink(self.path + ".sizes.partial")
@@ -214,8 +215,3 @@ def commit(writers: Iterable[IndexedWriter]) -> None:
             os.replace(writer.path + suffix + ".partial", writer.path + suffix)
     for writer in writers:
         writer._bin.close()  # and with it the lock
-
-
-def _sync(file) -> None:
-    file.flush()
-    os.fsync(file.fileno())

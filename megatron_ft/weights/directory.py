@@ -16,7 +16,7 @@ import shutil
 import threading
 from pathlib import Path
 
-from megatron_ft.files.atomic import replace_file, sync_directory
+from megatron_ft.files.atomic import rename_directory, replace_file
 
 TRACKER = "latest_checkpointed_iteration.txt"
 BEST = "best_checkpointed_iteration.txt"
@@ -70,9 +70,7 @@ def commit(save: Path, iteration: int, staging: Path) -> None:
     final = iteration_directory(save, iteration)
     if final.exists():  # an earlier attempt at this iteration that was found damaged, or was left behind by an override
         discard(final)
-    sync_directory(staging)
-    os.rename(staging, final)
-    sync_directory(save)
+    rename_directory(staging, final)
 
 
 def discard(path: Path) -> None:

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from megatron_ft.errors import UserError
-from megatron_ft.files.atomic import free_bytes, sync_directory
+from megatron_ft.files.atomic import free_bytes, rename_directory
 from megatron_ft.files.output import scratch_directory
 from megatron_ft.model.shape import ModelShape
 from megatron_ft.weights.directory import OWNER, TRACKER, iteration_directory, list_iterations
@@ -44,7 +44,6 @@ def new_directory(
     try:
         with scratch_directory(path.parent, f"{path.name}.writing") as staging:
             yield staging
-            sync_directory(staging)
             _put_in_place(staging, path)
     except OSError as error:
         raise UserError(
@@ -55,19 +54,17 @@ def new_directory(
 def _put_in_place(staging: Path, path: Path) -> None:
     """Rename `staging` to `path`; a directory that stands there is out of the way for that moment only."""
     if not path.exists():
-        staging.rename(path)
-        sync_directory(path.parent)
+        rename_directory(staging, path)
         return
     with scratch_directory(path.parent, f"{path.name}.replaced") as aside:
         old = aside / path.name
         try:
             path.rename(old)
-            staging.rename(path)
+            rename_directory(staging, path)
         except BaseException:
             if old.exists() and not path.exists():
                 old.rename(path)
             raise
-        sync_directory(path.parent)
 
 
 def _check_replaceable(path: Path) -> None:

@@ -21,21 +21,13 @@ import argparse
 import json
 from collections.abc import Sequence
 
+from megatron_ft.commits.row import TEXT_FIELDS, parse_commit
 from megatron_ft.config.flags import Help, Parser
 from megatron_ft.errors import UserError, run_program
-from megatron_ft.files.jsonl import (
-    BadRow,
-    check_surrogates,
-    keys_of,
-    open_sources,
-    parse_object,
-    read_blocks,
-    shard_bytes,
-)
+from megatron_ft.files.jsonl import BadRow, open_sources, read_blocks, shard_bytes
 from megatron_ft.files.output import OutputFile, writing
 from megatron_ft.progress import Progress
 
-FIELDS = ("old_contents", "new_contents", "subject")
 KEPT = ("commit", "lang", "license", "repos")
 
 
@@ -86,7 +78,7 @@ def main() -> None:
                 if not row["new_contents"] or not row["subject"]:
                     left_out += 1
                     continue
-                inputs, outputs = form(*(row[name] for name in FIELDS))
+                inputs, outputs = form(*(row[name] for name in TEXT_FIELDS))
                 kept = {name: row[name] for name in KEPT if name in row}
                 output.write(
                     json.dumps({"inputs": inputs, "outputs": outputs, **kept}, ensure_ascii=False).encode() + b"\n"
@@ -103,16 +95,6 @@ def main() -> None:
         + (f", {left_out:,} without subject or new contents left out" if left_out else ""),
         file=sys.stderr,
     )
-
-
-def parse_commit(line: bytes | None) -> dict:
-    """One row of commits; BadRow where it is none."""
-    row = parse_object(line)
-    for name in FIELDS:
-        if not isinstance(row.get(name), str):
-            raise BadRow(f"{name!r} is not a string" if name in row else f"no key {name!r}; {keys_of(row)}")
-        check_surrogates(row[name], line)
-    return row
 
 
 if __name__ == "__main__":

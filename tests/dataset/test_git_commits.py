@@ -130,8 +130,8 @@ def test_without_history_there_is_an_error_or_the_fallback_and_a_line_says_so(re
     out = tmp_path / "c.jsonl"
     for where, flags, reason in [
         (tmp_path / "shallow", [], "is a shallow clone"),
-        (tmp_path / "tarball", [], "is no git repository"),
-        (repo, ["--min-rows", 100], "has 3 commits of one text file, fewer than 100"),
+        (tmp_path / "tarball", [], "is not a readable git repository"),
+        (repo, ["--min-rows", 100], "has 3 single-file commits, fewer than --min-rows 100"),
     ]:
         env = {**os.environ, "GIT_CEILING_DIRECTORIES": str(tmp_path)}
         command = (COMMITS, "--repo", where, "--output", out, *flags)
@@ -139,12 +139,12 @@ def test_without_history_there_is_an_error_or_the_fallback_and_a_line_says_so(re
         assert reason in line and "--fallback FILE" in line
         assert not list(tmp_path.glob("c.jsonl*"))
         done = run_program(*command, "--fallback", shipped, env=env)
-        assert reason in done.stderr and "examples/commits.jsonl are used instead" in done.stderr
+        assert reason in done.stderr and f"rows of {shipped} instead" in done.stderr
         assert out.read_bytes() == shipped.read_bytes()
         out.unlink()
     for flags, words in (
         (["--max-rows", 0], "--max-rows 0: must be at least 1"),
-        (["--fallback", out], "is the --fallback file"),
+        (["--fallback", out], "would overwrite the --fallback file"),
     ):
         assert words in one_error_line(run_program(COMMITS, "--repo", repo, "--output", out, *flags, ok=False))
     assert "bad revision" in one_error_line(

@@ -1,0 +1,50 @@
+"""The row schema of CommitPack: a commit that modified one file, with the file before and after."""
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_ft.files.jsonl import BadRow, check_surrogates, keys_of, parse_object
+
+# The fields that training text is made of; a row without one of them is of no use.
+TEXT_FIELDS = ("old_contents", "new_contents", "subject")
+
+
+@dataclass(frozen=True)
+class CommitRow:
+    """One row, its keys in the order of CommitPack and CommitPackFT (arXiv 2308.07124)."""
+
+    commit: str  # commit id, 40 hexadecimal digits
+    old_file: str  # path before the commit, relative to the repository root
+    new_file: str  # path after the commit
+    old_contents: str  # text of the file before the commit
+    new_contents: str  # text of the file after the commit
+    subject: str  # first paragraph of the message, on one line; the instruction in training
+    message: str  # complete message
+    lang: str  # display name of the language, see languages.py
+    license: str  # identifier of the repository's license, or "unknown", see licenses.py
+    repos: str  # comma-separated names of the repositories that contain the commit
+
+    def to_json(self) -> bytes:
+        """The row as one JSONL line, in UTF-8, with its newline."""
+        return json.dumps(vars(self), ensure_ascii=False).encode() + b"\n"
+
+
+def parse_commit(line: bytes | None) -> dict[str, Any]:
+    """Parse one JSONL line whose TEXT_FIELDS are strings; other fields are returned as found.
+
+    Raises BadRow if the line is not a JSON object (None is a line over the length limit), or a text
+    field is missing, not a string, or contains a lone surrogate.
+
+    >>> parse_commit(b'{"old_contents": "", "new_contents": "x", "subject": 1}')
+    Traceback (most recent call last):
+    megatron_ft.files.jsonl.BadRow: 'subject' is not a string
+    """
+    row = parse_object(line)
+    for name in TEXT_FIELDS:
+        if name not in row:
+            raise BadRow(f"no key {name!r}; {keys_of(row)}")
+        if not isinstance(row[name], str):
+            raise BadRow(f"{name!r} is not a string")
+        check_surrogates(row[name], line or b"")
+    return row

@@ -32,7 +32,8 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 
 from megatron_ft.errors import UserError
-from megatron_ft.model.lora import TARGETS, AdapterConfig, is_trainable
+from megatron_ft.model.lora import AdapterConfig, is_trainable
+from megatron_ft.model.tensor_names import LORA_TARGETS
 
 __all__ = ["add_lora", "is_trainable"]
 
@@ -49,11 +50,11 @@ def add_lora(chunks: list[nn.Module], args: argparse.Namespace) -> None:
         for module in chunk.modules():
             if isinstance(module, TransformerLayer):
                 for target in config.targets:
-                    linear = module.get_submodule(TARGETS[target])
+                    linear = module.get_submodule(LORA_TARGETS[target])
                     _adapt(
                         linear,
                         config,
-                        seed=(args.seed * 10_007 + module.layer_number) * len(TARGETS) + list(TARGETS).index(target),
+                        seed=(args.seed * 10_007 + module.layer_number) * len(LORA_TARGETS) + list(LORA_TARGETS).index(target),
                     )
             elif isinstance(module, LanguageModelEmbedding) and args.recompute_granularity == "full":
                 # A checkpointed layer whose input needs no gradient would give none to its parameters either.

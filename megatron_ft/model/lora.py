@@ -5,7 +5,7 @@ For programs that read adapters: a checkpoint of a LoRA run holds the adapters a
     decoder.layers.<path>.lora_a   [layers, rank, inputs]
     decoder.layers.<path>.lora_b   [layers, outputs, rank]
 
-with the paths of `TARGETS`, and the training flags lora_rank, lora_alpha, lora_dropout and lora_targets beside them
+with the paths of `LORA_TARGETS`, and the training flags lora_rank, lora_alpha, lora_dropout and lora_targets beside them
 (`AdapterConfig.from_args`). Read these tensors into a dict; then
   - PEFT directory: `adapter_model.safetensors` = `to_peft(tensors)`, `adapter_config.json` = `config.to_peft(base_model)`, and
     `from_peft` and `AdapterConfig.from_peft` are the way back;
@@ -22,18 +22,11 @@ import torch
 from torch import Tensor
 
 from megatron_ft.errors import UserError
-from megatron_ft.model.tensor_names import LAYER, layer_of, weight_of
+from megatron_ft.model.tensor_names import LAYER, LORA_TARGETS, layer_of, weight_of
 
-# The linear maps of a layer that can have adapters, and where they are in it.
-TARGETS = {
-    "linear_qkv": "self_attention.linear_qkv",
-    "linear_proj": "self_attention.linear_proj",
-    "linear_fc1": "mlp.linear_fc1",
-    "linear_fc2": "mlp.linear_fc2",
-}
 _HF_BY_CORE = {weight.core: weight.hf for weight in LAYER}
 # The same in GPTBigCode: attn.c_attn, attn.c_proj, mlp.c_fc, mlp.c_proj.
-HF_TARGETS = {target: _HF_BY_CORE[f"{path}.weight"].removesuffix(".weight") for target, path in TARGETS.items()}
+HF_TARGETS = {target: _HF_BY_CORE[f"{path}.weight"].removesuffix(".weight") for target, path in LORA_TARGETS.items()}
 
 
 @dataclass(frozen=True)
@@ -65,7 +58,7 @@ class AdapterConfig:
         if config.get("peft_type") != "LORA" or unknown:
             found = unknown[0] if unknown else f"peft_type {config.get('peft_type')}"
             raise UserError(f"{where}: {found} is not supported; expected plain LoRA")
-        targets = tuple(target for target in TARGETS if stacked_name(target, "lora_a") in tensors)
+        targets = tuple(target for target in LORA_TARGETS if stacked_name(target, "lora_a") in tensors)
         return cls(config["r"], config["lora_alpha"], config.get("lora_dropout", 0.0), targets)
 
     def differences(self, other: "AdapterConfig") -> list[str]:
@@ -73,7 +66,7 @@ class AdapterConfig:
         pairs = {
             "--lora-rank": (self.rank, other.rank),
             "--lora-alpha": (f"{self.alpha:g}", f"{other.alpha:g}"),
-            "--lora-targets": tuple(",".join(t for t in TARGETS if t in one.targets) for one in (self, other)),
+            "--lora-targets": tuple(",".join(t for t in LORA_TARGETS if t in one.targets) for one in (self, other)),
         }
         return [f"{flag} was {was}, is {now}" for flag, (was, now) in pairs.items() if was != now]
 
@@ -100,7 +93,7 @@ def is_trainable(name: str) -> bool:
 
 def stacked_name(target: str, part: str) -> str:
     """Name in a torch_dist checkpoint of a target's `lora_a` or `lora_b`, all layers stacked on dimension 0."""
-    return f"decoder.layers.{TARGETS[target]}.{part}"
+    return f"decoder.layers.{LORA_TARGETS[target]}.{part}"
 
 
 def to_peft(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -136,7 +129,7 @@ def merged(hf_name: str, weight: Tensor, tensors: Mapping[str, Tensor], config: 
     """
     layer = layer_of(hf_name)
     for target in config.targets:
-        if layer is not None and weight_of(hf_name).core == f"{TARGETS[target]}.weight":
+        if layer is not None and weight_of(hf_name).core == f"{LORA_TARGETS[target]}.weight":
             a, b = (tensors[stacked_name(target, part)][layer].float() for part in ("lora_a", "lora_b"))
             return (weight.float() + config.scaling * (b @ a)).to(weight.dtype)
     return weight

@@ -48,6 +48,13 @@ WHOLE = (
 )
 OUTPUT_LAYER = "output_layer.weight"  # the last pipeline stage's copy of the tied embedding, in Megatron-Core
 
+# The linear layers that can have LoRA adapters, and their modules in a transformer layer.
+LORA_TARGETS = {
+    "linear_qkv": "self_attention.linear_qkv",
+    "linear_proj": "self_attention.linear_proj",
+    "linear_fc1": "mlp.linear_fc1",
+    "linear_fc2": "mlp.linear_fc2",
+}
 _LAYER_BY_HF = {weight.hf: weight for weight in LAYER}
 _LAYER_BY_CORE = {weight.core: weight for weight in LAYER}
 _WHOLE_BY_HF = {weight.hf: weight for weight in WHOLE}

@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from megatron_ft.config.arguments import parse_args
 from megatron_ft.errors import UserError
-from megatron_ft.model.lora import HF_TARGETS, TARGETS, AdapterConfig, merged, stacked_name, to_peft
+from megatron_ft.model.lora import HF_TARGETS, AdapterConfig, merged, stacked_name, to_peft
+from megatron_ft.model.tensor_names import LORA_TARGETS
 
 LENGTHS = [7, 20, 1, 12, 24]  # documents of the packed row; 64 tokens, 2 rows of 32 at most
 FLAGS = """--num-layers 4 --hidden-size 32 --num-attention-heads 4 --max-position-embeddings 32 --seq-length 32
@@ -152,7 +153,7 @@ def test_every_layout_trains_the_same_adapters(runs, layout):
 
 def test_checkpoint_holds_the_adapters_alone(runs):
     _, adapters = runs["PP2 SP recompute"]
-    assert set(adapters) == {stacked_name(target, part) for target in TARGETS for part in ("lora_a", "lora_b")}
+    assert set(adapters) == {stacked_name(target, part) for target in LORA_TARGETS for part in ("lora_a", "lora_b")}
     assert adapters[stacked_name("linear_qkv", "lora_a")].shape == (4, 4, 32)
     assert adapters[stacked_name("linear_qkv", "lora_b")].shape == (4, 48, 4)
     assert adapters[stacked_name("linear_fc2", "lora_a")].shape == (4, 4, 128)
@@ -234,7 +235,7 @@ def test_dropout_masks_agree_where_inputs_are_whole_and_differ_where_they_are_cu
     assert len(first) == 16
     for i, (a, b) in enumerate(zip(first, second, strict=True)):
         assert 0.4 < a.mean() < 0.6
-        column = list(TARGETS)[i % 4] in ("linear_qkv", "linear_fc1")
+        column = list(LORA_TARGETS)[i % 4] in ("linear_qkv", "linear_fc1")
         assert np.array_equal(a, b) == (column and not sequence_parallel)
     for i in range(4, 16):  # layers do not repeat each other's masks
         assert not np.array_equal(first[i], first[i - 4])

@@ -1,21 +1,23 @@
-"""Turn commits into training rows: what the model reads as `inputs`, what it learns to write as `outputs`.
+"""Turn commits into training rows: `inputs` is what the model reads, `outputs` what it writes.
 
     python dataset/commits_to_jsonl.py --input commits.jsonl --output rows.jsonl
 
---format starcoder (StarCoder's own, with its special tokens):
+--format starcoder (StarCoder's commit format, with its special tokens):
     inputs   <commit_before>{old contents}<commit_msg>{subject}<commit_after>
     outputs  {new contents}
---format octocoder (OctoCoder's questions and answers):
+--format octocoder (OctoCoder's question and answer):
     inputs   Question: {subject}\\n\\n{old contents}\\n\\nAnswer:
     outputs  {a space}{new contents}
 
-Commits without a subject or that left an empty file teach nothing and are left out. commit, lang, license and repos stay in the row.
+Commits without a subject or without new contents are skipped. The keys commit, lang, license and
+repos are copied into the row.
 """
 
 import sys
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])  # not this folder: its tokenize.py would hide Python's
+# The repository root, so that the package is found from any directory.
+sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse
 import json
@@ -27,21 +29,10 @@ from megatron_ft.errors import UserError, run_program
 from megatron_ft.files.jsonl import BadRow, open_sources, read_blocks, shard_bytes
 from megatron_ft.files.output import OutputFile, writing
 from megatron_ft.progress import Progress
+from megatron_ft.prompts import COMMIT_FORMATS
 
-KEPT = ("commit", "lang", "license", "repos")
-
-
-def starcoder(old: str, new: str, subject: str) -> tuple[str, str]:
-    """Inputs and outputs as StarCoder saw commits in pre-training (arXiv 2305.06161, section 3.3)."""
-    return f"<commit_before>{old}<commit_msg>{subject}<commit_after>", new
-
-
-def octocoder(old: str, new: str, subject: str) -> tuple[str, str]:
-    """Inputs and outputs in OctoCoder's format (arXiv 2308.07124): the subject is the instruction."""
-    return f"Question: {subject}\n\n{old}\n\nAnswer:", f" {new}"
-
-
-FORMATS = {"starcoder": starcoder, "octocoder": octocoder}
+COPIED = ("commit", "lang", "license", "repos")
+EXPECTED = "expected rows of dataset/git_commits.py or CommitPack"
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -52,18 +43,18 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         nargs="+",
         required=True,
         metavar="FILE",
-        help="rows of commits.py or CommitPack (.gz, .zst, directories, - for standard input)",
+        help="rows of git_commits.py or CommitPack: JSONL files (also .gz, .zst), directories of them, or - for stdin",
     )
-    add("--output", required=True, metavar="FILE", help="JSONL file to write; - for standard output")
-    add("--format", choices=sorted(FORMATS), default="starcoder", help="how a commit becomes inputs and outputs")
+    add("--output", required=True, metavar="FILE", help="JSONL file to write, .gz and .zst compressed; - for stdout")
+    add("--format", choices=sorted(COMMIT_FORMATS), default="starcoder", help="prompt format, as shown above")
     return parser.parse_args(argv)
 
 
 def main() -> None:
     args = parse_args()
     sources = open_sources(args.input, [args.output])
-    form = FORMATS[args.format]
-    written = left_out = 0
+    to_texts = COMMIT_FORMATS[args.format]
+    written = skipped = 0
     with (
         OutputFile(args.output) as output,
         writing(args.output),
@@ -72,29 +63,23 @@ def main() -> None:
         for block in read_blocks(sources):
             for i, line in block.rows():
                 try:
-                    row = parse_commit(line)
+                    commit = parse_commit(line)
                 except BadRow as reason:
-                    raise block.error(i, reason, "expected rows as dataset/git_commits.py writes them") from reason
-                if not row["new_contents"] or not row["subject"]:
-                    left_out += 1
+                    raise block.error(i, reason, EXPECTED) from reason
+                old, new, subject = (commit[name] for name in TEXT_FIELDS)
+                if not new or not subject:
+                    skipped += 1
                     continue
-                inputs, outputs = form(*(row[name] for name in TEXT_FIELDS))
-                kept = {name: row[name] for name in KEPT if name in row}
-                output.write(
-                    json.dumps({"inputs": inputs, "outputs": outputs, **kept}, ensure_ascii=False).encode() + b"\n"
-                )
+                inputs, outputs = to_texts(old, new, subject)
+                row = {"inputs": inputs, "outputs": outputs, **{key: commit[key] for key in COPIED if key in commit}}
+                output.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
                 written += 1
             progress.update(block.consumed)
         if not written:
-            raise UserError(
-                f"{sources[0].name}: no commit with a subject and new contents; expected rows as dataset/git_commits.py writes them"
-            )
+            raise UserError(f"{sources[0].name}: no commit with a subject and new contents; {EXPECTED}")
         output.commit()
-    print(
-        f"{written:,} rows -> {args.output}"
-        + (f", {left_out:,} without subject or new contents left out" if left_out else ""),
-        file=sys.stderr,
-    )
+    note = f"; {skipped:,} commits without a subject or new contents skipped" if skipped else ""
+    print(f"{written:,} rows -> {args.output}{note}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -111,7 +111,7 @@ def test_commits_that_modified_exactly_one_text_file_become_rows(repo, tmp_path)
 
     done = run_program(ROWS, "--input", tmp_path / "c.jsonl", "--output", tmp_path / "r.jsonl")
     (row,) = rows_of(tmp_path / "r.jsonl")
-    assert "1 rows" in done.stderr and "2 without subject or new contents left out" in done.stderr
+    assert "1 rows" in done.stderr and "2 commits without a subject or new contents skipped" in done.stderr
     assert row["inputs"] == "<commit_before>one\n<commit_msg>Änder 'a'<commit_after>"
     assert row["outputs"] == first["new_contents"] and row["license"] == "mit"
     asked = run_program(ROWS, "--input", tmp_path / "c.jsonl", "--output", "-", "--format", "octocoder").stdout

@@ -1,15 +1,18 @@
-"""Take exact duplicates out of JSONL rows and shuffle the rest, in memory that does not grow with the data: `sort -u | shuf`, seeded.
+"""Remove exact duplicates from JSONL rows and shuffle the rest: a seeded `sort -u | shuf`.
 
     python dataset/dedup_shuffle.py rows.jsonl more.jsonl.gz --output shuffled.jsonl --seed 7
 
-Rows are duplicates when both their inputs and their outputs are the same, whatever other keys say; the first one is kept, its line
-unchanged. The order is that of a hash of seed and both texts: random, and the same however the input was ordered or divided into files.
+Two rows are duplicates if both their inputs and their outputs are equal, whatever their other keys;
+the first one is kept and its line is not changed. The order is that of a hash of the seed and both
+texts: random, but independent of the order of the input and of how it is split into files. Memory
+is bounded by --memory, whatever the size of the data; rows are spilled to disk.
 """
 
 import sys
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])  # not this folder: its tokenize.py would hide Python's
+# The repository root, so that the package is found from any directory.
+sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse
 import struct
@@ -17,38 +20,34 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from hashlib import blake2b
+from typing import BinaryIO
 
 from megatron_ft.config.flags import Help, Parser
 from megatron_ft.errors import UserError, run_program
-from megatron_ft.files.jsonl import BadRow, open_sources, parse_row, read_blocks, shard_bytes
+from megatron_ft.files.jsonl import BadRow, Source, open_sources, parse_row, read_blocks, shard_bytes
 from megatron_ft.files.output import STANDARD_OUTPUT, OutputFile, scratch_directory, writing
 from megatron_ft.progress import Progress
 
-RECORD = struct.Struct("<16sI")  # of a spilled row: its key, the length of the line after it
-REMEDY = "mend the row, name other keys (--input-key, --output-key), or leave such rows out (--skip-bad-rows)"
-ROW_OVERHEAD = 200  # bytes a row in memory takes besides its line: key, object headers, its place in the table
+RECORD = struct.Struct("<16sI")  # header of a spilled row: its key and the length of its line
+REMEDY = "fix the row, name other keys (--input-key, --output-key), or skip such rows (--skip-bad-rows)"
+ROW_OVERHEAD = 200  # bytes per row in memory in addition to its line: key, objects, dict entry
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=Help, allow_abbrev=False)
     add = parser.add_argument
-    add(
-        "input",
-        nargs="+",
-        metavar="INPUT",
-        help="JSONL file (.gz, .zst), directory of such files, or - for standard input",
-    )
-    add("--output", required=True, metavar="FILE", help="JSONL file to write; - for standard output")
+    add("input", nargs="+", metavar="INPUT", help="JSONL file (also .gz, .zst), directory of them, or - for stdin")
+    add("--output", required=True, metavar="FILE", help="JSONL file to write, .gz and .zst compressed; - for stdout")
     add("--seed", type=int, default=1234, help="seed of the order")
-    add("--input-key", default="inputs", help="key of the text the model reads")
-    add("--output-key", help="key of the text it learns to write; 'outputs', or else 'targets', when not given")
-    add("--skip-bad-rows", action="store_true", help="leave bad rows out, and count them")
-    add("--memory", type=int, default=512, metavar="MIB", help="rows held in memory at a time")
+    add("--input-key", default="inputs", metavar="KEY", help="key of the text the model reads")
+    add("--output-key", metavar="KEY", help="key of the text it learns to write (default: outputs, else targets)")
+    add("--skip-bad-rows", action="store_true", help="skip and count bad rows instead of stopping at the first")
+    add("--memory", type=int, default=512, metavar="MIB", help="memory for rows, in MiB")
     add(
         "--temporary-directory",
         type=Path,
         metavar="DIR",
-        help="where rows are spilled, as large as the data; beside the output when not given",
+        help="where rows are spilled, as many bytes as the uncompressed data (default: directory of the output)",
     )
     args = parser.parse_args(argv)
     if args.memory < 1:
@@ -59,46 +58,49 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     sources = open_sources(args.input, [args.output])
-    keys = [[args.input_key], [args.output_key] if args.output_key else ["outputs", "targets"]]
-    place = args.temporary_directory or (
+    spill_parent = args.temporary_directory or (
         Path(tempfile.gettempdir()) if args.output in STANDARD_OUTPUT else Path(args.output).parent
     )
     with ExitStack() as stack:
         output = stack.enter_context(OutputFile(args.output))
         stack.enter_context(writing(args.temporary_directory or args.output))
-        spill = stack.enter_context(scratch_directory(place, ".dedup"))
-        buckets = Buckets(spill, depth=0)
-        rows = bad = 0
-        with Progress("read", shard_bytes(sources), "B") as progress:
-            for block in read_blocks(sources):
-                for i, line in block.rows():
-                    try:
-                        texts = parse_row(line, keys)
-                    except BadRow as reason:
-                        if not args.skip_bad_rows:
-                            raise block.error(i, reason, REMEDY) from reason
-                        bad += 1
-                        continue
-                    buckets.add(key_of(texts, args.seed), line)
-                    rows += 1
-                progress.update(block.consumed)
+        buckets = Buckets(stack.enter_context(scratch_directory(spill_parent, ".dedup")), depth=0)
+        rows, bad = spill(sources, args, buckets)
         if not rows:
-            raise UserError(f"{sources[0].name}: no good row; expected one JSON object a line")
+            raise UserError(f"{sources[0].name}: no usable row; expected one JSON object per line")
         kept = 0
         with Progress("write", rows, " rows") as progress:
             for line in buckets.in_order(args.memory << 20, progress):
                 output.write(line + b"\n")
                 kept += 1
         output.commit()
-    print(
-        f"{rows:,} rows, {rows - kept:,} of them duplicates, {kept:,} -> {args.output}"
-        + (f"; {bad:,} bad rows left out" if bad else ""),
-        file=sys.stderr,
-    )
+    note = f"; {bad:,} bad rows skipped" if bad else ""
+    print(f"{rows:,} rows, {rows - kept:,} of them duplicates, {kept:,} -> {args.output}{note}", file=sys.stderr)
+
+
+def spill(sources: list[Source], args: argparse.Namespace, buckets: "Buckets") -> tuple[int, int]:
+    """Add all rows to `buckets`; returns their number and the number of bad rows skipped."""
+    keys = [[args.input_key], [args.output_key] if args.output_key else ["outputs", "targets"]]
+    rows = bad = 0
+    with Progress("read", shard_bytes(sources), "B") as progress:
+        for block in read_blocks(sources):
+            for i, line in block.rows():
+                try:
+                    texts = parse_row(line, keys)
+                except BadRow as reason:
+                    if not args.skip_bad_rows:
+                        raise block.error(i, reason, REMEDY) from reason
+                    bad += 1
+                    continue
+                assert line is not None  # parse_row rejects it
+                buckets.add(key_of(texts, args.seed), line)
+                rows += 1
+            progress.update(block.consumed)
+    return rows, bad
 
 
 def key_of(texts: list[str], seed: int) -> bytes:
-    """16 bytes that are the same for the same texts under one seed, and in no order otherwise."""
+    """16-byte hash of the seed and the texts, by which rows are compared and ordered."""
     digest = blake2b(f"{seed} {len(texts[0])} ".encode(), digest_size=RECORD.size - 4)
     for text in texts:
         digest.update(text.encode())
@@ -106,7 +108,10 @@ def key_of(texts: list[str], seed: int) -> bytes:
 
 
 class Buckets:
-    """Rows on disk, in 256 files by one byte of their keys: the first at depth 0, the next one deeper, ..."""
+    """Rows on disk, distributed over 256 files by one byte of their keys: byte `depth`.
+
+    A file that does not fit in memory is distributed again by the next byte.
+    """
 
     def __init__(self, directory: Path, depth: int):
         self.directory, self.depth = directory, depth
@@ -120,12 +125,15 @@ class Buckets:
         file.write(line)
 
     def in_order(self, memory: int, progress: Progress) -> Iterator[bytes]:
-        """The first line of each key, by key; a file whose rows take more than `memory` bytes is divided again. Files are removed as read."""
+        """Yield the first line of each key, ordered by key, and delete each file once it is read.
+
+        No more than `memory` bytes of rows are held at a time, unless all have the same key.
+        """
         for byte, file in enumerate(self._files):
             path = self.directory / f"{byte:02x}"
             first: dict[bytes, bytes] = {}
             size = count = 0
-            deeper = None
+            deeper: Buckets | None = None
             for key, line in records(file):
                 count += 1
                 if deeper is not None:
@@ -147,7 +155,7 @@ class Buckets:
             progress.update(count if deeper is None else 0)
 
 
-def records(file) -> Iterator[tuple[bytes, bytes]]:
+def records(file: BinaryIO) -> Iterator[tuple[bytes, bytes]]:
     """Keys and lines of a spilled file, in the order they were written."""
     file.seek(0)
     while head := file.read(RECORD.size):

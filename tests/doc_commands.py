@@ -20,7 +20,7 @@ def run_page(name: str, directory: Path, *, timeout: float = 600, **env: str) ->
     A page that is read in the checkout writes paths like `preprocess/tokenize.py`: the programs' folders are linked there.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    for folder in ("preprocess", "launch", "convert", "bench", "slurm", "examples"):
+    for folder in ("dataset", "preprocess", "launch", "convert", "bench", "slurm", "examples"):
         link = directory / folder
         if not link.exists():
             link.symlink_to(ROOT / folder)

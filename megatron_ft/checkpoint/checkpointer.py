@@ -1,6 +1,6 @@
 """A run's state on disk: `Checkpointer` starts or resumes it, saves it, and never leaves a directory without a whole checkpoint.
 
-    checkpointer = Checkpointer(args, shape, tokenizer.config_ids)
+    checkpointer = Checkpointer(config, shape, tokenizer.config_ids)
     start = checkpointer.start(state)        # resumes, or loads weights, or leaves the random start; says which and why
     ... after each step:  if checkpointer.due(state): checkpointer.save(state)
     checkpointer.finish()                    # waits for a save in the background
@@ -11,7 +11,6 @@ Every method is collective: all ranks call it at the same step, what is decided 
 import contextlib
 import shutil
 import time
-from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,10 +18,11 @@ from typing import Any
 
 from megatron_ft.checkpoint import optimizer_state, resume, retention, sharded_state
 from megatron_ft.checkpoint.collective import Together
-from megatron_ft.checkpoint.lease import Owner
+from megatron_ft.checkpoint.lease import SaveDirectoryLease
 from megatron_ft.checkpoint.load_weights import known_tokens, load_adapters, load_weights
 from megatron_ft.checkpoint.rank_files import RankWriter
 from megatron_ft.checkpoint.train_state import TrainState, describe, restore, tensors_to_save
+from megatron_ft.config.config import Config
 from megatron_ft.errors import UserError
 from megatron_ft.files.atomic import replace_file
 from megatron_ft.files.checksum import describe_file
@@ -61,26 +61,26 @@ class _Pending:
 
 
 class Checkpointer:
-    """Keeps the checkpoints of one run in `args.save`. `special_ids` is the tokenizer's `config_ids`; `log` takes a line, only rank 0
+    """Keeps the checkpoints of one run in `config.checkpoint.save`. `special_ids` is the tokenizer's `config_ids`; `log` takes a line, only rank 0
     calls it."""
 
     def __init__(
         self,
-        args: Namespace,
+        config: Config,
         shape: ModelShape,
         special_ids: dict[str, int | None],
         log: Callable[[str], None] = print,
         *,
         rows_per_epoch: int | None = None,
     ) -> None:
-        self.args, self.shape, self.special_ids = args, shape, special_ids
+        self.config, self.shape, self.special_ids = config, shape, special_ids
         self.period = (
-            args.save_epochs * rows_per_epoch if args.save_epochs else None
+            config.checkpoint.save_epochs * rows_per_epoch if config.checkpoint.save_epochs else None
         )  # rows between --save-epochs's saves
-        self.save_directory = Path(args.save).absolute() if args.save else None
-        self.ranks = Together(args.distributed_timeout_minutes)
+        self.save_directory = Path(config.checkpoint.save).absolute() if config.checkpoint.save else None
+        self.ranks = Together(config.parallel.timeout_minutes)
         self.log = log
-        self.owner: Owner | None = None
+        self.lease: SaveDirectoryLease | None = None
         self.token = ""
         self.failures = self.failures_in_a_row = 0
         self.last_saved = -1
@@ -93,7 +93,7 @@ class Checkpointer:
 
     def progress(self) -> tuple[int, int]:
         """(iteration, consumed samples) of the checkpoint that `start` will find, as its manifest says; 0, 0 for a first start."""
-        manifest = self.ranks.on_rank_0(lambda: resume.newest_manifest(self.args))
+        manifest = self.ranks.on_rank_0(lambda: resume.newest_manifest(self.config))
         return (manifest.iteration, manifest.state["consumed_samples"]) if manifest else (0, 0)
 
     def start(self, state: TrainState) -> Start:
@@ -111,8 +111,8 @@ class Checkpointer:
         iterations, notes = resume.candidates(self.save_directory)
         try:
             self.save_directory.mkdir(parents=True, exist_ok=True)
-            self.owner = Owner(self.save_directory)
-            self.owner.claim(self.log)
+            self.lease = SaveDirectoryLease(self.save_directory)
+            self.lease.claim(self.log)
             leftovers = directory.remove_leftovers(self.save_directory)
         except OSError as error:
             raise UserError(
@@ -120,30 +120,30 @@ class Checkpointer:
             ) from error
         if leftovers:
             notes.append(f"removed what a killed run left unfinished: {', '.join(leftovers)}")
-        return iterations, notes, self.owner.token
+        return iterations, notes, self.lease.token
 
     def _first_start(self, state: TrainState) -> Start:
-        kind, why = self.ranks.on_rank_0(lambda: resume.choose_first_start(self.args))
+        kind, why = self.ranks.on_rank_0(lambda: resume.choose_first_start(self.config))
         lines = [why]
         if kind == "weights":
-            lines += self._load_weights(state, self.args.load, self.args.load_iteration)
+            lines += self._load_weights(state, self.config.checkpoint.load, self.config.checkpoint.load_iteration)
         optimizer_state.initialise(state.optimizer)
         return Start(kind, 0, lines)
 
     def _load_weights(self, state: TrainState, path: str, iteration: int | str) -> list[str]:
         def load() -> list[str]:
-            source, adapters = open_start(path, iteration, self.args)
+            source, adapters = open_start(path, iteration, self.config.values())
             number = (adapters or source).iteration
             self.weights_iteration = number if isinstance(number, int) else 0
-            if self.args.lora_rank:
+            if self.config.lora.rank:
                 self._check_tokens(source)
             report = load_weights(source, state.model, self.shape.vocab_size)
             lines = [f"{source.path} ({source.kind}): {line}" for line in report.lines()]
             lines += [found.notice for found in (adapters, source) if found and found.notice]
             return [*lines, load_adapters(adapters, state.model)] if adapters else lines
 
-        if self.args.lora_rank:
-            self._base = self.ranks.on_rank_0(lambda: describe_base(open_start(path, iteration, self.args)[0]))
+        if self.config.lora.rank:
+            self._base = self.ranks.on_rank_0(lambda: describe_base(open_start(path, iteration, self.config.values())[0]))
         lines = self.ranks.everywhere(load)
         optimizer_state.take_weights(state.optimizer)
         return lines
@@ -153,7 +153,7 @@ class Checkpointer:
         tokens, known = self.shape.vocab_size, known_tokens(base)
         if tokens > known:
             raise UserError(
-                f"--lora-rank {self.args.lora_rank}: the tokenizer {self.args.tokenizer_file} has {tokens} tokens, the base {base.path} has "
+                f"--lora-rank {self.config.lora.rank}: the tokenizer {self.config.data.tokenizer_file} has {tokens} tokens, the base {base.path} has "
                 f"weights for {known}, and LoRA trains no embedding: the {tokens - known} new tokens could not be learned; give the base's "
                 "own tokenizer, or leave --lora-rank out, or --load a base that has rows for them (transformers' resize_token_embeddings)"
             )
@@ -164,7 +164,7 @@ class Checkpointer:
         for iteration in iterations:
             where = directory.iteration_directory(self.save_directory, iteration)
             try:
-                manifest = self._verify(where, checksums=self.args.verify_checkpoint)
+                manifest = self._verify(where, checksums=self.config.checkpoint.verify)
                 differences = self.ranks.on_rank_0(lambda m=manifest, w=where: self._compare(m, w))
                 try:
                     lines = self._load(state, where, manifest)
@@ -198,9 +198,9 @@ class Checkpointer:
         return manifest
 
     def _compare(self, manifest: Manifest, where: Path) -> list[str]:
-        changed, others = resume.compare(manifest, self.args, self.shape, resume.describe_data(self.args))
-        if changed and not self.args.override_checkpoint_args:
-            raise resume.refuse_changes(manifest, self.args, changed, where)
+        changed, others = resume.compare(manifest, self.config, self.shape, resume.describe_data(self.config))
+        if changed and not self.config.checkpoint.override_args:
+            raise resume.refuse_changes(manifest, self.config, changed, where)
         return [f"{line} (--override-checkpoint-args)" for line in changed] + others
 
     def _load(self, state: TrainState, where: Path, manifest: Manifest) -> list[str]:
@@ -208,7 +208,7 @@ class Checkpointer:
         lines = []
         if manifest.base:
             lines += self._load_weights(
-                state, *self.ranks.on_rank_0(lambda: resume.find_base(manifest.base, self.args, where))
+                state, *self.ranks.on_rank_0(lambda: resume.find_base(manifest.base, self.config, where))
             )
         self.ranks.everywhere(lambda: restore(state, where, manifest))
         if manifest.layout != sharded_state.layout():
@@ -221,7 +221,7 @@ class Checkpointer:
     def _go_on_from(self, newest: int, damaged: list[int]) -> None:
         """Rank 0: put damaged checkpoints aside; tracker and best mark name what was loaded, whatever they named before."""
         save = self.save_directory
-        with self.owner.writing():
+        with self.lease.writing():
             for iteration in damaged:
                 if directory.iteration_directory(save, iteration).exists():
                     aside = directory.put_aside(save, iteration)
@@ -234,21 +234,21 @@ class Checkpointer:
     def _check_free_space(self, state: TrainState) -> None:
         """Say at once when the next save cannot fit, and when those that lie there at once later in the run cannot."""
         needed = self.ranks.total(sharded_state.bytes_to_save(state.model, state.optimizer, bool(self._base)))
-        self.ranks.on_rank_0(lambda: retention.check_room(self.save_directory, needed, self.args, self.log))
+        self.ranks.on_rank_0(lambda: retention.check_room(self.save_directory, needed, self.config, self.log))
 
     # ---- save --------------------------------------------------------------------------------------------------------
 
     def due(self, state: TrainState) -> bool:
         """Ask after every step: whether a save is due, the same on all ranks. Finishes a save in the background that is done."""
         self.poll()
-        if self.args.save_interval and state.iteration % self.args.save_interval == 0:
+        if self.config.checkpoint.save_interval and state.iteration % self.config.checkpoint.save_interval == 0:
             return True
         if self.period and retention.passed_period(self._last_save_samples, state.consumed_samples, self.period):
             return True
-        if not self.args.save_interval_mins:
+        if not self.config.checkpoint.save_interval_mins:
             return False
         minutes = (time.monotonic() - self._last_save_time) / 60
-        return self.ranks.on_rank_0(lambda: minutes >= self.args.save_interval_mins)  # one clock for all
+        return self.ranks.on_rank_0(lambda: minutes >= self.config.checkpoint.save_interval_mins)  # one clock for all
 
     def save(self, state: TrainState, *, best: bool = False) -> bool:
         """Save now; with --async-save the writing goes on in the background. Whether it went well so far.
@@ -264,21 +264,21 @@ class Checkpointer:
             failure = self.ranks.on_rank_0(lambda: _failure_of(lambda: self._mark_best(state))) if best else None
             return self._failed(failure) if failure else True
         manifest = self.ranks.on_rank_0(
-            lambda: describe(state, self.args, self.shape, base=self._base, special_ids=self.special_ids)
+            lambda: describe(state, self.config, self.shape, base=self._base, special_ids=self.special_ids)
         )
         staging = directory.staging_directory(self.save_directory, state.iteration, self.token)
         failure = self.ranks.on_rank_0(lambda: _failure_of(lambda: self._open_staging(staging)))
         if failure:
             return self._failed(failure)
         items = tensors_to_save(state, adapters_only=bool(self._base))
-        writer = RankWriter(staging, self.ranks.rank, items, background=self.args.async_save)
+        writer = RankWriter(staging, self.ranks.rank, items, background=self.config.checkpoint.async_save)
         writer.start()
         self._pending = _Pending(state.iteration, staging, writer, manifest, best)
         self._last_save_time, self._last_save_samples = time.monotonic(), state.consumed_samples
-        return True if self.args.async_save else self.wait()
+        return True if self.config.checkpoint.async_save else self.wait()
 
     def _open_staging(self, staging: Path) -> None:
-        with self.owner.writing():
+        with self.lease.writing():
             staging.mkdir()
 
     @property
@@ -301,7 +301,7 @@ class Checkpointer:
                 f"--save {self.save_directory}: the last save failed, so iteration {self.last_saved if self.last_saved >= 0 else 'none'} "
                 "is the newest on disk; make room or mend the permissions, and start the same command again to go on from there"
             )
-        self.ranks.on_rank_0(lambda: self.owner.release() if self.owner else None)
+        self.ranks.on_rank_0(lambda: self.lease.release() if self.lease else None)
 
     def saved_best(self) -> dict | None:
         """`best` of the state in the best checkpoint on disk, a save in the background included; None when there is none."""
@@ -353,19 +353,19 @@ class Checkpointer:
                     f"{path} is not as its rank wrote it; --save must be on a file system that all nodes share"
                 )
         manifest.write(staging)
-        with self.owner.writing():
-            tokenizer_files.keep(Path(self.args.tokenizer_file), save)
+        with self.lease.writing():
+            tokenizer_files.keep(Path(self.config.data.tokenizer_file), save)
             directory.commit(save, pending.iteration, staging)
             replace_file(save / directory.TRACKER, str(pending.iteration).encode())
             if pending.is_best:
                 replace_file(save / directory.BEST, str(pending.iteration).encode())
-            retention.delete_superseded(save, self.args, self.period, self.log)
+            retention.delete_superseded(save, self.config, self.period, self.log)
         self.log(f"saved iteration {pending.iteration} to {directory.iteration_directory(save, pending.iteration)}")
 
     def _mark_best(self, state: TrainState) -> None:
         """Rank 0: write into a checkpoint that is there already that it is the best."""
         where = directory.iteration_directory(self.save_directory, state.iteration)
-        with self.owner.writing():
+        with self.lease.writing():
             manifest = read_manifest(where)
             manifest.state["best"] = state.best
             manifest.write(where)

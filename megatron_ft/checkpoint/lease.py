@@ -1,152 +1,159 @@
-"""One run owns a save directory at a time; whoever lost it can never write there again.
+"""One run owns a save directory at a time; a run that has lost it can never write there again.
 
-`DIR/.owner.json` names the owner by a token. A start takes the directory over when the owner is gone: its process is dead (same host),
-it is an earlier life of the same SLURM job, or its heartbeat has stood still. A checkpoint is committed under a lock and only by the
-token in the file, so the ranks of a run that was thought dead find that they may not.
+`DIR/.owner.json` names the owner by a token. A run takes the directory over when the owner is gone:
+its process is dead (same host), it is an earlier run of the same SLURM job, or its heartbeat has
+stopped. Checkpoints are committed under a lock and only by the owner whose token is in the file, so
+ranks of a run that was wrongly taken for dead cannot commit anything.
 """
 
 import fcntl
 import json
 import os
-import socket
-import threading
 import time
 import uuid
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
-
-import psutil
 
 from megatron_ft.errors import UserError
 from megatron_ft.files.atomic import replace_file
+from megatron_ft.files.lease import Heartbeat, HeartbeatWatch, Liveness, ProcessIdentity
 from megatron_ft.weights.directory import OWNER
 
 LOCK = ".owner.lock"
 BEAT = 10.0  # seconds between heartbeats
-STALE = 60.0  # seconds without one after which an owner on another host is taken for dead
+STALE = 60.0  # seconds without a heartbeat after which an owner on another host counts as dead
+POLL = 2.0  # seconds between checks of an owner that may be dead
 
 
+@dataclass(frozen=True)
 class Owner:
-    """The claim of this process on `save`. Made by rank 0; other ranks only write into directories named after its token."""
+    """The content of `.owner.json`: the token, process and SLURM job that hold the lease."""
+
+    token: str
+    process: ProcessIdentity
+    slurm_job: str | None
+    slurm_restarts: int
+    since: str
+
+    @classmethod
+    def this_process(cls, token: str) -> "Owner":
+        """This process as the owner, from now on."""
+        now = time.strftime("%Y-%m-%d %H:%M:%S")
+        job = os.environ.get("SLURM_JOB_ID")
+        return cls(token, ProcessIdentity.of_this_process(), job, _slurm_restarts(), now)
+
+    @classmethod
+    def from_json(cls, text: bytes) -> "Owner | None":
+        """The owner that a file names; None if the file is damaged."""
+        try:
+            data = json.loads(text)
+            process = ProcessIdentity(data["host"], data.get("namespace", ""), data["pid"], data["process_started"])
+            return cls(
+                data["token"],
+                process,
+                data.get("slurm_job"),
+                data.get("slurm_restarts", 0),
+                data["since"],
+            )
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return None
+
+    def to_json(self) -> bytes:
+        """The inverse of `from_json`."""
+        slurm = {"slurm_job": self.slurm_job, "slurm_restarts": self.slurm_restarts}
+        return json.dumps({"token": self.token, **asdict(self.process), **slurm, "since": self.since}).encode()
+
+    def liveness(self) -> Liveness:
+        """Whether the owner is alive, as far as this host can tell without its heartbeat."""
+        job = os.environ.get("SLURM_JOB_ID")
+        if job and self.slurm_job == job and _slurm_restarts() > self.slurm_restarts:
+            return Liveness.DEAD  # SLURM requeues a job only after its previous run has ended
+        return self.process.liveness()
+
+    def __str__(self) -> str:
+        return f"process {self.process.pid} on {self.process.host}"
+
+
+class SaveDirectoryLease:
+    """This process's lease on the save directory. Taken by rank 0; the other ranks only write into
+    directories named after its token."""
 
     def __init__(self, save: Path) -> None:
         self.save = save
         self.token = uuid.uuid4().hex[:12]
-        self._stop = threading.Event()
+        self._heartbeat = Heartbeat(self._beat, BEAT)
 
-    def claim(self, log=print) -> None:
-        """Become the owner. Waits while an owner on another host may be dead; raises UserError when the owner lives."""
-        waited_since = None
+    def claim(self, log: Callable[[str], object] = print) -> None:
+        """Become the owner. Waits while an owner on another host may be dead; raises UserError if
+        the owner is alive."""
+        watch, waiting = HeartbeatWatch(STALE), False
         while True:
+            evidence = "its process is running"
             with self._locked():
                 owner, beat = self._read()
-                reason = "" if owner is None else _alive(owner)
-                if (
-                    reason is None and waited_since is not None
-                ):  # no way to ask: has the heartbeat moved while we waited?
-                    if beat != waited_since[1]:
-                        reason = "its heartbeat moves"
-                    elif time.monotonic() - waited_since[0] >= STALE:
-                        reason = ""
-                if reason == "":
-                    self._write()
+                liveness = owner.liveness() if owner else Liveness.DEAD
+                if liveness is Liveness.UNKNOWN:
+                    evidence = "its heartbeat is advancing"
+                    liveness = watch.observe(beat)
+                if owner is None or liveness is Liveness.DEAD:
+                    replace_file(self.save / OWNER, Owner.this_process(self.token).to_json())
                     break
-            if reason:
+            if liveness is Liveness.ALIVE:
                 raise UserError(
-                    f"--save {self.save} belongs to a run that is alive (process {owner['pid']} on {owner['host']}, since {owner['since']}; "
-                    f"{reason}): stop that run, or give another --save"
+                    f"--save {self.save} is in use by a running job ({owner}, since {owner.since}; {evidence}): "
+                    "stop that job, or give another --save"
                 )
-            if waited_since is None:
-                waited_since = (time.monotonic(), beat)
-                log(
-                    f"{self.save}: last written by process {owner['pid']} on {owner['host']}; waiting {STALE:.0f} s for a sign of life"
-                )
-            time.sleep(2.0)
-        threading.Thread(target=self._beat, daemon=True).start()
+            if not waiting:
+                waiting = True
+                log(f"{self.save}: last used by {owner}; waiting {STALE:.0f} s for a heartbeat from it")
+            time.sleep(POLL)
+        self._heartbeat.start()
 
     @contextmanager
-    def writing(self):
-        """Held around every step that others see: raises UserError when the directory has another owner now."""
+    def writing(self) -> Iterator[None]:
+        """Hold during every step that others can see; UserError if the lease has been lost."""
         with self._locked():
             owner, _ = self._read()
-            if owner is None or owner["token"] != self.token:
-                holder = f"process {owner['pid']} on {owner['host']}" if owner else "nobody"
+            if owner is None or owner.token != self.token:
                 raise UserError(
-                    f"--save {self.save} has been taken over by {holder}; this run stops and writes nothing more"
+                    f"--save {self.save} has been taken over by {owner or 'nobody'}; this run stops and writes nothing more"
                 )
             yield
 
     def release(self) -> None:
-        """Give the directory up, if it is still ours."""
-        self._stop.set()
+        """Give the directory up, if this process still owns it."""
+        self._heartbeat.stop()
         with self._locked():
             owner, _ = self._read()
-            if owner and owner["token"] == self.token:
+            if owner and owner.token == self.token:
                 (self.save / OWNER).unlink()
 
-    def _write(self) -> None:
-        process = psutil.Process()
-        owner = {
-            "token": self.token,
-            "host": socket.gethostname(),
-            "namespace": _namespace(),
-            "pid": process.pid,
-            "process_started": process.create_time(),
-            "slurm_job": os.environ.get("SLURM_JOB_ID"),
-            "slurm_restarts": int(os.environ.get("SLURM_RESTART_COUNT") or 0),
-            "since": time.strftime("%Y-%m-%d %H:%M:%S"),
-        }
-        replace_file(self.save / OWNER, json.dumps(owner).encode())
-
-    def _read(self) -> tuple[dict | None, int]:
+    def _read(self) -> tuple[Owner | None, int]:
+        """The owner, None if there is none, and its last heartbeat: the file's mtime in ns."""
         path = self.save / OWNER
         try:
-            return json.loads(path.read_bytes()), path.stat().st_mtime_ns
+            return Owner.from_json(path.read_bytes()), path.stat().st_mtime_ns
         except FileNotFoundError:
             return None, 0
-        except ValueError:  # damaged from outside: names nobody
-            return None, 0
 
-    def _beat(self) -> None:
-        while not self._stop.wait(BEAT):
-            try:
-                with self._locked():
-                    owner, _ = self._read()
-                    if owner is None or owner["token"] != self.token:
-                        return
-                    os.utime(self.save / OWNER)
-            except OSError:  # a full or vanished disk is the next save's to report
-                continue
+    def _beat(self) -> bool:
+        """Touch the file; False once another process owns the directory."""
+        with self._locked():
+            owner, _ = self._read()
+            if owner is None or owner.token != self.token:
+                return False
+            os.utime(self.save / OWNER)
+        return True
 
     @contextmanager
-    def _locked(self):
+    def _locked(self) -> Iterator[None]:
         with open(self.save / LOCK, "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
 
 
-def _alive(owner: dict) -> str | None:
-    """Why an owner is known to live, "" when it is known to be dead, None when this host cannot tell."""
-    job = os.environ.get("SLURM_JOB_ID")
-    if job and owner.get("slurm_job") == job:  # a job has one life at a time: the requeued one follows a dead one
-        return "" if int(os.environ.get("SLURM_RESTART_COUNT") or 0) > owner["slurm_restarts"] else _process(owner)
-    return _process(owner)
-
-
-def _process(owner: dict) -> str | None:
-    if (owner["host"], owner.get("namespace")) != (socket.gethostname(), _namespace()):
-        return None
-    try:
-        process = psutil.Process(owner["pid"])
-        same = abs(process.create_time() - owner["process_started"]) < 1.0
-        return "the process runs" if same and process.status() != psutil.STATUS_ZOMBIE else ""
-    except psutil.NoSuchProcess:
-        return ""
-
-
-def _namespace() -> str:
-    """Process ids mean something inside one namespace only: two containers may share a host name."""
-    try:
-        return os.readlink("/proc/self/ns/pid")
-    except OSError:
-        return ""
+def _slurm_restarts() -> int:
+    """How often SLURM has requeued this job."""
+    return int(os.environ.get("SLURM_RESTART_COUNT") or 0)

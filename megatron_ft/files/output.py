@@ -138,8 +138,8 @@ def _make_locked(parent: Path, name: str) -> tuple[Path, int]:
 
 
 def _remove_if_abandoned(path: Path) -> None:
-    """Remove a scratch directory whose process is gone and whose lock is therefore free. A directory
-    that cannot be locked stays."""
+    """Remove a scratch directory whose process is gone, so that its lock is free. A directory that
+    cannot be locked stays."""
     with suppress(OSError):
         handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
         try:

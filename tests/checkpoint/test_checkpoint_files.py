@@ -29,8 +29,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ranks import run_ranks
 
-from megatron_ft.checkpoint import lease as owners
-from megatron_ft.checkpoint.lease import Owner
+from megatron_ft.checkpoint import lease as save_lease
+from megatron_ft.checkpoint.lease import SaveDirectoryLease
 from megatron_ft.checkpoint.optimizer_state import boxes
 from megatron_ft.checkpoint.retention import most_at_once, superseded
 from megatron_ft.errors import UserError
@@ -71,15 +71,15 @@ def test_ranks_wait_for_the_slowest_as_long_as_the_flag_says():
 
 
 def test_a_live_owner_keeps_the_directory_and_a_dead_one_loses_it(tmp_path, monkeypatch):
-    first = Owner(tmp_path)
+    first = SaveDirectoryLease(tmp_path)
     first.claim()
-    with pytest.raises(UserError, match="belongs to a run that is alive"):
-        Owner(tmp_path).claim()
-    claim = json.loads((tmp_path / owners.OWNER).read_text())
+    with pytest.raises(UserError, match="is in use by a running job"):
+        SaveDirectoryLease(tmp_path).claim()
+    claim = json.loads((tmp_path / save_lease.OWNER).read_text())
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
-    (tmp_path / owners.OWNER).write_text(json.dumps(claim | {"pid": gone.pid}))
-    second = Owner(tmp_path)
+    (tmp_path / save_lease.OWNER).write_text(json.dumps(claim | {"pid": gone.pid}))
+    second = SaveDirectoryLease(tmp_path)
     second.claim()
     with pytest.raises(UserError, match="has been taken over"), first.writing():
         raise AssertionError("a stale owner was let in")
@@ -89,24 +89,24 @@ def test_a_live_owner_keeps_the_directory_and_a_dead_one_loses_it(tmp_path, monk
     with second.writing():
         pass
     # a requeued SLURM job is the next life of the same job, whatever its old nodes still do
-    (tmp_path / owners.OWNER).write_text(json.dumps(claim | {"slurm_job": "17", "slurm_restarts": 0}))
+    (tmp_path / save_lease.OWNER).write_text(json.dumps(claim | {"slurm_job": "17", "slurm_restarts": 0}))
     monkeypatch.setenv("SLURM_JOB_ID", "17")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    Owner(tmp_path).claim()
+    SaveDirectoryLease(tmp_path).claim()
 
 
 def test_an_owner_on_another_host_is_watched_for_signs_of_life(tmp_path, monkeypatch):
-    first = Owner(tmp_path)
+    first = SaveDirectoryLease(tmp_path)
     first.claim()
-    elsewhere = json.loads((tmp_path / owners.OWNER).read_text()) | {"host": "node17"}
-    (tmp_path / owners.OWNER).write_text(json.dumps(elsewhere))
-    monkeypatch.setattr(owners, "STALE", 0.5)
-    monkeypatch.setattr(owners.time, "sleep", lambda seconds: os.utime(tmp_path / owners.OWNER))
-    with pytest.raises(UserError, match="node17.*its heartbeat moves"):
-        Owner(tmp_path).claim(log=lambda line: None)
-    monkeypatch.setattr(owners.time, "sleep", lambda seconds: threading_wait(0.6))
+    elsewhere = json.loads((tmp_path / save_lease.OWNER).read_text()) | {"host": "node17"}
+    (tmp_path / save_lease.OWNER).write_text(json.dumps(elsewhere))
+    monkeypatch.setattr(save_lease, "STALE", 0.5)
+    monkeypatch.setattr(save_lease.time, "sleep", lambda seconds: os.utime(tmp_path / save_lease.OWNER))
+    with pytest.raises(UserError, match="node17.*its heartbeat is advancing"):
+        SaveDirectoryLease(tmp_path).claim(log=lambda line: None)
+    monkeypatch.setattr(save_lease.time, "sleep", lambda seconds: threading_wait(0.6))
     said = []
-    Owner(tmp_path).claim(log=said.append)
+    SaveDirectoryLease(tmp_path).claim(log=said.append)
     assert "waiting" in said[0]
 
 
@@ -123,7 +123,7 @@ def test_two_runs_never_share_a_save_directory(inputs, tmp_path):
     with Ranks(train, 1, words) as ranks:
         wait_for_iteration(ranks, tmp_path, 3)
         ((second, _),) = run_ranks(train, 1, words)
-        assert "belongs to a run that is alive" in second
+        assert "is in use by a running job" in second
         assert ranks.running
         ranks.signal(signal.SIGTERM)
         ((status, _),) = ranks.results()

@@ -177,7 +177,7 @@ def test_the_index_lies_elsewhere_when_the_data_are_read_only():
         prefix = write_documents(data / "set", numbered_documents([(3, 4)] * 40))
         data.chmod(0o555)
         for elsewhere, expected in (
-            (None, "give a directory that can be written with --data-cache-path DIR"),
+            (None, "give a writable directory with --data-cache-path DIR"),
             (cache, 3),
         ):
             answer = answer_of_nobody(prefix, elsewhere)

@@ -188,8 +188,8 @@ def test_translated_words_are_found(text):
         "there is no checkpoint",
         "index % 4 == 0",
         "raise otherwise",
-        "leave the flag alone",
-        "the number 12 %% 5",
+        "other files are left alone",
+        "remainder = 12 % 5",
         "--validation-share is an alias",
     ],
 )

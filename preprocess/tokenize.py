@@ -35,7 +35,7 @@ from megatron_ft.errors import UserError, run_program
 from megatron_ft.files.jsonl import BadRow, Block, open_sources, parse_row, parse_shard, read_blocks, shard_bytes
 from megatron_ft.files.output import OutputFile, writing
 from megatron_ft.progress import Progress
-from megatron_ft.tokenizer.files import digest_of
+from megatron_ft.tokenizer.files import vocabulary_digest
 from megatron_ft.tokenizer.tokenizer import Tokenizer, load_tokenizer
 
 MEMORY = 512 << 20  # bytes that blocks on their way may take, as `memory_of` reckons; one block may exceed it
@@ -132,7 +132,7 @@ def main() -> None:
         path_of(args.output_prefix).unlink(missing_ok=True)
         commit(writers)
         MadeFrom(
-            tokenizer.path.name, digest_of(tokenizer.path), args.append_eod, tuple(sorted(args.literal_special_tokens)), args.shard,
+            tokenizer.path.name, vocabulary_digest(tokenizer.path), args.append_eod, tuple(sorted(args.literal_special_tokens)), args.shard,
             inputs_of(sources),
         ).write(args.output_prefix)  # fmt: skip
     summarise(args, tokenizer, writers, totals, rejected)

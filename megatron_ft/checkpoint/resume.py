@@ -207,6 +207,6 @@ def describe_data(args: Namespace) -> dict[str, str]:
             size = sum(file.stat().st_size for file in files if file.is_file())
             blend.append(f"{part.weight:g} {part.start:g}:{part.end:g} {Path(part.prefix).name} ({size} bytes)")
     found = {"training data": ", ".join(blend)} if blend else {}  # --skip-train may have none
-    if tokenizer := tokenizer_files.describe(Path(args.tokenizer_file)):
+    if tokenizer := tokenizer_files.fingerprint(Path(args.tokenizer_file)):
         found["tokenizer"] = tokenizer
     return found

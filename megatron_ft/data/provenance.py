@@ -13,7 +13,7 @@ from pathlib import Path
 from megatron_ft.errors import UserError
 from megatron_ft.files.jsonl import STDIN, Source
 from megatron_ft.files.output import OutputFile
-from megatron_ft.tokenizer.files import digest_of
+from megatron_ft.tokenizer.files import vocabulary_digest
 
 VERSION = 1
 
@@ -64,7 +64,7 @@ def read_made_from(prefix: str | Path) -> MadeFrom | None:
 
 def other_tokenizer(prefix: str | Path, tokenizer: str | Path) -> str | None:
     """A line where the data set was made with another tokenizer than `tokenizer`; None where not, or nobody knows."""
-    made, ours = read_made_from(prefix), digest_of(Path(tokenizer))
+    made, ours = read_made_from(prefix), vocabulary_digest(Path(tokenizer))
     if made is None or None in (made.sha256, ours) or made.sha256 == ours:
         return None
     return (

@@ -93,7 +93,7 @@ def test_a_directory_of_other_content_is_refused_on_a_resume(inputs, tmp_path):
     assert "tokenizer was directory of tokenizer.json, tokenizer_config.json, chat_template.jinja (sha256 " in refused
     assert "--override-checkpoint-args" in refused
     assert run(other, save, "--override-checkpoint-args")[0] == 0
-    assert tokenizer_files.describe(save / "tokenizer") == tokenizer_files.describe(
+    assert tokenizer_files.fingerprint(save / "tokenizer") == tokenizer_files.fingerprint(
         moved
     )  # what the last iteration read
 
@@ -106,8 +106,8 @@ def test_a_stale_file_leaves_the_kept_directory(tmp_path):
             (directory / name).write_text(name)
     for directory in (first, second):
         tokenizer_files.keep(directory, save)
-        assert tokenizer_files.describe(save / "tokenizer") == tokenizer_files.describe(directory)
+        assert tokenizer_files.fingerprint(save / "tokenizer") == tokenizer_files.fingerprint(directory)
     assert tokenizer_files.find(save / "iter_0000001", "nowhere/second", None) == save / "tokenizer"
     tokenizer_files.keep(tmp_path / "gone", save)
-    assert tokenizer_files.describe(save / "tokenizer") == tokenizer_files.describe(second)
-    assert tokenizer_files.describe(tmp_path / "gone") is None
+    assert tokenizer_files.fingerprint(save / "tokenizer") == tokenizer_files.fingerprint(second)
+    assert tokenizer_files.fingerprint(tmp_path / "gone") is None

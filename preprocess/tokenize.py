@@ -1,20 +1,24 @@
-"""Tokenize JSONL rows of inputs and outputs into Megatron's .bin/.idx files, both fields in one pass.
+"""Tokenize JSONL rows of inputs and outputs into Megatron's .bin/.idx files, in one pass.
 
-    python preprocess/tokenize.py rows.jsonl --tokenizer-file tokenizer.json --output-prefix data/rows
+    python preprocess/tokenize.py rows.jsonl --tokenizer-file MODEL --output-prefix data/rows
 
-writes data/rows_inputs_document.{bin,idx} and data/rows_targets_document.{bin,idx}, the outputs with an end-of-text token. What is
-written does not depend on --workers; data/rows_made_from.json says from what, for merge.py and training. Inputs may be several files, .gz, .zst, directories, or - for standard input.
+writes data/rows_inputs_document.{bin,idx} and data/rows_targets_document.{bin,idx}, every output
+followed by an end-of-text token, and data/rows_made_from.json, by which merge.py, view.py and
+training recognize a different tokenizer. The bytes do not depend on --workers.
 
-A job array takes one shard each; preprocess/merge.py then makes of them, byte for byte, what one run would have written:
+For a job array, give each task one shard and join the parts with merge.py. The result is byte for
+byte that of a single run:
 
-    python preprocess/tokenize.py rows.jsonl --tokenizer-file tokenizer.json --shard $I/8 --output-prefix data/part-$I
+    python preprocess/tokenize.py rows.jsonl --tokenizer-file MODEL \\
+        --shard $I/8 --output-prefix data/part-$I
     python preprocess/merge.py data/part-{1..8} --output-prefix data/rows
 """
 
 import sys
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])  # not this folder: its tokenize.py would hide Python's
+# The repository root instead of this directory, whose tokenize.py would shadow Python's own.
+sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse
 import json
@@ -28,31 +32,36 @@ from itertools import islice
 
 import numpy as np
 
-from megatron_ft.config.flags import Help, Parser
+from megatron_ft.config.parser import Help, Parser
 from megatron_ft.data.indexed import IndexedWriter, commit, field_paths
 from megatron_ft.data.provenance import MadeFrom, inputs_of, path_of
 from megatron_ft.errors import UserError, run_program
-from megatron_ft.files.jsonl import BadRow, Block, open_sources, parse_row, parse_shard, read_blocks, shard_bytes
+from megatron_ft.files.jsonl import (
+    BadRow,
+    Block,
+    Source,
+    open_sources,
+    parse_row,
+    parse_shard,
+    read_blocks,
+    shard_bytes,
+)
 from megatron_ft.files.output import OutputFile, writing
 from megatron_ft.progress import Progress
 from megatron_ft.tokenizer.files import vocabulary_digest
 from megatron_ft.tokenizer.tokenizer import Tokenizer, load_tokenizer
 
-MEMORY = 512 << 20  # bytes that blocks on their way may take, as `memory_of` reckons; one block may exceed it
-REMEDY = "mend the row, name other keys (--input-key, --output-key), or go on without such rows (--skip-bad-rows)"
-SAMPLE_ROWS = 64  # rows of the data encoded both ways before the fast encoder is trusted with them
+MEMORY = 512 << 20  # bytes of blocks in flight, as estimated by `memory_of`; one block may exceed it
+REMEDY = "fix the row, name other keys (--input-key, --output-key), or skip such rows (--skip-bad-rows)"
+SAMPLE_ROWS = 64  # rows of the data on which the fast encoder is checked against the reference
+SAMPLE_BYTES = 1 << 18  # longer lines are left out of that sample
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=Help, allow_abbrev=False)
     add = parser.add_argument
-    add(
-        "input",
-        nargs="*",
-        metavar="INPUT",
-        help="JSONL file (.gz, .zst), directory of such files, or - for standard input",
-    )
-    add("--input", dest="more_input", nargs="+", default=[], metavar="INPUT", help="the same, as a flag")
+    add("input", nargs="*", metavar="INPUT", help="JSONL file (also .gz, .zst), directory of them, or - for stdin")
+    add("--input", dest="more_input", nargs="+", default=[], metavar="INPUT", help="more input, in the form of a flag")
     add(
         "--tokenizer-file",
         required=True,
@@ -60,32 +69,37 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="tokenizer.json, SentencePiece .model, or Hugging Face directory",
     )
     add(
-        "--output-prefix", required=True, metavar="PREFIX", help="PREFIX_inputs_document.bin and the others are written"
+        "--output-prefix",
+        required=True,
+        metavar="PREFIX",
+        help="start of the output file names: PREFIX_inputs_document.bin, ...",
     )
-    add("--input-key", default="inputs", help="key of the text the model reads")
-    add("--output-key", help="key of the text it learns to write; 'outputs', or else 'targets', when not given")
+    add("--input-key", default="inputs", metavar="KEY", help="key of the text the model reads")
+    add("--output-key", metavar="KEY", help="key of the text it learns to write (default: outputs, else targets)")
     add(
         "--append-eod",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="end every output with an end-of-text token",
+        help="append an end-of-text token to every output",
     )
     add(
         "--literal-special-tokens",
         nargs="+",
         default=[],
         metavar="TOKEN",
-        help="special tokens that the data mean as plain text, such as '<|endoftext|>' in somebody's source; others are parsed",
+        help="special tokens to encode as plain text where the data spell them out, such as '<|endoftext|>' in "
+        "source code about tokenizers; all others become special tokens",
     )
-    add("--skip-bad-rows", action="store_true", help="write bad rows to PREFIX_rejected.jsonl and go on")
+    add("--skip-bad-rows", action="store_true", help="write bad rows to PREFIX_rejected.jsonl instead of stopping")
     add(
         "--shard",
         default="1/1",
         metavar="I/N",
-        help="take the I-th of N parts of the input, I from 1, divided by bytes",
+        help="tokenize only the I-th of N parts of the input, split by bytes; I starts at 1",
     )
-    add("--workers", type=int, default=len(os.sched_getaffinity(0)), help="threads that encode")
+    add("--workers", type=int, default=len(os.sched_getaffinity(0)), metavar="N", help="encoder threads")
     args = parser.parse_args(argv)
+    args.input += args.more_input
     args.shard = parse_shard(args.shard)
     if args.workers < 1:
         raise UserError(f"--workers {args.workers}: must be at least 1")
@@ -94,102 +108,124 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    os.environ["RAYON_NUM_THREADS"] = str(args.workers)  # the tokenizers library's threads
+    os.environ["RAYON_NUM_THREADS"] = str(args.workers)  # threads of the tokenizers library
     rejected = Path(f"{args.output_prefix}_rejected.jsonl")
-    sources = open_sources([*args.input, *args.more_input], [rejected])
+    sources = open_sources(args.input, [rejected])
     tokenizer = load_tokenizer(args.tokenizer_file, args.literal_special_tokens)
     keys = [[args.input_key], [args.output_key] if args.output_key else ["outputs", "targets"]]
     encoder = RowEncoder(tokenizer, keys, args.append_eod)
-    totals = Totals()
+    totals = Totals(special_counts=np.zeros_like(encoder.special_ids))
     with ExitStack() as stack:
         stack.enter_context(writing(args.output_prefix))
         writers = [stack.enter_context(IndexedWriter(path, encoder.dtype)) for path in field_paths(args.output_prefix)]
         rejects = stack.enter_context(OutputFile(rejected)) if args.skip_bad_rows else None
-        progress = stack.enter_context(Progress("tokenize", shard_bytes(sources, args.shard), "B"))
-        blocks = read_blocks(sources, args.shard)
-        for block, encoded in encode_in_order(encoder, blocks, args.workers):
-            for i, reason in encoded.bad:
-                if rejects is None:
-                    raise block.error(i, reason, REMEDY)
-                rejects.write(rejected_row(block, i, reason))
-            for writer, data, sizes in zip(writers, encoded.data, encoded.sizes, strict=True):
-                writer.add_many(data, sizes)
-            totals.add(encoded)
-            progress.update(block.consumed, f"{totals.tokens / progress.seconds:,.0f} tokens/s")
+        write_tokens(args, sources, encoder, writers, rejects, totals)
         if not writers[0].num_sequences and args.shard[1] == 1:
-            bad = (
-                f"all {totals.bad.total()} rows are bad, the first because: {next(iter(totals.bad))}"
-                if totals.bad
-                else "no row"
-            )
-            raise UserError(
-                f"{sources[0].name}: {bad}; expected one JSON object with {keys[0][0]!r} and {' or '.join(map(repr, keys[1]))} a line"
-            )
+            raise UserError(nothing_written(sources, keys, totals))
         if rejects is not None and totals.bad:
             rejects.commit()
         else:
-            rejected.unlink(missing_ok=True)  # an earlier run's
+            rejected.unlink(missing_ok=True)  # of an earlier run
         path_of(args.output_prefix).unlink(missing_ok=True)
         commit(writers)
         MadeFrom(
-            tokenizer.path.name, vocabulary_digest(tokenizer.path), args.append_eod, tuple(sorted(args.literal_special_tokens)), args.shard,
-            inputs_of(sources),
-        ).write(args.output_prefix)  # fmt: skip
-    summarise(args, tokenizer, writers, totals, rejected)
+            tokenizer=tokenizer.path.name,
+            sha256=vocabulary_digest(tokenizer.path),
+            append_eod=args.append_eod,
+            literal_special_tokens=tuple(sorted(args.literal_special_tokens)),
+            shard=args.shard,
+            inputs=inputs_of(sources),
+        ).write(args.output_prefix)
+    print_summary(args, tokenizer, writers, totals, rejected)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Encoded:
-    """What became of one block: for each field the tokens' bytes and each row's size; bad lines with their reasons; special tokens met;
-    outputs that ended with an end-of-text token before one was appended."""
+    """The result of encoding one block of rows. The fields of a row are its inputs and outputs."""
 
-    data: list[bytes]
-    sizes: list[np.ndarray]
-    bad: list[tuple[int, str]]
-    specials: np.ndarray  # int64 [special tokens], how often each was spelled out
-    ended: int
+    data: list[bytes]  # per field: the token ids of all rows
+    sizes: list[np.ndarray]  # per field: int32 [rows], tokens of each row
+    bad: list[tuple[int, str]]  # index in the block and reason of each bad row
+    special_counts: np.ndarray  # int64 [special tokens], how often the texts spelled each one out
+    ended: int  # outputs that ended with an end-of-text token before one was appended
 
 
 @dataclass
 class Totals:
     """Sums over all blocks."""
 
-    bad: Counter = field(default_factory=Counter)
-    specials: np.ndarray | int = 0
+    special_counts: np.ndarray  # int64 [special tokens]
+    bad: Counter[str] = field(default_factory=Counter)  # rows by reason
     tokens: int = 0
     ended: int = 0
 
     def add(self, encoded: Encoded) -> None:
         self.bad.update(reason for _, reason in encoded.bad)
-        self.specials = self.specials + encoded.specials
+        self.special_counts = self.special_counts + encoded.special_counts
         self.ended += encoded.ended
         self.tokens += sum(int(sizes.sum()) for sizes in encoded.sizes)
 
 
+def write_tokens(
+    args: argparse.Namespace,
+    sources: Sequence[Source],
+    encoder: "RowEncoder",
+    writers: Sequence[IndexedWriter],
+    rejects: OutputFile | None,
+    totals: Totals,
+) -> None:
+    """Encode all rows of the shard into `writers`, one per field.
+
+    Bad rows go to `rejects`; without it the first one is a UserError.
+    """
+    with Progress("tokenize", shard_bytes(sources, args.shard), "B") as progress:
+        for block, encoded in encode_in_order(encoder, read_blocks(sources, args.shard), args.workers):
+            for i, reason in encoded.bad:
+                if rejects is None:
+                    raise block.error(i, BadRow(reason), REMEDY)
+                rejects.write(rejected_row(block, i, reason))
+            for writer, data, sizes in zip(writers, encoded.data, encoded.sizes, strict=True):
+                writer.add_many(data, sizes)
+            totals.add(encoded)
+            progress.update(block.consumed, f"{totals.tokens / progress.seconds:,.0f} tokens/s")
+
+
 class RowEncoder:
-    """Encodes blocks of lines; one object serves all threads."""
+    """Encodes blocks of lines; one object serves all threads.
+
+    `keys` lists, for inputs and for outputs, the names their key may have.
+    """
 
     def __init__(self, tokenizer: Tokenizer, keys: list[list[str]], append_eod: bool):
-        self.tokenizer, self.keys = tokenizer, keys
+        self.tokenizer, self.keys, self.append_eod = tokenizer, keys, append_eod
         self.dtype = tokenizer.dtype
-        eod = np.array([tokenizer.eod], self.dtype).tobytes() if append_eod else b""
-        self.endings = [b"", eod]
         self.special_ids = np.array(list(tokenizer.special_ids.values()), np.int64)
+        eod = np.array([tokenizer.eod], self.dtype).tobytes() if append_eod else b""
+        self.endings = [b"", eod]  # per field: bytes to append to each row
 
-    def trust(self, block: Block) -> None:
-        """Compare the fast encoder with the reference on the first rows of the data; `tokenizer.notice` tells of a difference."""
+    def check_fast_encoder(self, block: Block) -> None:
+        """Compare the fast encoder with the reference on the first rows of the data.
+
+        If they differ the reference is used, and `tokenizer.notice` says why.
+        """
         self.tokenizer.encode("")
-        rows = []
+        texts: list[str] = []
         for _, line in islice(block.rows(), SAMPLE_ROWS):
             try:
-                rows += parse_row(line, self.keys) if line is not None and len(line) < 1 << 18 else []
+                texts += parse_row(line, self.keys) if line is not None and len(line) < SAMPLE_BYTES else []
             except BadRow:
                 pass
-        self.tokenizer.check_sample(rows)
+        self.tokenizer.check_sample(texts)
 
     def encode(self, block: Block) -> Encoded:
-        """Tokens of every good row of a block. Rows are parsed and dropped one by one, as a row may be 64 MiB."""
-        data, sizes, bad, ended = ([], []), ([], []), [], 0
+        """Encode the good rows of a block.
+
+        Rows are parsed and freed one at a time, because a single one may have 64 MiB.
+        """
+        data: tuple[list[bytes | memoryview], ...] = ([], [])
+        sizes: tuple[list[int], ...] = ([], [])
+        bad: list[tuple[int, str]] = []
+        ended = 0
         for i, line in block.rows():
             try:
                 texts = parse_row(line, self.keys)
@@ -204,31 +240,33 @@ class RowEncoder:
                 ended += bool(ending) and bool(ids[-1] == self.tokenizer.eod)
                 lengths.append(len(ids) + len(ending) // self.dtype.itemsize)
         joined = [b"".join(pieces) for pieces in data]
-        specials = sum(self._count_specials(tokens) for tokens in joined)
-        specials[self.special_ids == self.tokenizer._eod] -= len(sizes[1]) if self.endings[1] else 0
-        return Encoded(joined, [np.array(s, np.int32) for s in sizes], bad, specials, ended)
+        special_counts = sum(map(self._count_specials, joined), start=np.zeros_like(self.special_ids))
+        if self.append_eod:
+            special_counts[self.special_ids == self.tokenizer.eod] -= len(sizes[1])
+        return Encoded(joined, [np.array(lengths, np.int32) for lengths in sizes], bad, special_counts, ended)
 
-    def _count_specials(self, tokens: bytes) -> np.ndarray:
-        """int64 [special tokens], how often each occurs."""
-        counts = np.zeros(len(self.special_ids), np.int64)
-        ids = np.frombuffer(tokens, self.dtype)
+    def _count_specials(self, data: bytes) -> np.ndarray:
+        """int64 [special tokens], how often each occurs in `data`."""
+        counts = np.zeros_like(self.special_ids)
+        ids = np.frombuffer(data, self.dtype)
         for start in range(0, len(ids), 1 << 20):
             counts += np.bincount(ids[start : start + (1 << 20)], minlength=self.tokenizer.vocab_size)[self.special_ids]
         return counts
 
 
 def encode_in_order(encoder: RowEncoder, blocks: Iterator[Block], workers: int) -> Iterator[tuple[Block, Encoded]]:
-    """Encode blocks by `workers` threads (the encoders run outside Python's lock) and give them in the order they came.
+    """Encode blocks in `workers` threads and yield them in the order of the input.
 
-    No more than MEMORY, or one block, is held at a time.
+    Threads suffice because the encoders release the GIL. No more than MEMORY bytes, or a single
+    block, are in flight at a time.
     """
-    pending: deque[tuple[Block, Future]] = deque()
+    pending: deque[tuple[Block, Future[Encoded]]] = deque()
     in_flight = 0
     pool = ThreadPoolExecutor(workers)
     try:
         for number, block in enumerate(blocks):
             if number == 0:
-                encoder.trust(block)
+                encoder.check_fast_encoder(block)
                 if encoder.tokenizer.notice:
                     print(encoder.tokenizer.notice, file=sys.stderr)
             while pending and (in_flight + memory_of(block) > MEMORY or len(pending) > 4 * workers):
@@ -245,12 +283,19 @@ def encode_in_order(encoder: RowEncoder, blocks: Iterator[Block], workers: int) 
 
 
 def memory_of(block: Block) -> int:
-    """Bytes a block takes while it is encoded: its lines, their tokens, and one row parsed (text of up to 4 bytes a character, twice)."""
+    """Estimated bytes while a block is encoded: its lines, their tokens, and one parsed row.
+
+    A parsed row counts 8 bytes per byte of its line: Python's str takes up to 4 bytes per
+    character, and two copies exist.
+    """
     return 2 * block.num_bytes + 8 * max((len(line) for line in block.lines if line), default=0)
 
 
 def rejected_row(block: Block, i: int, reason: str) -> bytes:
-    """The line of PREFIX_rejected.jsonl for lines[i]: where it stood, what is wrong, and the line as it was (bytes that are not UTF-8 as U+FFFD)."""
+    """The line of PREFIX_rejected.jsonl for lines[i] of a block: its origin, the reason, its text.
+
+    Bytes that are not UTF-8 become U+FFFD; a line over the length limit becomes null.
+    """
     line = block.lines[i]
     row = {
         "file": block.source.name,
@@ -261,26 +306,38 @@ def rejected_row(block: Block, i: int, reason: str) -> bytes:
     return json.dumps(row, ensure_ascii=True).encode() + b"\n"
 
 
-def summarise(args, tokenizer: Tokenizer, writers: list[IndexedWriter], totals: Totals, rejected: Path) -> None:
-    """Say what was written, what was left out and why, and which special tokens the data spelled out."""
+def nothing_written(sources: Sequence[Source], keys: Sequence[Sequence[str]], totals: Totals) -> str:
+    """The error message where no row could be tokenized."""
+    found = "no rows"
+    if totals.bad:
+        found = f"all {totals.bad.total():,} rows are bad, the first because: {next(iter(totals.bad))}"
+    inputs, outputs = (" or ".join(map(repr, names)) for names in keys)
+    return f"{sources[0].name}: {found}; expected one JSON object per line, with the keys {inputs} and {outputs}"
+
+
+def print_summary(
+    args: argparse.Namespace, tokenizer: Tokenizer, writers: Sequence[IndexedWriter], totals: Totals, rejected: Path
+) -> None:
+    """Print what was written, which rows were skipped and why, and special tokens in the data."""
     inputs, outputs = writers
     print(
         f"{inputs.num_sequences:,} rows: {inputs.num_tokens:,} input tokens, {outputs.num_tokens:,} output tokens"
-        f"{' with end-of-text' if args.append_eod else ''}, {inputs.dtype} -> {args.output_prefix}_{{inputs,targets}}_document.{{bin,idx}}"
+        f"{' including end-of-text' if args.append_eod else ''}, {inputs.dtype} -> "
+        f"{args.output_prefix}_{{inputs,targets}}_document.{{bin,idx}}"
     )
     if totals.bad:
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in totals.bad.most_common())
-        print(f"{totals.bad.total():,} bad rows left out -> {rejected}: {reasons}")
-    met = {token: int(n) for token, n in zip(tokenizer.special_ids, np.atleast_1d(totals.specials), strict=False) if n}
-    if met:
+        print(f"{totals.bad.total():,} bad rows skipped -> {rejected}: {reasons}")
+    counts = {token: int(n) for token, n in zip(tokenizer.special_ids, totals.special_counts, strict=True) if n}
+    if counts:
         print(
-            "special tokens spelled out in the data, and parsed: "
-            + ", ".join(f"{token} {n:,}" for token, n in sorted(met.items(), key=lambda item: -item[1]))
+            "special tokens spelled out in the data and parsed: "
+            + ", ".join(f"{token} {n:,}" for token, n in sorted(counts.items(), key=lambda item: -item[1]))
         )
     if totals.ended:
         print(
-            f"{totals.ended:,} outputs ended with an end-of-text token already and have two now; take it off the rows"
-            + (", or give --no-append-eod" if totals.ended == outputs.num_sequences else "")
+            f"{totals.ended:,} outputs already ended with an end-of-text token and now have two; remove it from the rows"
+            + (" or give --no-append-eod" if totals.ended == outputs.num_sequences else "")
         )
 
 

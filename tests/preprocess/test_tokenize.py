@@ -143,7 +143,7 @@ def test_a_bad_row_stops_with_its_file_and_line_or_is_set_aside_with_its_reason(
     assert rejected[0]["row"] == '{"inputs": ' and rejected[0]["file"] == str(rows)
     assert (
         "2 rows" in done.stdout
-        and "7 bad rows left out" in done.stdout
+        and "7 bad rows skipped" in done.stdout
         and all(f"1 {reason}" in done.stdout for reason in bad)
     )
     assert [len(IndexedReader(field)) for field in field_paths(tmp_path / "out")] == [2, 2]
@@ -164,7 +164,7 @@ def test_a_blank_end_and_outputs_that_end_in_end_of_text(data, tmp_path):
     rows = tmp_path / "r.jsonl"
     rows.write_text('\ufeff{"inputs": "a", "outputs": "x<|endoftext|>"}\n\n{"inputs": "a", "outputs": "x"}\n\n \n')
     done = tokenize(data, tmp_path / "out", rows=rows)
-    assert "2 rows" in done.stdout and "1 outputs ended with an end-of-text token already and have two" in done.stdout
+    assert "2 rows" in done.stdout and "1 outputs already ended with an end-of-text token and now have two" in done.stdout
     assert "--no-append-eod" not in done.stdout
     assert [IndexedReader(f"{tmp_path}/out_targets_document")[i][-2:].tolist()[0] == 0 for i in (0, 1)] == [True, False]
     assert "two" not in tokenize(data, tmp_path / "out", "--no-append-eod", rows=rows).stdout

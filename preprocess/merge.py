@@ -20,7 +20,7 @@ from contextlib import ExitStack
 
 from megatron_ft.config.flags import Help, Parser
 from megatron_ft.data.indexed import IndexedReader, IndexedWriter, commit, field_paths, prefix_of
-from megatron_ft.data.provenance import join, path_of, read_made_from
+from megatron_ft.data.provenance import Provenance, join, path_of
 from megatron_ft.errors import UserError, run_program
 from megatron_ft.files.output import OutputFile, writing
 from megatron_ft.progress import Progress
@@ -51,7 +51,7 @@ def main() -> None:
     args = parse_args()
     parts = in_order(args.parts)
     dtype = check(parts)
-    made = join({part: read_made_from(part) for part in parts})
+    made = join({part: Provenance.read(part) for part in parts})
     rejected = f"{args.output_prefix}_rejected.jsonl"
     with ExitStack() as stack:
         stack.enter_context(writing(args.output_prefix))

@@ -34,7 +34,7 @@ import numpy as np
 
 from megatron_ft.config.parser import Help, Parser
 from megatron_ft.data.indexed import IndexedWriter, commit, field_paths
-from megatron_ft.data.provenance import MadeFrom, inputs_of, path_of
+from megatron_ft.data.provenance import Provenance, inputs_of, path_of
 from megatron_ft.errors import UserError, run_program
 from megatron_ft.files.jsonl import (
     BadRow,
@@ -128,7 +128,7 @@ def main() -> None:
             rejected.unlink(missing_ok=True)  # of an earlier run
         path_of(args.output_prefix).unlink(missing_ok=True)
         commit(writers)
-        MadeFrom(
+        Provenance(
             tokenizer=tokenizer.path.name,
             sha256=vocabulary_digest(tokenizer.path),
             append_eod=args.append_eod,

@@ -27,7 +27,7 @@ from megatron_ft.config.flags import Help, Parser
 from megatron_ft.data.indexed import prefix_of
 from megatron_ft.data.packed_dataset import PackedRows, PackedSample, check_vocabulary
 from megatron_ft.data.packing import PackedIndex, Packing, TokenizedDocuments, pack
-from megatron_ft.data.provenance import other_tokenizer
+from megatron_ft.data.provenance import tokenizer_warning
 from megatron_ft.errors import UserError, run_program
 from megatron_ft.files.output import OutputFile, writing
 from megatron_ft.tokenizer.tokenizer import Tokenizer, load_tokenizer
@@ -153,7 +153,7 @@ def shown_rows(documents: TokenizedDocuments, packing: Packing, args: argparse.N
 
     tokenizer = load_tokenizer(args.tokenizer_file)
     check_vocabulary(documents, tokenizer.vocab_size)
-    if notice := other_tokenizer(documents.prefix, tokenizer.path):
+    if notice := tokenizer_warning(documents.prefix, tokenizer.path):
         print(notice, file=sys.stderr)
     pad = tokenizer.pad if tokenizer.pad is not None else tokenizer.eod
     rows = PackedRows(documents, packing, pack(documents, packing), pad)

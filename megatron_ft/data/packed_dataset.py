@@ -13,7 +13,7 @@ import numpy as np
 
 from megatron_ft.data import _packing
 from megatron_ft.data.packing import PackedIndex, Packing, TokenizedDocuments, load_index, load_index_of_rows
-from megatron_ft.data.provenance import other_tokenizer
+from megatron_ft.data.provenance import tokenizer_warning
 from megatron_ft.data.splits import Group, Part, groups_of
 from megatron_ft.errors import UserError
 
@@ -157,7 +157,7 @@ def build_datasets(
     others = [*datasets.valid.values(), *datasets.test.values()]
     everything = [datasets.train, *others] if datasets.train else others
     prefixes = dict.fromkeys(part.documents.prefix for dataset in everything for part in dataset.parts)
-    datasets.notices += filter(None, (other_tokenizer(prefix, args.tokenizer_file) for prefix in prefixes))
+    datasets.notices += filter(None, (tokenizer_warning(prefix, args.tokenizer_file) for prefix in prefixes))
     for dataset in everything:
         datasets.notices += dataset.overlong()
     if datasets.train:

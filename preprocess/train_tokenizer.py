@@ -1,15 +1,18 @@
-"""Train a byte-level BPE tokenizer of StarCoder's kind on JSONL rows: for demonstrations, and for languages StarCoder never saw.
+"""Train a byte-level BPE tokenizer like StarCoder's on JSONL rows.
 
-    python preprocess/train_tokenizer.py --input rows.jsonl --output tokenizer.json --vocab-size 2048
+    python preprocess/train_tokenizer.py --input rows.jsonl --vocab-size 2048 --output t.json
 
-Pre-tokenisation is StarCoder's (digits one by one, then byte level), and its 19 special tokens come first, in its order, so
-<|endoftext|> is 0. Special tokens spelled out in the rows are not trained on. To fine-tune a published model use that model's tokenizer.
+For demonstrations and for languages StarCoder was not trained on; to fine-tune a published model,
+use that model's tokenizer. Pre-tokenization is StarCoder's (single digits, then byte level). Its
+19 special tokens come first, in its order, so <|endoftext|> is 0. Special tokens spelled out in
+the rows are left out of the training text.
 """
 
 import sys
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])  # not this folder: its tokenize.py would hide Python's
+# The repository root instead of this directory, whose tokenize.py would shadow Python's own.
+sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse
 import re
@@ -17,7 +20,9 @@ import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from megatron_ft.config.flags import Help, Parser
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from megatron_ft.config.parser import Help, Parser
 from megatron_ft.errors import UserError, run_program
 from megatron_ft.files.jsonl import BadRow, Source, open_sources, parse_row, read_blocks, shard_bytes
 from megatron_ft.files.output import OutputFile, writing
@@ -25,11 +30,12 @@ from megatron_ft.progress import Progress
 
 # StarCoder's, in the order of their ids.
 SPECIAL_TOKENS = [
-    "<|endoftext|>", "<fim_prefix>", "<fim_middle>", "<fim_suffix>", "<fim_pad>", "<filename>", "<gh_stars>", "<issue_start>", "<issue_comment>",
-    "<issue_closed>", "<jupyter_start>", "<jupyter_text>", "<jupyter_code>", "<jupyter_output>", "<empty_output>", "<commit_before>",
+    "<|endoftext|>", "<fim_prefix>", "<fim_middle>", "<fim_suffix>", "<fim_pad>", "<filename>",
+    "<gh_stars>", "<issue_start>", "<issue_comment>", "<issue_closed>", "<jupyter_start>",
+    "<jupyter_text>", "<jupyter_code>", "<jupyter_output>", "<empty_output>", "<commit_before>",
     "<commit_msg>", "<commit_after>", "<reponame>",
 ]  # fmt: skip
-SMALLEST = 256 + len(SPECIAL_TOKENS)
+MIN_VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -40,20 +46,27 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         nargs="+",
         required=True,
         metavar="FILE",
-        help="JSONL files (.gz, .zst, directories, - for standard input)",
+        help="JSONL files (also .gz, .zst), directories of them, or - for stdin",
     )
     add("--output", required=True, metavar="FILE", help="tokenizer.json to write")
-    add("--vocab-size", type=int, default=49152, help="ids, the special tokens and the 256 bytes among them")
+    add(
+        "--vocab-size",
+        type=int,
+        default=49152,
+        metavar="N",
+        help=f"number of token ids, including {len(SPECIAL_TOKENS)} special tokens and 256 bytes",
+    )
     add(
         "--keys",
         nargs="+",
         default=["inputs", "outputs"],
-        help="texts of a row to train on; 'outputs' may be 'targets'",
+        metavar="KEY",
+        help="keys of the texts to train on; 'outputs' also accepts 'targets'",
     )
     args = parser.parse_args(argv)
-    if args.vocab_size < SMALLEST:
+    if args.vocab_size < MIN_VOCAB_SIZE:
         raise UserError(
-            f"--vocab-size {args.vocab_size}: must be at least {SMALLEST}, the bytes and the special tokens"
+            f"--vocab-size {args.vocab_size}: must be at least {MIN_VOCAB_SIZE}, the number of bytes and special tokens"
         )
     return args
 
@@ -61,19 +74,23 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     sources = open_sources(args.input, [args.output])
-    with dying_of_signals():
+    with default_signal_handlers():
         tokenizer = train(texts_of(sources, args.keys), args.vocab_size)
     with OutputFile(args.output) as output, writing(args.output):
         output.write(tokenizer.to_str().encode())
         output.commit()
     size = tokenizer.get_vocab_size()
-    fewer = f" (the rows hold no more than that; {args.vocab_size} were asked for)" if size < args.vocab_size else ""
+    fewer = f" (the rows yield fewer than the requested {args.vocab_size})" if size < args.vocab_size else ""
     print(f"tokenizer of {size} ids{fewer} -> {args.output}", file=sys.stderr)
 
 
 @contextmanager
-def dying_of_signals() -> Iterator[None]:
-    """Ctrl-C and SIGTERM end the process at once: Python's handlers would wait until the library has trained. No file is open meanwhile."""
+def default_signal_handlers() -> Iterator[None]:
+    """Let Ctrl-C and SIGTERM end the process at once.
+
+    Python runs its handlers only after the library's call returns, which takes as long as the
+    training. No output is open meanwhile, so there is nothing to clean up.
+    """
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     for number, handler in before.items():
         if handler != signal.SIG_IGN:
@@ -86,7 +103,10 @@ def dying_of_signals() -> Iterator[None]:
 
 
 def texts_of(sources: list[Source], keys: list[str]) -> Iterator[str]:
-    """The texts of all rows between the special tokens they spell out; UserError where a row is bad or there is none."""
+    """The texts of all rows, split at the special tokens they spell out.
+
+    Raises UserError for a bad row, or if there are no rows.
+    """
     special = re.compile("|".join(map(re.escape, SPECIAL_TOKENS)))
     names = [["outputs", "targets"] if key == "outputs" else [key] for key in keys]
     rows = 0
@@ -96,19 +116,17 @@ def texts_of(sources: list[Source], keys: list[str]) -> Iterator[str]:
                 try:
                     texts = parse_row(line, names)
                 except BadRow as reason:
-                    raise block.error(i, reason, "mend the row, or name other --keys") from reason
+                    raise block.error(i, reason, "fix the row, or name other --keys") from reason
                 rows += 1
                 for text in texts:
                     yield from filter(None, special.split(text))
             progress.update(block.consumed)
     if not rows:
-        raise UserError(f"{sources[0].name}: no row; expected one JSON object a line")
+        raise UserError(f"{sources[0].name}: no rows; expected one JSON object per line")
 
 
-def train(texts: Iterator[str], vocab_size: int):
-    """A tokenizers.Tokenizer trained on `texts`. The same texts give the same tokenizer."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
+def train(texts: Iterator[str], vocab_size: int) -> Tokenizer:
+    """Train a tokenizer; equal texts give equal tokenizers, whatever the number of threads."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]

@@ -185,7 +185,7 @@ def test_a_tokenizer_of_starcoders_kind_is_trained(golden, tmp_path):
 def test_starcoders_special_tokens_stand_in_starcoders_order(shared_data, tmp_path):
     (tmp_path / "r.jsonl").write_text('{"inputs": "a b a b", "outputs": "c"}\n')
     done = run_program(TRAIN, "--input", tmp_path / "r.jsonl", "--output", tmp_path / "t.json")
-    assert "49152 were asked for" in done.stderr
+    assert "fewer than the requested 49152" in done.stderr
     ours, theirs = (
         json.loads(path.read_text())["added_tokens"]
         for path in (tmp_path / "t.json", shared_data / "starcoder-tokenizer.json")

@@ -32,7 +32,7 @@ from torch.distributed.checkpoint.metadata import (
 from megatron_ft.errors import UserError
 from megatron_ft.model.boxes import Box, overlap
 from megatron_ft.weights.manifest import Damaged
-from megatron_ft.weights.torch_dist_metadata import read_metadata
+from megatron_ft.weights.torch_dist_metadata import StoredChunk, read_metadata
 
 
 class RankWriter:
@@ -44,7 +44,7 @@ class RankWriter:
         self.background = background
         if background:
             self.copies = [_own_copy(i) if isinstance(i, ShardedTensor) else _bytes_of(i) for i in self.items]
-        self.entries: list[tuple] = []
+        self.entries: list[StoredChunk] = []
         self.file: dict | None = None
         self.error: str | None = None
         self._thread: threading.Thread | None = None
@@ -94,17 +94,21 @@ class RankWriter:
 
     def _write_items(self, stream: "_Hashing") -> None:
         for number, item in enumerate(self.items):
-            position = stream.tell()
+            start = stream.tell()
             if isinstance(item, ShardedTensor):
                 torch.save(self.copies[number] if self.background else _own_copy(item), stream)
-                shape, offset = tuple(item.global_shape), tuple(item.global_offset)
-                entry = (item.key, item.dtype, shape, offset, _whole_rank(item))
             else:
                 stream.write(self.copies[number] if self.background else _bytes_of(item))
-                entry = (item.unique_key, None, (), (), ())
             if self.background:
                 self.copies[number] = None  # written: let the memory go
-            self.entries.append((*entry, self.path.name, position, stream.tell() - position))
+            self.entries.append(_chunk_of(item, self.path.name, start, stream.tell() - start))
+
+
+def _chunk_of(item: ShardedTensor | ShardedObject, file: str, start: int, length: int) -> StoredChunk:
+    if not isinstance(item, ShardedTensor):
+        return StoredChunk(item.unique_key, file, start, length)
+    shape, offsets = tuple(item.global_shape), tuple(item.global_offset)
+    return StoredChunk(item.key, file, start, length, item.dtype, shape, offsets, _whole_rank(item))
 
 
 def read_tensors(directory: Path, wanted: list[ShardedTensor], metadata: Metadata | None = None) -> None:

@@ -15,7 +15,7 @@ from megatron_ft.errors import UserError
 from megatron_ft.model.boxes import Box, shard, stage_of
 from megatron_ft.model.tensor_names import LAYER, WHOLE, WTE, Weight
 from megatron_ft.weights.pt_writer import LazyTensor, write_pt
-from megatron_ft.weights.torch_dist_metadata import write_metadata
+from megatron_ft.weights.torch_dist_metadata import StoredChunk, write_metadata
 from megatron_ft.weights.torch_dist_reader import TorchDistFiles
 
 _WEIGHTS = {f"decoder.layers.{weight.core}": weight for weight in LAYER} | {weight.core: weight for weight in WHOLE}
@@ -54,21 +54,21 @@ def reshard_core(
     for key in _kept(files):
         for rank, shape, box in _cuts(files, key, tp, pp, padded_vocab):
             jobs[rank].append((key, shape, box))
-    entries: list[tuple] = []
+    chunks: list[StoredChunk] = []
     for rank, boxes in jobs.items():
         file_name = f"__{rank}_0.distcp"
         with (directory / file_name).open("wb") as file:
             for key, shape, box in boxes:
                 dtype = files.tensors[key].properties.dtype
-                position = file.tell()
+                start = file.tell()
                 length = write_pt(file, LazyTensor(dtype, box.sizes, partial(_blocks, files, key, box)), advance)
-                entries.append((key, dtype, shape, *box, file_name, position, length))
+                chunks.append(StoredChunk(key, file_name, start, length, dtype, shape, *box))
             for key in files.objects if rank == 0 else ():
                 if not key.startswith("rng"):
-                    entries.append((key, None, (), (), (), file_name, file.tell(), file.write(files.bytes_of(key))))
+                    chunks.append(StoredChunk(key, file_name, file.tell(), file.write(files.bytes_of(key))))
             file.flush()
             os.fsync(file.fileno())
-    write_metadata(directory, entries)
+    write_metadata(directory, chunks)
 
 
 def _kept(files: TorchDistFiles) -> list[str]:

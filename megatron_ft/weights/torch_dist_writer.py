@@ -23,7 +23,7 @@ from megatron_ft.weights.manifest import Manifest, git_revision, now, versions
 from megatron_ft.weights.pt_writer import LazyTensor, write_pt
 from megatron_ft.weights.source import WeightSource
 from megatron_ft.weights.tensor_blocks import box_blocks
-from megatron_ft.weights.torch_dist_metadata import write_metadata
+from megatron_ft.weights.torch_dist_metadata import StoredChunk, write_metadata
 
 # Megatron-Core's linear layers have an (empty) extra state each, which it wants to find.
 EXTRA_STATES = ("self_attention.linear_proj", "self_attention.linear_qkv", "mlp.linear_fc1", "mlp.linear_fc2")
@@ -44,7 +44,7 @@ def write_core(
     `vocab_size` is the tokenizer's, of the `padded_vocab` rows."""
     place = directory / "release"
     place.mkdir()
-    entries: list[tuple] = []
+    chunks: list[StoredChunk] = []
     layers = source.shape.num_layers
     for stage in range(pp):
         names = [name for name in source.names() if stage_of(weight_of(name), layer_of(name), layers, pp) == stage]
@@ -52,14 +52,12 @@ def write_core(
             with (place / f"__{stage * tp + rank}_0.distcp").open("wb") as file:
                 for name in names:
                     if weight_of(name).tp_dim is not None or rank == 0:
-                        entries.append(_write_tensor(file, source, name, dtype, rank, tp, padded_vocab, advance))
+                        chunks.append(_write_tensor(file, source, name, dtype, rank, tp, padded_vocab, advance))
                 if rank == 0:
-                    entries += _write_extra_states(
-                        file, range(stage * layers // pp, (stage + 1) * layers // pp), source
-                    )
+                    chunks += _write_extra_states(file, range(stage * layers // pp, (stage + 1) * layers // pp), source)
                 file.flush()
                 os.fsync(file.fileno())
-    write_metadata(place, entries)
+    write_metadata(place, chunks)
     Manifest(
         iteration=0,
         shape=source.shape.with_vocab(vocab_size).as_dict(),
@@ -76,25 +74,25 @@ def write_core(
 
 def _write_tensor(
     file, source: WeightSource, name: str, dtype: torch.dtype, rank: int, tp: int, padded_vocab: int, advance
-) -> tuple:
-    """Append one rank's part of one layer's tensor; the entry that `.metadata` needs of it."""
+) -> StoredChunk:
+    """Append one rank's part of one tensor."""
     whole = hf_shape(source.shape.with_vocab(padded_vocab), name)
     box = shard(whole, weight_of(name), rank, tp)
     blocks = partial(box_blocks, source, name, dtype, box)
     key, layer = hf_to_stacked(name)
     if layer is not None:
         whole, box = (source.shape.num_layers, *whole), box.stacked(layer)
-    position = file.tell()
+    start = file.tell()
     length = write_pt(file, LazyTensor(dtype, box.sizes, blocks), advance)
-    return key, dtype, whole, box.offsets, box.sizes, Path(file.name).name, position, length
+    return StoredChunk(key, Path(file.name).name, start, length, dtype, whole, *box)
 
 
-def _write_extra_states(file, layers: range, source: WeightSource) -> list[tuple]:
+def _write_extra_states(file, layers: range, source: WeightSource) -> list[StoredChunk]:
     empty = io.BytesIO()
     torch.save([None], empty)
-    entries = []
+    chunks = []
     for layer in layers:
         for module in EXTRA_STATES:
             key = f"decoder.layers.{module}._extra_state/shard_{layer}_{source.shape.num_layers}"
-            entries.append((key, None, (), (), (), Path(file.name).name, file.tell(), file.write(empty.getvalue())))
-    return entries
+            chunks.append(StoredChunk(key, Path(file.name).name, file.tell(), file.write(empty.getvalue())))
+    return chunks

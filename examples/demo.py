@@ -1,9 +1,9 @@
-"""The whole road once, on this machine: commits of a git repository to a fine-tuned Hugging Face checkpoint.
+"""The pipeline, end to end, on this machine: git commits to a fine-tuned Hugging Face checkpoint.
 
     make demo                 # or: python examples/demo.py --repo PATH --output DIR
 
-Runs the programs a user runs, one command line after the other, and shows each. Training is stopped half-way by SIGTERM,
-as a scheduler would stop it, and the same command line resumes it.
+Runs the programs that a user runs, one after the other, and prints every command line. Training is
+stopped halfway by SIGTERM, as by a scheduler, and the same command line resumes it.
 """
 
 import argparse
@@ -22,8 +22,8 @@ sys.path[0] = str(ROOT)
 
 from megatron_ft.errors import EXIT_RESUME, UserError, run_program
 
-FEWEST_ROWS = 100  # a history with fewer single-file commits teaches nothing: the shipped rows are used instead
-VOCABULARY = 2000  # padded to 2048 in training, cut again in conversion
+MIN_ROWS = 100  # with fewer single-file commits, the example rows are used instead
+VOCAB_SIZE = 2000  # padded to 2048 for training; conversion removes the padding
 
 
 def show(text: str) -> None:
@@ -31,7 +31,10 @@ def show(text: str) -> None:
 
 
 def start(program: str, *words: Path, **flags: object) -> subprocess.Popen:
-    """Start a program of the checkout, `flag_name=value` as `--flag-name value`; its command line is shown as a user would type it."""
+    """Start a program of the checkout, with `flag_name=value` as `--flag-name value`.
+
+    Prints the command line as a user would type it.
+    """
     command = [program, *map(str, words)]
     for name, value in flags.items():
         command.append("--" + name.replace("_", "-"))
@@ -42,10 +45,10 @@ def start(program: str, *words: Path, **flags: object) -> subprocess.Popen:
 
 
 def run(program: str, *words: Path, **flags: object) -> None:
-    """Run a program to its end; the demonstration ends where one fails."""
+    """Run a program to completion. Raises UserError if it fails, which ends the demo."""
     status = start(program, *words, **flags).wait()
     if status:
-        raise UserError(f"{program} ended with status {status}; its last lines above say why")
+        raise UserError(f"{program} ended with status {status}; its last lines above give the reason")
 
 
 def read_jsonl(path: Path) -> list[dict]:
@@ -53,7 +56,10 @@ def read_jsonl(path: Path) -> list[dict]:
 
 
 def train(save: Path, train_iters: int, **flags: object) -> int:
-    """Train, stop half-way as a scheduler would, resume with the very same command line. Returns the step resumed at."""
+    """Train, stop halfway as a scheduler would, resume with the same command line.
+
+    Returns the iteration it resumed from.
+    """
     flags = {"save": save, "train_iters": train_iters, **flags}
     metrics = save / "metrics.jsonl"
     process = start("launch/finetune.py", **flags)
@@ -67,7 +73,7 @@ def train(save: Path, train_iters: int, **flags: object) -> int:
     status = process.wait()
     if status != EXIT_RESUME:
         raise UserError(
-            f"launch/finetune.py ended with status {status}, expected {EXIT_RESUME} after SIGTERM; see its lines above"
+            f"launch/finetune.py ended with status {status}, expected {EXIT_RESUME} after SIGTERM; see its output above"
         )
     resumed_at = int((save / "latest_checkpointed_iteration.txt").read_text())
     run("launch/finetune.py", **flags)
@@ -77,21 +83,21 @@ def train(save: Path, train_iters: int, **flags: object) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--repo", type=Path, default=ROOT, help="git repository whose commits are learned (default: this one)"
+        "--repo", type=Path, default=ROOT, help="git repository whose commits to train on (default: this one)"
     )
     parser.add_argument(
-        "--output", type=Path, default=ROOT / "demo", help="where everything goes; emptied first (default: demo/)"
+        "--output", type=Path, default=ROOT / "demo", help="output directory, emptied first (default: demo/)"
     )
     parser.add_argument("--iterations", type=int, default=100, help="optimizer steps (default: 100)")
     args = parser.parse_args()
     began = time.monotonic()
     repo, out = args.repo.resolve(), args.output.resolve()
     os.chdir(ROOT)
-    out = out.relative_to(ROOT) if out.is_relative_to(ROOT) else out  # short paths in what is shown
+    out = out.relative_to(ROOT) if out.is_relative_to(ROOT) else out  # short paths on screen
     if out.exists():
         if any(out.iterdir()) and not (out / ".demo").exists():
             raise UserError(
-                f"--output {out} holds something else than an earlier demonstration; name an empty directory"
+                f"--output {out} contains files that are not from an earlier demo; choose an empty directory"
             )
         shutil.rmtree(out)
     out.mkdir(parents=True)
@@ -99,9 +105,9 @@ def main() -> None:
 
     names = ("commits.jsonl", "rows.jsonl", "tokenizer.json", "data", "checkpoints", "hf")
     commits, rows, tokenizer, data, save, model = (out / name for name in names)
-    run("dataset/git_commits.py", repo=repo, min_rows=FEWEST_ROWS, fallback="examples/commits.jsonl", output=commits)
+    run("dataset/git_commits.py", repo=repo, min_rows=MIN_ROWS, fallback="examples/commits.jsonl", output=commits)
     run("dataset/commits_to_jsonl.py", input=commits, output=rows)
-    run("preprocess/train_tokenizer.py", input=rows, vocab_size=VOCABULARY, output=tokenizer)
+    run("preprocess/train_tokenizer.py", input=rows, vocab_size=VOCAB_SIZE, output=tokenizer)
     run("preprocess/tokenize.py", input=rows, output_prefix=data, tokenizer_file=tokenizer)
     resumed_at = train(
         save=save,
@@ -126,18 +132,18 @@ def main() -> None:
     )
     run("convert/megatron_to_hf.py", load=save, output=model, tokenizer_file=tokenizer)
     run("convert/verify.py", save, model, logits=True, report=out / "verify.json")
-    validation = read_jsonl(rows)[-5:]  # the last rows are not trained on
+    validation = read_jsonl(rows)[-5:]  # the last rows are held out
     (out / "prompt.txt").write_text(min((row["inputs"] for row in validation), key=len))
     run("convert/complete.py", model, prompt_file=out / "prompt.txt", max_new_tokens=64)
-    summarise(out, resumed_at, time.monotonic() - began)
+    print_summary(out, resumed_at, time.monotonic() - began)
 
 
-def summarise(out: Path, resumed_at: int, seconds: float) -> None:
+def print_summary(out: Path, resumed_at: int, seconds: float) -> None:
     steps = read_jsonl(out / "checkpoints/metrics.jsonl")
     steps = [s for s in steps if "loss" in s]
     if steps[-1]["loss"] >= steps[0]["loss"]:
         raise UserError(
-            f"the loss did not fall: {steps[0]['loss']:.3f} at the first step, {steps[-1]['loss']:.3f} at the last"
+            f"the loss did not decrease: {steps[0]['loss']:.3f} at the first step, {steps[-1]['loss']:.3f} at the last"
         )
     verified = json.loads((out / "verify.json").read_text())
     fill = sum(s["fill_rate"] for s in steps) / len(steps)
@@ -150,7 +156,7 @@ def summarise(out: Path, resumed_at: int, seconds: float) -> None:
         ("resumed at step", f"{resumed_at}"),
         (
             "largest logit difference",
-            f"{verified['largest_logit_difference']:.1e} (Megatron against transformers, fp32)",
+            f"{verified['largest_logit_difference']:.1e} (Megatron vs. transformers, fp32)",
         ),
         ("checkpoints", f"{out / 'checkpoints'}"),
         ("report", f"{out / 'checkpoints/report.html'}"),

@@ -1,4 +1,4 @@
-"""Runs the commands of a documentation page, so that no page can show one that fails."""
+"""Runs the commands of a documentation page, so that every command shown is known to work."""
 
 import os
 import re
@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+LINKED = ("dataset", "preprocess", "launch", "convert", "bench", "slurm", "examples")
 
 
 def commands_of(page: Path) -> list[str]:
@@ -15,19 +16,20 @@ def commands_of(page: Path) -> list[str]:
 
 
 def run_page(name: str, directory: Path, *, timeout: float = 600, **env: str) -> str:
-    """Run every bash block of docs/<name> in order in `directory`; `python` is the tests' own. Returns what was printed.
+    """Run every bash block of docs/<name> in `directory`, in order, and return the output.
 
-    A page that is read in the checkout writes paths like `preprocess/tokenize.py`: the programs' folders are linked there.
+    `python` is the interpreter of the tests. The programs' folders are linked into `directory`,
+    since pages refer to programs by their path in the checkout, like `preprocess/tokenize.py`.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    for folder in ("dataset", "preprocess", "launch", "convert", "bench", "slurm", "examples"):
+    for folder in LINKED:
         link = directory / folder
         if not link.exists():
             link.symlink_to(ROOT / folder)
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     printed = ""
     blocks = commands_of(ROOT / "docs" / name)
-    assert blocks, f"docs/{name} shows no command"
+    assert blocks, f"docs/{name} has no commands"
     for block in blocks:
         done = subprocess.run(
             ["bash", "-euo", "pipefail", "-c", block],
@@ -39,5 +41,5 @@ def run_page(name: str, directory: Path, *, timeout: float = 600, **env: str) ->
             timeout=timeout,
         )
         printed += done.stdout
-        assert done.returncode == 0, f"docs/{name}: this block ended with {done.returncode}:\n{block}\n{done.stdout}"
+        assert done.returncode == 0, f"docs/{name}: this block exited with {done.returncode}:\n{block}\n{done.stdout}"
     return printed

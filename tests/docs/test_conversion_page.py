@@ -1,4 +1,4 @@
-"""The journeys that docs/conversion.md shows, on a tiny model."""
+"""The commands of docs/conversion.md run as printed, on a tiny model."""
 
 import json
 
@@ -7,7 +7,7 @@ from doc_commands import run_page
 
 
 @pytest.mark.slow
-def test_the_journeys_of_the_conversion_page_run(tmp_path):
+def test_commands_convert_there_and_back(tmp_path):
     printed = run_page("conversion.md", tmp_path)
     assert printed.count("\nequal\n") == 5 and "DIFFERENT" not in printed
     assert "TP2 PP2" in printed and "largest difference" in printed

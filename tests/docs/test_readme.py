@@ -1,4 +1,4 @@
-"""README's commands of one's own run, on a tiny model of the Hub's form."""
+"""The README's commands run as printed, on a tiny model in the Hub's format."""
 
 import json
 import shutil
@@ -9,7 +9,7 @@ from doc_commands import run_page
 
 
 @pytest.mark.slow
-def test_the_readmes_commands_go_from_rows_to_a_hugging_face_model(tmp_path):
+def test_commands_go_from_rows_to_a_hugging_face_model(tmp_path):
     from transformers import AutoTokenizer, GPTBigCodeConfig, GPTBigCodeForCausalLM
 
     rows = ROOT / "examples/commits.jsonl"
@@ -21,7 +21,7 @@ def test_the_readmes_commands_go_from_rows_to_a_hugging_face_model(tmp_path):
     run_program("preprocess/train_tokenizer.py", *words)
     printed = run_page("../README.md", tmp_path)
     assert "done: " in printed and "starcoderbase-1b" in printed
-    shutil.rmtree(model)  # what was made stands alone
+    shutil.rmtree(model)  # the output must not depend on it
     trained = GPTBigCodeForCausalLM.from_pretrained(tmp_path / "runs/first-hf")
     assert trained.config.n_layer == 2 and trained.config.vocab_size == 600
     assert len(AutoTokenizer.from_pretrained(tmp_path / "runs/first-hf")) == 600

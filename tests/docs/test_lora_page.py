@@ -35,7 +35,7 @@ def test_commands_train_export_and_merge_adapters(tmp_path):
 
 
 def assert_resume_in_another_layout_is_exact(directory: Path) -> None:
-    """Stop on two data-parallel ranks, resume on two tensor-parallel ones, compare with one rank."""
+    """Stop on two data-parallel ranks, resume on two tensor-parallel ones; compare to one rank."""
     common = """--preset tiny --load base --data-prefix commits --tokenizer-file tokenizer.json
         --seq-length 256 --global-batch-size 4 --eval-interval 0 --train-iters 6 --lr 1e-2
         --lora-rank 8 --lora-dropout 0""".split()

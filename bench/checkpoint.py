@@ -40,7 +40,7 @@ def main() -> None:
 
 def measure(flags: argparse.Namespace, folder: Path) -> None:
     """Print the table."""
-    state, args, shape = build(flags, folder)
+    state, config, shape = build(flags, folder)
     from megatron_ft.checkpoint import sharded_state
     from megatron_ft.checkpoint.checkpointer import Checkpointer
 
@@ -61,8 +61,8 @@ def measure(flags: argparse.Namespace, folder: Path) -> None:
             os.fsync(file.fileno())
 
     def checkpointer(asynchronous: bool, where: str = "save") -> Checkpointer:
-        args.async_save, args.save = asynchronous, str(folder / where)
-        made = Checkpointer(args, shape, {}, log=lambda line: None)
+        there = config.with_flags(async_save=asynchronous, save=str(folder / where))
+        made = Checkpointer(there, shape, {}, log=lambda line: None)
         made.start(state)
         return made
 
@@ -114,17 +114,17 @@ def build(flags: argparse.Namespace, folder: Path):
     from megatron_ft.engine.schedule import build_scheduler, plan_length
 
     (folder / "tokenizer.json").write_text("{}")
-    args = parse_args(
+    config = parse_args(
         f"--num-layers {flags.layers} --hidden-size {flags.hidden_size} --num-attention-heads {flags.hidden_size // 64} "
         f"--max-position-embeddings 2048 --bf16 --from-scratch --data-prefix none --train-iters 1000 --keep-last 1 --save {folder / 'save'} "
         f"--tokenizer-file {folder / 'tokenizer.json'}".split()
     )
-    set_up_device(args)
-    parallel.initialize(args)
-    model = wrap_for_data_parallel(args, build_model(args, args.shape, args.shape.vocab_size))
-    optimizer = build_optimizer(args, model)
+    set_up_device(config)
+    parallel.initialize(config)
+    model = wrap_for_data_parallel(config, build_model(config, config.shape, config.shape.vocab_size))
+    optimizer = build_optimizer(config, model)
     optimizer_state.initialise(optimizer)
-    return TrainState(model, optimizer, build_scheduler(args, optimizer, plan_length(args))), args, args.shape
+    return TrainState(model, optimizer, build_scheduler(config, optimizer, plan_length(config))), config, config.shape
 
 
 def best(repeat: int, work: Callable[[], None]) -> float:

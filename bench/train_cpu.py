@@ -25,7 +25,7 @@ import torch
 
 from megatron_ft.checkpoint.load_weights import load_weights
 from megatron_ft.config.arguments import parse_args
-from megatron_ft.config.flags import Help, Parser
+from megatron_ft.config.parser import Help, Parser
 from megatron_ft.data.batch import Batch
 from megatron_ft.engine import device
 from megatron_ft.errors import run_program
@@ -118,19 +118,19 @@ class MegatronStep:
         from megatron_ft.engine.parallel import initialize
 
         words = f"{SHAPE} --seq-length {seq_length} --max-position-embeddings {seq_length} --train-iters 1 --data-prefix none"
-        self.args = parse_args([*words.split(), "--tokenizer-file", weights])
-        initialize(self.args)
-        chunks = build_model(self.args, self.args.shape.with_vocab(VOCABULARY), VOCABULARY)
+        self.config = parse_args([*words.split(), "--tokenizer-file", weights])
+        initialize(self.config)
+        chunks = build_model(self.config, self.config.shape.with_vocab(VOCABULARY), VOCABULARY)
         load_weights(open_weights(weights), chunks)
-        self.model = wrap_for_data_parallel(self.args, chunks)
-        self.optimizer = build_optimizer(self.args, self.model)
+        self.model = wrap_for_data_parallel(self.config, chunks)
+        self.optimizer = build_optimizer(self.config, self.model)
 
     def step(self, row: Batch) -> None:
         """Forward, loss, backward, clipping, Adam."""
         from megatron_ft.engine.train import forward_backward
 
         micro = self._micro(row)
-        forward_backward(self.args, self.model, self.optimizer, [micro], micro.weight, VOCABULARY)
+        forward_backward(self.config, self.model, self.optimizer, [micro], micro.weight, VOCABULARY)
         self.optimizer.step()
 
     def loss(self, row: Batch) -> float:

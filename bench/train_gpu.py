@@ -28,7 +28,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from megatron_ft.config.arguments import parse_args
-from megatron_ft.config.flags import Help, Parser
+from megatron_ft.config.config import Config
+from megatron_ft.config.parser import Help, Parser
 from megatron_ft.data.batch import Batch
 from megatron_ft.engine import device
 from megatron_ft.errors import run_program
@@ -151,32 +152,32 @@ def measure(preset: str, path: str, flags: argparse.Namespace) -> Result:
     with tempfile.NamedTemporaryFile() as nobody_reads_it:
         words = f"--preset {preset} --bf16 --seq-length {flags.seq_length} --global-batch-size {flags.micro_batches} {PATHS[path]}"
         words += f" --hidden-dropout 0 --attention-dropout 0 --train-iters 1 --data-prefix none --tokenizer-file {nobody_reads_it.name}"
-        args = parse_args([*words.split(), "--transformer-impl", "local"])
+        config = parse_args([*words.split(), "--transformer-impl", "local"])
     where = device.set_up_device()
-    initialize(args)
-    vocabulary = args.shape.vocab_size
-    chunks = build_model(args, args.shape, vocabulary)
+    initialize(config)
+    vocabulary = config.shape.vocab_size
+    chunks = build_model(config, config.shape, vocabulary)
     if path in DENSE:
         for module in chunks[0].modules():
             if hasattr(module, "core_attention"):
                 module.core_attention = DENSE[path]()
-    model = wrap_for_data_parallel(args, chunks)
-    optimizer = build_optimizer(args, model)
-    rows = [packed_row(args, flags.document_tokens, seed) for seed in range(flags.micro_batches)]
+    model = wrap_for_data_parallel(config, chunks)
+    optimizer = build_optimizer(config, model)
+    rows = [packed_row(config, flags.document_tokens, seed) for seed in range(flags.micro_batches)]
     micros = [to_device(micro_batch_from(row, row.loss_mask, "token", [i]), where) for i, row in enumerate(rows)]
     weight = sum(micro.weight for micro in micros)
 
     def step() -> float:
-        losses = forward_backward(args, model, optimizer, micros, weight, vocabulary)
+        losses = forward_backward(config, model, optimizer, micros, weight, vocabulary)
         optimizer.step()
         return sum(losses)
 
     first_loss = step()
     step()
     seconds = timed(step, flags.steps)
-    tokens = args.seq_length * flags.micro_batches
+    tokens = config.data.seq_length * flags.micro_batches
     attended = sum(micro.squared_lengths for micro in micros) / tokens
-    flops = tokens * cost.flops_per_token(args.shape, attended)
+    flops = tokens * cost.flops_per_token(config.shape, attended)
     peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
     return Result(preset.removeprefix("starcoderbase-"), path, seconds, tokens, flops, peak, first_loss)
 
@@ -191,19 +192,19 @@ def timed(step: Callable, count: int) -> float:
     return (time.perf_counter() - begun) / count
 
 
-def packed_row(args: argparse.Namespace, document_tokens: int, seed: int) -> Batch:
+def packed_row(config: Config, document_tokens: int, seed: int) -> Batch:
     """One full row of documents around `document_tokens` long, with loss everywhere."""
     draw, lengths = random.Random(seed), []
-    while (left := args.seq_length - sum(lengths)) > 0:
+    while (left := config.data.seq_length - sum(lengths)) > 0:
         lengths.append(min(left, max(16, int(draw.gauss(document_tokens, document_tokens / 3)))))
     tokens = torch.randint(
-        args.shape.vocab_size, (1, args.seq_length + 1), generator=torch.Generator().manual_seed(seed)
+        config.shape.vocab_size, (1, config.data.seq_length + 1), generator=torch.Generator().manual_seed(seed)
     )
     return Batch(
         tokens=tokens[:, :-1],
         labels=tokens[:, 1:],
         position_ids=torch.cat([torch.arange(n) for n in lengths])[None],
-        loss_mask=torch.ones(1, args.seq_length),
+        loss_mask=torch.ones(1, config.data.seq_length),
         segment_ids=torch.cat([torch.full((n,), i + 1, dtype=torch.int32) for i, n in enumerate(lengths)])[None],
         cu_seqlens=torch.tensor([0, *lengths]).cumsum(0).int(),
         max_seqlen=max(lengths),

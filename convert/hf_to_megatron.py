@@ -13,9 +13,7 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # not this folder: its files would hide others'
 
-import warnings
-
-from megatron_ft.config.flags import Help, Parser
+from megatron_ft.config.parser import Help, Parser
 from megatron_ft.errors import UserError, run_program
 from megatron_ft.model.shape import padded_vocab_size
 from megatron_ft.progress import Progress
@@ -23,6 +21,7 @@ from megatron_ft.weights.legacy_writer import legacy_bytes, write_legacy
 from megatron_ft.weights.open import open_weights
 from megatron_ft.weights.output_directory import check_layout, new_directory
 from megatron_ft.weights.tensor_blocks import DTYPES, dtype_name, dtype_to_write, total_bytes
+from megatron_ft.weights.torch_dist_writer import write_torch_dist
 
 
 def main() -> None:
@@ -57,9 +56,6 @@ def main() -> None:
     dtype = dtype_to_write(source, args.dtype)
     rows = padded_vocab_size(source.shape.vocab_size, args.make_vocab_size_divisible_by, tp)
     if args.format == "torch_dist":
-        warnings.filterwarnings("ignore", module=r"megatron\.core")  # it warns of each optional package that is missing
-        from megatron_ft.weights.torch_dist_writer import write_core
-
         total = total_bytes(source, dtype, rows)
     else:
         total = legacy_bytes(source, dtype, tp, pp, rows)
@@ -68,9 +64,9 @@ def main() -> None:
         Progress("converting", total, "B") as progress,
     ):
         if args.format == "torch_dist":
-            write_core(
-                source, directory, dtype=dtype, tp=tp, pp=pp, padded_vocab=rows, vocab_size=source.shape.vocab_size,
-                advance=progress.update,
+            write_torch_dist(
+                source, directory, dtype=dtype, tensor_parallel=tp, pipeline_parallel=pp, padded_vocab=rows,
+                vocab_size=source.shape.vocab_size, advance=progress.update,
             )  # fmt: skip
         else:
             write_legacy(

@@ -21,7 +21,7 @@ import json
 
 import torch
 
-from megatron_ft.config.flags import Help, Parser
+from megatron_ft.config.parser import Help, Parser
 from megatron_ft.errors import UserError, run_program
 from megatron_ft.progress import Progress
 from megatron_ft.tokenizer import files as tokenizer_files

@@ -12,20 +12,22 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # not this folder: its files would hide others'
 
 import shutil
-import warnings
 
-from megatron_ft.config.flags import Help, Parser
+from megatron_ft.config.parser import Help, Parser
 from megatron_ft.errors import UserError, run_program
+from megatron_ft.files.checksum import describe_file
 from megatron_ft.model.shape import padded_vocab_size
 from megatron_ft.progress import Progress
 from megatron_ft.tokenizer import files as tokenizer_files
 from megatron_ft.weights.directory import TRACKER
 from megatron_ft.weights.legacy_writer import legacy_bytes, write_legacy
+from megatron_ft.weights.manifest import NAME, read_manifest
 from megatron_ft.weights.open import open_weights
 from megatron_ft.weights.output_directory import check_layout, new_directory
 from megatron_ft.weights.source import WeightSource
 from megatron_ft.weights.tensor_blocks import dtype_to_write
 from megatron_ft.weights.torch_dist_reader import TorchDistSource
+from megatron_ft.weights.torch_dist_reshard import resharded_bytes, write_resharded
 from megatron_ft.weights.vocabulary import check_vocabulary
 
 
@@ -80,11 +82,6 @@ def vocabulary_rows(source: WeightSource, args) -> int:
 
 def reshard_torch_dist(source: TorchDistSource, rows: int, args) -> int:
     """Weights, optimizer state and manifest, under the same iteration. Returns bytes of tensors."""
-    warnings.filterwarnings("ignore", module=r"megatron\.core")  # it warns of each optional package that is missing
-    from megatron_ft.files.checksum import describe_file
-    from megatron_ft.weights.manifest import read_manifest
-    from megatron_ft.weights.torch_dist_reshard import reshard_core, resharded_bytes
-
     total = resharded_bytes(source.files, rows)
     with (
         new_directory(Path(args.save), needed=total, sources=[args.load], overwrite=args.overwrite) as directory,
@@ -93,15 +90,11 @@ def reshard_torch_dist(source: TorchDistSource, rows: int, args) -> int:
         name = f"iter_{source.iteration:07d}" if isinstance(source.iteration, int) else "release"
         place = directory / name
         place.mkdir()
-        reshard_core(
-            source.files,
-            place,
-            tp=args.tensor_parallel,
-            pp=args.pipeline_parallel,
-            padded_vocab=rows,
-            advance=progress.update,
-        )
-        if (source.path / "manifest.json").is_file():
+        write_resharded(
+            source.files, place, tensor_parallel=args.tensor_parallel, pipeline_parallel=args.pipeline_parallel,
+            padded_vocab=rows, advance=progress.update,
+        )  # fmt: skip
+        if (source.path / NAME).is_file():
             manifest = read_manifest(source.path)
             # No run has 0 data-parallel ranks: the random states were left out, so a resume must not look for its own.
             manifest.layout = {

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_ft.config.flags import Help, Parser
+from megatron_ft.config.parser import Help, Parser
 from megatron_ft.errors import UserError, run_program
 from megatron_ft.files.atomic import replace_file
 from megatron_ft.model.shape import ModelShape
@@ -269,7 +269,7 @@ def hugging_face_logits(source: WeightSource, tokens: torch.Tensor, rounded: dic
 
 def megatron_logits(source: WeightSource, tokens: torch.Tensor, rounded: dict[str, torch.dtype]) -> torch.Tensor:
     from megatron_ft.checkpoint.load_weights import load_weights
-    from megatron_ft.config.flags import build_parser
+    from megatron_ft.config.command_line import build_parser
     from megatron_ft.engine import parallel
     from megatron_ft.engine.device import set_up_device
     from megatron_ft.engine.model import build_model

@@ -22,7 +22,7 @@ from contextlib import ExitStack
 from hashlib import blake2b
 from typing import BinaryIO
 
-from megatron_ft.config.flags import Help, Parser
+from megatron_ft.config.parser import Help, Parser
 from megatron_ft.errors import UserError, run_program
 from megatron_ft.files.jsonl import BadRow, Source, open_sources, parse_row, read_blocks, shard_bytes
 from megatron_ft.files.output import STANDARD_OUTPUT, OutputFile, scratch_directory, writing

@@ -27,7 +27,7 @@ from typing import IO
 from megatron_ft.commits.languages import language_of
 from megatron_ft.commits.licenses import UNKNOWN, license_of
 from megatron_ft.commits.row import CommitRow
-from megatron_ft.config.flags import Help, Parser
+from megatron_ft.config.parser import Help, Parser
 from megatron_ft.errors import UserError, run_program
 from megatron_ft.files.output import OutputFile, writing
 from megatron_ft.progress import Progress

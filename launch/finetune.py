@@ -7,7 +7,6 @@ Flags are checked before anything starts. SIGTERM, SIGUSR1, SIGUSR2 and Ctrl-C m
 and the same command line goes on where it stopped.
 """
 
-import argparse
 import os
 import sys
 from collections.abc import Sequence
@@ -16,7 +15,8 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # not this folder: its files would hide others' of the same name
 
 from megatron_ft.config.arguments import parse_args
-from megatron_ft.config.flags import Help, Parser, build_parser
+from megatron_ft.config.command_line import build_parser
+from megatron_ft.config.parser import Help, Parser
 from megatron_ft.errors import EXIT_DONE, UserError, run_program
 from megatron_ft.launcher import mtf
 from megatron_ft.launcher.command import as_shell, local_gpus, model_parallel_size, rank_environment, training_command
@@ -52,9 +52,9 @@ def launch_parser() -> Parser:
     return parser
 
 
-def split_flags(argv: Sequence[str], parser: argparse.ArgumentParser) -> tuple[list[str], list[str]]:
+def split_flags(argv: Sequence[str], parser: Parser) -> tuple[list[str], list[str]]:
     """Words for `parser` and all other words, each in their order."""
-    takes_value = {name: action.nargs != 0 for action in parser._actions for name in action.option_strings}
+    takes_value = {name: action.nargs != 0 for name, action in parser.actions.items()}
     ours: list[str] = []
     theirs: list[str] = []
     words = iter(argv)
@@ -89,16 +89,16 @@ def main() -> int:
     if launch.engine == "mtf":
         checkout = mtf.megatron_path()
         common, branch_only = mtf.split_branch_only(flags, mtf.branch_flags(checkout))
-        args = parse_args(common, world_size=num_processes)
-        command = mtf.mtf_command(args, common, branch_only, checkout)
+        config = parse_args(common, world_size=num_processes)
+        command = mtf.mtf_command(config, common, branch_only, checkout)
         stop_signal = mtf.STOP_SIGNAL
     else:
-        args = parse_args(flags, world_size=num_processes)
+        config = parse_args(flags, world_size=num_processes)
         command, stop_signal = training_command(flags), None
 
     if launch.check:
         comes = os.environ.get("MEGATRON_FT_DATA_COMES")  # an earlier job of a pipeline writes them
-        for path in filter(lambda path: not comes and not os.path.exists(path), needed_files(args)):
+        for path in filter(lambda path: not comes and not os.path.exists(path), needed_files(config)):
             raise UserError(f"{path} is not there; correct --data-prefix, the split files, --tokenizer-file or --load")
         return EXIT_DONE
     if job:
@@ -109,11 +109,12 @@ def main() -> int:
             )
             print(
                 as_shell(
-                    {**ranks_environment(job), **extra}, ranks_command(job, command, Path(args.save or ".") / "logs")
+                    {**ranks_environment(job), **extra},
+                    ranks_command(job, command, Path(config.checkpoint.save or ".") / "logs"),
                 )
             )
             return EXIT_DONE
-        return supervise(job, args, command, extra)
+        return supervise(job, config, command, extra)
 
     environment = local_environment(num_processes, gpus)
     if launch.dry_run:
@@ -126,7 +127,11 @@ def main() -> int:
             "or type CUDA_VISIBLE_DEVICES= before the command to train on the CPU"
         )
     return run_local_ranks(
-        command, num_processes, environment, Path(args.save) / "logs" if args.save else None, stop_signal
+        command,
+        num_processes,
+        environment,
+        Path(config.checkpoint.save) / "logs" if config.checkpoint.save else None,
+        stop_signal,
     )
 
 

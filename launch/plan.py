@@ -18,9 +18,10 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # not this folder: its files would hide others' of the same name
 
 from megatron_ft.checkpoint.retention import most_at_once
-from megatron_ft.config.arguments import fill_in, normalise
-from megatron_ft.config.bounds import check_bounds
-from megatron_ft.config.flags import Help, Parser, build_parser
+from megatron_ft.config.arguments import normalize, settle, with_shape
+from megatron_ft.config.command_line import build_parser, check_bounds, words_of
+from megatron_ft.config.config import ENTRIES, Config
+from megatron_ft.config.parser import Help, Parser
 from megatron_ft.errors import EXIT_DONE, UserError, run_program
 from megatron_ft.model import cost
 from megatron_ft.model.cost import GIB, GPUS, Layout, Memory
@@ -81,15 +82,17 @@ class Proposal:
 
 def main() -> int:
     """Parse, plan, print; 1 when a given layout, or every layout, does not fit."""
-    cluster, args = parse(sys.argv[1:])
-    shape = model_shape(args)
+    cluster, config = parse(sys.argv[1:])
+    config = with_model(config)
+    shape = config.shape
+    assert shape is not None
     gpu, world_size = GPUS[cluster.gpu], cluster.nodes * cluster.gpus_per_node
-    batch = args.global_batch_size or multiples_near(128, world_size)[0]
-    given = bool(args.tensor_model_parallel_size or args.pipeline_model_parallel_size)
-    fitting, others = judge_all(shape, args, cluster, batch, as_given=given)
-    rows, source = rows_an_epoch(cluster, args)
+    batch = config.training.global_batch_size or multiples_near(128, world_size)[0]
+    given = bool(config.parallel.tensor or config.parallel.pipeline)
+    fitting, others = judge_all(shape, config, cluster, batch, as_given=given)
+    rows, source = rows_an_epoch(cluster, config)
     print(
-        f"{args.preset or 'model'}: {shape.num_parameters():,} parameters; rows of {args.seq_length:,} tokens, {batch} a step"
+        f"{config.model.preset or 'model'}: {shape.num_parameters():,} parameters; rows of {config.data.seq_length:,} tokens, {batch} a step"
     )
     print(
         f"{world_size} x {gpu.name}, {gpu.memory / GIB:.1f} GiB each, {cluster.nodes} node{'s' * (cluster.nodes > 1)}"
@@ -97,64 +100,59 @@ def main() -> int:
     if rows:
         print(f"an epoch: {rows:,} rows ({source}), {math.ceil(rows / batch):,} steps")
 
-    print(checkpoint_line(shape, args, (fitting + others)[0].layout, steps_of_run(args, rows, batch)))
+    print(checkpoint_line(shape, config, (fitting + others)[0].layout, steps_of_run(config, rows, batch)))
 
     if given:
         print(f"\nthis layout {'fits' if fitting else 'DOES NOT FIT'}:")
-        describe((fitting or others)[0], cluster, args, rows, batch)
+        describe((fitting or others)[0], cluster, config, rows, batch)
         if fitting:
             return EXIT_DONE
-        fitting, _ = judge_all(shape, args, cluster, batch, as_given=False)
+        fitting, _ = judge_all(shape, config, cluster, batch, as_given=False)
     if not fitting:
         ways = ["more nodes", "a shorter --seq-length"]
-        ways += [] if args.optimizer_cpu_offload else ["--optimizer-cpu-offload"]
-        ways += [] if args.lora_rank else ["--lora-rank 16"]
+        ways += [] if config.optimizer.cpu_offload else ["--optimizer-cpu-offload"]
+        ways += [] if config.lora.rank else ["--lora-rank 16"]
         print(f"\nno layout fits {world_size} x {gpu.name}; ways out: {', '.join(ways)}")
         return DOES_NOT_FIT
     for number, proposal in enumerate(best(fitting, 3), 1):
         print(f"\nproposal {number}:")
-        describe(proposal, cluster, args, rows, batch)
+        describe(proposal, cluster, config, rows, batch)
     return DOES_NOT_FIT if given else EXIT_DONE
 
 
-def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, argparse.Namespace]:
+# Left open by a plan that proposes a layout: None where they were not given.
+UNDECIDED = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "micro_batch_size", "global_batch_size")
+
+
+def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, Config]:
     """The planner's flags, and the training program's with None for the layout that was not given."""
     own, training = plan_parser(), build_parser()
-    undecided = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "micro_batch_size", "global_batch_size")
-    training.set_defaults(**dict.fromkeys(undecided))
-    known = {option for parser in (own, training) for action in parser._actions for option in action.option_strings}
-    words, _ = normalise(argv, known)
+    training.set_defaults(**dict.fromkeys(UNDECIDED))
+    words, _ = normalize(argv, {**own.actions, **training.actions})
     cluster, rest = own.parse_known_args(words)
-    args = training.parse_args(rest)
+    config = Config.from_namespace(training.parse_args(rest))
     for name in ("nodes", "gpus_per_node", "mfu"):
         if getattr(cluster, name) <= 0:
             raise UserError(f"--{name.replace('_', '-')} {getattr(cluster, name)}: must be above 0")
     if cluster.mfu >= 1:
-        raise UserError(f"--mfu {cluster.mfu:g} is a share of the peak, below 1; 45 % is 0.45")
-    check_bounds(args)
-    cluster.given = "".join(f" {words}" for words in given_words(training, args))
-    args.bf16 = args.bf16 or (cluster.precision == "bf16" and not args.fp16)
-    args.fp16 = args.fp16 or (cluster.precision == "fp16" and not args.bf16)
-    return cluster, args
+        raise UserError(f"--mfu {cluster.mfu:g} is a fraction of the peak, below 1; 45% is 0.45")
+    check_bounds(config.values())
+    cluster.given = "".join(f" {words}" for words in given_words(config))
+    if config.precision.name == "fp32":
+        config = config.with_flags(bf16=cluster.precision == "bf16", fp16=cluster.precision == "fp16")
+    return cluster, config
 
 
-# What the estimate is made for and a proposal does not choose: the run must have it too.
-KEPT = (
-    "seq_length", "lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "optimizer", "optimizer_cpu_offload", "use_distributed_optimizer",
-    "accumulate_allreduce_grads_in_fp32", "recompute_method", "recompute_num_layers", "hidden_dropout", "attention_dropout",
-    "make_vocab_size_divisible_by",
-)  # fmt: skip
+def given_words(config: Config) -> list[str]:
+    """The flags that a proposal does not choose and that differ from their defaults, as they are typed.
 
-
-def given_words(training: argparse.ArgumentParser, args: argparse.Namespace) -> list[str]:
-    """The flags of KEPT that differ from their defaults, as they are typed."""
-    words = []
-    for action in training._actions:
-        value = getattr(args, action.dest, None)
-        if action.dest in KEPT and value != action.default:
-            on_or_off = action.option_strings[0 if value is not False else -1]
-            words.append(on_or_off if isinstance(value, bool) else f"{on_or_off} {value}")
-    return words
+    The estimate is made for them, so the run must have them too.
+    """
+    return [
+        " ".join(words_of(entry, config.value(dest)))
+        for dest, entry in ENTRIES.items()
+        if entry.flag.planned and config.value(dest) != entry.default
+    ]
 
 
 def multiples_near(wanted: int, step: int) -> list[int]:
@@ -163,49 +161,47 @@ def multiples_near(wanted: int, step: int) -> list[int]:
     return sorted({max(below, step), below + step}, key=lambda n: abs(n - wanted))
 
 
-def model_shape(args: argparse.Namespace) -> ModelShape:
-    """The model that flags or the checkpoint to start from describe; settles --seq-length. Raises UserError."""
-    resolved = argparse.Namespace(**vars(args))
-    for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "micro_batch_size"):
-        setattr(resolved, name, getattr(args, name) or 1)
-    resolved.world_size = 1
-    fill_in(resolved)
-    shape = resolved.shape
-    if shape is None and resolved.load:
+def with_model(config: Config) -> Config:
+    """`config` with the shape that flags or the checkpoint to start from describe. Raises UserError."""
+    decided = {name: config.value(name) or 1 for name in UNDECIDED if name != "global_batch_size"}
+    settled = settle(config.with_flags(**decided))
+    shape = settled.shape
+    if shape is None and settled.checkpoint.load:
         from megatron_ft.weights.adapters import open_start
 
-        shape = open_start(resolved.load, resolved.load_iteration, resolved)[0].shape
+        start, iteration = settled.checkpoint.load, settled.checkpoint.load_iteration
+        shape = open_start(start, iteration, settled.values())[0].shape
     if shape is None:
         raise UserError("no model: give --preset, --load DIR, or --num-layers, --hidden-size and --num-attention-heads")
-    args.seq_length = args.seq_length or shape.max_position_embeddings
-    args.recompute_method, args.recompute_num_layers = resolved.recompute_method, resolved.recompute_num_layers
-    args.recompute_granularity = resolved.recompute_granularity
-    return shape
+    implied = ("load", "recompute_granularity", "recompute_method", "recompute_num_layers")
+    return with_shape(config.with_flags(**{name: settled.value(name) for name in implied}), shape)
 
 
-def rows_an_epoch(cluster: argparse.Namespace, args: argparse.Namespace) -> tuple[int | None, str]:
+def rows_an_epoch(cluster: argparse.Namespace, config: Config) -> tuple[int | None, str]:
     """Packed rows of one pass over the data, and where the number comes from; None when nothing is said of data."""
-    if args.data_prefix or args.train_weighted_split_paths or args.train_weighted_split_paths_path:
+    if config.data.prefix or config.data.train_weighted_split_paths or config.data.train_weighted_split_paths_path:
         from megatron_ft.data.packed_dataset import rows_per_epoch
 
-        return rows_per_epoch(args), "packed"
+        return rows_per_epoch(config), "packed"
     if cluster.dataset_tokens:
-        return math.ceil(cluster.dataset_tokens / ASSUMED_FILL / (args.seq_length + 1)), "estimated"
+        return math.ceil(cluster.dataset_tokens / ASSUMED_FILL / (config.data.seq_length + 1)), "estimated"
     return None, ""
 
 
 def layouts(
-    shape: ModelShape, args: argparse.Namespace, cluster: argparse.Namespace, batch: int, *, as_given: bool
+    shape: ModelShape, config: Config, cluster: argparse.Namespace, batch: int, *, as_given: bool
 ) -> list[Layout]:
     """Layouts to judge: the given one (with every choice left open tried), or all that divide model, cluster and batch.
 
     Tensor parallelism stays inside a node, and sequence parallelism goes with it. Raises UserError when the given sizes divide nothing.
     """
     world_size = cluster.nodes * cluster.gpus_per_node
-    given_tp, given_pp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
+    given_tp, given_pp = config.parallel.tensor, config.parallel.pipeline
     tps = [given_tp or 1] if as_given else [n for n in (1, 2, 4, 8, 16) if cluster.gpus_per_node % n == 0]
     pps = [given_pp or 1] if as_given else [n for n in range(1, shape.num_layers + 1) if shape.num_layers % n == 0]
-    recomputes = [args.recompute_granularity] if args.recompute_granularity or as_given else [None, "full"]
+    recomputes = (
+        [config.memory.recompute_granularity] if config.memory.recompute_granularity or as_given else [None, "full"]
+    )
     found, refusal = [], None
     for tp in tps:
         for pp in pps:
@@ -216,7 +212,13 @@ def layouts(
                         f"{world_size} GPUs are not a multiple of TP {tp} x PP {pp}; choose sizes that divide them"
                     )
                 dp = world_size // (tp * pp)
-                micros = [args.micro_batch_size] if args.micro_batch_size else [1] if as_given else [1, 2, 4]
+                micros = (
+                    [config.training.micro_batch_size]
+                    if config.training.micro_batch_size
+                    else [1]
+                    if as_given
+                    else [1, 2, 4]
+                )
                 micros = [m for m in micros if batch % (m * dp) == 0]
                 if not micros:
                     raise UserError(
@@ -230,20 +232,20 @@ def layouts(
                     tensor_parallel=tp,
                     pipeline_parallel=pp,
                     data_parallel=dp,
-                    sequence_parallel=tp > 1 and (args.sequence_parallel or not as_given),
-                    distributed_optimizer=args.use_distributed_optimizer,
-                    precision="bf16" if args.bf16 else "fp16" if args.fp16 else "fp32",
-                    fp32_gradients=args.accumulate_allreduce_grads_in_fp32,
-                    optimizer=args.optimizer,
-                    optimizer_cpu_offload=args.optimizer_cpu_offload,
+                    sequence_parallel=tp > 1 and (config.parallel.sequence or not as_given),
+                    distributed_optimizer=config.parallel.distributed_optimizer,
+                    precision="bf16" if config.precision.bf16 else "fp16" if config.precision.fp16 else "fp32",
+                    fp32_gradients=config.precision.fp32_gradients,
+                    optimizer=config.optimizer.name,
+                    optimizer_cpu_offload=config.optimizer.cpu_offload,
                     micro_batch=micro,
                     num_microbatches=batch // (micro * dp),
                     recompute=recompute,
-                    recompute_method=args.recompute_method or "uniform",
-                    recompute_num_layers=args.recompute_num_layers or 1,
-                    lora_rank=args.lora_rank,
-                    lora_targets=tuple(args.lora_targets.split(",")) if args.lora_rank else (),
-                    lora_dropout=args.lora_dropout,
+                    recompute_method=config.memory.recompute_method or "uniform",
+                    recompute_num_layers=config.memory.recompute_num_layers or 1,
+                    lora_rank=config.lora.rank,
+                    lora_targets=tuple(config.lora.targets.split(",")) if config.lora.rank else (),
+                    lora_dropout=config.lora.dropout,
                 )
                 for micro in micros
                 for recompute in recomputes
@@ -257,11 +259,12 @@ def layouts(
 
 
 def judge_all(
-    shape: ModelShape, args: argparse.Namespace, cluster: argparse.Namespace, batch: int, *, as_given: bool
+    shape: ModelShape, config: Config, cluster: argparse.Namespace, batch: int, *, as_given: bool
 ) -> tuple[list[Proposal], list[Proposal]]:
     """Proposals that fit, fastest first, and those that do not, smallest first."""
     judged = [
-        judge(shape, args, cluster, layout, batch) for layout in layouts(shape, args, cluster, batch, as_given=as_given)
+        judge(shape, config, cluster, layout, batch)
+        for layout in layouts(shape, config, cluster, batch, as_given=as_given)
     ]
     fitting = [p for p in judged if p.memory.fits(GPUS[cluster.gpu])]
     others = [p for p in judged if not p.memory.fits(GPUS[cluster.gpu])]
@@ -269,20 +272,18 @@ def judge_all(
     return by_speed, sorted(others, key=lambda p: p.memory.total)
 
 
-def judge(
-    shape: ModelShape, args: argparse.Namespace, cluster: argparse.Namespace, layout: Layout, batch: int
-) -> Proposal:
+def judge(shape: ModelShape, config: Config, cluster: argparse.Namespace, layout: Layout, batch: int) -> Proposal:
     """Memory and expected speed of a layout."""
-    padded = padded_vocab_size(shape.vocab_size, args.make_vocab_size_divisible_by, layout.tensor_parallel)
-    need = cost.estimate(shape, padded, layout, args.seq_length)
+    padded = padded_vocab_size(shape.vocab_size, config.model.make_vocab_size_divisible_by, layout.tensor_parallel)
+    need = cost.estimate(shape, padded, layout, config.data.seq_length)
     mfu = cluster.mfu * (1 - tensor_parallel_loss(shape)) ** math.log2(layout.tensor_parallel)
     pp, micros = layout.pipeline_parallel, layout.num_microbatches
     mfu *= micros / (micros + pp - 1) * (1 - PIPELINE_LOSS if pp > 1 else 1)  # the pipeline's bubble
     lora = bool(layout.lora_rank)
     if layout.recompute == "full":  # one more forward pass: 8 for 6, or 6 for 4 with frozen weights
         mfu *= 4 / 6 if lora else 6 / 8
-    attended = min(cluster.document_tokens, args.seq_length)
-    flops = batch * args.seq_length * cost.flops_per_token(shape, attended, lora=lora)
+    attended = min(cluster.document_tokens, config.data.seq_length)
+    flops = batch * config.data.seq_length * cost.flops_per_token(shape, attended, lora=lora)
     peak = GPUS[cluster.gpu].peak_flops(layout.precision) * cluster.nodes * cluster.gpus_per_node
     return Proposal(layout, need, flops / (peak * mfu), mfu)
 
@@ -306,16 +307,14 @@ def best(fitting: list[Proposal], count: int) -> list[Proposal]:
     return list(chosen.values())[:count]
 
 
-def describe(
-    proposal: Proposal, cluster: argparse.Namespace, args: argparse.Namespace, rows: int | None, batch: int
-) -> None:
+def describe(proposal: Proposal, cluster: argparse.Namespace, config: Config, rows: int | None, batch: int) -> None:
     """Print a proposal."""
     need, layout, step, gpu = proposal.memory, proposal.layout, proposal.step_seconds, GPUS[cluster.gpu]
     parts = " + ".join(
         f"{name} {getattr(need, name) / GIB:.1f}" for name in ("weights", "gradients", "optimizer", "activations")
     )
     room = "fits" if need.fits(gpu) else "does not fit"
-    tokens = batch * args.seq_length
+    tokens = batch * config.data.seq_length
     print(f"  layout   {layout}, micro batch {layout.micro_batch} x {layout.num_microbatches}")
     print(f"  flags    {proposal.flags()}{cluster.given}")
     print(f"  memory   {parts} = {need.total / GIB:.1f} GiB of {gpu.memory / GIB:.1f}: {room}")
@@ -327,25 +326,25 @@ def describe(
     print(f"  speed    {tokens / step:,.0f} tokens/s, {step:.2f} s a step at {100 * proposal.mfu:.0f} % MFU")
     if rows:
         print(f"  epoch    {math.ceil(rows / batch):,} steps, {rows / batch * step / 3600:.1f} h")
-    if steps := steps_of_run(args, rows, batch):
+    if steps := steps_of_run(config, rows, batch):
         print(
             f"  run      {steps:,} steps, {steps * step / 3600:.1f} h, {steps * step / 3600 * layout_gpus(layout):,.0f} GPU hours"
         )
 
 
-def checkpoint_line(shape: ModelShape, args: argparse.Namespace, layout: Layout, steps: int | None) -> str:
+def checkpoint_line(shape: ModelShape, config: Config, layout: Layout, steps: int | None) -> str:
     """Size of a checkpoint, and how many of them --save must have room for."""
-    padded = padded_vocab_size(shape.vocab_size, args.make_vocab_size_divisible_by, layout.tensor_parallel)
+    padded = padded_vocab_size(shape.vocab_size, config.model.make_vocab_size_divisible_by, layout.tensor_parallel)
     most = most_at_once(
         [],
         steps,
-        save_interval=args.save_interval,
-        keep_last=args.keep_last,
-        keep_every=args.keep_every,
-        best=bool(args.eval_interval),
+        save_interval=config.checkpoint.save_interval,
+        keep_last=config.checkpoint.keep_last,
+        keep_every=config.checkpoint.keep_every,
+        best=bool(config.validation.interval),
     )
     size = cost.checkpoint_bytes(shape, padded, layout)
-    at_once = f"at most {most} at once" if steps or args.keep_last else "all are kept"
+    at_once = f"at most {most} at once" if steps or config.checkpoint.keep_last else "all are kept"
     return f"checkpoint {size / 1e9:,.1f} GB, {at_once}"
 
 
@@ -354,12 +353,14 @@ def layout_gpus(layout: Layout) -> int:
     return layout.tensor_parallel * layout.pipeline_parallel * layout.data_parallel
 
 
-def steps_of_run(args: argparse.Namespace, rows: int | None, batch: int) -> int | None:
+def steps_of_run(config: Config, rows: int | None, batch: int) -> int | None:
     """Steps of the whole run, by whichever length was given."""
-    if args.train_iters:
-        return args.train_iters
-    samples = args.train_samples or (args.train_tokens and args.train_tokens / (ASSUMED_FILL * args.seq_length))
-    samples = samples or (args.train_epochs and rows and args.train_epochs * rows)
+    if config.training.train_iters:
+        return config.training.train_iters
+    samples = config.training.train_samples or (
+        config.training.train_tokens and config.training.train_tokens / (ASSUMED_FILL * config.data.seq_length)
+    )
+    samples = samples or (config.training.train_epochs and rows and config.training.train_epochs * rows)
     return math.ceil(samples / batch) if samples else None
 
 

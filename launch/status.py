@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # not this folder: its files would hide others' of the same name
 
-from megatron_ft.config.flags import Help, Parser
+from megatron_ft.config.parser import Help, Parser
 from megatron_ft.errors import UserError, run_program
 from megatron_ft.files.log_lines import read_lines
 from megatron_ft.launcher.slurm_job import STARTS, read_starts

@@ -95,14 +95,14 @@ def state_and_checkpointer(words: list[str]):
     from megatron_ft.engine.optimizer import build_optimizer
     from megatron_ft.engine.schedule import build_scheduler, plan_length
 
-    args = parse_args(words, int(os.environ["WORLD_SIZE"]))
-    set_up_device(args)
-    parallel.initialize(args)
-    shape = args.shape.with_vocab(257)
-    model = wrap_for_data_parallel(args, build_model(args, shape, 272))
-    optimizer = build_optimizer(args, model)
-    state = TrainState(model, optimizer, build_scheduler(args, optimizer, plan_length(args, 100)))
-    return args, state, Checkpointer(args, shape, {})
+    config = parse_args(words, int(os.environ["WORLD_SIZE"]))
+    set_up_device(config)
+    parallel.initialize(config)
+    shape = config.shape.with_vocab(257)
+    model = wrap_for_data_parallel(config, build_model(config, shape, 272))
+    optimizer = build_optimizer(config, model)
+    state = TrainState(model, optimizer, build_scheduler(config, optimizer, plan_length(config, 100)))
+    return config, state, Checkpointer(config, shape, {})
 
 
 class FusedAdam(torch.optim.Optimizer):

@@ -1,12 +1,12 @@
 """What the engine's tests run on ranks: flags to a model, optimizer and batches, without files of a run."""
 
-import argparse
 import re
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from megatron_ft.config.config import Config
 from megatron_ft.errors import EXIT_USER_ERROR, UserError
 
 GOLDEN_FLAGS = (
@@ -17,7 +17,7 @@ GOLDEN_FLAGS = (
 )
 
 
-def start(flags: str, tokenizer: Path) -> argparse.Namespace:
+def start(flags: str, tokenizer: Path) -> Config:
     """Parsed flags, with device and process groups set up as finetune.py does."""
     import os
 
@@ -25,10 +25,10 @@ def start(flags: str, tokenizer: Path) -> argparse.Namespace:
     from megatron_ft.engine import parallel
     from megatron_ft.engine.device import set_up_device
 
-    args = parse_args([*flags.split(), "--tokenizer-file", str(tokenizer)], int(os.environ["WORLD_SIZE"]))
-    set_up_device(args)
-    parallel.initialize(args)
-    return args
+    config = parse_args([*flags.split(), "--tokenizer-file", str(tokenizer)], int(os.environ["WORLD_SIZE"]))
+    set_up_device(config)
+    parallel.initialize(config)
+    return config
 
 
 def branch_weights(path: Path):
@@ -87,12 +87,12 @@ def branch_micro_batch(batches, number: int, average: str = "microbatch"):
     )
 
 
-def largest_weight_difference(model: list, args: argparse.Namespace, expected) -> float:
+def largest_weight_difference(model: list, config: Config, expected) -> float:
     """Over this rank's parameters, against a WeightSource's."""
     from megatron_ft.checkpoint.load_weights import load_weights, unwrap
     from megatron_ft.engine.model import build_model
 
-    reference = build_model(args, args.shape, expected.shape.vocab_size)
+    reference = build_model(config, config.shape, expected.shape.vocab_size)
     load_weights(expected, reference)
     pairs = zip(unwrap(model[0]).named_parameters(), unwrap(reference[0]).named_parameters(), strict=True)
     return max((ours - theirs).abs().max().item() for (_, ours), (_, theirs) in pairs)
@@ -107,12 +107,12 @@ def golden_steps(flags: str, golden: Path) -> dict:
     from megatron_ft.engine.schedule import build_scheduler, plan_length
     from megatron_ft.engine.train import forward_backward
 
-    args = start(f"{GOLDEN_FLAGS} {flags}", golden / "data/tokenizer.json")
-    chunks = build_model(args, args.shape, 1024)
+    config = start(f"{GOLDEN_FLAGS} {flags}", golden / "data/tokenizer.json")
+    chunks = build_model(config, config.shape, 1024)
     load_weights(branch_weights(golden / "train/weights_after_step0.npz"), chunks)
-    model = wrap_for_data_parallel(args, chunks)
-    optimizer = build_optimizer(args, model)
-    scheduler = build_scheduler(args, optimizer, plan_length(args))
+    model = wrap_for_data_parallel(config, chunks)
+    optimizer = build_optimizer(config, model)
+    scheduler = build_scheduler(config, optimizer, plan_length(config))
     batches = np.load(golden / "train/tp1pp1_batches.npz")
     training = [n for n in range(len(batches.files) // 5) if batches[f"{n:03d}_train"]]
     ranks, rank = parallel.data_parallel_size(), parallel.data_parallel_rank()
@@ -120,16 +120,16 @@ def golden_steps(flags: str, golden: Path) -> dict:
     for first in range(0, len(training), 2):
         ours = [branch_micro_batch(batches, n) for n in training[first : first + 2][rank::ranks]]
         (weight,) = parallel.sum_over_data_parallel([sum(m.weight for m in ours)])
-        losses = forward_backward(args, model, optimizer, ours, weight, None)
+        losses = forward_backward(config, model, optimizer, ours, weight, None)
         (loss,) = parallel.sum_over_all([sum(losses) if parallel.counts_here() else 0.0])
         result["lr"].append(learning_rate(optimizer))
         _, grad_norm, _ = optimizer.step()
         scheduler.step(increment=4)
         result["loss"].append(loss)
         result["grad_norm"].append(grad_norm)
-    for chunk in model if args.overlap_param_gather else []:
+    for chunk in model if config.parallel.overlap_param_gather else []:
         chunk.disable_forward_pre_hook()
-    result["weights"] = largest_weight_difference(model, args, branch_weights(golden / "train/weights_after_step8.npz"))
+    result["weights"] = largest_weight_difference(model, config, branch_weights(golden / "train/weights_after_step8.npz"))
     return result
 
 
@@ -207,14 +207,14 @@ def loss_and_gradient_error(
     flags += f" --num-layers {source.shape.num_layers} --hidden-size {source.shape.hidden_size} --num-attention-heads 4"
     flags += " --max-position-embeddings 256 --seq-length 256 --hidden-dropout 0 --attention-dropout 0 --data-prefix unused --train-iters 1"
     flags += f" --attention-head-type {'multiquery' if source.shape.multi_query else 'multihead'}"
-    args = start(flags, tokenizer)
-    chunks = build_model(args, args.shape, source.shape.vocab_size)
+    config = start(flags, tokenizer)
+    chunks = build_model(config, config.shape, source.shape.vocab_size)
     load_weights(source, chunks)
-    model = wrap_for_data_parallel(args, chunks)
-    optimizer = build_optimizer(args, model)
-    batch = packed_rows(seed, args.micro_batch_size, 256, 6, 1000)
+    model = wrap_for_data_parallel(config, chunks)
+    optimizer = build_optimizer(config, model)
+    batch = packed_rows(seed, config.training.micro_batch_size, 256, 6, 1000)
     micro = micro_batch_from(batch, batch.loss_mask, "token", [0])
-    losses = forward_backward(args, model, optimizer, [micro], micro.weight, 1000)
+    losses = forward_backward(config, model, optimizer, [micro], micro.weight, 1000)
     (loss,) = parallel.sum_over_all([sum(losses) if parallel.counts_here() else 0.0])
 
     stored = torch.load(gradients)
@@ -225,7 +225,7 @@ def loss_and_gradient_error(
         def pieces(self, name: str):
             return 0, [stored[name]]
 
-    reference = build_model(args, args.shape, source.shape.vocab_size)
+    reference = build_model(config, config.shape, source.shape.vocab_size)
     load_weights(Gradients(), reference)
     pairs = zip(unwrap(model[0]).parameters(), unwrap(reference[0]).parameters(), strict=True)
     return loss, max((ours.main_grad - theirs).abs().max().item() for ours, theirs in pairs)
@@ -251,18 +251,18 @@ def difference_from_dense_model(flags: str, golden: Path) -> dict[str, float]:
     from megatron_ft.model.shape import padded_vocab_size
 
     flags = f"{flags} --preset tiny --num-layers 2 --seq-length 256 --data-prefix unused --train-iters 1"
-    args = start(flags, golden / "data/tokenizer.json")
+    config = start(flags, golden / "data/tokenizer.json")
     by_document = packed_attention.attend_by_document
     errors = {}
     for precision, documents in (("fp32", 1), ("fp32", 100), ("bf16", 1), ("bf16", 100)):
-        args.bf16 = precision == "bf16"
-        batch = packed_rows(5, args.micro_batch_size, 256, documents, 1000)
+        config = config.with_flags(bf16=precision == "bf16")
+        batch = packed_rows(5, config.training.micro_batch_size, 256, documents, 1000)
         micro = micro_batch_from(batch, batch.loss_mask, "token", [0])
         results = []
         for attention in (by_document, dense_attention):
             packed_attention.attend_by_document = attention
             parallel.seed_start(1)
-            (model,) = build_model(args, args.shape, padded_vocab_size(1000, 128, args.tensor_model_parallel_size))
+            (model,) = build_model(config, config.shape, padded_vocab_size(1000, 128, config.parallel.tensor))
             logits = model(micro.tokens, micro.position_ids, None, packed_seq_params=micro.row)
             logits.float().square().mean().backward()
             gradient = torch.cat([p.grad.float().flatten() for p in model.parameters()])
@@ -284,8 +284,8 @@ def golden_logits_error(flags: str, golden: Path) -> float:
     from megatron_ft.engine.model import build_model
     from megatron_ft.engine.packed_attention import PackedRow
 
-    args = start(f"{GOLDEN_FLAGS} {flags}", golden / "data/tokenizer.json")
-    (model,) = build_model(args, args.shape, 1024)
+    config = start(f"{GOLDEN_FLAGS} {flags}", golden / "data/tokenizer.json")
+    (model,) = build_model(config, config.shape, 1024)
     load_weights(branch_weights(golden / "train/weights_after_step0.npz"), [model])
     reference = {name: torch.from_numpy(array) for name, array in np.load(golden / "train/ref_short_s257.npz").items()}
     tokens, positions = (reference[name].reshape(1, -1) for name in ("tokens", "position_ids"))
@@ -362,7 +362,7 @@ def losses_of_splits(golden: Path) -> dict:
 
     flags = "--num-layers 4 --hidden-size 64 --num-attention-heads 4 --max-position-embeddings 256 --seq-length 256"
     flags += " --hidden-dropout 0 --attention-dropout 0 --data-prefix unused --train-iters 1 --global-batch-size 4"
-    args = start(flags, golden / "data/tokenizer.json")
+    config = start(flags, golden / "data/tokenizer.json")
     rows = packed_rows(11, 4, 256, 5, 1000)
     rows.loss_mask[0, 20:] = 0  # few output tokens
     rows.loss_mask[2] = 0  # none
@@ -379,16 +379,16 @@ def losses_of_splits(golden: Path) -> dict:
         return result
 
     results: dict = {"token": [], "microbatch": [], "by hand": {}}
-    chunks = build_model(args, args.shape, 1024)
+    chunks = build_model(config, config.shape, 1024)
     load_weights(open_weights(golden / "hf/hf_tiny"), chunks)
-    model = wrap_for_data_parallel(args, chunks)
-    optimizer = build_optimizer(args, model)
+    model = wrap_for_data_parallel(config, chunks)
+    optimizer = build_optimizer(config, model)
     for average in ("token", "microbatch"):
         for size in (2, 1):
-            args.micro_batch_size = size
+            config = config.with_flags(micro_batch_size=size)
             ours = micro_batches(size, average)
             (weight,) = parallel.sum_over_data_parallel([sum(m.weight for m in ours)])
-            shares = forward_backward(args, model, optimizer, ours, weight, 1000)
+            shares = forward_backward(config, model, optimizer, ours, weight, 1000)
             (loss,) = parallel.sum_over_all([sum(shares) if parallel.counts_here() else 0.0])
             optimizer.prepare_grads()
             results[average].append((loss, float(optimizer.get_grad_norm())))

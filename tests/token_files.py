@@ -1,12 +1,12 @@
 """Small tokenized data sets for tests, and the flags that read them."""
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from megatron_ft.config.arguments import parse_args
+from megatron_ft.config.config import Config
 from megatron_ft.data.indexed import IndexedWriter, commit, field_paths
 
 
@@ -30,7 +30,7 @@ def numbered_documents(lengths: Sequence[tuple[int, int]], first: int = 0) -> li
     return [([first + i] * a, [first + i] * b) for i, (a, b) in enumerate(lengths)]
 
 
-def training_flags(*flags: str | Path, seq_length: int = 32, world_size: int = 1) -> argparse.Namespace:
+def training_flags(*flags: str | Path, seq_length: int = 32, world_size: int = 1) -> Config:
     """Flags as the training program parses them."""
     return parse_args(
         ["--preset", "tiny", "--tokenizer-file", __file__, "--train-iters", "1", "--seq-length", str(seq_length)]

@@ -1,56 +1,59 @@
-"""Writing and reading sharded tensors in Megatron-Core's torch_dist format (torch distributed checkpoint), without its writer processes.
+"""Write and read sharded tensors in torch_dist format (Megatron-Core's, a torch DCP directory).
 
-    .metadata         which box of which tensor lies where (a pickle, read through an allow-list)
+    .metadata         which box of which tensor is where (a pickle, read through an allow-list)
     __3_0.distcp      the boxes of rank 3, one torch.save after the other
-    common.pt, metadata.json     what Megatron-Core expects beside them
+    common.pt, metadata.json     what else Megatron-Core expects
 
-Megatron-Core's own writer forks processes, which segfaults after CUDA and hangs when one of them dies. Here a rank copies its tensors and writes
-them from a thread, so a save can go on behind training, and an error comes back as an error.
+Megatron-Core's own writer forks processes, which segfaults after CUDA and hangs when one of them
+dies. This one copies a rank's tensors and writes them from a thread, so a save continues in the
+background of training and an error is reported as an error.
 """
 
 import hashlib
 import io
-import mmap
 import os
-import pickle
-import re
 import threading
-from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
+from itertools import groupby
 from pathlib import Path
+from typing import BinaryIO, NamedTuple
 
 import torch
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.mapping import ShardedObject, is_main_replica
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    TensorStorageMetadata,
-)
+from torch.distributed.checkpoint.metadata import Metadata
 
 from megatron_ft.errors import UserError
-from megatron_ft.model.boxes import Box, overlap
+from megatron_ft.model.boxes import Box
 from megatron_ft.weights.manifest import Damaged
-from megatron_ft.weights.torch_dist_metadata import StoredChunk, read_metadata
+from megatron_ft.weights.torch_dist_files import TorchDistFiles
+from megatron_ft.weights.torch_dist_metadata import StoredChunk
+
+HASHED_IN_THREAD = 1 << 16  # bytes; smaller writes are hashed faster than handed over
 
 
 class RankWriter:
-    """One rank's file of one checkpoint. Made with the tensors to write (copied at once when `background`), then `start`ed."""
+    """One rank's file of one checkpoint.
 
-    def __init__(self, directory: Path, rank: int, items: list[ShardedTensor | ShardedObject], background: bool):
+    With `background`, the tensors are copied to the CPU on construction and written by a thread.
+    After `wait`, either `error` says what failed, or `file` is {"size": bytes, "sha256": digest}
+    (None where this rank had nothing to write) and `entries` the chunks for `.metadata`.
+    """
+
+    def __init__(
+        self, directory: Path, rank: int, items: list[ShardedTensor | ShardedObject], background: bool
+    ) -> None:
         self.path = directory / f"__{rank}_0.distcp"
         self.items = [item for item in items if is_main_replica(item.replica_id)]
         self.background = background
-        if background:
-            self.copies = [_own_copy(i) if isinstance(i, ShardedTensor) else _bytes_of(i) for i in self.items]
+        self.copies: list[torch.Tensor | bytes | None] = [_copy_of(item) for item in self.items] if background else []
         self.entries: list[StoredChunk] = []
         self.file: dict | None = None
         self.error: str | None = None
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
-        """Write: in this thread, or behind training."""
+        """Write, in this thread or in the background. Never raises: see `error`."""
         if self.background:
             self._thread = threading.Thread(target=self._run, name="checkpoint writer", daemon=True)
             self._thread.start()
@@ -59,11 +62,11 @@ class RankWriter:
 
     @property
     def running(self) -> bool:
-        """Whether the background thread still writes."""
+        """Whether the background thread is still writing."""
         return self._thread is not None and self._thread.is_alive()
 
     def wait(self) -> None:
-        """Until everything is written and durable, or `error` says why not."""
+        """Block until everything is written and durable, or has failed."""
         if self._thread is not None:
             self._thread.join()
 
@@ -73,145 +76,120 @@ class RankWriter:
                 self._write()
         except OSError as error:
             self.error = f"{self.path}: {error.strerror or error}"
-        except (
-            Exception
-        ) as error:  # torch reports a failed write as RuntimeError; whatever it is, the other ranks must hear of it
+        # torch reports a failed write as RuntimeError; the other ranks must learn of any failure
+        except Exception as error:
             self.error = f"{self.path}: {type(error).__name__}: {error}"
 
     def _write(self) -> None:
-        with open(self.path, "wb") as file, ThreadPoolExecutor(1, "checkpoint checksum") as beside:
-            stream = _Hashing(file, beside)
+        with open(self.path, "wb") as file, ThreadPoolExecutor(1, "checkpoint checksum") as thread:
+            stream = _Hashing(file, thread)
             try:
                 self._write_items(stream)
             finally:
-                if stream.failure:  # what torch made of it does not say "no space left"
+                if stream.failure:  # torch's error for it does not say "no space left"
                     raise stream.failure
             file.flush()
             os.fsync(file.fileno())
             self.file = {"size": stream.tell(), "sha256": stream.digest()}
-        if self.path.stat().st_size != self.file["size"]:
-            raise OSError(f"{self.path.stat().st_size} bytes arrived of {self.file['size']}")
+        written = self.path.stat().st_size
+        if written != stream.tell():
+            raise OSError(f"{written} bytes arrived of {stream.tell()}")
 
     def _write_items(self, stream: "_Hashing") -> None:
         for number, item in enumerate(self.items):
             start = stream.tell()
-            if isinstance(item, ShardedTensor):
-                torch.save(self.copies[number] if self.background else _own_copy(item), stream)
+            content = self.copies[number] if self.background else _copy_of(item)
+            if isinstance(content, bytes):
+                stream.write(content)
             else:
-                stream.write(self.copies[number] if self.background else _bytes_of(item))
+                torch.save(content, stream)  # type: ignore[arg-type]  # torch only calls write and flush
+            del content
             if self.background:
-                self.copies[number] = None  # written: let the memory go
+                self.copies[number] = None  # written: release its memory
             self.entries.append(_chunk_of(item, self.path.name, start, stream.tell() - start))
+
+
+class _Copy(NamedTuple):
+    """A part of a stored chunk and the view that it is copied into."""
+
+    chunk: StoredChunk
+    part: tuple[slice, ...]
+    target: torch.Tensor
+
+
+def read_tensors(directory: Path, wanted: list[ShardedTensor], metadata: Metadata | None = None) -> None:
+    """Fill the data of `wanted` in place, whatever layout wrote them.
+
+    Values are converted to the data's dtype and device. A tensor that may differ in size (a padded
+    vocabulary) is filled as far as the checkpoint goes, and with zeros beyond. Files are read in
+    order, one after the other.
+
+    Raises UserError for a tensor that the checkpoint does not have or has in another shape, and for
+    a refused pickle; Damaged for a tensor that is stored only in part or cannot be read.
+    """
+    files = TorchDistFiles(directory, metadata)
+    copies: list[_Copy] = []
+    for item in wanted:
+        if item.key not in files.tensors:
+            raise UserError(
+                f"{directory} holds no {item.key}, which this run's flags require; "
+                "give it as --load to take only its weights"
+            )
+        if files.shape(item.key) != tuple(item.global_shape) and not item.allow_shape_mismatch:
+            raise UserError(
+                f"{directory}: {item.key} has shape {list(files.shape(item.key))}, "
+                f"expected {list(item.global_shape)}; use the architecture flags it was saved with"
+            )
+        data = _full_rank_view(item)
+        box = Box(tuple(item.global_offset), tuple(data.shape))
+        filled = 0
+        for chunk, common in files.overlapping(item.key, box):
+            target = data[common.within(box)]
+            copies.append(_Copy(chunk, common.within(chunk), target))
+            filled += target.numel()
+        if filled < data.numel():
+            if not item.allow_shape_mismatch:
+                raise Damaged(f"{directory}: {item.key} is stored only in part")
+            data.zero_()
+    copies.sort(key=lambda copy: (copy.chunk.file, copy.chunk.start))
+    for _, of_file in groupby(copies, key=lambda copy: copy.chunk.file):
+        for copy in of_file:
+            copy.target.copy_(files.chunk(copy.chunk)[copy.part])
+        files.close()  # mapped pages count as this process's memory
 
 
 def _chunk_of(item: ShardedTensor | ShardedObject, file: str, start: int, length: int) -> StoredChunk:
     if not isinstance(item, ShardedTensor):
         return StoredChunk(item.unique_key, file, start, length)
     shape, offsets = tuple(item.global_shape), tuple(item.global_offset)
-    return StoredChunk(item.key, file, start, length, item.dtype, shape, offsets, _whole_rank(item))
+    return StoredChunk(item.key, file, start, length, item.dtype, shape, offsets, _full_rank_shape(item))
 
 
-def read_tensors(directory: Path, wanted: list[ShardedTensor], metadata: Metadata | None = None) -> None:
-    """Fill the data of `wanted` in place, whatever layout wrote them; values are converted to the data's dtype.
-
-    A tensor that may differ in size (a padded vocabulary) is filled as far as the checkpoint goes and zero beyond.
-    Raises UserError for a tensor that is not there or has another shape, Damaged for one that cannot be read whole.
-    """
-    metadata = metadata or read_metadata(directory)
-    reads: dict[str, list[tuple]] = defaultdict(list)
-    chunks_at = {}
-    for target in wanted:
-        stored = metadata.state_dict_metadata.get(target.key)
-        if not isinstance(stored, TensorStorageMetadata):
-            raise UserError(
-                f"{directory} holds no {target.key}, which this run's flags ask for; give it as --load to take its weights alone"
-            )
-        if tuple(stored.size) != tuple(target.global_shape) and not target.allow_shape_mismatch:
-            raise UserError(
-                f"{directory}: {target.key} has shape {list(stored.size)}, this run's has {list(target.global_shape)}; "
-                "use the architecture flags it was saved with"
-            )
-        if target.key not in chunks_at:
-            chunks_at[target.key] = _by_first_axis(stored.chunks)
-        data = _whole_rank_view(target)
-        box = Box(tuple(target.global_offset), tuple(data.shape))
-        filled = 0
-        for chunk in chunks_at[target.key](box.offsets[0], box.sizes[0]) if box.offsets else stored.chunks:
-            common = overlap(box, chunk)
-            if common is None:
-                continue
-            source, place = common.within(chunk), data[common.within(box)]
-            where = metadata.storage_data[MetadataIndex(target.key, chunk.offsets)]
-            reads[where.relative_path].append((where.offset, where.length, source, place))
-            filled += place.numel()
-        if filled < data.numel():
-            if not target.allow_shape_mismatch:
-                raise Damaged(f"{directory}: {target.key} is stored only in part")
-            data.zero_()
-    for name in sorted(reads):
-        _read_file(directory / name, reads[name])
-
-
-def _read_file(path: Path, reads: list[tuple]) -> None:
-    """Copy boxes of one file to their places, each stored tensor loaded once."""
-    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        loaded_at, tensor = -1, None
-        for position, length, source, place in sorted(reads, key=lambda read: read[0]):
-            if position != loaded_at:
-                tensor = _load_tensor(path, position, content[position : position + length])
-                loaded_at = position
-            place.copy_(tensor[source])
-
-
-def _load_tensor(path: Path, position: int, content: bytes) -> torch.Tensor:
-    try:
-        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        wanted = re.search(r"GLOBAL (\S+)|function (\S+)", str(error))
-        name = (wanted.group(1) or wanted.group(2)) if wanted else "more than a tensor"
-        raise UserError(
-            f"{path}: refused, a pickle in it (byte {position}) wants {name}; the file was tampered with"
-        ) from None
-    except (RuntimeError, EOFError, ValueError) as error:
-        raise Damaged(f"{path} is damaged at byte {position} ({str(error).splitlines()[0][:100]})") from None
-
-
-def _by_first_axis(chunks: list[ChunkStorageMetadata]):
-    """Chunks of stacked layers by their layer, so that a layer is not compared with all others'."""
-    if any(len(chunk.sizes) == 0 or chunk.sizes[0] != 1 for chunk in chunks):
-        return lambda first, count: chunks
-    layers = defaultdict(list)
-    for chunk in chunks:
-        layers[chunk.offsets[0]].append(chunk)
-    return lambda first, count: [chunk for layer in range(first, first + count) for chunk in layers[layer]]
-
-
-def _whole_rank(item: ShardedTensor) -> tuple[int, ...]:
+def _full_rank_shape(item: ShardedTensor) -> tuple[int, ...]:
+    """Local shape with the axes that Megatron-Core prepends (the layer axis of stacked layers)."""
     return (1,) * item.prepend_axis_num + tuple(item.local_shape)
 
 
-def _whole_rank_view(item: ShardedTensor) -> torch.Tensor:
-    return item.data.detach().view(_whole_rank(item))
+def _full_rank_view(item: ShardedTensor) -> torch.Tensor:
+    return item.data.detach().view(_full_rank_shape(item))
 
 
-def _own_copy(item: ShardedTensor) -> torch.Tensor:
-    """A CPU copy with a storage of its own: torch.save would write all of a shared one."""
-    tensor = _whole_rank_view(item)
-    return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu").copy_(tensor)
-
-
-def _bytes_of(item: ShardedObject) -> bytes:
+def _copy_of(item: ShardedTensor | ShardedObject) -> torch.Tensor | bytes:
+    """A CPU copy with its own storage (torch.save writes all of a shared one); an object pickled."""
+    if isinstance(item, ShardedTensor):
+        tensor = _full_rank_view(item)
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu").copy_(tensor)
     content = io.BytesIO()
     torch.save([item.data], content)
     return content.getvalue()
 
 
 class _Hashing(io.RawIOBase):
-    """A stream that hashes what goes through, beside writing it, and keeps the first failure."""
+    """A stream that hashes in a second thread what it writes, and keeps the first failure."""
 
-    def __init__(self, file, beside: ThreadPoolExecutor) -> None:
-        self._beside = beside
-        self._file, self._hash, self._size = file, hashlib.sha256(), 0
+    def __init__(self, file: BinaryIO, thread: ThreadPoolExecutor) -> None:
+        self._file, self._thread = file, thread
+        self._hash, self._size = hashlib.sha256(), 0
         self.failure: OSError | None = None
 
     def writable(self) -> bool:
@@ -219,7 +197,11 @@ class _Hashing(io.RawIOBase):
 
     def write(self, data) -> int:
         size = memoryview(data).nbytes
-        hashed = self._beside.submit(self._hash.update, data) if size >= 1 << 16 else self._hash.update(data)
+        hashed = None
+        if size >= HASHED_IN_THREAD:
+            hashed = self._thread.submit(self._hash.update, data)
+        else:
+            self._hash.update(data)
         try:
             self._file.write(data)
         except OSError as error:
@@ -227,7 +209,7 @@ class _Hashing(io.RawIOBase):
             raise
         finally:
             if hashed is not None:
-                hashed.result()  # the buffer is only lent
+                hashed.result()  # the caller may reuse the buffer after return
         self._size += size
         return size
 

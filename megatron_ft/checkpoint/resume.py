@@ -4,10 +4,11 @@ A save directory that holds checkpoints is resumed; else `--load` gives weights 
 """
 
 import contextlib
-from argparse import Namespace
 from dataclasses import fields
 from pathlib import Path
 
+from megatron_ft.config.config import ENTRIES, Config
+from megatron_ft.config.flag import Resume
 from megatron_ft.data.indexed import field_paths
 from megatron_ft.data.splits import groups_of
 from megatron_ft.errors import UserError
@@ -18,41 +19,26 @@ from megatron_ft.weights.directory import TRACKER, iteration_directory, list_ite
 from megatron_ft.weights.fingerprint import is_base
 from megatron_ft.weights.manifest import NAME, Damaged, Manifest, read_manifest
 
-# Flags a run's numbers follow from, beside its architecture and data. Changing one on a resume would make it another run without a word.
-FIXED = (
-    "seq_length", "packing", "packing_lookahead", "overlong",
-    "loss_on_targets_only", "norm_target_loss", "loss_average", "softmax_over_padding", "eod_mask_loss",
-    "reset_position_ids", "reset_attention_mask",
-    "global_batch_size", "rampup_batch_size", "seed", "optimizer", "bf16", "fp16", "lora_rank", "lora_alpha", "lora_targets",
-)  # fmt: skip
-# Flags that concern where a run is, not what it is: differences are not worth a line.
-SILENT = (
-    "save", "load", "finetune_from", "load_iteration", "from_scratch", "finetune", "no_load_optim", "no_load_rng", "reset_progress",
-    "override_checkpoint_args", "verify_checkpoint", "preset", "world_size", "data_parallel_size", "data_cache_path", "tokenizer_file", "notices",
-    "num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size", "max_position_embeddings", "attention_head_type",
-    "layernorm_epsilon", "init_method_std", "hidden_dropout", "attention_dropout",
-)  # fmt: skip
 
-
-def newest_manifest(args: Namespace) -> Manifest | None:
+def newest_manifest(config: Config) -> Manifest | None:
     """Manifest of the checkpoint that this command line resumes, None for a first start. Reads that file alone, so it is cheap;
     whether the checkpoint is whole is seen when it is loaded."""
-    save = Path(args.save) if args.save else None
+    save = Path(config.checkpoint.save) if config.checkpoint.save else None
     for iteration in list_iterations(save) if save else []:
         with contextlib.suppress(Damaged):
             return read_manifest(iteration_directory(save, iteration))
     return None
 
 
-def starting_shape(args: Namespace) -> ModelShape | None:
+def starting_shape(config: Config) -> ModelShape | None:
     """Architecture of the checkpoint that this command line starts from or resumes, None when the flags must tell.
 
     Asked before a model is built; reads one manifest or the names in a weights directory.
     """
-    if manifest := newest_manifest(args):
+    if manifest := newest_manifest(config):
         return ModelShape(**manifest.shape)
-    if args.load:
-        source, _ = open_start(args.load, args.load_iteration, args)
+    if config.checkpoint.load:
+        source, _ = open_start(config.checkpoint.load, config.checkpoint.load_iteration, config.values())
         return source.shape
     return None
 
@@ -107,37 +93,37 @@ def none_is_whole(save: Path, damage: list[str]) -> UserError:
     )
 
 
-def choose_first_start(args: Namespace) -> tuple[str, str]:
+def choose_first_start(config: Config) -> tuple[str, str]:
     """("weights" or "scratch", why) for a run whose --save holds no checkpoint. Raises UserError when neither is allowed."""
-    empty = f"--save {args.save} holds no checkpoint" if args.save else "no --save"
-    if args.load:
+    empty = f"--save {config.checkpoint.save} holds no checkpoint" if config.checkpoint.save else "no --save"
+    if config.checkpoint.load:
         ignored = [
-            f"--{flag.replace('_', '-')}"
+            ENTRIES[flag].flag.name
             for flag in ("finetune", "no_load_optim", "no_load_rng", "reset_progress")
-            if getattr(args, flag)
+            if config.value(flag)
         ]
         note = f" ({', '.join(ignored)}: always so on a first start)" if ignored else ""
-        return "weights", f"{empty}: weights alone from {args.load}, step 0{note}"
-    if args.from_scratch:
+        return "weights", f"{empty}: weights alone from {config.checkpoint.load}, step 0{note}"
+    if config.checkpoint.from_scratch:
         return "scratch", f"{empty} and no --load: random weights (--from-scratch)"
     raise UserError(
         f"{empty}, and no --load DIR is given; give one to fine-tune from, or --from-scratch for random weights"
     )
 
 
-def find_base(base: dict, args: Namespace, where: Path) -> tuple[str, int | str]:
+def find_base(base: dict, config: Config, where: Path) -> tuple[str, int | str]:
     """(directory, iteration) of the weights that the adapters in `where` were trained on: where they were, or else --load.
 
     Raises UserError when neither holds them.
     """
     iteration = "latest" if base["iteration"] is None else base["iteration"]
     places = [(base["path"], iteration)]
-    if args.load:
-        places += [(args.load, iteration), (args.load, args.load_iteration)]
+    if config.checkpoint.load:
+        places += [(config.checkpoint.load, iteration), (config.checkpoint.load, config.checkpoint.load_iteration)]
     looked, others = [], False
     for place in dict.fromkeys(places):
         try:
-            source, _ = open_start(*place, args)
+            source, _ = open_start(*place, config.values())
         except UserError as error:
             looked.append(str(error))
             continue
@@ -156,18 +142,19 @@ def find_base(base: dict, args: Namespace, where: Path) -> tuple[str, int | str]
     )
 
 
-def compare(manifest: Manifest, args: Namespace, shape: ModelShape, now_data: dict) -> tuple[list[str], list[str]]:
+def compare(manifest: Manifest, config: Config, shape: ModelShape, now_data: dict) -> tuple[list[str], list[str]]:
     """Differences between a checkpoint's run and this command line: those that make it another run, and the others."""
     changed, others = [], []
     for f in fields(ModelShape):
         saved, now = manifest.shape.get(f.name), getattr(shape, f.name)
         if saved != now:
             changed.append(f"{f.name.replace('_', '-')} was {saved}, is {now}")
-    for name, now in sorted(vars(args).items()):
-        if name in SILENT or name not in manifest.args or manifest.args[name] == now:
+    for name, entry in sorted(ENTRIES.items()):
+        now, rule = config.value(name), entry.flag.resume
+        if rule is Resume.SILENT or name not in manifest.args or manifest.args[name] == now:
             continue
-        line = f"--{name.replace('_', '-')} was {manifest.args[name]}, is {now}"
-        (changed if name in FIXED else others).append(line)
+        line = f"{entry.flag.name} was {manifest.args[name]}, is {now}"
+        (changed if rule is Resume.FIXED else others).append(line)
     for what, is_now in now_data.items():
         was = manifest.data.get(what, is_now)
         if was != is_now:
@@ -175,13 +162,13 @@ def compare(manifest: Manifest, args: Namespace, shape: ModelShape, now_data: di
     return changed, others
 
 
-def refuse_changes(manifest: Manifest, args: Namespace, changed: list[str], where: Path) -> UserError:
+def refuse_changes(manifest: Manifest, config: Config, changed: list[str], where: Path) -> UserError:
     """The error for a resume that would silently be another run."""
     hint = ""
     if any(line.startswith("--global-batch-size") for line in changed):
-        saved, micro = manifest.args["global_batch_size"], args.micro_batch_size
-        model_parallel = args.world_size // args.data_parallel_size
-        if saved % (micro * args.data_parallel_size) == 0:
+        saved, micro = manifest.args["global_batch_size"], config.training.micro_batch_size
+        model_parallel = config.parallel.model
+        if saved % (micro * config.parallel.data) == 0:
             hint = f"give --global-batch-size {saved}, "
         elif saved % micro:
             hint = f"give --global-batch-size {saved} and a --micro-batch-size that divides it, "
@@ -198,15 +185,15 @@ def refuse_changes(manifest: Manifest, args: Namespace, changed: list[str], wher
     )
 
 
-def describe_data(args: Namespace) -> dict[str, str]:
+def describe_data(config: Config) -> dict[str, str]:
     """What a run reads, without where it lies: the blend of its training groups with the files' sizes, and the tokenizer's digest."""
     blend = []
-    for group in groups_of(args, "train"):
+    for group in groups_of(config, "train"):
         for part in group.parts:
             files = [Path(field + suffix) for field in field_paths(part.prefix) for suffix in (".bin", ".idx")]
             size = sum(file.stat().st_size for file in files if file.is_file())
             blend.append(f"{part.weight:g} {part.start:g}:{part.end:g} {Path(part.prefix).name} ({size} bytes)")
     found = {"training data": ", ".join(blend)} if blend else {}  # --skip-train may have none
-    if tokenizer := tokenizer_files.fingerprint(Path(args.tokenizer_file)):
+    if tokenizer := tokenizer_files.fingerprint(Path(config.data.tokenizer_file)):
         found["tokenizer"] = tokenizer
     return found

@@ -1,17 +1,17 @@
 """Which checkpoints of a run stay, which go, and how many lie on the disk at once: --keep-last, --keep-every, --save-epochs, the best."""
 
 import contextlib
-from argparse import Namespace
 from collections.abc import Callable, Collection
 from pathlib import Path
 
+from megatron_ft.config.config import Config
 from megatron_ft.errors import UserError
 from megatron_ft.files.atomic import free_bytes
 from megatron_ft.weights import directory
 from megatron_ft.weights.manifest import Damaged, read_manifest
 
 
-def check_room(save: Path, needed: int, args: Namespace, log: Callable[[str], None]) -> None:
+def check_room(save: Path, needed: int, config: Config, log: Callable[[str], None]) -> None:
     """Raise UserError when a checkpoint of `needed` bytes does not fit into `save`; log a warning when those that will lie there at once do not."""
     free = free_bytes(save)
     if free < needed:
@@ -22,27 +22,27 @@ def check_room(save: Path, needed: int, args: Namespace, log: Callable[[str], No
     there = directory.list_iterations(save)
     most = most_at_once(
         there,
-        args.train_iters,
-        save_interval=args.save_interval,
-        keep_last=args.keep_last,
-        keep_every=args.keep_every,
-        best=bool(args.eval_interval),
+        config.training.train_iters,
+        save_interval=config.checkpoint.save_interval,
+        keep_last=config.checkpoint.keep_last,
+        keep_every=config.checkpoint.keep_every,
+        best=bool(config.validation.interval),
     )
     if free < (most - len(there)) * needed:
         log(
             f"warning: --save {save}: up to {most} checkpoints of {needed / 1e9:.3f} GB will lie there at once ({len(there)} do), "
-            f"{free / 1e9:.3f} GB are free; free some space, or lower --keep-last {args.keep_last}"
+            f"{free / 1e9:.3f} GB are free; free some space, or lower --keep-last {config.checkpoint.keep_last}"
         )
 
 
-def delete_superseded(save: Path, args: Namespace, period: float | None, log: Callable[[str], None]) -> None:
+def delete_superseded(save: Path, config: Config, period: float | None, log: Callable[[str], None]) -> None:
     """Delete what the flags do not keep; `period` is rows between --save-epochs's saves. What cannot be deleted is said, and no reason
     to stop saving. The best is the one on disk: a better one may have failed to be saved."""
     iterations = directory.list_iterations(save)
     ends = period_ends(_consumed_samples(save, iterations), period) if period else ()
     best = directory.read_best(save)
     for old in superseded(
-        iterations, keep_last=args.keep_last, keep_every=args.keep_every, best=best, period_ends=ends
+        iterations, keep_last=config.checkpoint.keep_last, keep_every=config.checkpoint.keep_every, best=best, period_ends=ends
     ):
         try:
             directory.discard(directory.iteration_directory(save, old))

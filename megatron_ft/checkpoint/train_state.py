@@ -1,6 +1,5 @@
 """What of a run goes into a checkpoint and comes back: the model, the optimizer, counters."""
 
-from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,9 @@ from torch import nn
 from megatron_ft.checkpoint import optimizer_state, sharded_state
 from megatron_ft.checkpoint.rank_files import read_tensors
 from megatron_ft.checkpoint.resume import describe_data
+from megatron_ft.config.config import Config
 from megatron_ft.model.shape import ModelShape
-from megatron_ft.weights.manifest import Manifest, git_revision, now, plain_args, versions
+from megatron_ft.weights.manifest import Manifest, git_revision, now, versions
 from megatron_ft.weights.torch_dist_metadata import read_metadata
 
 
@@ -42,14 +42,18 @@ def tensors_to_save(state: TrainState, *, adapters_only: bool) -> list[ShardedTe
 
 
 def describe(
-    state: TrainState, args: Namespace, shape: ModelShape, *, base: dict | None, special_ids: dict[str, int | None]
+    state: TrainState, config: Config, shape: ModelShape, *, base: dict | None, special_ids: dict[str, int | None]
 ) -> Manifest:
     """The manifest of a checkpoint of this moment, but for its files."""
     counters = {name: getattr(state, name) for name in COUNTERS}
     return Manifest(
         iteration=state.iteration,
         shape=shape.as_dict(),
-        args=plain_args(args),
+        args={
+            **config.values(),
+            "world_size": config.parallel.world_size,
+            "data_parallel_size": config.parallel.data,
+        },
         state={
             **counters,
             "best": dict(state.best) if state.best else None,
@@ -58,7 +62,7 @@ def describe(
             "loss_scaler": optimizer_state.get_scaler(state.optimizer),
         },
         layout=sharded_state.layout(),
-        data=describe_data(args),
+        data=describe_data(config),
         base=base,
         special_ids=special_ids,
         versions=versions(),

@@ -1,42 +1,47 @@
-"""A command line of the training program to settled arguments, or to the one line that says what is wrong with it.
+"""A command line of the training program to a settled `Config`, or to one line that says what is wrong.
 
-`parse_args(argv, world_size)` gives a validated Namespace or raises UserError with one line, before any process group exists.
-Hyphens and underscores are the same. What the user leaves out comes from the preset, the checkpoint to start from, or the default shown by --help.
+`parse_args(argv, world_size)` validates before any process group exists. Hyphens and underscores are
+interchangeable. What is not given comes from the preset, the checkpoint to start from, or the
+default that --help shows.
 """
 
-import argparse
 import difflib
-from collections.abc import Sequence
-from dataclasses import fields
+from collections.abc import Collection, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 
-from megatron_ft.config.bounds import check_bounds
-from megatron_ft.config.flags import LORA_TARGETS, build_parser
-from megatron_ft.config.mtf_flags import ACCEPTED, REFUSED, RENAMED
+from megatron_ft.config.command_line import build_parser, check_bounds, former_spellings
+from megatron_ft.config.config import Config
+from megatron_ft.config.mtf_flags import ACCEPTED, REFUSED
 from megatron_ft.errors import UserError
 from megatron_ft.model.shape import PRESETS, ModelShape
+from megatron_ft.model.tensor_names import LORA_TARGETS
 
 LENGTHS = ("iters", "samples", "tokens", "epochs")  # units of --train-...
 
 
-def parse_args(argv: Sequence[str], world_size: int = 1) -> argparse.Namespace:
-    """Parse and validate. `args.shape` (ModelShape or None when a checkpoint must tell), `args.data_parallel_size` and
-    `args.notices` (lines for the log) are added. Raises UserError."""
+def parse_args(argv: Sequence[str], world_size: int = 1) -> Config:
+    """Parse, settle and validate a command line for `world_size` processes. Raises UserError."""
     parser = build_parser()
-    known = {option for action in parser._actions for option in action.option_strings}
-    words, notices = normalise(argv, known)
-    args = parser.parse_args(words)
-    args.notices += notices
-    args.world_size = world_size
-    check_bounds(args)
-    fill_in(args)
-    validate(args)
-    return args
+    words, notices = normalize(argv, parser.actions)
+    config = Config.from_namespace(parser.parse_args(words), world_size)
+    config.notices.extend(notices)
+    check_bounds(config.values())
+    config = settle(config)
+    validate(config)
+    return config
 
 
-def normalise(argv: Sequence[str], known: set[str]) -> tuple[list[str], list[str]]:
-    """Underscores to hyphens, accepted flags taken out, refused and unknown ones named."""
-    words, notices, skip = [], [], 0
+def normalize(argv: Sequence[str], known: Collection[str]) -> tuple[list[str], list[str]]:
+    """The words of a command line in the spellings of `known`, and notices about those left out.
+
+    Underscores become hyphens, other spellings the current one; flags without effect are left out.
+    Raises UserError for flags that are refused or unknown.
+    """
+    words: list[str] = []
+    notices: list[str] = []
+    skip = 0
+    spellings = former_spellings()
     for word in argv:
         if skip:
             skip -= 1
@@ -47,7 +52,7 @@ def normalise(argv: Sequence[str], known: set[str]) -> tuple[list[str], list[str
         flag, equals, value = word.partition("=")
         if flag not in ACCEPTED:
             flag = flag.replace("_", "-")
-        flag = RENAMED.get(flag, flag)
+        flag = spellings.get(flag, flag)
         if flag in known:
             words.append(flag + equals + value)
         elif flag in ACCEPTED:
@@ -61,160 +66,209 @@ def normalise(argv: Sequence[str], known: set[str]) -> tuple[list[str], list[str
     return words, notices
 
 
-def fill_in(args: argparse.Namespace) -> None:
-    """Resolve what flags say of each other: preset to shape, other names to one, batch sizes; what has no effect is put off, with a notice."""
-    args.load = args.load or args.finetune_from
-    if args.lora_rank and args.transformer_impl == "auto":  # Transformer Engine's layers take no adapters
-        args.transformer_impl = "local"
-    if args.recompute_activations:
-        args.recompute_granularity = args.recompute_granularity or "selective"
-    if args.recompute_granularity == "full":
-        args.recompute_method = args.recompute_method or "uniform"
-        args.recompute_num_layers = args.recompute_num_layers or 1
-    if args.skip_train:  # no length, and no schedule over it
-        for unit in LENGTHS:
-            setattr(args, f"train_{unit}", None)
-        args.train_iters, args.lr_decay_style = 1, "constant"
-        args.lr_warmup_iters, args.lr_warmup_samples, args.lr_warmup_fraction = 0, 0, None
-    args.shape = shape_from_args(args, PRESETS[args.preset]) if args.preset else None
-    if args.shape is None and args.num_layers and args.hidden_size and args.num_attention_heads:
-        base = ModelShape(
-            num_layers=1, hidden_size=1, num_attention_heads=1, max_position_embeddings=args.seq_length or 8192
+def settle(config: Config) -> Config:
+    """Fill in what flags imply about each other: the shape of a preset, batch sizes, other names.
+
+    Flags without effect are turned off, with a notice.
+    """
+    config = _settle_training(config)
+    shape = None
+    if config.model.preset:
+        shape = shape_from_flags(config, PRESETS[config.model.preset])
+    elif config.model.num_layers and config.model.hidden_size and config.model.num_attention_heads:
+        positions = config.data.seq_length or 8192
+        base = ModelShape(num_layers=1, hidden_size=1, num_attention_heads=1, max_position_embeddings=positions)
+        shape = shape_from_flags(config, base)
+    if shape:
+        config = with_shape(config, shape)
+    data, parallel = config.data, config.parallel
+    if data.prefix and not config.validation.skip_train and data.validation_fraction is None:
+        if validation_fraction(config) == 0:
+            config.notices.append(
+                "validation groups are given, so training takes all of --data-prefix; "
+                "--validation-fraction holds out part of it"
+            )
+    if config.training.global_batch_size is None:
+        batch = config.training.micro_batch_size * max(1, parallel.data)
+        config = config.with_flags(global_batch_size=batch)
+    if config.optimizer.name == "sgd" and parallel.distributed_optimizer:
+        config = config.with_flags(use_distributed_optimizer=False)
+        config.notices.append(
+            "--optimizer sgd: only Adam's state is sharded across data-parallel ranks, each keeps its own"
         )
-        args.shape = shape_from_args(args, base)
-    if args.shape and args.seq_length is None:
-        args.seq_length = args.shape.max_position_embeddings
-    if args.data_prefix and not args.skip_train and args.validation_share is None and validation_share(args) == 0:
-        args.notices.append(
-            "validation groups are given, so training takes all of --data-prefix; --validation-share keeps a part out"
-        )
-    model_parallel = args.tensor_model_parallel_size * args.pipeline_model_parallel_size * args.context_parallel_size
-    args.data_parallel_size = args.world_size // model_parallel if model_parallel > 0 else 0
-    if args.global_batch_size is None:
-        args.global_batch_size = args.micro_batch_size * max(1, args.data_parallel_size)
-    if args.optimizer == "sgd" and args.use_distributed_optimizer:
-        args.use_distributed_optimizer = False
-        args.notices.append(
-            "--optimizer sgd: only Adam's state is sharded over data-parallel ranks, each keeps its own"
-        )
-    if args.sequence_parallel and args.tensor_model_parallel_size == 1:
-        args.sequence_parallel = False
-        args.notices.append("--sequence-parallel needs --tensor-model-parallel-size above 1 and is off")
-    if args.reset_attention_mask and not args.reset_position_ids:
-        args.notices.append("--no-reset-position-ids: positions run on over the documents of a row")
+    if parallel.sequence and parallel.tensor == 1:
+        config = config.with_flags(sequence_parallel=False)
+        config.notices.append("--sequence-parallel needs --tensor-model-parallel-size above 1 and is off")
+    if data.reset_attention_mask and not data.reset_position_ids:
+        config.notices.append("--no-reset-position-ids: positions continue across the documents of a sequence")
+    return config
 
 
-def shape_from_args(args: argparse.Namespace, base: ModelShape) -> ModelShape:
+def _settle_training(config: Config) -> Config:
+    """Other names of flags to one, and what flags about training imply."""
+    config = config.with_flags(load=config.checkpoint.load or config.checkpoint.finetune_from)
+    if config.lora.rank and config.memory.transformer_impl == "auto":
+        config = config.with_flags(transformer_impl="local")  # Transformer Engine's layers take no adapters
+    if config.memory.recompute_activations:
+        config = config.with_flags(recompute_granularity=config.memory.recompute_granularity or "selective")
+    if config.memory.recompute_granularity == "full":
+        config = config.with_flags(
+            recompute_method=config.memory.recompute_method or "uniform",
+            recompute_num_layers=config.memory.recompute_num_layers or 1,
+        )
+    if config.validation.skip_train:  # no length, and no schedule over it
+        config = config.with_flags(**{f"train_{unit}": None for unit in LENGTHS})
+        config = config.with_flags(
+            train_iters=1,
+            lr_decay_style="constant",
+            lr_warmup_iters=0,
+            lr_warmup_samples=0,
+            lr_warmup_fraction=None,
+        )
+    return config
+
+
+def with_shape(config: Config, shape: ModelShape) -> Config:
+    """`config` for a model of `shape`; the sequence length is the model's where none was given."""
+    config = replace(config, shape=shape)
+    if config.data.seq_length is None:
+        config = config.with_flags(seq_length=shape.max_position_embeddings)
+    return config
+
+
+def shape_from_flags(config: Config, base: ModelShape) -> ModelShape:
     """`base` with every architecture flag that was given put over it."""
-    given = {f.name: getattr(args, f.name) for f in fields(ModelShape) if getattr(args, f.name, None) is not None}
-    if args.attention_head_type:
-        given["multi_query"] = args.attention_head_type == "multiquery"
+    model = config.model
+    given = {f.name: getattr(model, f.name) for f in fields(ModelShape) if getattr(model, f.name, None) is not None}
+    if model.attention_head_type:
+        given["multi_query"] = model.attention_head_type == "multiquery"
     if "hidden_size" in given and "ffn_hidden_size" not in given:
         given["ffn_hidden_size"] = 0
     return ModelShape(**{**base.as_dict(), **given})
 
 
-def validate(args: argparse.Namespace) -> None:
-    """Raise UserError for the first contradiction, naming the flags and the way out; `args` stay as they are."""
-    tp, pp, cp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size, args.context_parallel_size
+def validation_fraction(config: Config) -> float:
+    """Fraction of `--data-prefix` that is held out of training.
+
+    0.05 by default, nothing where other documents validate.
+    """
+    data = config.data
+    if data.validation_fraction is not None:
+        return data.validation_fraction
+    return 0.0 if any(data.split_source("valid")) else 0.05
+
+
+def validate(config: Config) -> None:
+    """Raise UserError for the first contradiction, naming the flags and the remedy."""
+    _validate_layout(config)
+    optimizer, parallel, precision = config.optimizer, config.parallel, config.precision
+    if optimizer.cpu_offload and not (precision.name != "fp32" and parallel.distributed_optimizer):
+        raise UserError("--optimizer-cpu-offload needs --bf16 or --fp16, and the distributed optimizer; add the first")
+    if parallel.overlap_param_gather and not (parallel.distributed_optimizer and parallel.overlap_grad_reduce):
+        raise UserError(
+            "--overlap-param-gather needs --use-distributed-optimizer and --overlap-grad-reduce; "
+            "add them, or --no-overlap-param-gather"
+        )
+    iters = config.validation.iters
+    if iters != "full" and not (iters.isdecimal() and int(iters) > 0):
+        raise UserError(f"--eval-iters {iters}: give a number of batches, at least 1, or 'full'")
+    tensorboard = config.logging.tensorboard_dir
+    if tensorboard and Path(tensorboard).exists() and not Path(tensorboard).is_dir():
+        raise UserError(f"--tensorboard-dir {tensorboard}: is a file; give a directory")
+    _validate_shape(config)
+    _validate_data(config)
+    _validate_length(config)
+
+
+def _validate_layout(config: Config) -> None:
+    parallel, training = config.parallel, config.training
+    tp, pp, cp = parallel.tensor, parallel.pipeline, parallel.context
     if cp > 1:
         raise UserError(
-            f"--context-parallel-size {cp}: Megatron-Core cuts packed rows over ranks only inside Transformer Engine's attention, "
-            "which this program does not rely on; leave it at 1 and use --sequence-parallel or --recompute-granularity full for long rows"
+            f"--context-parallel-size {cp}: Megatron-Core splits packed sequences across ranks only inside "
+            "Transformer Engine's attention, which this program does not rely on; leave it at 1 and use "
+            "--sequence-parallel or --recompute-granularity full for long sequences"
         )
-    if args.world_size % (tp * pp * cp):
+    if parallel.world_size % parallel.model:
         raise UserError(
-            f"{args.world_size} processes cannot be split into --tensor-model-parallel-size {tp} x "
-            f"--pipeline-model-parallel-size {pp} x --context-parallel-size {cp}; start a multiple of {tp * pp * cp}"
+            f"{parallel.world_size} processes cannot be split into --tensor-model-parallel-size {tp} x "
+            f"--pipeline-model-parallel-size {pp} x --context-parallel-size {cp}; start a multiple of {parallel.model}"
         )
-    step = args.micro_batch_size * args.data_parallel_size
-    if args.global_batch_size % step:
+    step = training.micro_batch_size * parallel.data
+    if training.global_batch_size % step:
         raise UserError(
-            f"--global-batch-size {args.global_batch_size} is not a multiple of --micro-batch-size {args.micro_batch_size} x "
-            f"{args.data_parallel_size} data-parallel ranks; try {max(1, round(args.global_batch_size / step)) * step}"
+            f"--global-batch-size {training.global_batch_size} is not a multiple of --micro-batch-size "
+            f"{training.micro_batch_size} x {parallel.data} data-parallel ranks; "
+            f"try {max(1, round(training.global_batch_size / step)) * step}"
         )
-    if args.optimizer_cpu_offload and not ((args.bf16 or args.fp16) and args.use_distributed_optimizer):
-        raise UserError("--optimizer-cpu-offload needs --bf16 or --fp16, and the distributed optimizer; add the first")
-    if args.overlap_param_gather and not (args.use_distributed_optimizer and args.overlap_grad_reduce):
-        raise UserError(
-            "--overlap-param-gather needs --use-distributed-optimizer and --overlap-grad-reduce; add them, or --no-overlap-param-gather"
-        )
-    if args.eval_iters != "full" and not (args.eval_iters.isdecimal() and int(args.eval_iters) > 0):
-        raise UserError(f"--eval-iters {args.eval_iters}: give a number of batches, at least 1, or 'full'")
-    if args.tensorboard_dir and Path(args.tensorboard_dir).exists() and not Path(args.tensorboard_dir).is_dir():
-        raise UserError(f"--tensorboard-dir {args.tensorboard_dir}: is a file; give a directory")
-    if args.shape:
-        args.shape.check_layout(tp, pp)
-        if args.seq_length > args.shape.max_position_embeddings:
-            raise UserError(
-                f"--seq-length {args.seq_length} is over the model's {args.shape.max_position_embeddings} positions; "
-                f"use at most that, or raise --max-position-embeddings when training from scratch"
-            )
-        layers = args.shape.num_layers // pp
-        if args.recompute_num_layers and args.recompute_num_layers > layers:
-            raise UserError(
-                f"--recompute-num-layers {args.recompute_num_layers}: a pipeline stage has {layers} layers; give at most that"
-            )
-    elif not args.load and not args.save:
-        raise UserError("no model: give --preset (one of " + ", ".join(sorted(PRESETS)) + ") or --load DIR")
-    _validate_data(args)
-    _validate_length(args)
 
 
-def _validate_data(args: argparse.Namespace) -> None:
-    if args.data_prefix and (args.train_weighted_split_paths or args.train_weighted_split_paths_path):
+def _validate_shape(config: Config) -> None:
+    shape, recompute = config.shape, config.memory.recompute_num_layers
+    if shape is None:
+        if not config.checkpoint.load and not config.checkpoint.save:
+            raise UserError("no model: give --preset (one of " + ", ".join(sorted(PRESETS)) + ") or --load DIR")
+        return
+    shape.check_layout(config.parallel.tensor, config.parallel.pipeline)
+    if config.data.seq_length > shape.max_position_embeddings:
+        raise UserError(
+            f"--seq-length {config.data.seq_length} exceeds the model's {shape.max_position_embeddings} positions; "
+            "use at most that, or raise --max-position-embeddings when training from scratch"
+        )
+    layers = shape.num_layers // config.parallel.pipeline
+    if recompute and recompute > layers:
+        raise UserError(f"--recompute-num-layers {recompute}: a pipeline stage has {layers} layers; give at most that")
+
+
+def _validate_data(config: Config) -> None:
+    data = config.data
+    if data.prefix and any(data.split_source("train")):
         raise UserError("--data-prefix and --train-weighted-split-paths(-path) exclude each other; keep one")
     for split in ("train", "valid", "test"):
-        path = getattr(args, f"{split}_weighted_split_paths_path")
-        if path and getattr(args, f"{split}_weighted_split_paths"):
+        path, lines = data.split_source(split)
+        if path and lines:
             raise UserError(
                 f"--{split}-weighted-split-paths and --{split}-weighted-split-paths-path exclude each other; keep one"
             )
         if path and not Path(path).is_file():
             raise UserError(f"--{split}-weighted-split-paths-path {path}: no such file")
-    training_data = args.data_prefix or args.train_weighted_split_paths or args.train_weighted_split_paths_path
-    if not training_data and not args.skip_train:
+    if not data.prefix and not any(data.split_source("train")) and not config.validation.skip_train:
         raise UserError("no training data: give --data-prefix PREFIX or --train-weighted-split-paths-path FILE")
-    if not args.tokenizer_file:
-        raise UserError("--tokenizer-file is missing: give the tokenizer the data were made with")
-    if not Path(args.tokenizer_file).exists():
-        raise UserError(f"--tokenizer-file {args.tokenizer_file}: no such file")
+    if not data.tokenizer_file:
+        raise UserError("--tokenizer-file is missing: give the tokenizer that the data were tokenized with")
+    if not Path(data.tokenizer_file).exists():
+        raise UserError(f"--tokenizer-file {data.tokenizer_file}: no such file")
 
 
-def _validate_length(args: argparse.Namespace) -> None:
-    if all(getattr(args, f"train_{unit}") is None for unit in LENGTHS):
+def _validate_length(config: Config) -> None:
+    if all(config.value(f"train_{unit}") is None for unit in LENGTHS):
         raise UserError(
-            f"length of training is missing; give one of {', '.join(f'--train-{unit}' for unit in LENGTHS)}"
+            f"the length of training is missing; give one of {', '.join(f'--train-{unit}' for unit in LENGTHS)}"
         )
-    _validate_rampup(args)
-    for flag in ("min_lr", "lr_warmup_init"):
-        if getattr(args, flag) > args.lr:
-            raise UserError(
-                f"--{flag.replace('_', '-')} {getattr(args, flag):g} is above --lr {args.lr:g}; lower it, or raise --lr"
-            )
-    if unknown := [name for name in args.lora_targets.split(",") if name not in LORA_TARGETS]:
+    _validate_rampup(config)
+    schedule = config.schedule
+    for flag, value in (("--min-lr", schedule.min_lr), ("--lr-warmup-init", schedule.warmup_init)):
+        if value > schedule.lr:
+            raise UserError(f"{flag} {value:g} is above --lr {schedule.lr:g}; lower it, or raise --lr")
+    if unknown := [name for name in config.lora.targets.split(",") if name not in LORA_TARGETS]:
         raise UserError(f"--lora-targets: {unknown[0]!r} is not one of {', '.join(LORA_TARGETS)}")
 
 
-def _validate_rampup(args: argparse.Namespace) -> None:
-    """Raise UserError when --rampup-batch-size cannot be walked in whole steps."""
-    if not args.rampup_batch_size:
+def _validate_rampup(config: Config) -> None:
+    """Raise UserError when --rampup-batch-size does not divide into complete steps."""
+    training = config.training
+    if not training.rampup_batch_size:
         return
-    start, increment, samples = args.rampup_batch_size
-    unit = args.micro_batch_size * args.data_parallel_size
+    start, increment, samples = training.rampup_batch_size
+    unit = training.micro_batch_size * config.parallel.data
     for name, value in (("START", start), ("INCREMENT", increment)):
         if value <= 0 or value % unit:
             raise UserError(
-                f"--rampup-batch-size {name} {value} is not a positive multiple of --micro-batch-size x data-parallel ranks = {unit}"
+                f"--rampup-batch-size {name} {value} is not a positive multiple of "
+                f"--micro-batch-size x data-parallel ranks = {unit}"
             )
-    if samples < 0 or start > args.global_batch_size or (args.global_batch_size - start) % increment:
+    if samples < 0 or start > training.global_batch_size or (training.global_batch_size - start) % increment:
         raise UserError(
-            f"--rampup-batch-size {start} {increment} {samples} does not reach --global-batch-size {args.global_batch_size} in whole increments"
+            f"--rampup-batch-size {start} {increment} {samples} does not reach "
+            f"--global-batch-size {training.global_batch_size} in complete increments"
         )
-
-
-def validation_share(args: argparse.Namespace) -> float:
-    """Share of `--data-prefix` that is kept out of training: 0.05 when the flag is not given, nothing where other documents validate."""
-    if args.validation_share is not None:
-        return args.validation_share
-    return 0.0 if args.valid_weighted_split_paths or args.valid_weighted_split_paths_path else 0.05

@@ -1,364 +1,740 @@
-"""Every flag of the training program: Megatron's names, grouped as people think of them, and the parser that programs share."""
+"""Every flag of the training program, once: Megatron's names, grouped as people think of them.
 
-import argparse
+To add a flag, add one field here. Its annotation and default, and the facts given to `flag`
+(see flag.py), are all that the parser, the bounds check, resuming, `--engine mtf`, the planner, the
+model card and docs/training.md need.
 
-from megatron_ft.errors import UserError
+A few fields are None on the command line and settled by arguments.py before anything else reads
+them; they are annotated with the type that they have from then on.
+"""
+
+from dataclasses import dataclass
+
+from megatron_ft.config.bounds import FRACTION, NOT_NEGATIVE, ONE_OR_MORE, POSITIVE, ZERO_DISABLES, Bound
+from megatron_ft.config.flag import Mtf, Resume, flag
 from megatron_ft.model.shape import PRESETS
+from megatron_ft.model.tensor_names import LORA_TARGETS
 
-LORA_TARGETS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")  # layers that can have adapters
-# Arguments that say one thing in several ways. Of each row the last flag on the command line counts.
-ALTERNATIVES = (
-    ("train_iters", "train_samples", "train_tokens", "train_epochs"),
-    ("lr_warmup_iters", "lr_warmup_samples", "lr_warmup_fraction"),
-    ("lr_decay_iters", "lr_decay_samples"),
-    ("lr_wsd_decay_iters", "lr_wsd_decay_samples"),
-    ("bf16", "fp16"),
-)
+FIXED, SILENT = Resume.FIXED, Resume.SILENT
+SAME, TRANSLATED = Mtf.SAME, Mtf.TRANSLATED
+
+# fmt: off (a table: the formatter would give every fact a line of its own)
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse whose mistakes are UserErrors: the flag named, the nearest right one suggested."""
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """Model: architecture; a preset or the checkpoint to start from fills in what is not given."""
 
-    def error(self, message: str):
-        raise UserError(f"{message}; see --help")
-
-
-class LastOne(argparse.Action):
-    """A flag of ALTERNATIVES: what another of its row has set goes back to the default, with a line in `notices`.
-
-    So a flag after a script's own goes over it, though it has another name (--train-epochs over --train-iters).
-    """
-
-    def __call__(self, parser, namespace, values, option_string=None):
-        for other in next(row for row in ALTERNATIVES if self.dest in row):
-            if other != self.dest and getattr(namespace, other) != parser.get_default(other):
-                setattr(namespace, other, parser.get_default(other))
-                namespace.notices.append(
-                    f"{option_string} comes later on the command line than {_flag(other)}, and counts"
-                )
-        setattr(namespace, self.dest, self.const if self.nargs == 0 else values)
-
-
-class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Every flag's default is shown, unless there is none to show."""
-
-    def _get_help_string(self, action):
-        hide = action.default in (None, False, argparse.SUPPRESS) or action.required
-        return action.help if hide else super()._get_help_string(action)
-
-
-def build_parser() -> Parser:
-    """The parser with all groups; every flag's help says what it does in one line."""
-    parser = Parser(
-        prog="megatron_ft.finetune",
-        description="Fine-tune a StarCoder-family model. Hyphens and underscores in flags are the same.",
-        formatter_class=Help,
-        allow_abbrev=False,
+    preset: str | None = flag(
+        "--preset",
+        None,
+        "published model whose numbers fill in the architecture flags",
+        choices=sorted(PRESETS),
+        resume=SILENT,
+        mtf=TRANSLATED,
     )
-    _add_model(
-        parser.add_argument_group(
-            "model", "architecture; a preset or the checkpoint to start from fills it in"
-        ).add_argument
+    num_layers: int | None = flag(
+        "--num-layers", None, "transformer layers", bounds=ONE_OR_MORE, resume=SILENT, mtf=TRANSLATED
     )
-    _add_data(parser.add_argument_group("data").add_argument)
-    _add_training(parser.add_argument_group("training").add_argument)
-    _add_learning_rate(parser.add_argument_group("learning rate").add_argument)
-    _add_precision(parser.add_argument_group("precision").add_argument)
-    _add_parallel(parser.add_argument_group("parallel layout").add_argument)
-    _add_memory(parser.add_argument_group("memory and speed").add_argument)
-    _add_lora(parser.add_argument_group("LoRA").add_argument)
-    _add_validation(parser.add_argument_group("validation").add_argument)
-    _add_checkpoint(parser.add_argument_group("checkpoints").add_argument)
-    _add_logging(parser.add_argument_group("logging and stopping").add_argument)
-    parser.set_defaults(notices=[])  # lines for the log
-    return parser
-
-
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
-
-
-def _add_model(add) -> None:
-    add("--preset", choices=sorted(PRESETS), help="published model whose numbers fill in what is not given")
-    add("--num-layers", type=int, help="transformer layers")
-    add("--hidden-size", type=int, help="width of the model")
-    add("--num-attention-heads", type=int, help="query heads")
-    add("--ffn-hidden-size", type=int, help="width of the feed-forward layers; 4 x hidden size when not given")
-    add("--max-position-embeddings", type=int, help="learned positions; the longest sequence the model can see")
-    add(
+    hidden_size: int | None = flag(
+        "--hidden-size", None, "width of the model", bounds=ONE_OR_MORE, resume=SILENT, mtf=TRANSLATED
+    )
+    num_attention_heads: int | None = flag(
+        "--num-attention-heads", None, "query heads", bounds=ONE_OR_MORE, resume=SILENT, mtf=TRANSLATED
+    )
+    ffn_hidden_size: int | None = flag(
+        "--ffn-hidden-size",
+        None,
+        "width of the feed-forward layers (default: 4 x hidden size)",
+        bounds=ONE_OR_MORE,
+        resume=SILENT,
+        mtf=TRANSLATED,
+    )
+    max_position_embeddings: int | None = flag(
+        "--max-position-embeddings",
+        None,
+        "learned positions; the longest sequence the model can see",
+        bounds=ONE_OR_MORE,
+        resume=SILENT,
+        mtf=TRANSLATED,
+    )
+    attention_head_type: str | None = flag(
         "--attention-head-type",
-        choices=["multiquery", "multihead"],
-        help="one key/value head for all, or one a query head",
+        None,
+        "one key/value head for all query heads, or one per query head",
+        choices=("multiquery", "multihead"),
+        resume=SILENT,
+        mtf=TRANSLATED,
     )
-    add(
+    position_embedding_type: str = flag(
         "--position-embedding-type",
-        choices=["absolute", "learned_absolute"],
-        default="absolute",
-        help="learned positions, the only ones GPTBigCode has",
+        "absolute",
+        "learned positions, the only ones GPTBigCode has",
+        choices=("absolute", "learned_absolute"),
+        mtf=TRANSLATED,
     )
-    add("--layernorm-epsilon", type=float, help="epsilon of the layer norms")
-    add("--init-method-std", type=float, help="standard deviation of a random start")
-    add("--hidden-dropout", type=float, help="dropout on embeddings and residuals")
-    add("--attention-dropout", type=float, help="dropout on attention probabilities")
-    add(
+    layernorm_epsilon: float | None = flag(
+        "--layernorm-epsilon", None, "epsilon of the layer norms", bounds=POSITIVE, resume=SILENT, mtf=TRANSLATED
+    )
+    init_method_std: float | None = flag(
+        "--init-method-std",
+        None,
+        "standard deviation of randomly initialized weights",
+        bounds=NOT_NEGATIVE,
+        resume=SILENT,
+        mtf=TRANSLATED,
+    )
+    hidden_dropout: float | None = flag(
+        "--hidden-dropout",
+        None,
+        "dropout on embeddings and residuals",
+        bounds=FRACTION,
+        resume=SILENT,
+        mtf=TRANSLATED,
+        planned=True,
+    )
+    attention_dropout: float | None = flag(
+        "--attention-dropout",
+        None,
+        "dropout on attention probabilities",
+        bounds=FRACTION,
+        resume=SILENT,
+        mtf=TRANSLATED,
+        planned=True,
+    )
+    make_vocab_size_divisible_by: int = flag(
         "--make-vocab-size-divisible-by",
-        type=int,
-        default=128,
-        help="the vocabulary is padded to a multiple of this times TP",
+        128,
+        "the vocabulary is padded to a multiple of this times TP",
+        bounds=ONE_OR_MORE,
+        mtf=SAME,
+        planned=True,
     )
 
 
-def _add_data(add) -> None:
-    add(
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """Data."""
+
+    prefix: str | None = flag(
         "--data-prefix",
+        None,
+        "one tokenized dataset (PREFIX_inputs_document.bin ...); its last documents validate",
         metavar="PREFIX",
-        help="one tokenized data set (PREFIX_inputs_document.bin ...); its last part validates",
+        mtf=TRANSLATED,
     )
-    add(
-        "--validation-share",
-        type=float,
-        help="share of --data-prefix, from its end, kept for validation; when not given 0.05, or 0 beside validation groups of your own",
+    validation_fraction: float | None = flag(
+        "--validation-fraction",
+        None,
+        "fraction of --data-prefix, from its end, held out for validation (default: 0.05, or 0 with validation groups)",
+        bounds=FRACTION,
+        mtf=TRANSLATED,
+        aliases=("--validation-share",),
     )
-    for split in ("train", "valid", "test"):
-        add(
-            f"--{split}-weighted-split-paths",
-            nargs="+",
-            metavar="SPLIT",
-            help=f"{split} groups as 'NAME: WEIGHT START:END PREFIX, ...'",
-        )
-        add(f"--{split}-weighted-split-paths-path", metavar="FILE", help=f"file with one such line a {split} group")
-    add(
-        "--tokenizer-file",
+    train_weighted_split_paths: list[str] | None = flag(
+        "--train-weighted-split-paths",
+        None,
+        "train groups as 'NAME: WEIGHT START:END PREFIX, ...'",
+        nargs="+",
+        metavar="SPLIT",
+        mtf=TRANSLATED,
+    )
+    train_weighted_split_paths_path: str | None = flag(
+        "--train-weighted-split-paths-path",
+        None,
+        "file with one such line per train group",
         metavar="FILE",
-        help="tokenizer.json, SentencePiece model or Hugging Face directory the data were made with",
+        mtf=TRANSLATED,
     )
-    add("--seq-length", type=int, help="tokens of a packed row; the preset's positions when not given")
-    add(
+    valid_weighted_split_paths: list[str] | None = flag(
+        "--valid-weighted-split-paths",
+        None,
+        "valid groups as 'NAME: WEIGHT START:END PREFIX, ...'",
+        nargs="+",
+        metavar="SPLIT",
+        mtf=TRANSLATED,
+    )
+    valid_weighted_split_paths_path: str | None = flag(
+        "--valid-weighted-split-paths-path",
+        None,
+        "file with one such line per valid group",
+        metavar="FILE",
+        mtf=TRANSLATED,
+    )
+    test_weighted_split_paths: list[str] | None = flag(
+        "--test-weighted-split-paths",
+        None,
+        "test groups as 'NAME: WEIGHT START:END PREFIX, ...'",
+        nargs="+",
+        metavar="SPLIT",
+        mtf=TRANSLATED,
+    )
+    test_weighted_split_paths_path: str | None = flag(
+        "--test-weighted-split-paths-path",
+        None,
+        "file with one such line per test group",
+        metavar="FILE",
+        mtf=TRANSLATED,
+    )
+    tokenizer_file: str = flag(
+        "--tokenizer-file",
+        None,
+        "tokenizer.json, SentencePiece model or Hugging Face directory that the data were tokenized with",
+        metavar="FILE",
+        resume=SILENT,
+        mtf=TRANSLATED,
+    )
+    seq_length: int = flag(
+        "--seq-length",
+        None,
+        "tokens per packed sequence (default: the model's positions)",
+        bounds=ONE_OR_MORE,
+        resume=FIXED,
+        mtf=SAME,
+        planned=True,
+        aliases=("--sequence-length",),
+    )
+    packing: str = flag(
         "--packing",
-        choices=["best-fit", "greedy"],
-        default="best-fit",
-        help="order of documents in rows; greedy is the mtf branch's",
+        "best-fit",
+        "order of documents in sequences; greedy is the mtf branch's",
+        choices=("best-fit", "greedy"),
+        resume=FIXED,
+        mtf=TRANSLATED,
     )
-    add("--packing-lookahead", type=int, default=4096, help="documents best-fit packing chooses among")
-    add(
+    packing_lookahead: int = flag(
+        "--packing-lookahead", 4096, "documents best-fit packing chooses among", bounds=ONE_OR_MORE, resume=FIXED
+    )
+    overlong: str = flag(
         "--overlong",
-        choices=["drop", "truncate"],
-        default="drop",
-        help="documents longer than a row: leave out, or cut inputs from the left",
+        "drop",
+        "documents longer than a sequence: drop them, or truncate their inputs from the left",
+        choices=("drop", "truncate"),
+        resume=FIXED,
+        mtf=TRANSLATED,
     )
-    add("--data-cache-path", metavar="DIR", help="where packing indices are kept; beside the data when not given")
-    add(
-        "--loss-on-targets-only", action=argparse.BooleanOptionalAction, default=True, help="loss on output tokens only"
-    )
-    add("--norm-target-loss", action="store_true", help="every output span weighs the same, however long")
-    add(
-        "--loss-average",
-        choices=["token", "microbatch"],
-        default="token",
-        help="weigh micro-batches by their tokens, or alike as the branch does",
-    )
-    add(
-        "--softmax-over-padding",
-        action="store_true",
-        help="let the vocabulary's padding take probability, as the branch does",
-    )
-    add("--eod-mask-loss", action="store_true", help="no loss on what follows an end-of-text token")
-    add(
-        "--reset-position-ids",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="positions restart at each document of a row",
-    )
-    add(
-        "--reset-attention-mask",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="documents of a row do not see each other",
-    )
-
-
-def _add_training(add) -> None:
-    add("--micro-batch-size", type=int, default=1, help="rows a data-parallel rank takes at once")
-    add("--global-batch-size", type=int, help="rows of an optimizer step; micro batch x data parallel when not given")
-    add(
-        "--rampup-batch-size",
-        nargs=3,
-        type=int,
-        metavar=("START", "INCREMENT", "SAMPLES"),
-        help="grow the global batch from START by INCREMENT over SAMPLES",
-    )
-    add("--train-iters", action=LastOne, type=int, help="length of training in optimizer steps")
-    add("--train-samples", action=LastOne, type=int, help="length in packed rows")
-    add("--train-tokens", action=LastOne, type=int, help="length in tokens of documents, without the padding of rows")
-    add("--train-epochs", action=LastOne, type=float, help="length in passes over the training groups")
-    add("--optimizer", choices=["adam", "sgd"], default="adam", help="optimizer; adam decouples weight decay (AdamW)")
-    add("--weight-decay", type=float, default=0.01, help="weight decay; none on biases and norms")
-    add("--adam-beta1", type=float, default=0.9, help="first moment's decay")
-    add("--adam-beta2", type=float, default=0.95, help="second moment's decay")
-    add("--adam-eps", type=float, default=1e-8, help="Adam's epsilon")
-    add("--sgd-momentum", type=float, default=0.9, help="momentum of --optimizer sgd")
-    add("--clip-grad", type=float, default=1.0, help="largest gradient norm; 0 switches clipping off")
-    add("--seed", type=int, default=1234, help="seed of data order, dropout and a random start")
-
-
-def _add_learning_rate(add) -> None:
-    add("--lr", type=float, default=5e-5, help="peak learning rate")
-    add("--min-lr", type=float, default=0.0, help="learning rate at the end of decay")
-    add(
-        "--lr-decay-style",
-        choices=["constant", "linear", "cosine", "inverse-square-root", "WSD"],
-        default="cosine",
-        help="schedule after warm-up",
-    )
-    add("--lr-decay-iters", action=LastOne, type=int, help="steps over which to decay; all when not given")
-    add("--lr-decay-samples", action=LastOne, type=int, help="the same in rows")
-    add("--lr-warmup-iters", action=LastOne, type=int, default=0, help="steps of linear warm-up")
-    add("--lr-warmup-samples", action=LastOne, type=int, default=0, help="the same in rows")
-    add("--lr-warmup-fraction", action=LastOne, type=float, help="the same as a fraction of the decay")
-    add("--lr-warmup-init", type=float, default=0.0, help="learning rate warm-up starts from")
-    add("--lr-wsd-decay-iters", action=LastOne, type=int, help="last steps of WSD that decay")
-    add("--lr-wsd-decay-samples", action=LastOne, type=int, help="the same in rows")
-    add(
-        "--lr-wsd-decay-style",
-        choices=["exponential", "linear", "cosine", "minus_sqrt"],
-        default="linear",
-        help="how WSD decays",
-    )
-
-
-def _add_precision(add) -> None:
-    switch = {"action": LastOne, "nargs": 0, "const": True, "default": False}
-    add("--bf16", **switch, help="bfloat16 weights and activations, fp32 master weights")
-    add("--fp16", **switch, help="float16 with loss scaling, fp32 master weights")
-    add("--loss-scale", type=float, help="fixed fp16 loss scale; dynamic when not given")
-    add("--initial-loss-scale", type=float, default=2.0**16, help="first dynamic loss scale")
-    add("--min-loss-scale", type=float, default=1.0, help="smallest dynamic loss scale")
-    add("--loss-scale-window", type=int, default=1000, help="good steps before the scale doubles")
-    add("--hysteresis", type=int, default=2, help="overflows before the scale halves")
-    add(
-        "--accumulate-allreduce-grads-in-fp32",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="gradients accumulate in fp32",
-    )
-
-
-def _add_parallel(add) -> None:
-    add("--tensor-model-parallel-size", type=int, default=1, help="tensor parallel ranks (TP)")
-    add("--pipeline-model-parallel-size", type=int, default=1, help="pipeline stages (PP)")
-    add("--context-parallel-size", type=int, default=1, help="context parallel ranks; only 1 is supported")
-    add("--sequence-parallel", action="store_true", help="shard norms and dropout over tensor parallel ranks")
-    add(
-        "--use-distributed-optimizer",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="shard optimizer state over data parallel ranks",
-    )
-    add(
-        "--overlap-grad-reduce",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="reduce gradients during backward",
-    )
-    add(
-        "--overlap-param-gather",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="gather weights during forward (with the distributed optimizer)",
-    )
-    add("--distributed-timeout-minutes", type=float, default=10, help="a collective that waits longer fails")
-
-
-def _add_memory(add) -> None:
-    add(
-        "--recompute-granularity",
-        choices=["full", "selective"],
-        help="recompute whole layers, or attention alone, in backward",
-    )
-    add(
-        "--recompute-method",
-        choices=["uniform", "block"],
-        help="which layers full recompute takes; uniform when not given",
-    )
-    add("--recompute-num-layers", type=int, help="layers a full recompute unit; 1 when not given")
-    add("--recompute-activations", action="store_true", help="the same as --recompute-granularity selective")
-    add("--optimizer-cpu-offload", action="store_true", help="keep optimizer state in host memory")
-    add(
-        "--transformer-impl",
-        choices=["auto", "local", "transformer_engine"],
-        default="auto",
-        help="layers by Transformer Engine where it is installed",
-    )
-    add("--num-workers", type=int, default=2, help="threads that read rows ahead")
-
-
-def _add_lora(add) -> None:
-    add(
-        "--lora-rank", type=int, default=0, help="train low-rank adapters of this rank instead of the weights; 0 is off"
-    )
-    add("--lora-alpha", type=float, default=32, help="adapters are scaled by alpha / rank")
-    add("--lora-dropout", type=float, default=0.05, help="dropout before the adapters")
-    add(
-        "--lora-targets",
-        default=",".join(LORA_TARGETS),
-        help="comma-separated layers that get adapters",
-    )
-
-
-def _add_validation(add) -> None:
-    add("--eval-interval", type=int, default=1000, help="steps between validations; 0 is never")
-    add("--eval-at-start", action="store_true", help="validate before the first step too, as iteration 0")
-    add("--eval-iters", default="10", help="global batches a group, or 'full' for its whole range once")
-    add(
-        "--skip-train",
-        action="store_true",
-        help="validate and test every group once, without training data; train and save nothing",
-    )
-    add("--best-group", help="validation group whose loss marks the best checkpoint; the first when not given")
-    add("--early-stop-patience", type=int, help="stop after this many validations without a better loss")
-
-
-def _add_checkpoint(add) -> None:
-    add("--save", metavar="DIR", help="checkpoints go here; when it holds one, training resumes from it")
-    add(
-        "--load",
+    cache_path: str | None = flag(
+        "--data-cache-path",
+        None,
+        "directory of the packing indices (default: next to the data)",
         metavar="DIR",
-        help="weights to start from: torch_dist, legacy Megatron or Hugging Face directory; with --lora-rank also adapters to train on",
+        resume=SILENT,
+        local=True,
     )
-    add("--finetune-from", metavar="DIR", help="another name of --load")
-    add("--load-iteration", default="latest", help="of --load: a number, 'best', 'release' or 'latest'")
-    add("--from-scratch", action="store_true", help="random weights; without it a missing checkpoint is an error")
-    for flag in ("--finetune", "--no-load-optim", "--no-load-rng", "--reset-progress"):
-        add(
-            flag,
-            action="store_true",
-            help="the branch's; concerns the first start only, which always loads weights alone",
-        )
-    add("--save-interval", type=int, default=250, help="steps between checkpoints; 0 is at the end alone")
-    add("--save-interval-mins", type=float, help="minutes between checkpoints, besides --save-interval")
-    add(
+    reset_position_ids: bool = flag(
+        "--reset-position-ids",
+        True,
+        "positions restart at each document of a sequence",
+        negatable=True,
+        resume=FIXED,
+        mtf=SAME,
+    )
+    reset_attention_mask: bool = flag(
+        "--reset-attention-mask",
+        True,
+        "no attention across the documents of a sequence",
+        negatable=True,
+        resume=FIXED,
+        mtf=SAME,
+    )
+
+    def split_source(self, split: str) -> tuple[str | None, list[str] | None]:
+        """(split file, group lines) that were given for `split` ("train", "valid", "test")."""
+        return getattr(self, f"{split}_weighted_split_paths_path"), getattr(self, f"{split}_weighted_split_paths")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loss:
+    """Loss."""
+
+    on_targets_only: bool = flag(
+        "--loss-on-targets-only", True, "loss on output tokens only", negatable=True, resume=FIXED, mtf=SAME
+    )
+    norm_target: bool = flag(
+        "--norm-target-loss", False, "every output has the same weight, however long", resume=FIXED, mtf=SAME
+    )
+    average: str = flag(
+        "--loss-average",
+        "token",
+        "weigh micro-batches by their tokens, or equally as the mtf branch does",
+        choices=("token", "microbatch"),
+        resume=FIXED,
+        mtf=TRANSLATED,
+    )
+    softmax_over_padding: bool = flag(
+        "--softmax-over-padding",
+        False,
+        "the vocabulary's padding takes probability, as in the mtf branch",
+        resume=FIXED,
+        mtf=TRANSLATED,
+    )
+    eod_mask: bool = flag(
+        "--eod-mask-loss", False, "no loss on what follows an end-of-text token", resume=FIXED, mtf=SAME
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """Training."""
+
+    micro_batch_size: int = flag(
+        "--micro-batch-size",
+        1,
+        "sequences per data-parallel rank and forward pass",
+        bounds=ONE_OR_MORE,
+        mtf=SAME,
+        aliases=("--batch-size",),
+    )
+    global_batch_size: int = flag(
+        "--global-batch-size",
+        None,
+        "sequences per optimizer step (default: micro-batch x data parallel)",
+        bounds=ONE_OR_MORE,
+        resume=FIXED,
+        mtf=SAME,
+    )
+    rampup_batch_size: list[int] | None = flag(
+        "--rampup-batch-size",
+        None,
+        "grow the global batch from START by INCREMENT over SAMPLES",
+        nargs=3,
+        metavar=("START", "INCREMENT", "SAMPLES"),
+        resume=FIXED,
+        mtf=SAME,
+    )
+    train_iters: int | None = flag(
+        "--train-iters",
+        None,
+        "length of training in optimizer steps",
+        bounds=ONE_OR_MORE,
+        alternatives="length",
+        mtf=SAME,
+    )
+    train_samples: int | None = flag(
+        "--train-samples", None, "length in packed sequences", bounds=ONE_OR_MORE, alternatives="length", mtf=SAME
+    )
+    train_tokens: int | None = flag(
+        "--train-tokens",
+        None,
+        "length in tokens of documents, without the padding of sequences",
+        bounds=ONE_OR_MORE,
+        alternatives="length",
+        mtf=TRANSLATED,
+    )
+    train_epochs: float | None = flag(
+        "--train-epochs",
+        None,
+        "length in passes over the training groups",
+        bounds=POSITIVE,
+        alternatives="length",
+        mtf=TRANSLATED,
+    )
+    seed: int = flag(
+        "--seed",
+        1234,
+        "seed of data order, dropout and random initialization",
+        bounds=Bound(0, 2**32),
+        resume=FIXED,
+        mtf=SAME,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimizer:
+    """Optimizer."""
+
+    name: str = flag(
+        "--optimizer",
+        "adam",
+        "optimizer; adam decouples weight decay (AdamW)",
+        choices=("adam", "sgd"),
+        resume=FIXED,
+        mtf=SAME,
+        planned=True,
+    )
+    weight_decay: float = flag(
+        "--weight-decay", 0.01, "weight decay; none on biases and norms", bounds=NOT_NEGATIVE, mtf=SAME
+    )
+    adam_beta1: float = flag("--adam-beta1", 0.9, "decay of the first moment", bounds=FRACTION, mtf=SAME)
+    adam_beta2: float = flag("--adam-beta2", 0.95, "decay of the second moment", bounds=FRACTION, mtf=SAME)
+    adam_eps: float = flag("--adam-eps", 1e-8, "Adam's epsilon", bounds=POSITIVE, mtf=SAME)
+    sgd_momentum: float = flag("--sgd-momentum", 0.9, "momentum of --optimizer sgd", bounds=FRACTION, mtf=SAME)
+    clip_grad: float = flag("--clip-grad", 1.0, "maximum gradient norm; 0 disables", bounds=ZERO_DISABLES, mtf=SAME)
+    cpu_offload: bool = flag("--optimizer-cpu-offload", False, "keep optimizer state in host memory", planned=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """Learning rate."""
+
+    lr: float = flag("--lr", 5e-5, "peak learning rate", bounds=NOT_NEGATIVE, mtf=SAME)
+    min_lr: float = flag("--min-lr", 0.0, "learning rate at the end of decay", bounds=NOT_NEGATIVE, mtf=SAME)
+    decay_style: str = flag(
+        "--lr-decay-style",
+        "cosine",
+        "schedule after warm-up",
+        choices=("constant", "linear", "cosine", "inverse-square-root", "WSD"),
+        mtf=SAME,
+    )
+    decay_iters: int | None = flag(
+        "--lr-decay-iters",
+        None,
+        "steps of decay (default: all)",
+        bounds=ONE_OR_MORE,
+        alternatives="decay",
+        mtf=SAME,
+    )
+    decay_samples: int | None = flag(
+        "--lr-decay-samples", None, "the same in sequences", bounds=ONE_OR_MORE, alternatives="decay", mtf=SAME
+    )
+    warmup_iters: int = flag(
+        "--lr-warmup-iters", 0, "steps of linear warm-up", bounds=NOT_NEGATIVE, alternatives="warm-up", mtf=SAME
+    )
+    warmup_samples: int = flag(
+        "--lr-warmup-samples", 0, "the same in sequences", bounds=NOT_NEGATIVE, alternatives="warm-up", mtf=SAME
+    )
+    warmup_fraction: float | None = flag(
+        "--lr-warmup-fraction",
+        None,
+        "the same as a fraction of the decay",
+        bounds=FRACTION,
+        alternatives="warm-up",
+        mtf=SAME,
+    )
+    warmup_init: float = flag("--lr-warmup-init", 0.0, "learning rate that warm-up starts from", bounds=NOT_NEGATIVE)
+    wsd_decay_iters: int | None = flag(
+        "--lr-wsd-decay-iters", None, "steps of decay at the end of WSD", bounds=ONE_OR_MORE, alternatives="WSD decay"
+    )
+    wsd_decay_samples: int | None = flag(
+        "--lr-wsd-decay-samples", None, "the same in sequences", bounds=ONE_OR_MORE, alternatives="WSD decay"
+    )
+    wsd_decay_style: str = flag(
+        "--lr-wsd-decay-style",
+        "linear",
+        "form of WSD's decay",
+        choices=("exponential", "linear", "cosine", "minus_sqrt"),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Precision:
+    """Precision."""
+
+    bf16: bool = flag(
+        "--bf16",
+        False,
+        "bfloat16 weights and activations, fp32 master weights",
+        alternatives="precision",
+        resume=FIXED,
+        mtf=SAME,
+    )
+    fp16: bool = flag(
+        "--fp16",
+        False,
+        "float16 with loss scaling, fp32 master weights",
+        alternatives="precision",
+        resume=FIXED,
+        mtf=SAME,
+    )
+    loss_scale: float | None = flag(
+        "--loss-scale", None, "fixed fp16 loss scale (default: dynamic)", bounds=POSITIVE, mtf=SAME
+    )
+    initial_loss_scale: float = flag(
+        "--initial-loss-scale", 2.0**16, "first dynamic loss scale", bounds=POSITIVE, mtf=SAME
+    )
+    min_loss_scale: float = flag("--min-loss-scale", 1.0, "smallest dynamic loss scale", bounds=POSITIVE, mtf=SAME)
+    loss_scale_window: int = flag(
+        "--loss-scale-window", 1000, "steps without overflow before the scale doubles", bounds=ONE_OR_MORE, mtf=SAME
+    )
+    hysteresis: int = flag("--hysteresis", 2, "overflows before the scale halves", bounds=ONE_OR_MORE, mtf=SAME)
+    fp32_gradients: bool = flag(
+        "--accumulate-allreduce-grads-in-fp32",
+        True,
+        "gradients accumulate in fp32",
+        negatable=True,
+        mtf=SAME,
+        planned=True,
+    )
+
+    @property
+    def name(self) -> str:
+        """ "bf16", "fp16" or "fp32"."""
+        return "bf16" if self.bf16 else "fp16" if self.fp16 else "fp32"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parallel:
+    """Parallel layout."""
+
+    tensor: int = flag(
+        "--tensor-model-parallel-size",
+        1,
+        "tensor-parallel ranks (TP)",
+        bounds=ONE_OR_MORE,
+        mtf=SAME,
+        aliases=("--model-parallel-size",),
+    )
+    pipeline: int = flag("--pipeline-model-parallel-size", 1, "pipeline stages (PP)", bounds=ONE_OR_MORE, mtf=SAME)
+    context: int = flag("--context-parallel-size", 1, "context-parallel ranks; only 1 is supported", bounds=ONE_OR_MORE)
+    sequence: bool = flag(
+        "--sequence-parallel", False, "shard norms and dropout across tensor-parallel ranks", mtf=SAME
+    )
+    distributed_optimizer: bool = flag(
+        "--use-distributed-optimizer",
+        True,
+        "shard optimizer state across data-parallel ranks",
+        negatable=True,
+        mtf=SAME,
+        planned=True,
+    )
+    overlap_grad_reduce: bool = flag(
+        "--overlap-grad-reduce", False, "reduce gradients during backward", negatable=True, mtf=TRANSLATED
+    )
+    overlap_param_gather: bool = flag(
+        "--overlap-param-gather",
+        False,
+        "gather weights during forward (with the distributed optimizer)",
+        negatable=True,
+        mtf=TRANSLATED,
+    )
+    timeout_minutes: float = flag(
+        "--distributed-timeout-minutes",
+        10,
+        "minutes before a collective operation fails",
+        bounds=POSITIVE,
+        mtf=TRANSLATED,
+    )
+    world_size: int = 1  # processes of the run, of which the flags leave the rest to data parallelism
+
+    @property
+    def model(self) -> int:
+        """Ranks that hold one copy of the model: TP x PP x CP."""
+        return self.tensor * self.pipeline * self.context
+
+    @property
+    def data(self) -> int:
+        """Data-parallel ranks."""
+        return self.world_size // self.model
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Memory and speed."""
+
+    recompute_granularity: str | None = flag(
+        "--recompute-granularity",
+        None,
+        "recompute entire layers, or only attention, in backward",
+        choices=("full", "selective"),
+        mtf=SAME,
+    )
+    recompute_method: str | None = flag(
+        "--recompute-method",
+        None,
+        "layers that full recompute applies to (default: uniform)",
+        choices=("uniform", "block"),
+        mtf=SAME,
+        planned=True,
+    )
+    recompute_num_layers: int | None = flag(
+        "--recompute-num-layers",
+        None,
+        "layers per full recompute unit (default: 1)",
+        bounds=ONE_OR_MORE,
+        mtf=SAME,
+        planned=True,
+    )
+    recompute_activations: bool = flag(
+        "--recompute-activations",
+        False,
+        "the same as --recompute-granularity selective",
+        mtf=TRANSLATED,
+        aliases=("--checkpoint-activations",),
+    )
+    transformer_impl: str = flag(
+        "--transformer-impl",
+        "auto",
+        "layers by Transformer Engine where it is installed",
+        choices=("auto", "local", "transformer_engine"),
+    )
+    num_workers: int = flag(
+        "--num-workers", 2, "threads that read sequences ahead", bounds=Bound(0, note="0 reads on demand"), mtf=SAME
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lora:
+    """LoRA."""
+
+    rank: int = flag(
+        "--lora-rank",
+        0,
+        "train low-rank adapters of this rank instead of the weights; 0 disables",
+        bounds=ZERO_DISABLES,
+        resume=FIXED,
+        planned=True,
+    )
+    alpha: float = flag(
+        "--lora-alpha", 32, "adapters are scaled by alpha / rank", bounds=POSITIVE, resume=FIXED, planned=True
+    )
+    dropout: float = flag("--lora-dropout", 0.05, "dropout before the adapters", bounds=FRACTION, planned=True)
+    targets: str = flag(
+        "--lora-targets", ",".join(LORA_TARGETS), "comma-separated layers that get adapters", resume=FIXED, planned=True
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Validation:
+    """Validation."""
+
+    interval: int = flag(
+        "--eval-interval", 1000, "steps between validations; 0 disables", bounds=ZERO_DISABLES, mtf=SAME
+    )
+    at_start: bool = flag("--eval-at-start", False, "also validate before the first step, as iteration 0")
+    iters: str = flag("--eval-iters", "10", "global batches per group, or 'full' for its entire range once", mtf=SAME)
+    skip_train: bool = flag(
+        "--skip-train", False, "validate and test every group once, without training data; train and save nothing"
+    )
+    best_group: str | None = flag(
+        "--best-group", None, "validation group whose loss marks the best checkpoint (default: the first)"
+    )
+    early_stop_patience: int | None = flag(
+        "--early-stop-patience",
+        None,
+        "stop after this many validations without a lower loss",
+        bounds=Bound(1, note="leave it out to disable early stopping"),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """Checkpoints."""
+
+    save: str | None = flag(
+        "--save",
+        None,
+        "checkpoint directory; when it holds a checkpoint, training resumes from it",
+        metavar="DIR",
+        resume=SILENT,
+        mtf=TRANSLATED,
+        local=True,
+    )
+    load: str | None = flag(
+        "--load",
+        None,
+        "weights to start from: torch_dist, legacy Megatron or Hugging Face directory; with --lora-rank also adapters",
+        metavar="DIR",
+        resume=SILENT,
+        mtf=TRANSLATED,
+    )
+    finetune_from: str | None = flag(
+        "--finetune-from", None, "another name of --load", metavar="DIR", resume=SILENT, mtf=TRANSLATED
+    )
+    load_iteration: str = flag(
+        "--load-iteration", "latest", "of --load: a number, 'best', 'release' or 'latest'", resume=SILENT
+    )
+    from_scratch: bool = flag(
+        "--from-scratch",
+        False,
+        "random weights; without it a missing checkpoint is an error",
+        resume=SILENT,
+        mtf=TRANSLATED,
+    )
+    finetune: bool = flag(
+        "--finetune",
+        False,
+        "of the mtf branch; a first start always loads only weights",
+        resume=SILENT,
+        mtf=TRANSLATED,
+    )
+    no_load_optim: bool = flag(
+        "--no-load-optim",
+        False,
+        "of the mtf branch; a first start always loads only weights",
+        resume=SILENT,
+        mtf=TRANSLATED,
+    )
+    no_load_rng: bool = flag(
+        "--no-load-rng",
+        False,
+        "of the mtf branch; a first start always loads only weights",
+        resume=SILENT,
+        mtf=TRANSLATED,
+    )
+    reset_progress: bool = flag(
+        "--reset-progress",
+        False,
+        "of the mtf branch; a first start always loads only weights",
+        resume=SILENT,
+        mtf=TRANSLATED,
+    )
+    save_interval: int = flag(
+        "--save-interval",
+        250,
+        "steps between checkpoints; 0 saves only at the end",
+        bounds=Bound(0, note="0 saves only at the end"),
+        mtf=SAME,
+    )
+    save_interval_mins: float | None = flag(
+        "--save-interval-mins",
+        None,
+        "minutes between checkpoints, in addition to --save-interval",
+        bounds=ZERO_DISABLES,
+    )
+    save_epochs: float | None = flag(
         "--save-epochs",
-        type=float,
+        None,
+        "also a checkpoint every X epochs (0.5, 1, ...), kept permanently",
         metavar="X",
-        help="a checkpoint every X epochs as well (0.5, 1, ...), kept for ever",
+        bounds=POSITIVE,
     )
-    add("--keep-last", type=int, default=2, help="newest checkpoints kept; 0 keeps all")
-    add("--keep-every", type=int, help="iterations divisible by this are kept for ever")
-    add("--async-save", action="store_true", help="write checkpoints in the background")
-    add("--verify-checkpoint", action="store_true", help="check the checksums of what is loaded, not the sizes alone")
-    add("--override-checkpoint-args", action="store_true", help="resume although flags that change the run differ")
+    keep_last: int = flag(
+        "--keep-last", 2, "newest checkpoints to keep; 0 keeps all", bounds=Bound(0, note="0 keeps all")
+    )
+    keep_every: int | None = flag(
+        "--keep-every", None, "iterations divisible by this are kept permanently", bounds=ZERO_DISABLES
+    )
+    async_save: bool = flag("--async-save", False, "write checkpoints in the background")
+    verify: bool = flag(
+        "--verify-checkpoint", False, "verify the checksums of what is loaded, not only the sizes", resume=SILENT
+    )
+    override_args: bool = flag(
+        "--override-checkpoint-args", False, "resume although flags that change the run differ", resume=SILENT
+    )
 
 
-def _add_logging(add) -> None:
-    add("--log-interval", type=int, default=10, help="steps between log lines")
-    add("--tensorboard-dir", metavar="DIR", help="write TensorBoard events")
-    add("--wandb-project", help="log to Weights & Biases, where it is installed")
-    add("--wandb-run-name", help="name of that run")
-    add("--exit-interval", type=int, help="save and stop when the iteration is divisible by this; 0 is never")
-    add("--exit-duration-in-mins", type=float, help="save and stop after this long, to be resumed")
-    add(
+@dataclass(frozen=True, kw_only=True)
+class Logging:
+    """Logging and stopping."""
+
+    interval: int = flag("--log-interval", 10, "steps between log lines", bounds=ONE_OR_MORE, mtf=SAME)
+    tensorboard_dir: str | None = flag(
+        "--tensorboard-dir", None, "write TensorBoard events", metavar="DIR", mtf=SAME, local=True
+    )
+    wandb_project: str | None = flag(
+        "--wandb-project", None, "log to Weights & Biases, where it is installed", aliases=("--wandb-project-name",)
+    )
+    wandb_run_name: str | None = flag("--wandb-run-name", None, "name of that run")
+    exit_interval: int | None = flag(
+        "--exit-interval",
+        None,
+        "save and stop when the iteration is divisible by this; 0 disables",
+        bounds=ZERO_DISABLES,
+        mtf=SAME,
+    )
+    exit_duration_in_mins: float | None = flag(
+        "--exit-duration-in-mins",
+        None,
+        "save and stop after this many minutes, to be resumed",
+        bounds=POSITIVE,
+        mtf=TRANSLATED,
+    )
+    watchdog_mins: float = flag(
         "--watchdog-mins",
-        type=float,
-        default=30,
-        help="end a run without a finished step for this long, with stack traces; 0 is never",
+        30,
+        "minutes without progress after which a run ends with stack traces; 0 disables",
+        bounds=ZERO_DISABLES,
     )
+
+
+# fmt: on

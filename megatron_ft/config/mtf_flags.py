@@ -3,13 +3,6 @@
 Its users bring long command lines. What changes nothing is taken with a notice, what cannot be honoured ends with a line that says what to do.
 """
 
-RENAMED = {
-    "--wandb-project-name": "--wandb-project",
-    "--model-parallel-size": "--tensor-model-parallel-size",
-    "--batch-size": "--micro-batch-size",
-    "--checkpoint-activations": "--recompute-activations",
-    "--sequence-length": "--seq-length",
-}
 # Say what this program always does, or set what no longer exists (value: number of words that follow).
 ACCEPTED = {
     "--tokenizer-type": 1, "--vocab-file": 1, "--merge-file": 1, "--data-impl": 1, "--mmap-warmup": 0, "--use-flash-attn": 0,
@@ -33,7 +26,7 @@ REFUSED = {
     "--pipeline-model-parallel-split-rank": "there is no encoder to split off; leave it out",
     "--standalone-embedding-stage": "the embedding shares the first pipeline stage; leave it out",
     "--data-path": "use --data-prefix, or --train-weighted-split-paths-path",
-    "--split": "use --validation-share, or ranges in --train-weighted-split-paths-path",
+    "--split": "use --validation-fraction, or ranges in --train-weighted-split-paths-path",
     "--deepspeed": "the engine is Megatron-Core; leave DeepSpeed flags out",
     "--kv-channels": "a head has hidden size / heads channels; leave it out",
     "--apply-residual-connection-post-layernorm": _OTHER_MODEL,

@@ -4,15 +4,15 @@ Training rows are addressed by consumed sample number: row i is the same in ever
 goes on by asking for the next number. Nothing here needs a process group; every rank reads its own rows.
 """
 
-import argparse
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from megatron_ft.config.config import Config
 from megatron_ft.data import _packing
-from megatron_ft.data.packing import PackedIndex, Packing, TokenizedDocuments, load_index, load_index_of_rows
+from megatron_ft.data.packing import PackedIndex, Packing, TokenizedDocuments, load_index, load_index_covering
 from megatron_ft.data.provenance import tokenizer_warning
 from megatron_ft.data.splits import Group, Part, groups_of
 from megatron_ft.errors import UserError
@@ -40,7 +40,7 @@ class PackedRows:
 
     def document_ids(self, row: int) -> np.ndarray:
         """int64, the documents of a row in their order."""
-        start, end = self.index.rows[row]
+        start, end = self.index.bounds[row]
         return self.index.documents[start:end]
 
     def __getitem__(self, row: int) -> PackedSample:
@@ -120,27 +120,27 @@ class Datasets:
     notices: list[str] = field(default_factory=list)
 
 
-def rows_per_epoch(args: argparse.Namespace, split: str = "train") -> int:
+def rows_per_epoch(config: Config, split: str = "train") -> int:
     """Rows that all data sets of `split` have once: for training the length of an epoch, for "valid" and "test" of all groups.
 
     In greedy order an epoch's unfinished last row belongs to the next epoch. Builds the index where it is not there yet.
     """
     return sum(
-        _epoch_rows(load_index(*_documents_and_packing(part, args, split), args.data_cache_path))
-        for group in groups_of(args, split)
+        _epoch_rows(load_index(*_documents_and_packing(part, config, split), config.data.cache_path))
+        for group in groups_of(config, split)
         for part in group.parts
     )
 
 
-def training_fill_rate(args: argparse.Namespace) -> float:
+def training_fill_rate(config: Config) -> float:
     """Share of the training rows' places that hold a token, over the data sets by their weights; a set too small for one row counts as full."""
-    parts = [part for group in groups_of(args, "train") for part in group.parts]
-    indices = [load_index(*_documents_and_packing(part, args, "train"), args.data_cache_path) for part in parts]
+    parts = [part for group in groups_of(config, "train") for part in group.parts]
+    indices = [load_index(*_documents_and_packing(part, config, "train"), config.data.cache_path) for part in parts]
     return float(np.average([index.fill_rate or 1.0 for index in indices], weights=[part.weight for part in parts]))
 
 
 def build_datasets(
-    args: argparse.Namespace, *, train_samples: int | None, pad: int, vocab_size: int | None = None
+    config: Config, *, train_samples: int | None, pad: int, vocab_size: int | None = None
 ) -> Datasets:
     """The data sets that the flags ask for, their indices built where they are missing (by one process; the others wait).
 
@@ -149,15 +149,15 @@ def build_datasets(
     data set are compared with it. Raises UserError.
     """
     datasets = Datasets()
-    for group in groups_of(args, "train") if train_samples is not None else []:
-        datasets.train = _build(group, args, "train", pad, vocab_size, train_samples)
+    for group in groups_of(config, "train") if train_samples is not None else []:
+        datasets.train = _build(group, config, "train", pad, vocab_size, train_samples)
     for split, built in (("valid", datasets.valid), ("test", datasets.test)):
-        for group in groups_of(args, split):
-            built[group.name] = _build(group, args, split, pad, vocab_size)
+        for group in groups_of(config, split):
+            built[group.name] = _build(group, config, split, pad, vocab_size)
     others = [*datasets.valid.values(), *datasets.test.values()]
     everything = [datasets.train, *others] if datasets.train else others
     prefixes = dict.fromkeys(part.documents.prefix for dataset in everything for part in dataset.parts)
-    datasets.notices += filter(None, (tokenizer_warning(prefix, args.tokenizer_file) for prefix in prefixes))
+    datasets.notices += filter(None, (tokenizer_warning(prefix, config.data.tokenizer_file) for prefix in prefixes))
     for dataset in everything:
         datasets.notices += dataset.overlong()
     if datasets.train:
@@ -166,15 +166,15 @@ def build_datasets(
 
 
 def _build(
-    group: Group, args: argparse.Namespace, split: str, pad: int, vocab_size: int | None, samples: int | None = None
+    group: Group, config: Config, split: str, pad: int, vocab_size: int | None, samples: int | None = None
 ) -> PackedDataset:
     """A group's data set: `samples` rows, or the rows of its range once when None."""
     weights = np.array([part.weight for part in group.parts])
-    opened = [_documents_and_packing(part, args, split) for part in group.parts]
+    opened = [_documents_and_packing(part, config, split) for part in group.parts]
     if vocab_size is not None:
         for documents, _ in opened:
             check_vocabulary(documents, vocab_size)
-    once = [load_index(documents, packing, args.data_cache_path) for documents, packing in opened]
+    once = [load_index(documents, packing, config.data.cache_path) for documents, packing in opened]
     if samples is None:
         limits = np.array([len(index) for index in once])
         source, row = _packing.blend(weights, limits, int(limits.sum()))
@@ -183,7 +183,7 @@ def _build(
         source, row = _packing.blend(weights, np.full(len(weights), -1), samples)
         needed = np.bincount(source, minlength=len(weights))
         indices = [
-            load_index_of_rows(documents, packing, int(rows), args.data_cache_path)
+            load_index_covering(documents, packing, int(rows), config.data.cache_path)
             for (documents, packing), rows in zip(opened, needed, strict=True)
         ]
     parts = [
@@ -196,25 +196,25 @@ def _epoch_rows(index: PackedIndex) -> int:
     return max(1, len(index))  # a greedy epoch that does not fill one row still counts as one
 
 
-def _documents_and_packing(part: Part, args: argparse.Namespace, split: str) -> tuple[TokenizedDocuments, Packing]:
+def _documents_and_packing(part: Part, config: Config, split: str) -> tuple[TokenizedDocuments, Packing]:
     try:
         documents = TokenizedDocuments(part.prefix)
     except UserError as error:
         raise UserError(f"{part.where}: {error}") from error
     start, stop = part.documents(len(documents))
     if start >= stop:
-        remedy = "raise --validation-share or set it to 0" if args.data_prefix else "widen the range"
+        remedy = "raise --validation-fraction or set it to 0" if config.data.prefix else "widen the range"
         raise UserError(
             f"{part.where}: the {split} range {part.start:g}:{part.end:g} of {part.prefix} ({len(documents)} documents) is empty; {remedy}"
         )
     packing = Packing(
         start,
         stop,
-        capacity=args.seq_length + 1,
-        order=args.packing,
-        lookahead=args.packing_lookahead,
-        overlong=args.overlong,
-        seed=args.seed,
+        capacity=config.data.seq_length + 1,
+        order=config.data.packing,
+        lookahead=config.data.packing_lookahead,
+        overlong=config.data.overlong,
+        seed=config.training.seed,
         keep_last=split != "train",
     )
     return documents, packing

@@ -4,13 +4,13 @@ Quotes around a group are optional; with them several groups may share a line. B
 is given in shares of the data set's documents, so `0:0.95` and `0.95:1` of one prefix share none.
 """
 
-import argparse
 import re
 from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
 
-from megatron_ft.config.arguments import validation_share
+from megatron_ft.config.arguments import validation_fraction
+from megatron_ft.config.config import Config
 from megatron_ft.errors import UserError
 
 FORM = "expected NAME: WEIGHT START:END PREFIX, WEIGHT START:END PREFIX ..."
@@ -39,22 +39,21 @@ class Group:
     parts: tuple[Part, ...]
 
 
-def groups_of(args: argparse.Namespace, split: str) -> list[Group]:
+def groups_of(config: Config, split: str) -> list[Group]:
     """The groups of `split` ("train", "valid", "test") that the flags ask for; [] when there are none. Raises UserError.
 
-    `--data-prefix` gives one group for training, and, where no others are named, one for validation called "valid" from its last `--validation-share`.
+    `--data-prefix` gives one group for training, and, where no others are named, one for validation called "valid" from its last `--validation-fraction`.
     """
-    path = getattr(args, f"{split}_weighted_split_paths_path")
-    given = getattr(args, f"{split}_weighted_split_paths")
+    path, given = config.data.split_source(split)
     if path:
         groups = read_split_file(path)
     elif given:
         flag = f"--{split}-weighted-split-paths"
         groups = [group for i, text in enumerate(given, 1) for group in parse_line(text, f"{flag}, group {i}")]
-    elif args.data_prefix and split != "test":
-        bound, where = 1 - validation_share(args), "--data-prefix"
+    elif config.data.prefix and split != "test":
+        bound, where = 1 - validation_fraction(config), "--data-prefix"
         start, end = (0, bound) if split == "train" else (bound, 1)
-        groups = [Group(split, (Part(1.0, start, end, args.data_prefix, where),))] if end > start else []
+        groups = [Group(split, (Part(1.0, start, end, config.data.prefix, where),))] if end > start else []
     else:
         groups = []
     if split == "train" and len(groups) > 1:

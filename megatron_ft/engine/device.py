@@ -5,7 +5,6 @@ Megatron-Core asks for CUDA by name in some forty places: tensors made on `"cuda
 present. Beside it only `optimizer.py` exchanges a function of another package: the sum of gradients' norms.
 """
 
-import argparse
 import contextlib
 import logging
 import os
@@ -14,22 +13,23 @@ import platform
 import torch
 from torch.overrides import TorchFunctionMode
 
+from megatron_ft.config.config import Config
 from megatron_ft.errors import UserError
 
 _entered: "CpuForCuda | None" = None
 
 
-def set_up_device(args: argparse.Namespace | None = None) -> torch.device:
+def set_up_device(config: Config | None = None) -> torch.device:
     """Choose this rank's device (LOCAL_RANK's GPU, else the CPU through the adapter) and return it. Safe to call again.
 
     Raises UserError where this rank has no GPU of its own, and where the launcher counted GPUs (MEGATRON_FT_GPUS) that torch cannot use.
     """
     global _entered
-    if args is not None and args.tensor_model_parallel_size > 1:
+    if config is not None and config.parallel.tensor > 1:
         # One hardware queue: tensor-parallel communication is then issued in the order that lets it overlap with computation.
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if torch.cuda.is_available():
-        device = torch.device("cuda", _own_gpu(args))
+        device = torch.device("cuda", _own_gpu(config))
         torch.cuda.set_device(device)
         return device
     if int(os.environ.get("MEGATRON_FT_GPUS") or 0):
@@ -41,13 +41,13 @@ def set_up_device(args: argparse.Namespace | None = None) -> torch.device:
     return torch.device("cpu")
 
 
-def _own_gpu(args: argparse.Namespace | None) -> int:
+def _own_gpu(config: Config | None) -> int:
     """Number of this rank's GPU among those it sees: LOCAL_RANK's, or the only one."""
     gpus, rank = torch.cuda.device_count(), int(os.environ.get("LOCAL_RANK", 0))
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if gpus == 1:  # a site may show each task its own
-        if args is not None and ranks > 1:
-            args.notices.append(
+        if config is not None and ranks > 1:
+            config.notices.append(
                 f"warning: each of this node's {ranks} ranks sees one GPU alone, so NCCL cannot copy between them directly "
                 "and is slower, or fails; let each see all (SLURM: --gpus-per-node, without --gpus-per-task and --gpu-bind)"
             )

@@ -1,6 +1,6 @@
 """LoRA inside Megatron-Core's parallel linear layers, at any tensor-parallel size, with and without sequence parallelism.
 
-`add_lora(chunks, args)` freezes the model and gives the layers of --lora-targets a low-rank update alpha / rank * B A dropout(x),
+`add_lora(chunks, config)` freezes the model and gives the layers of --lora-targets a low-rank update alpha / rank * B A dropout(x),
 as PEFT computes it (Hu et al., 2021). How A [rank, inputs] and B [outputs, rank] are cut, x being [s, b, inputs]:
 
     column parallel (linear_qkv, linear_fc1)        A whole on every rank, B's rows cut as the weight's rows are
@@ -11,7 +11,6 @@ A x is summed (or scattered over the sequence). The layers keep their class's na
 `sharded_state_dict` describes the adapters too.
 """
 
-import argparse
 import math
 
 import torch
@@ -31,6 +30,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 
+from megatron_ft.config.config import Config
 from megatron_ft.errors import UserError
 from megatron_ft.model.lora import AdapterConfig, is_trainable
 from megatron_ft.model.tensor_names import LORA_TARGETS
@@ -38,25 +38,26 @@ from megatron_ft.model.tensor_names import LORA_TARGETS
 __all__ = ["add_lora", "is_trainable"]
 
 
-def add_lora(chunks: list[nn.Module], args: argparse.Namespace) -> None:
+def add_lora(chunks: list[nn.Module], config: Config) -> None:
     """Freeze `chunks` (from `build_model`, before they are wrapped for data parallelism) and add trainable adapters.
 
     B starts at zero, so the model computes what it did. A is drawn from --seed, the layer and the target alone: the same in every
     layout. Raises UserError where layers are Transformer Engine's, which fuse the norm that an adapter would need the output of.
     """
-    config = AdapterConfig.from_args(args)
+    adapters = AdapterConfig.from_flags(config.values())
     for chunk in chunks:
         chunk.requires_grad_(False)
         for module in chunk.modules():
             if isinstance(module, TransformerLayer):
-                for target in config.targets:
+                for target in adapters.targets:
                     linear = module.get_submodule(LORA_TARGETS[target])
                     _adapt(
                         linear,
-                        config,
-                        seed=(args.seed * 10_007 + module.layer_number) * len(LORA_TARGETS) + list(LORA_TARGETS).index(target),
+                        adapters,
+                        seed=(config.training.seed * 10_007 + module.layer_number) * len(LORA_TARGETS)
+                        + list(LORA_TARGETS).index(target),
                     )
-            elif isinstance(module, LanguageModelEmbedding) and args.recompute_granularity == "full":
+            elif isinstance(module, LanguageModelEmbedding) and config.memory.recompute_granularity == "full":
                 # A checkpointed layer whose input needs no gradient would give none to its parameters either.
                 module.register_forward_hook(lambda module, inputs, output: output.requires_grad_())
 

@@ -4,7 +4,6 @@ Nothing of the model is written here. The specification only exchanges two modul
 Transformer Engine: a layer norm that works under sequence parallelism, and attention over packed rows.
 """
 
-import argparse
 from functools import partial
 
 import torch
@@ -18,6 +17,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
+from megatron_ft.config.config import Config
 from megatron_ft.engine.packed_attention import PackedAttention
 from megatron_ft.errors import UserError
 from megatron_ft.model.shape import ModelShape
@@ -37,23 +37,23 @@ class SequenceParallelLayerNorm(nn.LayerNorm):
             parameter.sequence_parallel = config.sequence_parallel
 
 
-def uses_transformer_engine(args: argparse.Namespace) -> bool:
+def uses_transformer_engine(config: Config) -> bool:
     """Whether layers come from Transformer Engine. Raises UserError where it is asked for, or needed, and missing."""
-    if args.transformer_impl == "transformer_engine" and not (HAVE_TE and torch.cuda.is_available()):
+    if config.memory.transformer_impl == "transformer_engine" and not (HAVE_TE and torch.cuda.is_available()):
         raise UserError(
             "--transformer-impl transformer_engine: Transformer Engine or its GPU is missing; use --transformer-impl local"
         )
-    return args.transformer_impl != "local" and HAVE_TE and torch.cuda.is_available()
+    return config.memory.transformer_impl != "local" and HAVE_TE and torch.cuda.is_available()
 
 
-def compute_dtype(args: argparse.Namespace) -> torch.dtype:
+def compute_dtype(config: Config) -> torch.dtype:
     """What weights are multiplied in: --bf16, --fp16, or fp32."""
-    return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+    return torch.bfloat16 if config.precision.bf16 else torch.float16 if config.precision.fp16 else torch.float32
 
 
-def transformer_config(args: argparse.Namespace, shape: ModelShape) -> TransformerConfig:
-    """Megatron-Core's configuration for `shape` under the flags of `args`."""
-    dtype = compute_dtype(args)
+def transformer_config(config: Config, shape: ModelShape) -> TransformerConfig:
+    """Megatron-Core's configuration for `shape` under the flags of `config`."""
+    dtype = compute_dtype(config)
     fuse = torch.cuda.is_available()
     return TransformerConfig(
         num_layers=shape.num_layers,
@@ -74,26 +74,26 @@ def transformer_config(args: argparse.Namespace, shape: ModelShape) -> Transform
         gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,
         init_method_std=shape.init_method_std,
-        tensor_model_parallel_size=args.tensor_model_parallel_size,
-        pipeline_model_parallel_size=args.pipeline_model_parallel_size,
-        context_parallel_size=args.context_parallel_size,
-        sequence_parallel=args.sequence_parallel,
+        tensor_model_parallel_size=config.parallel.tensor,
+        pipeline_model_parallel_size=config.parallel.pipeline,
+        context_parallel_size=config.parallel.context,
+        sequence_parallel=config.parallel.sequence,
         params_dtype=dtype,
         pipeline_dtype=dtype,
-        bf16=args.bf16,
-        fp16=args.fp16,
-        recompute_granularity=args.recompute_granularity,
-        recompute_method=args.recompute_method,
-        recompute_num_layers=args.recompute_num_layers,
+        bf16=config.precision.bf16,
+        fp16=config.precision.fp16,
+        recompute_granularity=config.memory.recompute_granularity,
+        recompute_method=config.memory.recompute_method,
+        recompute_num_layers=config.memory.recompute_num_layers,
         deallocate_pipeline_outputs=True,
         use_cpu_initialization=False,
         batch_p2p_comm=True,
     )
 
 
-def layer_spec(args: argparse.Namespace, shape: ModelShape, config: TransformerConfig):
+def layer_spec(config: Config, shape: ModelShape, transformer: TransformerConfig):
     """Specification of the transformer block: Transformer Engine's where it is used, else Megatron-Core's own with our two modules."""
-    if uses_transformer_engine(args):
+    if uses_transformer_engine(config):
         from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 
         return get_gpt_layer_with_transformer_engine_spec()
@@ -101,21 +101,21 @@ def layer_spec(args: argparse.Namespace, shape: ModelShape, config: TransformerC
     layer.submodules.input_layernorm = SequenceParallelLayerNorm
     layer.submodules.pre_mlp_layernorm = SequenceParallelLayerNorm
     layer.submodules.self_attention.submodules.core_attention = PackedAttention
-    layers = shape.num_layers // args.pipeline_model_parallel_size
+    layers = shape.num_layers // config.parallel.pipeline
     return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=SequenceParallelLayerNorm)
 
 
-def build_model(args: argparse.Namespace, shape: ModelShape, padded_vocab: int) -> list[nn.Module]:
+def build_model(config: Config, shape: ModelShape, padded_vocab: int) -> list[nn.Module]:
     """This rank's part of the model, on its device and in its precision, with random weights; one chunk, not yet wrapped.
 
     `padded_vocab` is the number of embedding rows over all tensor-parallel ranks. Process groups must exist (`parallel.initialize`).
     """
     from megatron.core import parallel_state
 
-    config = transformer_config(args, shape)
+    transformer = transformer_config(config, shape)
     model = GPTModel(
-        config=config,
-        transformer_layer_spec=layer_spec(args, shape, config),
+        config=transformer,
+        transformer_layer_spec=layer_spec(config, shape, transformer),
         vocab_size=padded_vocab,
         max_sequence_length=shape.max_position_embeddings,
         pre_process=parallel_state.is_pipeline_first_stage(),
@@ -129,18 +129,18 @@ def build_model(args: argparse.Namespace, shape: ModelShape, padded_vocab: int) 
     ) in model.parameters():  # replicated unless its layer said otherwise; the gradient norm counts replicas once
         set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
     model.cuda(torch.cuda.current_device())
-    if args.bf16 or args.fp16:
-        model = Float16Module(config, model)
+    if config.precision.bf16 or config.precision.fp16:
+        model = Float16Module(transformer, model)
     return [model]
 
 
-def wrap_for_data_parallel(args: argparse.Namespace, chunks: list[nn.Module]) -> list[nn.Module]:
+def wrap_for_data_parallel(config: Config, chunks: list[nn.Module]) -> list[nn.Module]:
     """`chunks` in Megatron's DistributedDataParallel, weights equal on all data-parallel ranks."""
     ddp_config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=args.accumulate_allreduce_grads_in_fp32,
-        overlap_grad_reduce=args.overlap_grad_reduce,
-        overlap_param_gather=args.overlap_param_gather,
-        use_distributed_optimizer=args.use_distributed_optimizer,
+        grad_reduce_in_fp32=config.precision.fp32_gradients,
+        overlap_grad_reduce=config.parallel.overlap_grad_reduce,
+        overlap_param_gather=config.parallel.overlap_param_gather,
+        use_distributed_optimizer=config.parallel.distributed_optimizer,
         check_for_nan_in_grad=False,  # the loop looks at the loss itself and writes down whose it was
     )
     wrapped = [DistributedDataParallel(chunk.config, ddp_config, chunk) for chunk in chunks]

@@ -1,7 +1,5 @@
 """Adam or SGD through Megatron-Core: parameter groups, precision, sharding over data-parallel ranks."""
 
-import argparse
-
 import torch
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, clip_grads, get_megatron_optimizer
@@ -9,43 +7,45 @@ from megatron.core.utils import get_model_config, local_multi_tensor_l2_norm
 from torch import Tensor, nn
 
 from megatron_ft.checkpoint.optimizer_state import parts
+from megatron_ft.config.config import Config
 from megatron_ft.engine.model import compute_dtype
 
 
-def build_optimizer(args: argparse.Namespace, chunks: list[nn.Module]):
+def build_optimizer(config: Config, chunks: list[nn.Module]):
     """Megatron's optimizer for DDP-wrapped `chunks`: no weight decay on biases and norms; frozen parameters are left out.
 
     Also tells the model's configuration what the pipeline schedules ask of it (loss scaling, gradient reduction).
     """
-    optimizer = get_megatron_optimizer(optimizer_config(args), chunks)
+    optimizer = get_megatron_optimizer(optimizer_config(config), chunks)
     _use_fused_kernels(optimizer)
-    connect(args, chunks, optimizer)
+    connect(config, chunks, optimizer)
     return optimizer
 
 
-def optimizer_config(args: argparse.Namespace) -> OptimizerConfig:
-    """Megatron-Core's configuration of the optimizer under the flags of `args`."""
-    offload = args.optimizer_cpu_offload
+def optimizer_config(config: Config) -> OptimizerConfig:
+    """Megatron-Core's configuration of the optimizer under the flags of `config`."""
+    offload = config.optimizer.cpu_offload
     return OptimizerConfig(
-        optimizer=args.optimizer,
-        lr=args.lr,
-        min_lr=args.min_lr,
-        weight_decay=args.weight_decay,
-        adam_beta1=args.adam_beta1,
-        adam_beta2=args.adam_beta2,
-        adam_eps=args.adam_eps,
-        sgd_momentum=args.sgd_momentum,
-        clip_grad=args.clip_grad or float("inf"),  # at infinity nothing is clipped, and the norm is still measured
-        fp16=args.fp16,
-        bf16=args.bf16,
-        params_dtype=compute_dtype(args),
-        loss_scale=args.loss_scale if args.fp16 else None,
-        initial_loss_scale=args.initial_loss_scale,
-        min_loss_scale=args.min_loss_scale,
-        loss_scale_window=args.loss_scale_window,
-        hysteresis=args.hysteresis,
-        use_distributed_optimizer=args.use_distributed_optimizer,
-        overlap_param_gather=args.overlap_param_gather,
+        optimizer=config.optimizer.name,
+        lr=config.schedule.lr,
+        min_lr=config.schedule.min_lr,
+        weight_decay=config.optimizer.weight_decay,
+        adam_beta1=config.optimizer.adam_beta1,
+        adam_beta2=config.optimizer.adam_beta2,
+        adam_eps=config.optimizer.adam_eps,
+        sgd_momentum=config.optimizer.sgd_momentum,
+        clip_grad=config.optimizer.clip_grad
+        or float("inf"),  # at infinity nothing is clipped, and the norm is still measured
+        fp16=config.precision.fp16,
+        bf16=config.precision.bf16,
+        params_dtype=compute_dtype(config),
+        loss_scale=config.precision.loss_scale if config.precision.fp16 else None,
+        initial_loss_scale=config.precision.initial_loss_scale,
+        min_loss_scale=config.precision.min_loss_scale,
+        loss_scale_window=config.precision.loss_scale_window,
+        hysteresis=config.precision.hysteresis,
+        use_distributed_optimizer=config.parallel.distributed_optimizer,
+        overlap_param_gather=config.parallel.overlap_param_gather,
         optimizer_cpu_offload=offload,
         optimizer_offload_fraction=1.0 if offload else 0.0,
         use_torch_optimizer_for_cpu_offload=offload,
@@ -68,13 +68,13 @@ def _l2_norm(chunk_size: int, overflow: Tensor, tensors: list[list[Tensor]], per
     return torch.nn.utils.get_total_norm(tensors[0]).reshape(1), None
 
 
-def connect(args: argparse.Namespace, chunks: list[nn.Module], optimizer) -> None:
+def connect(config: Config, chunks: list[nn.Module], optimizer) -> None:
     """Give the pipeline schedules this model's loss scaling and gradient reduction."""
-    config = get_model_config(chunks[0])
-    config.grad_scale_func = optimizer.scale_loss
-    config.finalize_model_grads_func = finalize_model_grads
-    if args.overlap_grad_reduce:
-        config.no_sync_func = chunks[0].no_sync
+    model_config = get_model_config(chunks[0])
+    model_config.grad_scale_func = optimizer.scale_loss
+    model_config.finalize_model_grads_func = finalize_model_grads
+    if config.parallel.overlap_grad_reduce:
+        model_config.no_sync_func = chunks[0].no_sync
 
 
 def learning_rate(optimizer) -> float:

@@ -1,37 +1,39 @@
 """What a run that does not fit its GPU says: how much it took, when, and which flags would make it smaller."""
 
-import argparse
 import os
 
 import torch
 
+from megatron_ft.config.config import Config
 from megatron_ft.errors import UserError
 from megatron_ft.model.cost import GIB
 
 
-def out_of_memory(args: argparse.Namespace, error: torch.OutOfMemoryError, when: str) -> UserError:
+def out_of_memory(config: Config, error: torch.OutOfMemoryError, when: str) -> UserError:
     """The error to raise instead of torch's `error`; `when` is "after 12 iterations" or the like."""
     asked = next((part for part in str(error).split(". ") if part.startswith("Tried to allocate")), "")
     facts = [when, *([asked[0].lower() + asked[1:]] if asked else []), *_card()]
     return UserError(
         f"out of GPU memory ({', '.join(facts)}); "
-        f"next: {', or '.join(remedies(args)) or 'a smaller model, or GPUs that hold more'}; launch/plan.py shows what fits"
+        f"next: {', or '.join(remedies(config)) or 'a smaller model, or GPUs that hold more'}; launch/plan.py shows what fits"
     )
 
 
-def remedies(args: argparse.Namespace) -> list[str]:
+def remedies(config: Config) -> list[str]:
     """Flags that are not used yet and save memory, those that cost least first."""
-    tensor, pipeline = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
-    more, rows = 2 * tensor, args.micro_batch_size
+    tensor, pipeline = config.parallel.tensor, config.parallel.pipeline
+    more, rows = 2 * tensor, config.training.micro_batch_size
     fewer = max((n for n in range(1, rows) if rows % n == 0), default=rows)  # a divisor still divides the global batch
-    on_node = int(os.environ.get("LOCAL_WORLD_SIZE", args.world_size))
-    splits = not (args.shape.num_attention_heads % more or args.world_size % (more * pipeline) or on_node % more)
+    on_node = int(os.environ.get("LOCAL_WORLD_SIZE", config.parallel.world_size))
+    splits = not (
+        config.shape.num_attention_heads % more or config.parallel.world_size % (more * pipeline) or on_node % more
+    )
     steps = {
         f"--micro-batch-size {fewer}": rows > 1,
-        "--sequence-parallel": tensor > 1 and not args.sequence_parallel,
-        "--recompute-granularity full": args.recompute_granularity != "full",
+        "--sequence-parallel": tensor > 1 and not config.parallel.sequence,
+        "--recompute-granularity full": config.memory.recompute_granularity != "full",
         f"--tensor-model-parallel-size {more}": splits,
-        "--lora-rank 16 to train adapters alone": not args.lora_rank,
+        "--lora-rank 16 to train adapters alone": not config.lora.rank,
     }
     return [flag for flag, helps in steps.items() if helps]
 

@@ -1,6 +1,5 @@
 """Process groups of a run: tensor, pipeline and data parallel ranks from torchrun's environment variables, and their seeds."""
 
-import argparse
 import math
 import os
 from datetime import timedelta
@@ -8,35 +7,36 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from megatron_ft.config.config import Config
 from megatron_ft.errors import UserError
 
 
-def initialize(args: argparse.Namespace) -> None:
+def initialize(config: Config) -> None:
     """Make the default group and Megatron's groups from RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT (without them: one rank),
     and the seeds of a random start. Call `set_up_device` first."""
     from megatron.core import parallel_state
 
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     rank = int(os.environ.get("RANK", 0))
-    model_parallel = args.tensor_model_parallel_size * args.pipeline_model_parallel_size * args.context_parallel_size
+    model_parallel = config.parallel.tensor * config.parallel.pipeline * config.parallel.context
     if world_size % model_parallel:
         raise UserError(
-            f"{world_size} processes cannot hold --tensor-model-parallel-size {args.tensor_model_parallel_size} x "
-            f"--pipeline-model-parallel-size {args.pipeline_model_parallel_size} x --context-parallel-size "
-            f"{args.context_parallel_size}; start a multiple of {model_parallel}"
+            f"{world_size} processes cannot hold --tensor-model-parallel-size {config.parallel.tensor} x "
+            f"--pipeline-model-parallel-size {config.parallel.pipeline} x --context-parallel-size "
+            f"{config.parallel.context}; start a multiple of {model_parallel}"
         )
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         alone = {} if "MASTER_ADDR" in os.environ else {"store": dist.HashStore()}
-        minutes = timedelta(minutes=args.distributed_timeout_minutes)
+        minutes = timedelta(minutes=config.parallel.timeout_minutes)
         dist.init_process_group(backend, timeout=minutes, rank=rank, world_size=world_size, **alone)
     parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=args.tensor_model_parallel_size,
-        pipeline_model_parallel_size=args.pipeline_model_parallel_size,
-        context_parallel_size=args.context_parallel_size,
-        distributed_timeout_minutes=max(1, math.ceil(args.distributed_timeout_minutes)),
+        tensor_model_parallel_size=config.parallel.tensor,
+        pipeline_model_parallel_size=config.parallel.pipeline,
+        context_parallel_size=config.parallel.context,
+        distributed_timeout_minutes=max(1, math.ceil(config.parallel.timeout_minutes)),
     )
-    seed_start(args.seed)
+    seed_start(config.training.seed)
 
 
 def destroy() -> None:

@@ -1,6 +1,5 @@
 """Micro-batches through the model by Megatron-Core's pipeline schedule, for training and validation alike."""
 
-import argparse
 from collections.abc import Callable
 from functools import partial
 
@@ -8,11 +7,12 @@ import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
+from megatron_ft.config.config import Config
 from megatron_ft.engine.rows import MicroBatch
 
 
 def run_micro_batches(
-    args: argparse.Namespace,
+    config: Config,
     model: list[nn.Module],
     micro_batches: list[MicroBatch],
     loss_of: Callable[[MicroBatch, Tensor], tuple[Tensor, Tensor]],
@@ -32,7 +32,8 @@ def run_micro_batches(
         data_iterator=iter(micro_batches),
         model=model if len(model) > 1 else model[0],
         num_microbatches=len(micro_batches),
-        seq_length=args.seq_length * args.micro_batch_size,  # a micro-batch's rows lie end to end in one
+        seq_length=config.data.seq_length
+        * config.training.micro_batch_size,  # a micro-batch's rows lie end to end in one
         micro_batch_size=1,
         forward_only=forward_only,
     )

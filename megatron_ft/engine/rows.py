@@ -4,13 +4,13 @@ Every rank reads its own rows from the memory-mapped data set, so nothing is bro
 starts at `consumed` rows, rows consumed + (m * data_parallel + r) * micro_batch_size + 0, 1, ... for micro-batch m: Megatron's order.
 """
 
-import argparse
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from megatron_ft.config.config import Config
 from megatron_ft.data.batch import Batch, collate
 from megatron_ft.engine.loss import loss_weights
 from megatron_ft.engine.packed_attention import PackedRow
@@ -39,7 +39,7 @@ class Rows:
     def __init__(
         self,
         dataset,
-        args: argparse.Namespace,
+        config: Config,
         eod: int,
         device: torch.device,
         *,
@@ -48,12 +48,12 @@ class Rows:
         whole: bool = False,
     ) -> None:
         self.dataset = dataset
-        self.args = args
+        self.config = config
         self.eod = eod
         self.device = device
         self.whole = whole
         self._rank, self._size = data_parallel_rank, data_parallel_size
-        self._threads = ThreadPoolExecutor(args.num_workers, "rows") if args.num_workers else None
+        self._threads = ThreadPoolExecutor(config.memory.num_workers, "rows") if config.memory.num_workers else None
         self._ahead: dict[tuple[int, int], list[Future]] = {}
 
     def step(self, consumed_samples: int, batch: int, next_batch: int = 0) -> list[MicroBatch]:
@@ -74,25 +74,25 @@ class Rows:
             self._threads.shutdown(wait=True, cancel_futures=True)
 
     def _samples(self, first: int, batch: int) -> list[list[int]]:
-        rows = self.args.micro_batch_size
+        rows = self.config.training.micro_batch_size
         starts = range(first + self._rank * rows, first + batch, self._size * rows)
         return [list(range(start, start + rows)) for start in starts]
 
     def _read(self, samples: list[int]) -> MicroBatch:
-        args, length = self.args, len(self.dataset)
+        config, length = self.config, len(self.dataset)
         batch = collate(
             [self.dataset[i % length if self.whole else i] for i in samples],
-            loss_on_targets_only=args.loss_on_targets_only,
-            norm_target_loss=args.norm_target_loss,
-            eod_mask_loss=args.eod_mask_loss,
+            loss_on_targets_only=config.loss.on_targets_only,
+            norm_target_loss=config.loss.norm_target,
+            eod_mask_loss=config.loss.eod_mask,
             eod=self.eod,
-            reset_position_ids=args.reset_position_ids,
-            reset_attention_mask=args.reset_attention_mask,
+            reset_position_ids=config.data.reset_position_ids,
+            reset_attention_mask=config.data.reset_attention_mask,
         )
         mask = batch.loss_mask
         if self.whole:
             mask = mask * torch.tensor([[float(i < length)] for i in samples])
-        return micro_batch_from(batch, mask, args.loss_average, samples)
+        return micro_batch_from(batch, mask, config.loss.average, samples)
 
     def _to_device(self, micro: MicroBatch) -> MicroBatch:
         if self.device.type == "cpu":

@@ -1,6 +1,5 @@
 """The training loop: steps, validation, checkpoints, and all the ways a run ends."""
 
-import argparse
 import contextlib
 import json
 import math
@@ -13,6 +12,7 @@ import torch.distributed as dist
 
 from megatron_ft.checkpoint.checkpointer import Checkpointer, TrainState
 from megatron_ft.config.arguments import LENGTHS
+from megatron_ft.config.config import Config
 from megatron_ft.engine import parallel, signals
 from megatron_ft.engine.loss import token_losses
 from megatron_ft.engine.optimizer import learning_rate
@@ -29,7 +29,7 @@ from megatron_ft.metrics.metrics import MetricsLog
 class Run:
     """Everything a training run is made of; built by finetune.py."""
 
-    args: argparse.Namespace
+    config: Config
     vocab_size: int | None  # columns of the logits that take part in the softmax; None: all, padding too
     length: Length
     state: TrainState
@@ -44,8 +44,8 @@ class Run:
 
 def train(run: Run) -> int:
     """Train to the end, or to whatever stops the run first; returns the exit status. The state is saved in every case but an error."""
-    args, state = run.args, run.state
-    if args.skip_train:
+    config, state = run.config, run.state
+    if config.validation.skip_train:
         return _evaluate_only(run)
     _forget_best_of_other_data(run)
     _say_how_it_goes_on(run)
@@ -56,8 +56,10 @@ def train(run: Run) -> int:
         stop = step(run)
         if stop is None:
             stop = _validate_if_due(run)
-        if stop is None and args.exit_interval and state.iteration % args.exit_interval == 0:
-            stop = f"--exit-interval {args.exit_interval}" if state.iteration < run.length.iterations else None
+        if stop is None and config.logging.exit_interval and state.iteration % config.logging.exit_interval == 0:
+            stop = (
+                f"--exit-interval {config.logging.exit_interval}" if state.iteration < run.length.iterations else None
+            )
         if stop is None and run.checkpointer.due(state):
             with _weights_in_place(run):
                 run.checkpointer.save(state)
@@ -72,9 +74,9 @@ def train(run: Run) -> int:
 
 def _say_how_it_goes_on(run: Run) -> None:
     """What a resumed run should know before its first step: nothing is left, it was stopped early, or its learning rate jumps."""
-    args, state, last = run.args, run.state, run.log.last_step
+    config, state, last = run.config, run.state, run.log.last_step
     if state.iteration >= run.length.iterations:
-        flag = next(f"--train-{unit}" for unit in LENGTHS if getattr(args, f"train_{unit}") is not None)
+        flag = next(f"--train-{unit}" for unit in LENGTHS if config.value(f"train_{unit}") is not None)
         run.log.event(
             f"nothing to do: {state.iteration} of {run.length.iterations} steps are done; raise {flag} to go on"
         )
@@ -88,18 +90,18 @@ def _say_how_it_goes_on(run: Run) -> None:
 
 def step(run: Run) -> str | None:
     """One optimizer step; returns what asks the run to stop (a signal, the time limit), the same on all ranks, or None."""
-    args, state = run.args, run.state
+    config, state = run.config, run.state
     begun = time.perf_counter()
-    batch = global_batch_at(args, state.consumed_samples)
+    batch = global_batch_at(config, state.consumed_samples)
     following = state.consumed_samples + batch
-    next_batch = global_batch_at(args, following) if following < run.length.samples else 0
+    next_batch = global_batch_at(config, following) if following < run.length.samples else 0
     micro_batches = run.train_rows.step(state.consumed_samples, batch, next_batch)
     sums = ("weight", "loss_tokens", "document_tokens", "squared_lengths")
     weight, loss_tokens, tokens, squared_lengths = parallel.sum_over_data_parallel(
         [sum(getattr(m, name) for m in micro_batches) for name in sums]
     )
-    parallel.seed_step(args.seed, state.iteration)
-    losses = forward_backward(args, state.model, state.optimizer, micro_batches, weight, run.vocab_size)
+    parallel.seed_step(config.training.seed, state.iteration)
+    losses = forward_backward(config, state.model, state.optimizer, micro_batches, weight, run.vocab_size)
     loss, stop = _share(run, losses)
     if not math.isfinite(loss):
         _end_with_provenance(run, f"loss is {loss}", micro_batches, losses)
@@ -122,10 +124,10 @@ def step(run: Run) -> str | None:
             "loss": loss if weight else None,
             "lr": lr,
             "grad_norm": grad_norm if updated else None,
-            "loss_scale": float(state.optimizer.get_loss_scale()) if args.fp16 else 1.0,
+            "loss_scale": float(state.optimizer.get_loss_scale()) if config.precision.fp16 else 1.0,
             "global_batch_size": batch,
             "loss_tokens": int(loss_tokens),
-            "fill_rate": tokens / (batch * args.seq_length),
+            "fill_rate": tokens / (batch * config.data.seq_length),
             "skipped_iterations": state.skipped_iterations,
             "squared_lengths": squared_lengths,
             "memory_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
@@ -136,7 +138,7 @@ def step(run: Run) -> str | None:
 
 
 def forward_backward(
-    args: argparse.Namespace,
+    config: Config,
     model: list,
     optimizer,
     micro_batches: list[MicroBatch],
@@ -158,13 +160,13 @@ def forward_backward(
         share = (losses * micro.weights).sum() / (weight or 1.0)
         return share * scale, share.detach().clone()
 
-    shares = run_micro_batches(args, model, micro_batches, loss_of)
+    shares = run_micro_batches(config, model, micro_batches, loss_of)
     return [] if shares is None else shares.tolist()
 
 
 def _share(run: Run, losses: list[float]) -> tuple[float, str | None]:
     """The step's loss and what asks to stop, agreed on by all ranks in one small sum."""
-    minutes = run.args.exit_duration_in_mins
+    minutes = run.config.logging.exit_duration_in_mins
     overtime = minutes is not None and time.monotonic() - run.started > minutes * 60
     loss = math.fsum(losses) if all(map(math.isfinite, losses)) else math.nan
     loss, signalled, overtime = parallel.sum_over_all(
@@ -189,7 +191,7 @@ def _end_with_provenance(run: Run, what: str, micro_batches: list[MicroBatch], l
     ]
     everyone: list = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, ours)
-    path = Path(run.args.save or ".") / f"nonfinite_loss_iteration_{state.iteration + 1:07d}.json"
+    path = Path(run.config.checkpoint.save or ".") / f"nonfinite_loss_iteration_{state.iteration + 1:07d}.json"
     if dist.get_rank() == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
         record = {
@@ -209,7 +211,7 @@ def _end_with_provenance(run: Run, what: str, micro_batches: list[MicroBatch], l
 
 def _validate_at_start(run: Run) -> str | None:
     """The validation of --eval-at-start: what training starts from, to compare with. It is never the best, and a resumed run has done it."""
-    if not run.args.eval_at_start or run.state.iteration:
+    if not run.config.validation.at_start or run.state.iteration:
         return None
     records = _evaluate_groups(run, run.valid_rows)
     if records is None:
@@ -220,8 +222,13 @@ def _validate_at_start(run: Run) -> str | None:
 
 def _validate_if_due(run: Run) -> str | None:
     """Validate every group where --eval-interval says so; returns a signal's name if one came meanwhile."""
-    args, state = run.args, run.state
-    if not run.valid_rows or not args.eval_interval or state.iteration == 0 or state.iteration % args.eval_interval:
+    config, state = run.config, run.state
+    if (
+        not run.valid_rows
+        or not config.validation.interval
+        or state.iteration == 0
+        or state.iteration % config.validation.interval
+    ):
         return None
     if state.best and state.best["validated"] == state.iteration:
         return None
@@ -229,7 +236,7 @@ def _validate_if_due(run: Run) -> str | None:
 
 
 def _validate(run: Run) -> str | None:
-    args, state = run.args, run.state
+    config, state = run.config, run.state
     records = _evaluate_groups(run, run.valid_rows)
     if records is None:
         return signals.received() or "a signal to another rank"
@@ -244,7 +251,7 @@ def _validate(run: Run) -> str | None:
     else:
         state.best["waited"] += 1
     state.best["validated"] = state.iteration
-    if better and args.save:
+    if better and config.checkpoint.save:
         with _weights_in_place(run):
             saved = run.checkpointer.save(state, best=True)
         if not saved:  # what is not on the disk is nothing that a later model has to beat
@@ -263,7 +270,7 @@ def _evaluate_groups(run: Run, groups: dict[str, Rows]) -> dict[str, dict] | Non
     records = {}
     with _weights_in_place(run):
         for group, rows in groups.items():
-            records[group] = evaluate(run.args, run.state.model, rows, run.vocab_size, run.watchdog)
+            records[group] = evaluate(run.config, run.state.model, rows, run.vocab_size, run.watchdog)
             if records[group] is None:
                 return None
     return records
@@ -288,10 +295,10 @@ def _evaluate_only(run: Run) -> int:
 
 def _measured_on(run: Run) -> dict:
     """What the loss that decides on the best checkpoint is of: losses of other rows or tokens are not compared with it."""
-    group = run.args.best_group or next(iter(run.valid_rows))
+    group = run.config.validation.best_group or next(iter(run.valid_rows))
     dataset = run.valid_rows[group].dataset
-    tokens = round(dataset.fill_rate * len(dataset) * (run.args.seq_length + 1))
-    return {"group": group, "rows": rows_to_evaluate(run.args, run.valid_rows[group]), "tokens": tokens}
+    tokens = round(dataset.fill_rate * len(dataset) * (run.config.data.seq_length + 1))
+    return {"group": group, "rows": rows_to_evaluate(run.config, run.valid_rows[group]), "tokens": tokens}
 
 
 def _forget_best_of_other_data(run: Run) -> None:
@@ -310,18 +317,18 @@ def _forget_best_of_other_data(run: Run) -> None:
 
 
 def _stopped_early(run: Run) -> bool:
-    patience, best = run.args.early_stop_patience, run.state.best
+    patience, best = run.config.validation.early_stop_patience, run.state.best
     return patience is not None and best is not None and best["waited"] >= patience
 
 
 def _finish(run: Run) -> int:
     """Last checkpoint, last validation, test groups."""
-    args, state = run.args, run.state
+    config, state = run.config, run.state
     stop = None
     with _weights_in_place(run):
         run.checkpointer.save(state)
     validated = bool(state.best and state.best["validated"] == state.iteration)
-    if args.eval_interval and not validated and not _logged(run, list(run.valid_rows)):
+    if config.validation.interval and not validated and not _logged(run, list(run.valid_rows)):
         stop = _validate(run)
     if stop is None and not _logged(run, [f"test {group}" for group in run.test_rows]):
         records = _evaluate_groups(run, run.test_rows)
@@ -341,8 +348,8 @@ def _finish(run: Run) -> int:
 def _logged(run: Run, groups: list[str]) -> bool:
     """Whether there is nothing to evaluate: no groups, or an earlier start of this finished run has done it."""
     done = [not groups]
-    if groups and run.args.save and dist.get_rank() == 0:
-        lines = read_lines(Path(run.args.save) / "validation.jsonl")
+    if groups and run.config.checkpoint.save and dist.get_rank() == 0:
+        lines = read_lines(Path(run.config.checkpoint.save) / "validation.jsonl")
         done = [any(line["group"] in groups and line["iteration"] == run.state.iteration for line in lines)]
     dist.broadcast_object_list(done, src=0)
     return done[0]
@@ -351,7 +358,7 @@ def _logged(run: Run, groups: list[str]) -> bool:
 @contextlib.contextmanager
 def _weights_in_place(run: Run):
     """With --overlap-param-gather the weights are gathered as the next forward pass needs them; here, at once."""
-    if not run.args.overlap_param_gather:
+    if not run.config.parallel.overlap_param_gather:
         yield
         return
     for chunk in run.state.model:

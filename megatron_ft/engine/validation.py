@@ -1,11 +1,11 @@
 """Validation of one group: loss as in training, perplexity, and the share of output tokens that are the model's first choice."""
 
-import argparse
 import math
 
 import torch
 from torch import nn
 
+from megatron_ft.config.config import Config
 from megatron_ft.engine import parallel, signals
 from megatron_ft.engine.loss import token_hits, token_losses
 from megatron_ft.engine.pipeline import run_micro_batches
@@ -13,7 +13,7 @@ from megatron_ft.engine.rows import MicroBatch, Rows
 
 
 def evaluate(
-    args: argparse.Namespace,
+    config: Config,
     model: list[nn.Module],
     rows: Rows,
     vocab_size: int | None,
@@ -24,15 +24,15 @@ def evaluate(
     `loss` weighs tokens as training does; `perplexity` is exp of it; `token_accuracy` counts every token of the loss mask alike.
     Rows past the range's end fill the last batch and weigh nothing.
     """
-    limit = rows_to_evaluate(args, rows)
+    limit = rows_to_evaluate(config, rows)
     sums = [0.0] * 4
     for chunk in model:
         chunk.eval()
     try:
-        for first in range(0, limit, args.global_batch_size):
-            following = args.global_batch_size if first + args.global_batch_size < limit else 0
-            micro_batches = rows.step(first, args.global_batch_size, following)
-            counted = _count(args, model, micro_batches, vocab_size)
+        for first in range(0, limit, config.training.global_batch_size):
+            following = config.training.global_batch_size if first + config.training.global_batch_size < limit else 0
+            micro_batches = rows.step(first, config.training.global_batch_size, following)
+            counted = _count(config, model, micro_batches, vocab_size)
             *totals, signalled = parallel.sum_over_all(
                 [*(counted if parallel.counts_here() else [0.0] * 4), float(signals.received() is not None)]
             )
@@ -55,15 +55,19 @@ def evaluate(
     }
 
 
-def rows_to_evaluate(args: argparse.Namespace, rows: Rows) -> int:
+def rows_to_evaluate(config: Config, rows: Rows) -> int:
     """How many of a group's rows --eval-iters takes."""
     every = len(rows.dataset)
-    return every if args.eval_iters == "full" else min(every, int(args.eval_iters) * args.global_batch_size)
+    return (
+        every
+        if config.validation.iters == "full"
+        else min(every, int(config.validation.iters) * config.training.global_batch_size)
+    )
 
 
 @torch.no_grad()
 def _count(
-    args: argparse.Namespace, model: list[nn.Module], micro_batches: list[MicroBatch], vocab_size: int | None
+    config: Config, model: list[nn.Module], micro_batches: list[MicroBatch], vocab_size: int | None
 ) -> list[float]:
     """[sum of weighted losses, sum of weights, hits, tokens] over this rank's micro-batches; empty off the last stage."""
 
@@ -74,5 +78,5 @@ def _count(
         sums = [losses.double() * micro.weights, micro.weights.double(), hits * counted, counted]
         return logits.new_zeros(()), torch.stack([x.sum() for x in sums])
 
-    counts = run_micro_batches(args, model, micro_batches, counts_of, forward_only=True)
+    counts = run_micro_batches(config, model, micro_batches, counts_of, forward_only=True)
     return [] if counts is None else counts.sum(0).tolist()

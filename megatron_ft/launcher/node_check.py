@@ -1,6 +1,5 @@
 """Check the nodes of a job before a run starts on them: data and checkpoints visible, the same software everywhere, GPUs usable, disk space free."""
 
-import argparse
 import hashlib
 import json
 import os
@@ -13,13 +12,14 @@ from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 
+from megatron_ft.config.config import Config
 from megatron_ft.data.splits import groups_of
 from megatron_ft.errors import UserError
 from megatron_ft.files.atomic import free_bytes
 from megatron_ft.launcher.command import ROOT, local_gpus, training_python
 from megatron_ft.launcher.slurm_job import Job, expects_gpus
 from megatron_ft.launcher.slurm_ranks import srun_command
-from megatron_ft.model.cost import Layout, checkpoint_bytes
+from megatron_ft.model.cost import checkpoint_bytes
 from megatron_ft.model.shape import padded_vocab_size
 
 SECONDS = 90  # a node that has not answered by then counts as lost
@@ -27,12 +27,12 @@ TORCH_SECONDS = 60  # of these, for starting the training program's Python
 PACKAGES = ("torch", "megatron-core", "numpy", "transformer-engine")
 
 
-def check_nodes(job: Job, args: argparse.Namespace) -> dict[str, str]:
+def check_nodes(job: Job, config: Config) -> dict[str, str]:
     """Nodes that cannot take part, each with the reason. Raises UserError when none can: then the cause is not a node."""
     command = [
         sys.executable, "-P", str(ROOT / "launch" / "preflight.py"),
-        "--gpus", str(job.tasks_per_node if expects_gpus() else 0), "--need-gb", f"{checkpoint_gigabytes(args):.3f}",
-        *(["--save", args.save] if args.save else []), *needed_files(args),
+        "--gpus", str(job.tasks_per_node if expects_gpus() else 0), "--need-gb", f"{checkpoint_gigabytes(config):.3f}",
+        *(["--save", config.checkpoint.save] if config.checkpoint.save else []), *needed_files(config),
     ]  # fmt: skip
     srun = srun_command(job, command, tasks_per_node=1, options=["--job-name=preflight", "--kill-on-bad-exit=0"])
     process = subprocess.Popen(
@@ -65,12 +65,12 @@ def check_nodes(job: Job, args: argparse.Namespace) -> dict[str, str]:
     return bad
 
 
-def needed_files(args: argparse.Namespace) -> list[str]:
+def needed_files(config: Config) -> list[str]:
     """Files and directories every node must see: both fields of every data set, the tokenizer, the weights to start from."""
     prefixes = {
         part.prefix: None
         for split in ("train", "valid", "test")
-        for group in groups_of(args, split)
+        for group in groups_of(config, split)
         for part in group.parts
     }
     data = [
@@ -79,17 +79,20 @@ def needed_files(args: argparse.Namespace) -> list[str]:
         for side in ("inputs", "targets")
         for suffix in ("bin", "idx")
     ]
-    return [os.path.abspath(path) for path in [*data, args.tokenizer_file, *([args.load] if args.load else [])]]
+    return [
+        os.path.abspath(path)
+        for path in [*data, config.data.tokenizer_file, *([config.checkpoint.load] if config.checkpoint.load else [])]
+    ]
 
 
-def checkpoint_gigabytes(args: argparse.Namespace) -> float:
+def checkpoint_gigabytes(config: Config) -> float:
     """Room one checkpoint takes: the adapters' alone with LoRA, none with --skip-train."""
-    if args.shape is None or args.skip_train:
+    if config.shape is None or config.validation.skip_train:
         return 0.0
     padded = padded_vocab_size(
-        args.shape.vocab_size, args.make_vocab_size_divisible_by, args.tensor_model_parallel_size
+        config.shape.vocab_size, config.model.make_vocab_size_divisible_by, config.parallel.tensor
     )
-    return checkpoint_bytes(args.shape, padded, Layout.from_args(args)) / 1e9
+    return checkpoint_bytes(config.shape, padded, config.layout()) / 1e9
 
 
 def look(save: Path | None, files: Sequence[Path], gpus: int, need_gb: float) -> dict:

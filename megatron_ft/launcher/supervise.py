@@ -7,13 +7,13 @@ a rank failed on healthy nodes                           end with its status and
 finished                                                 end with 0
 """
 
-import argparse
 import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from megatron_ft.config.config import Config
 from megatron_ft.errors import EXIT_DONE, EXIT_RESUME, UserError
 from megatron_ft.launcher.local_ranks import print_end_of_log, start_log
 from megatron_ft.launcher.node_check import check_nodes
@@ -23,12 +23,12 @@ from megatron_ft.launcher.slurm_ranks import Signals, ranks_command, ranks_envir
 ROLL_CALL_SECONDS = 20  # what a healthy node needs to run one small process
 
 
-def supervise(job: Job, args: argparse.Namespace, command: Sequence[str], extra_environment: Mapping[str, str]) -> int:
+def supervise(job: Job, config: Config, command: Sequence[str], extra_environment: Mapping[str, str]) -> int:
     """Run this life of the job and return the status its batch script ends with."""
-    if not args.save:
+    if not config.checkpoint.save:
         raise UserError("--save DIR is missing: a job's checkpoints, logs and history go there")
     signals = Signals()
-    save = Path(args.save)
+    save = Path(config.checkpoint.save)
     began_at = newest_iteration(save)
     _say(
         f"start {len(read_starts(save)) + 1}: job {job.id}, restart {job.restarts}, {job.num_tasks} ranks on {', '.join(job.nodes)}; "
@@ -48,7 +48,7 @@ def supervise(job: Job, args: argparse.Namespace, command: Sequence[str], extra_
     )
     if signals.end:
         return EXIT_RESUME
-    bad = check_nodes(job, args)
+    bad = check_nodes(job, config)
     if bad:
         for node, reason in bad.items():
             _say(f"node {node} cannot take part: {reason}")

@@ -1,11 +1,11 @@
 """What a run prints: a banner of what is about to happen, a line every --log-interval steps, and on a terminal a progress bar below them."""
 
-import argparse
 import contextlib
 import os
 import sys
 from dataclasses import dataclass
 
+from megatron_ft.config.config import Config
 from megatron_ft.model import cost
 from megatron_ft.model.shape import ModelShape, padded_vocab_size
 
@@ -26,13 +26,13 @@ class Console:
 
     def __init__(
         self,
-        args: argparse.Namespace,
+        config: Config,
         shape: ModelShape,
         plan: RunPlan,
         layout: cost.Layout,
         gpu: cost.Gpu | None,
     ) -> None:
-        self.args, self.shape, self.plan, self.layout, self.gpu = args, shape, plan, layout, gpu
+        self.config, self.shape, self.plan, self.layout, self.gpu = config, shape, plan, layout, gpu
         self._interval: list[dict] = []
         self._bar = None
 
@@ -49,7 +49,7 @@ class Console:
         for name, text in lines:
             for number, line in enumerate(text.split("\n")):
                 self.print(f"{'' if number else name:>{width}} | {line}")
-        if sys.stderr.isatty() and not self.args.skip_train:
+        if sys.stderr.isatty() and not self.config.validation.skip_train:
             from tqdm import tqdm
 
             self._bar = tqdm(
@@ -68,7 +68,7 @@ class Console:
             with self._terminal():
                 self._bar.set_postfix_str(f"loss {loss}, {record['tokens_per_second']:,.0f} tokens/s", refresh=False)
                 self._bar.update(record["iteration"] - self._bar.n)
-        if record["iteration"] % self.args.log_interval == 0 or record["iteration"] == self.plan.train_iters:
+        if record["iteration"] % self.config.logging.interval == 0 or record["iteration"] == self.plan.train_iters:
             self.print(self._interval_line())
             self._interval.clear()
 
@@ -102,14 +102,14 @@ class Console:
 
     def _padded_vocab(self) -> int:
         return padded_vocab_size(
-            self.shape.vocab_size, self.args.make_vocab_size_divisible_by, self.layout.tensor_parallel
+            self.shape.vocab_size, self.config.model.make_vocab_size_divisible_by, self.layout.tensor_parallel
         )
 
     def _model(self) -> str:
         shape = self.shape
         parameters = shape.num_parameters(self._padded_vocab())
         attention = "multi-query" if shape.multi_query else "multi-head"
-        line = f"{self.args.preset or 'GPTBigCode'}: {parameters:,} parameters, {shape.num_layers} layers x {shape.hidden_size}, "
+        line = f"{self.config.model.preset or 'GPTBigCode'}: {parameters:,} parameters, {shape.num_layers} layers x {shape.hidden_size}, "
         line += f"{shape.num_attention_heads} heads ({attention}), vocabulary {shape.vocab_size:,} (padded {self._padded_vocab():,})"
         if self.layout.lora_rank:
             whole = cost.Layout(lora_rank=self.layout.lora_rank, lora_targets=self.layout.lora_targets)
@@ -118,11 +118,11 @@ class Console:
         return line
 
     def _precision(self) -> str:
-        optimizer = f"{self.args.optimizer}{' on the CPU' if self.args.optimizer_cpu_offload else ''}"
-        return f"{self.layout.precision}, {optimizer}, peak lr {self.args.lr:g} ({self.args.lr_decay_style})"
+        optimizer = f"{self.config.optimizer.name}{' on the CPU' if self.config.optimizer.cpu_offload else ''}"
+        return f"{self.layout.precision}, {optimizer}, peak lr {self.config.schedule.lr:g} ({self.config.schedule.decay_style})"
 
     def _memory(self) -> str:
-        need = cost.estimate(self.shape, self._padded_vocab(), self.layout, self.args.seq_length)
+        need = cost.estimate(self.shape, self._padded_vocab(), self.layout, self.config.data.seq_length)
         parts = [(need.weights, "weights"), (need.gradients, "gradients"), (need.optimizer, "optimizer")]
         parts += [(need.activations, "activations")]
         unit, size = ("GiB", cost.GIB) if need.total >= cost.GIB else ("MiB", 2**20)
@@ -133,13 +133,13 @@ class Console:
         return line
 
     def _training(self, part: int) -> str:
-        plan, args = self.plan, self.args
-        if args.skip_train:
+        plan, config = self.plan, self.config
+        if config.validation.skip_train:
             return "evaluation only"
-        tokens = args.global_batch_size * args.seq_length
-        line = f"{plan.train_iters:,} steps of {args.global_batch_size} rows x {args.seq_length:,} tokens ({tokens:,})"
+        tokens = config.training.global_batch_size * config.data.seq_length
+        line = f"{plan.train_iters:,} steps of {config.training.global_batch_size} rows x {config.data.seq_length:,} tokens ({tokens:,})"
         if plan.rows_per_epoch:
-            samples = plan.train_samples or plan.train_iters * args.global_batch_size
+            samples = plan.train_samples or plan.train_iters * config.training.global_batch_size
             line += f", {samples / plan.rows_per_epoch:.2f} epochs of {plan.rows_per_epoch:,} rows"
         if plan.start_iteration:
             line += f"; {plan.start_iteration:,} done before (start {part + 1})"
@@ -177,7 +177,7 @@ class Console:
         if self.gpu:
             peak = self.gpu.peak_flops(self.layout.precision)
             parts.append(f"MFU {100e12 * weigh['tflops_per_gpu'] / peak:>5.1f} %")
-        positions = sum(record["global_batch_size"] for record in steps) * self.args.seq_length
+        positions = sum(record["global_batch_size"] for record in steps) * self.config.data.seq_length
         parts.append(f"fill {100 * mean['fill_rate']:>5.1f} %")
         parts.append(f"in loss {100 * sum(record['loss_tokens'] for record in steps) / positions:>5.1f} %")
         if last["memory_bytes"]:

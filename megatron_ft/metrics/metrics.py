@@ -23,7 +23,6 @@ Files in the save directory, one JSON object a line:
 The learning rate, norm and loss of a step are what `step` is given; nothing is averaged in the file. Console lines show means over the interval.
 """
 
-import argparse
 import contextlib
 import io
 import json
@@ -33,6 +32,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from megatron_ft.config.config import Config
 from megatron_ft.files.log_lines import read_lines, whole_line
 from megatron_ft.metrics.console import Console, RunPlan
 from megatron_ft.metrics.report import write_report
@@ -57,18 +57,18 @@ class MetricsLog:
 
     def __init__(
         self,
-        args: argparse.Namespace,
+        config: Config,
         shape: ModelShape,
         plan: RunPlan,
         save_dir: str | Path | None,
         *,
         writes: bool = True,
     ) -> None:
-        check_sinks(args)  # on every rank: all end alike
-        self.args, self.shape, self.plan, self.writes = args, shape, plan, writes
-        self.layout = cost.Layout.from_args(args)
+        check_sinks(config)  # on every rank: all end alike
+        self.config, self.shape, self.plan, self.writes = config, shape, plan, writes
+        self.layout = config.layout()
         self.gpu = cost.find_gpu(plan.device_name) if plan.device_name else None
-        self.console = Console(args, shape, plan, self.layout, self.gpu)
+        self.console = Console(config, shape, plan, self.layout, self.gpu)
         self.save_dir = Path(save_dir) if save_dir else None
         self.part, self.spikes = 0, Spikes()
         self.last_step: dict | None = None
@@ -80,7 +80,9 @@ class MetricsLog:
         if self.save_dir:
             self.save_dir.mkdir(parents=True, exist_ok=True)
             self._cut_back()
-        self._sinks = open_sinks(args, shape, self.save_dir, 0 if args.skip_train else plan.start_iteration)
+        self._sinks = open_sinks(
+            config, shape, self.save_dir, 0 if config.validation.skip_train else plan.start_iteration
+        )
 
     # --- what the loop calls ---
 
@@ -90,7 +92,7 @@ class MetricsLog:
         if not self.writes:
             return
         self.console.banner(self.part, facts)
-        if self.args.skip_train:
+        if self.config.validation.skip_train:
             self._event("evaluation only", self.plan.start_iteration, facts)
         else:
             self._event("start", self.plan.start_iteration, {**facts, "train_iters": self.plan.train_iters})
@@ -163,10 +165,10 @@ class MetricsLog:
     def _complete(self, record: dict) -> dict:
         """All documented keys in their order; NaN and infinity become null, as JSON has neither."""
         record = {"memory_bytes": None, **record}
-        positions = record["global_batch_size"] * self.args.seq_length
+        positions = record["global_batch_size"] * self.config.data.seq_length
         attended = record.get("squared_lengths", 0) / positions
         flops = positions * cost.flops_per_token(self.shape, attended, lora=bool(self.layout.lora_rank))
-        per_gpu = flops / record["step_seconds"] / self.args.world_size
+        per_gpu = flops / record["step_seconds"] / self.config.parallel.world_size
         record["spikes"] = self.spikes.see(record["loss"])
         record["tokens_per_second"] = positions / record["step_seconds"]
         record["tflops_per_gpu"] = per_gpu / 1e12
@@ -181,7 +183,7 @@ class MetricsLog:
 
         A training that starts at 0 keeps none: its --eval-at-start comes again. --skip-train adds to what is there.
         """
-        last_kept = math.inf if self.args.skip_train else self.plan.start_iteration or -1
+        last_kept = math.inf if self.config.validation.skip_train else self.plan.start_iteration or -1
 
         def step_stays(line: dict) -> bool:
             if line["iteration"] > last_kept:
@@ -197,7 +199,7 @@ class MetricsLog:
             return True
 
         def event_stays(line: dict) -> bool:  # what happened stays told, even where the steps were lost
-            self.part = max(self.part, line["part"] + (not self.args.skip_train))
+            self.part = max(self.part, line["part"] + (not self.config.validation.skip_train))
             return True
 
         self._keep("metrics.jsonl", step_stays)

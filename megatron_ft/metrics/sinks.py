@@ -1,27 +1,27 @@
 """Where the numbers of a run go besides its files: TensorBoard and Weights & Biases. Each has `write(iteration, numbers)` and `close()`."""
 
-import argparse
 import importlib.util
 import secrets
 from pathlib import Path
 
+from megatron_ft.config.config import Config
 from megatron_ft.errors import UserError
 from megatron_ft.model.shape import ModelShape
 
 
-def check_sinks(args: argparse.Namespace) -> None:
+def check_sinks(config: Config) -> None:
     """Raise UserError for a sink whose package is not installed."""
-    if args.wandb_project and importlib.util.find_spec("wandb") is None:
+    if config.logging.wandb_project and importlib.util.find_spec("wandb") is None:
         raise UserError("--wandb-project: wandb is not installed; `pip install wandb`, or leave the flag out")
 
 
-def open_sinks(args: argparse.Namespace, shape: ModelShape, save_dir: Path | None, start_iteration: int) -> list:
+def open_sinks(config: Config, shape: ModelShape, save_dir: Path | None, start_iteration: int) -> list:
     """The sinks that flags ask for."""
     sinks = []
-    if args.tensorboard_dir:
-        sinks.append(TensorBoard(args.tensorboard_dir, start_iteration))
-    if args.wandb_project:
-        sinks.append(WeightsAndBiases(args, shape, save_dir))
+    if config.logging.tensorboard_dir:
+        sinks.append(TensorBoard(config.logging.tensorboard_dir, start_iteration))
+    if config.logging.wandb_project:
+        sinks.append(WeightsAndBiases(config, shape, save_dir))
     return sinks
 
 
@@ -50,22 +50,24 @@ class WeightsAndBiases:
     On compute nodes without network, WANDB_MODE=offline and `wandb sync` afterwards.
     """
 
-    def __init__(self, args: argparse.Namespace, shape: ModelShape, save_dir: Path | None) -> None:
+    def __init__(self, config: Config, shape: ModelShape, save_dir: Path | None) -> None:
         import wandb
 
         id_file = save_dir / "wandb_run_id" if save_dir else None
         run_id = id_file.read_text().strip() if id_file and id_file.exists() else secrets.token_hex(8)
         if id_file:
             id_file.write_text(run_id)
-        config = {name: value for name, value in vars(args).items() if isinstance(value, int | float | str | bool)}
+        settings = {
+            name: value for name, value in config.values().items() if isinstance(value, int | float | str | bool)
+        }
         try:
             self._run = wandb.init(
-                project=args.wandb_project,
-                name=args.wandb_run_name,
+                project=config.logging.wandb_project,
+                name=config.logging.wandb_run_name,
                 id=run_id,
                 resume="allow",
                 dir=save_dir,
-                config={**config, **shape.as_dict()},
+                config={**settings, **shape.as_dict()},
             )
         except wandb.Error as error:
             reason = str(error).splitlines()[0]

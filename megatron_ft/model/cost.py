@@ -5,7 +5,6 @@ what a GPU is expected to hold, and the log turns tokens a second into TFLOP/s a
 (tests hold them against Megatron-Core models); activations are a sum over the tensors that backward keeps, described line by line.
 """
 
-import argparse
 from dataclasses import dataclass, replace
 
 from megatron_ft.model.shape import ModelShape
@@ -99,31 +98,6 @@ class Layout:
     lora_rank: int = 0
     lora_targets: tuple[str, ...] = ()
     lora_dropout: float = 0.0
-
-    @classmethod
-    def from_args(cls, args: argparse.Namespace) -> "Layout":
-        """The layout that parsed training flags ask for."""
-        data_parallel = max(1, args.data_parallel_size)
-        return cls(
-            tensor_parallel=args.tensor_model_parallel_size,
-            pipeline_parallel=args.pipeline_model_parallel_size,
-            data_parallel=data_parallel,
-            context_parallel=args.context_parallel_size,
-            sequence_parallel=args.sequence_parallel,
-            distributed_optimizer=args.use_distributed_optimizer,
-            precision="bf16" if args.bf16 else "fp16" if args.fp16 else "fp32",
-            fp32_gradients=args.accumulate_allreduce_grads_in_fp32,
-            optimizer=args.optimizer,
-            optimizer_cpu_offload=args.optimizer_cpu_offload,
-            micro_batch=args.micro_batch_size,
-            num_microbatches=max(1, args.global_batch_size // (args.micro_batch_size * data_parallel)),
-            recompute=args.recompute_granularity,
-            recompute_num_layers=args.recompute_num_layers or 1,
-            recompute_method=args.recompute_method or "uniform",
-            lora_rank=args.lora_rank,
-            lora_targets=tuple(args.lora_targets.split(",")) if args.lora_rank else (),
-            lora_dropout=args.lora_dropout,
-        )
 
     def __str__(self) -> str:
         parts = [f"TP {self.tensor_parallel}", f"PP {self.pipeline_parallel}", f"DP {self.data_parallel}"]

@@ -6,14 +6,13 @@ For programs that read adapters: a checkpoint of a LoRA run holds the adapters a
     decoder.layers.<path>.lora_b   [layers, outputs, rank]
 
 with the paths of `LORA_TARGETS`, and the training flags lora_rank, lora_alpha, lora_dropout and lora_targets beside them
-(`AdapterConfig.from_args`). Read these tensors into a dict; then
+(`AdapterConfig.from_flags`). Read these tensors into a dict; then
   - PEFT directory: `adapter_model.safetensors` = `to_peft(tensors)`, `adapter_config.json` = `config.to_peft(base_model)`, and
     `from_peft` and `AdapterConfig.from_peft` are the way back;
   - merged weights: for each tensor of the base model by its Hugging Face name, `merged(name, weight, tensors, config)`.
 GPTBigCode's maps are nn.Linear and its fused query-key-value rows are Megatron's, so nothing is transposed or permuted.
 """
 
-import argparse
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -44,9 +43,8 @@ class AdapterConfig:
         return self.alpha / self.rank
 
     @classmethod
-    def from_args(cls, args: argparse.Namespace | Mapping) -> "AdapterConfig":
-        """From training flags, parsed or as a checkpoint keeps them."""
-        flags = args if isinstance(args, Mapping) else vars(args)
+    def from_flags(cls, flags: Mapping) -> "AdapterConfig":
+        """From training flags by their names with underscores, as a manifest has them."""
         targets = tuple(dict.fromkeys(flags["lora_targets"].split(",")))
         return cls(flags["lora_rank"], flags["lora_alpha"], flags["lora_dropout"], targets)
 

@@ -1,6 +1,6 @@
 """LoRA adapters out of a run's checkpoint or a PEFT directory: alone, with the weights they were trained on, or merged into these."""
 
-from argparse import Namespace
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,10 +21,10 @@ from megatron_ft.model.lora import (
 from megatron_ft.model.tensor_names import hf_shape
 from megatron_ft.weights.fingerprint import is_base
 from megatron_ft.weights.hf_reader import read_json
-from megatron_ft.weights.manifest import NAME, Manifest
+from megatron_ft.weights.manifest import NAME, Manifest, damage_as_user_error, read_intact_manifest
 from megatron_ft.weights.open import find_iteration, open_weights
 from megatron_ft.weights.source import WeightSource
-from megatron_ft.weights.torch_dist_reader import TorchDistFiles, whole_manifest
+from megatron_ft.weights.torch_dist_files import TorchDistFiles
 
 PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -86,15 +86,16 @@ def open_adapters(path: Path | str, iteration: int | str = "latest") -> AdapterS
     directory, number, notice = find_iteration(path, iteration)
     if not (directory / NAME).is_file() or not read_json(directory / NAME).get("base"):
         return None
-    manifest = whole_manifest(directory)
-    files = TorchDistFiles(directory)
-    tensors = {key: files.read(key) for key in files.tensors if is_trainable(key) and "optimizer" not in key}
+    with damage_as_user_error():
+        manifest = read_intact_manifest(directory)
+        files = TorchDistFiles(directory)
+        tensors = {key: files.read(key) for key in files.tensors if is_trainable(key) and "optimizer" not in key}
     if not tensors:
         raise UserError(f"{directory}: a LoRA run's checkpoint without adapters in it; use another iteration")
     return AdapterSource(
         directory,
         tensors,
-        AdapterConfig.from_args(manifest.args),
+        AdapterConfig.from_flags(manifest.args),
         manifest.base["path"],
         manifest.base.get("iteration") or "latest",
         number,
@@ -117,15 +118,15 @@ def _open_peft(path: Path) -> AdapterSource:
     return AdapterSource(path, tensors, AdapterConfig.from_peft(config, tensors, str(path / PEFT_CONFIG)), base)
 
 
-def open_start(path: Path | str, iteration: int | str, args: Namespace) -> tuple[WeightSource, AdapterSource | None]:
+def open_start(path: Path | str, iteration: int | str, flags: Mapping) -> tuple[WeightSource, AdapterSource | None]:
     """What a run starts from: whole weights, and the adapters to train on when `path` holds such and LoRA is on.
 
     Raises UserError when they are other adapters than the flags ask for.
     """
-    adapters = open_adapters(path, iteration) if args.lora_rank else None
+    adapters = open_adapters(path, iteration) if flags["lora_rank"] else None
     if adapters is None:
         return open_weights(path, iteration), None
-    differences = adapters.config.differences(AdapterConfig.from_args(args))
+    differences = adapters.config.differences(AdapterConfig.from_flags(flags))
     if differences:
         raise UserError(
             f"{adapters.path}: its adapters are others than the flags ask for: {'; '.join(differences)}; give their flags to train them on, "

@@ -6,7 +6,8 @@
 import hashlib
 import json
 import subprocess
-from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from functools import cache
@@ -25,6 +26,15 @@ ALWAYS_CHECKED = 1 << 20  # bytes; files up to this size have their checksum com
 
 class Damaged(Exception):
     """A checkpoint that is not whole; the message says what is wrong with which file."""
+
+
+@contextmanager
+def damage_as_user_error() -> Iterator[None]:
+    """For a reader of the one checkpoint it was given, which has no older one to fall back to."""
+    try:
+        yield
+    except Damaged as error:
+        raise UserError(f"{error}; copy the checkpoint again, or use another iteration") from None
 
 
 @dataclass
@@ -91,9 +101,20 @@ def check_files(directory: Path, manifest: Manifest, *, checksums: bool, part: i
     return wrong
 
 
-def plain_args(args: Namespace) -> dict:
-    """The arguments as JSON holds them: what argparse gave, without what was worked out of it."""
-    return {k: v for k, v in sorted(vars(args).items()) if isinstance(v, (str, int, float, bool, list, type(None)))}
+def read_intact_manifest(directory: Path) -> Manifest:
+    """The manifest of a checkpoint whose files all exist and have their sizes, small ones also their checksums.
+
+    Adapters are small and are read completely, so all of their files are compared with their
+    checksums. Raises Damaged for the first file that is wrong, UserError as `read_manifest` does.
+    """
+    try:
+        manifest = read_manifest(directory)
+        wrong = check_files(directory, manifest, checksums=bool(manifest.base))
+    except TypeError as error:  # valid JSON of another kind
+        raise Damaged(f"{directory / NAME}: not a manifest ({error})") from None
+    if wrong:
+        raise Damaged(wrong[0])
+    return manifest
 
 
 @cache

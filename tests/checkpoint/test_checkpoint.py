@@ -10,10 +10,12 @@ import pytest
 from checkpoint_runs import DROPOUT, FLAGS, LAYOUTS, steps, steps_alone, the_end, train, write_inputs
 from ranks import run_ranks
 
-from megatron_ft.checkpoint.resume import FIXED, compare, describe_data
+from megatron_ft.checkpoint.resume import compare, describe_data
 from megatron_ft.config.arguments import parse_args
+from megatron_ft.config.config import ENTRIES
+from megatron_ft.config.flag import Resume
 from megatron_ft.data.packed_dataset import rows_per_epoch
-from megatron_ft.weights.manifest import Manifest, plain_args, read_manifest
+from megatron_ft.weights.manifest import Manifest, read_manifest
 
 NO_DROPOUT = "--hidden-dropout 0 --attention-dropout 0"
 
@@ -218,30 +220,30 @@ ANOTHER_RUN = {  # every flag that makes a resume another run, with a value that
 
 def test_every_change_that_makes_another_run_is_seen(tmp_path):
     words = f"{FLAGS} {write_inputs(tmp_path)} --train-iters 8".split()
-    args = parse_args(words)
-    Manifest(0, args.shape.as_dict(), plain_args(args), {}, {}, describe_data(args)).write(tmp_path)
+    config = parse_args(words)
+    Manifest(0, config.shape.as_dict(), config.values(), {}, {}, describe_data(config)).write(tmp_path)
     saved = read_manifest(tmp_path)
 
-    def changed(args, shape=args.shape) -> list[str]:
-        return compare(saved, args, shape, describe_data(args))[0]
+    def changed(config, shape=config.shape) -> list[str]:
+        return compare(saved, config, shape, describe_data(config))[0]
 
-    assert changed(args) == []
-    assert set(ANOTHER_RUN) == set(FIXED)
+    assert changed(config) == []
+    assert set(ANOTHER_RUN) == {dest for dest, entry in ENTRIES.items() if entry.flag.resume is Resume.FIXED}
     for name, flag in ANOTHER_RUN.items():
         (line,) = changed(parse_args([*words, *flag.split()]))
         assert line.startswith(f"{flag.split()[0].replace('--no-', '--')} was "), name
-    for field in fields(args.shape):
-        other = replace(args.shape, **{field.name: getattr(args.shape, field.name) + 4})
-        (line,) = changed(args, other)
+    for field in fields(config.shape):
+        other = replace(config.shape, **{field.name: getattr(config.shape, field.name) + 4})
+        (line,) = changed(config, other)
         assert line.startswith(f"{field.name.replace('_', '-')} was "), field.name
     tokenizer, data = tmp_path / "tokenizer.json", tmp_path / "first_targets_document.bin"
     for file, what in ((tokenizer, "tokenizer"), (data, "training data")):
         whole = file.read_bytes()
         file.write_bytes(whole + b"\n\n")
-        (line,) = changed(args)
+        (line,) = changed(config)
         assert line.startswith(f"{what} was "), line
         file.write_bytes(whole)
-    assert changed(args) == []
+    assert changed(config) == []
 
 
 def test_the_saved_batch_is_asked_for_where_it_can_be_given(inputs, tmp_path):

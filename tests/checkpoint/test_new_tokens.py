@@ -36,16 +36,15 @@ def fill(tp: int, pp: int) -> tuple[list, int, list[str]]:
     from megatron.core import parallel_state
 
     from megatron_ft.checkpoint.load_weights import load_weights
-    from megatron_ft.config.flags import build_parser
+    from megatron_ft.config.config import Config
+    from megatron_ft.config.flags import Parallel
     from megatron_ft.engine import device, parallel
     from megatron_ft.engine.model import build_model
 
     device.set_up_device()
-    args = build_parser().parse_args([])
-    args.tensor_model_parallel_size, args.pipeline_model_parallel_size = tp, pp
-    args.global_batch_size, args.world_size = 1, tp * pp
-    parallel.initialize(args)
-    [model] = build_model(args, SHAPE, padded_vocab_size(TOKENS, 16, tp))
+    config = Config(parallel=Parallel(tensor=tp, pipeline=pp, world_size=tp * pp)).with_flags(global_batch_size=1)
+    parallel.initialize(config)
+    [model] = build_model(config, SHAPE, padded_vocab_size(TOKENS, 16, tp))
     report = load_weights(Source(), [model], TOKENS)
     rows = model.shared_embedding_or_output_weight()
     return rows.tolist(), parallel_state.get_tensor_model_parallel_rank(), report.lines()

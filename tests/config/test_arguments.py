@@ -3,8 +3,8 @@
 import pytest
 
 from megatron_ft.config.arguments import parse_args, validate
-from megatron_ft.config.bounds import BOUNDS
-from megatron_ft.config.flags import build_parser
+from megatron_ft.config.command_line import build_parser
+from megatron_ft.config.config import ENTRIES
 from megatron_ft.config.mtf_flags import REFUSED
 from megatron_ft.errors import UserError
 
@@ -17,20 +17,20 @@ def base(tmp_path) -> list[str]:
 
 
 def test_hyphens_and_underscores_are_the_same(base):
-    args = parse_args([*base, "--tensor_model_parallel_size", "2", "--lr_decay_style=linear"], world_size=2)
-    assert (args.tensor_model_parallel_size, args.lr_decay_style) == (2, "linear")
+    config = parse_args([*base, "--tensor_model_parallel_size", "2", "--lr_decay_style=linear"], world_size=2)
+    assert (config.parallel.tensor, config.schedule.decay_style) == (2, "linear")
 
 
 def test_preset_fills_in_and_a_flag_goes_over_it(base):
-    args = parse_args([*base, "--num-layers", "2", "--attention-head-type", "multihead"])
-    assert (args.shape.num_layers, args.shape.hidden_size, args.shape.num_query_groups) == (2, 128, 4)
-    assert args.seq_length == args.shape.max_position_embeddings
+    config = parse_args([*base, "--num-layers", "2", "--attention-head-type", "multihead"])
+    assert (config.shape.num_layers, config.shape.hidden_size, config.shape.num_query_groups) == (2, 128, 4)
+    assert config.data.seq_length == config.shape.max_position_embeddings
     assert parse_args([*base, "--hidden-size", "64"]).shape.ffn_hidden_size == 256
 
 
 def test_batch_sizes_follow_the_layout(base):
-    args = parse_args([*base, "--micro-batch-size", "2", "--pipeline-model-parallel-size", "2"], world_size=4)
-    assert (args.data_parallel_size, args.global_batch_size) == (2, 4)
+    config = parse_args([*base, "--micro-batch-size", "2", "--pipeline-model-parallel-size", "2"], world_size=4)
+    assert (config.parallel.data, config.training.global_batch_size) == (2, 4)
 
 
 @pytest.mark.parametrize(
@@ -48,7 +48,7 @@ def test_batch_sizes_follow_the_layout(base):
         (["--global-batch-size", "3", "--micro-batch-size", "2"], 1, ["--global-batch-size 3", "try 4"]),
         (["--save-epochs", "0"], 1, ["--save-epochs 0", "above 0"]),
         (["--seq-length", "4096"], 1, ["--seq-length 4096", "1024 positions"]),
-        (["--validation-share", "1.5"], 1, ["--validation-share 1.5"]),
+        (["--validation-fraction", "1.5"], 1, ["--validation-fraction 1.5"]),
         (["--eval-iters", "some"], 1, ["--eval-iters some", "'full'"]),
         (["--tensorboard-dir", __file__], 1, ["--tensorboard-dir", "is a file"]),
         (["--overlap-param-gather"], 1, ["--overlap-grad-reduce"]),
@@ -69,16 +69,16 @@ def test_a_mistake_ends_in_one_line_that_names_it(base, flags, world_size, words
 @pytest.mark.parametrize(
     "flags, allowed",
     [
-        ("--eval-interval -1", "at least 0 (0 is never)"),
+        ("--eval-interval -1", "at least 0 (0 disables)"),
         ("--save-interval -1", "at least 0"),
-        ("--exit-interval -1", "at least 0 (0 is never)"),
+        ("--exit-interval -1", "at least 0 (0 disables)"),
         ("--early-stop-patience 0", "at least 1"),
         ("--early-stop-patience -1", "at least 1"),
         ("--eval-iters 0", "at least 1, or 'full'"),
         ("--eval-iters -1", "at least 1, or 'full'"),
         ("--lr-warmup-iters -3", "at least 0"),
         ("--lr-warmup-fraction 1", "at least 0 and below 1"),
-        ("--clip-grad -1", "at least 0 (0 is off)"),
+        ("--clip-grad -1", "at least 0 (0 disables)"),
         ("--lora-alpha 0", "above 0"),
         ("--keep-last -1", "at least 0 (0 keeps all)"),
         ("--min-lr 0.1", "is above --lr 5e-05"),
@@ -93,7 +93,7 @@ def test_a_mistake_ends_in_one_line_that_names_it(base, flags, world_size, words
         ("--make-vocab-size-divisible-by 0", "at least 1"),
         ("--num-layers 0", "at least 1"),
         ("--recompute-num-layers 9", "has 4 layers"),
-        ("--watchdog-mins -1", "at least 0 (0 is never)"),
+        ("--watchdog-mins -1", "at least 0 (0 disables)"),
         ("--train-epochs 0", "above 0"),
         ("--seed 4294967296", "at least 0 and below 4294967296"),
     ],
@@ -106,28 +106,28 @@ def test_numbers_out_of_bounds_are_refused(base, flags, allowed):
 
 def test_bounds_take_their_ends(base):
     flags = "--keep-last 0 --eval-interval 0 --exit-interval 0 --lr 0 --hidden-dropout 0 --watchdog-mins 0 --recompute-num-layers 4"
-    args = parse_args([*base, *flags.split(), "--early-stop-patience", "1", "--eval-iters", "1"])
-    assert (args.keep_last, args.lr, args.recompute_num_layers) == (0, 0.0, 4)
+    config = parse_args([*base, *flags.split(), "--early-stop-patience", "1", "--eval-iters", "1"])
+    assert (config.checkpoint.keep_last, config.schedule.lr, config.memory.recompute_num_layers) == (0, 0.0, 4)
 
 
 def test_every_number_on_the_command_line_has_bounds():
-    numbers = {action.dest for action in build_parser()._actions if action.type in (int, float)}
-    assert numbers - {"rampup_batch_size"} == set(BOUNDS)
+    numbers = {action.dest for action in build_parser().actions.values() if action.type in (int, float)}
+    assert numbers - {"rampup_batch_size"} == {dest for dest, entry in ENTRIES.items() if entry.flag.bounds}
 
 
 def test_validation_of_arguments_changes_none(base):
     words = "--optimizer sgd --sequence-parallel --no-reset-position-ids".split()
-    args = parse_args([*base, *words])
-    assert len(args.notices) == 3 and not args.use_distributed_optimizer and not args.sequence_parallel
-    before = {name: str(value) for name, value in vars(args).items()}
-    validate(args)
-    assert {name: str(value) for name, value in vars(args).items()} == before
+    config = parse_args([*base, *words])
+    assert len(config.notices) == 3 and not config.parallel.distributed_optimizer and not config.parallel.sequence
+    before = str(config)
+    validate(config)
+    assert str(config) == before
 
 
 def test_evaluation_asks_for_neither_training_data_nor_length(base):
     at = base.index("--data-prefix")
-    args = parse_args([*base[:at], *base[at + 2 : -2], "--skip-train", "--lr-warmup-iters", "100"])
-    assert args.skip_train and not args.data_prefix
+    config = parse_args([*base[:at], *base[at + 2 : -2], "--skip-train", "--lr-warmup-iters", "100"])
+    assert config.validation.skip_train and not config.data.prefix
 
 
 def test_what_is_missing_is_asked_for(base):
@@ -155,18 +155,18 @@ def test_what_is_missing_is_asked_for(base):
     ],
 )  # fmt: skip
 def test_of_flags_that_say_the_same_the_last_counts(base, flags, settled, notices):
-    args = parse_args([*base, *flags.split()])
-    assert {name: getattr(args, name) for name in settled} == settled
-    assert [notice.split()[0] for notice in args.notices] == notices, args.notices
+    config = parse_args([*base, *flags.split()])
+    assert {name: config.value(name) for name in settled} == settled
+    assert [notice.split()[0] for notice in config.notices] == notices, config.notices
 
 
 def test_the_branchs_flags_without_effect_are_taken_with_a_notice(base):
-    args = parse_args([*base, "--data-impl", "mmap", "--DDP-impl", "local", "--finetune", "--no-load-optim"])
-    assert [n.split()[0] for n in args.notices] == ["--data-impl", "--DDP-impl"]
+    config = parse_args([*base, "--data-impl", "mmap", "--DDP-impl", "local", "--finetune", "--no-load-optim"])
+    assert [n.split()[0] for n in config.notices] == ["--data-impl", "--DDP-impl"]
 
 
 def test_help_names_a_group_and_a_meaning_for_every_flag():
-    for action in build_parser()._actions:
+    for action in build_parser().actions.values():
         assert action.help, action.option_strings
-    assert "parallel layout:" in build_parser().format_help()
+    assert "Parallel layout:" in build_parser().format_help()
     assert "(default: 1.0)" in build_parser().format_help()

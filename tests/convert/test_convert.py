@@ -162,15 +162,15 @@ def load_by_megatron_core(directory: str, tp: int, pp: int) -> dict[str, np.ndar
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.validation import StrictHandling
 
-    from megatron_ft.config.flags import build_parser
+    from megatron_ft.config.config import Config
+    from megatron_ft.config.flags import Parallel
     from megatron_ft.engine import device, parallel
     from megatron_ft.engine.model import build_model
 
     device.set_up_device()
-    args = build_parser().parse_args([])
-    args.tensor_model_parallel_size, args.pipeline_model_parallel_size, args.global_batch_size = tp, pp, 1
-    parallel.initialize(args)
-    [model] = build_model(args, open_weights(directory).shape, 640)
+    config = Config(parallel=Parallel(tensor=tp, pipeline=pp, world_size=tp * pp)).with_flags(global_batch_size=1)
+    parallel.initialize(config)
+    [model] = build_model(config, open_weights(directory).shape, 640)
     metadata = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
     state, missing, unexpected = dist_checkpointing.load(
         {"model": model.sharded_state_dict(metadata=metadata)}, directory + "/release", strict=StrictHandling.RETURN_ALL

@@ -40,13 +40,13 @@ def test_validation_shares_no_document_with_training(count, share, order, seed):
     lengths = [tuple(pair) for pair in np.random.default_rng(seed).integers(1, 9, (count, 2)).tolist()]
     with tempfile.TemporaryDirectory() as folder:
         prefix = write_documents(Path(folder) / "set", numbered_documents(lengths))
-        args = training_flags("--data-prefix", prefix, "--validation-share", share, "--packing", order, "--seed", seed)
+        config = training_flags("--data-prefix", prefix, "--validation-fraction", share, "--packing", order, "--seed", seed)
         boundary = round((1 - share) * count)
         if boundary in (0, count):
-            with pytest.raises(UserError, match="is empty; raise --validation-share or set it to 0"):
-                build_datasets(args, train_samples=1, pad=PAD)
+            with pytest.raises(UserError, match="is empty; raise --validation-fraction or set it to 0"):
+                build_datasets(config, train_samples=1, pad=PAD)
             return
-        datasets = build_datasets(args, train_samples=2 * rows_per_epoch(args) + 5, pad=PAD)
+        datasets = build_datasets(config, train_samples=2 * rows_per_epoch(config) + 5, pad=PAD)
         trained, validated = documents_read(datasets.train), documents_read(datasets.valid["valid"])
     everything = [(i, a, b) for i, (a, b) in enumerate(lengths)]
     assert set(trained) == set(everything[:boundary])
@@ -58,12 +58,12 @@ def test_validation_shares_no_document_with_training(count, share, order, seed):
 def test_golden_training_batches(golden, tmp_path, order):
     """Greedy gives the micro-batches the branch trained on; best-fit gives the same documents in another order."""
     split = f"train: 1.0 0:0.95 {golden}/train/data/short"
-    args = training_flags(
+    config = training_flags(
         "--train-weighted-split-paths", split, "--packing", order, "--data-cache-path", tmp_path, seq_length=256
     )
-    dataset = build_datasets(args, train_samples=32, pad=4).train
+    dataset = build_datasets(config, train_samples=32, pad=4).train
     if order == "best-fit":
-        read = [document for i in range(rows_per_epoch(args)) for document in dataset.provenance(i)["documents"]]
+        read = [document for i in range(rows_per_epoch(config)) for document in dataset.provenance(i)["documents"]]
         assert sorted(read) == list(range(285))
         return
     expected = np.load(golden / "train" / "tp1pp1_batches.npz")
@@ -81,7 +81,7 @@ def test_overlong_documents_are_dropped_or_cut_from_the_left_of_the_input(tmp_pa
         ([11], list(range(300, 340))),
     ]
     prefix = write_documents(tmp_path / "set", documents)
-    flags = ("--data-prefix", prefix, "--validation-share", "0")
+    flags = ("--data-prefix", prefix, "--validation-fraction", "0")
     dropped = build_datasets(training_flags(*flags, seq_length=32), train_samples=1, pad=PAD)
     assert dropped.train.provenance(0)["documents"] == [0]
     summary = f"train: 2 of 3 documents of {prefix} are over 33 tokens:"
@@ -102,11 +102,11 @@ def test_blend_follows_weights_and_validation_groups_are_read_once(tmp_path):
     split_file.write_text(
         f'"both: 3 0.5:1 {first}, 1 0.5:1 {second}" "second: 1 0.9:1 {second}"\n\n# a comment\nall: 1 0:1 {first}\n'
     )
-    args = training_flags(
+    config = training_flags(
         "--train-weighted-split-paths", f"train: 0.75 0:0.5 {first}, 0.25 0:0.5 {second}",
         "--valid-weighted-split-paths-path", split_file, "--test-weighted-split-paths", f"later: 1 0:0.1 {second}",
     )  # fmt: skip
-    datasets = build_datasets(args, train_samples=400, pad=PAD)
+    datasets = build_datasets(config, train_samples=400, pad=PAD)
     train = datasets.train
     assert len(train) == 400
     sources = [train.provenance(i)["prefix"] for i in range(400)]
@@ -114,7 +114,7 @@ def test_blend_follows_weights_and_validation_groups_are_read_once(tmp_path):
         assert sources[:shown].count(first) == 0.75 * shown
     rows_of_first = [tuple(train.provenance(i)["documents"]) for i in range(400) if sources[i] == first]
     assert set(sum(rows_of_first, ())) == set(range(30))
-    assert train.rows_per_epoch == rows_per_epoch(args) == 10 + 10
+    assert train.rows_per_epoch == rows_per_epoch(config) == 10 + 10
     assert list(datasets.valid) == ["both", "second", "all"] and list(datasets.test) == ["later"]
     both = documents_read(datasets.valid["both"])
     assert both == Counter([(i, 5, 5) for i in range(30, 60)] + [(1000 + i, 8, 8) for i in range(20, 40)])
@@ -127,10 +127,10 @@ def test_blend_follows_weights_and_validation_groups_are_read_once(tmp_path):
 def test_a_longer_run_sees_the_same_rows_first(tmp_path, order):
     lengths = np.random.default_rng(1).integers(1, 12, (50, 2)).tolist()
     prefix = write_documents(tmp_path / "set", numbered_documents(lengths))
-    args = training_flags("--data-prefix", prefix, "--validation-share", "0", "--packing", order)
-    short = build_datasets(args, train_samples=10, pad=PAD).train
-    long = build_datasets(args, train_samples=200, pad=PAD).train
-    assert len(long) == 200 and rows_per_epoch(args) * 3 < 200
+    config = training_flags("--data-prefix", prefix, "--validation-fraction", "0", "--packing", order)
+    short = build_datasets(config, train_samples=10, pad=PAD).train
+    long = build_datasets(config, train_samples=200, pad=PAD).train
+    assert len(long) == 200 and rows_per_epoch(config) * 3 < 200
     for i in range(10):
         for ours, theirs in zip(short[i], long[i], strict=True):
             np.testing.assert_array_equal(ours, theirs)
@@ -139,9 +139,9 @@ def test_a_longer_run_sees_the_same_rows_first(tmp_path, order):
 def test_less_than_a_row_of_data_still_trains(tmp_path):
     prefix = write_documents(tmp_path / "set", numbered_documents([(3, 4)]))
     for order in ("best-fit", "greedy"):
-        args = training_flags("--data-prefix", prefix, "--validation-share", "0", "--packing", order)
-        assert rows_per_epoch(args) == 1
-        assert len(build_datasets(args, train_samples=7, pad=PAD).train) == 7
+        config = training_flags("--data-prefix", prefix, "--validation-fraction", "0", "--packing", order)
+        assert rows_per_epoch(config) == 1
+        assert len(build_datasets(config, train_samples=7, pad=PAD).train) == 7
 
 
 def test_mistakes_in_the_data_end_in_one_line(tmp_path):

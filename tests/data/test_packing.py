@@ -11,7 +11,7 @@ from token_files import numbered_documents, training_flags, write_documents
 
 from megatron_ft.data import _packing
 from megatron_ft.data.packed_dataset import build_datasets
-from megatron_ft.data.packing import Packing, TokenizedDocuments, pack, row_lengths
+from megatron_ft.data.packing import Packing, TokenizedDocuments, pack, packed_lengths
 from megatron_ft.errors import UserError
 
 GOLDEN_SETS = [("eod", 257), ("eod", 65), ("short", 257)]
@@ -24,7 +24,7 @@ def test_greedy_gives_the_branch_s_index(golden, name, capacity):
     folder = golden / "packed" / f"{name}_s{capacity}"
     documents = TokenizedDocuments(str(folder / "data"))
     index = pack(documents, Packing(0, len(documents), capacity, order="greedy", seed=1234, epochs=5))
-    for ours, theirs in ((index.documents, "shuffle_index"), (index.rows, "sample_index")):
+    for ours, theirs in ((index.documents, "shuffle_index"), (index.bounds, "sample_index")):
         expected = np.load(folder / f"{theirs}.npy")
         assert ours.dtype == expected.dtype
         np.testing.assert_array_equal(ours, expected)
@@ -34,7 +34,7 @@ def test_greedy_gives_the_branch_s_index(golden, name, capacity):
 def test_greedy_gives_the_branch_s_samples(golden, tmp_path, name, capacity):
     folder = golden / "packed" / f"{name}_s{capacity}"
     args = training_flags(
-        "--data-prefix", folder / "data", "--validation-share", "0", "--packing", "greedy", "--data-cache-path", tmp_path,
+        "--data-prefix", folder / "data", "--validation-fraction", "0", "--packing", "greedy", "--data-cache-path", tmp_path,
         seq_length=capacity - 1,
     )  # fmt: skip
     dataset = build_datasets(args, train_samples=20, pad=4, vocab_size=1000).train
@@ -86,7 +86,7 @@ def test_every_document_once_an_epoch_none_split_none_over_length(
     start = data.draw(st.integers(0, len(lengths) - 1))
     stop = data.draw(st.integers(start + 1, len(lengths)))
     inputs, targets = np.array(lengths, np.int32).T
-    taken = row_lengths(inputs + targets, targets, capacity, overlong)
+    taken = packed_lengths(inputs + targets, targets, capacity, overlong)
     packing = Packing(start, stop, capacity, order, lookahead, overlong, seed % 2**32, epochs, keep_last=True)
     with tempfile.TemporaryDirectory() as folder:
         documents = TokenizedDocuments(write_documents(Path(folder) / "set", numbered_documents(lengths)))
@@ -99,7 +99,7 @@ def test_every_document_once_an_epoch_none_split_none_over_length(
         again = pack(documents, packing)
         more = pack(documents, Packing(**{**vars(packing), "epochs": epochs + 1}))
         full = pack(documents, Packing(**{**vars(packing), "keep_last": False}))
-    rows = [index.documents[a:b].tolist() for a, b in index.rows]
+    rows = [index.documents[a:b].tolist() for a, b in index.bounds]
     packed = np.concatenate(rows)
     expected = np.arange(start, stop)[fits]
     assert all(taken[row].sum() <= capacity and len(row) for row in rows)
@@ -108,10 +108,10 @@ def test_every_document_once_an_epoch_none_split_none_over_length(
     assert all(sorted(epoch.tolist()) == expected.tolist() for epoch in epoch_of)
     assert index.facts["packed_tokens"] == taken[packed].sum()
     np.testing.assert_array_equal(index.documents, again.documents)
-    np.testing.assert_array_equal(index.rows, again.rows)
-    assert full.facts["packed_tokens"] == sum(taken[full.documents[a:b]].sum() for a, b in full.rows)
+    np.testing.assert_array_equal(index.bounds, again.bounds)
+    assert full.facts["packed_tokens"] == sum(taken[full.documents[a:b]].sum() for a, b in full.bounds)
     unfinished = 1 if order == "greedy" else 0
-    np.testing.assert_array_equal(more.rows[: len(rows) - unfinished], index.rows[: len(rows) - unfinished])
+    np.testing.assert_array_equal(more.bounds[: len(rows) - unfinished], index.bounds[: len(rows) - unfinished])
 
 
 @SETTINGS
@@ -148,16 +148,16 @@ def test_epochs_and_seeds_differ(tmp_path):
 def test_best_fit_fills_real_instruction_rows(golden):
     documents = TokenizedDocuments(str(golden / "packed" / "short_s257" / "data"))
     index = pack(documents, Packing(0, len(documents), 257))
-    filled = [index.documents[a:b] for a, b in index.rows[:-1]]
+    filled = [index.documents[a:b] for a, b in index.bounds[:-1]]
     sizes = documents.inputs.sizes + documents.targets.sizes
     assert sum(sizes[row].sum() for row in filled) / (257 * len(filled)) >= 0.995
 
 
 @pytest.mark.parametrize("order", ["best-fit", "greedy"])
 @pytest.mark.parametrize("overlong, lengths, message", [
-    ("drop", [(20, 20), (30, 5)], "all 2 documents are longer than a row of 33 tokens (the shortest has 35); raise --seq-length or give --overlong truncate"),
+    ("drop", [(20, 20), (30, 5)], "all 2 documents are longer than a packed sequence of 33 tokens (the shortest has 35); raise --seq-length or give --overlong truncate"),
     ("truncate", [(1, 40), (0, 33)], "raise --seq-length"),
-    ("drop", [(0, 0), (0, 0)], "all 2 documents that fit a row are empty"),
+    ("drop", [(0, 0), (0, 0)], "all 2 documents that fit a packed sequence are empty"),
 ])  # fmt: skip
 def test_a_data_set_without_a_document_that_fits_is_an_error(tmp_path, order, overlong, lengths, message):
     if overlong == "truncate":

@@ -64,22 +64,22 @@ def test_a_mistake_in_a_file_is_named_with_its_line(tmp_path):
 
 
 def test_groups_by_flags(tmp_path):
-    args = training_flags("--data-prefix", "x", "--validation-share", "0.25")
-    assert groups_of(args, "train") == [Group("train", (Part(1.0, 0, 0.75, "x", "--data-prefix"),))]
-    assert groups_of(args, "valid") == [Group("valid", (Part(1.0, 0.75, 1, "x", "--data-prefix"),))]
-    assert groups_of(args, "test") == []
-    assert groups_of(training_flags("--data-prefix", "x", "--validation-share", "0"), "valid") == []
+    config = training_flags("--data-prefix", "x", "--validation-fraction", "0.25")
+    assert groups_of(config, "train") == [Group("train", (Part(1.0, 0, 0.75, "x", "--data-prefix"),))]
+    assert groups_of(config, "valid") == [Group("valid", (Part(1.0, 0.75, 1, "x", "--data-prefix"),))]
+    assert groups_of(config, "test") == []
+    assert groups_of(training_flags("--data-prefix", "x", "--validation-fraction", "0"), "valid") == []
     valid = ("--data-prefix", "x", "--valid-weighted-split-paths", "own: 1 0:1 y")
-    for share, end in (((), 1), (("--validation-share", "0.1"), 0.9)):
-        args = training_flags(*valid, *share)
-        assert simple(groups_of(args, "train")) == [("train", [(1.0, 0, end, "x")])]
-        assert simple(groups_of(args, "valid")) == [("own", [(1.0, 0.0, 1.0, "y")])]
-        assert [n for n in args.notices if "training takes all of --data-prefix" in n] == args.notices[: end == 1]
-    args = training_flags(
+    for share, end in (((), 1), (("--validation-fraction", "0.1"), 0.9)):
+        config = training_flags(*valid, *share)
+        assert simple(groups_of(config, "train")) == [("train", [(1.0, 0, end, "x")])]
+        assert simple(groups_of(config, "valid")) == [("own", [(1.0, 0.0, 1.0, "y")])]
+        assert [n for n in config.notices if "training takes all of --data-prefix" in n] == config.notices[: end == 1]
+    config = training_flags(
         "--train-weighted-split-paths", "a: 1 0:1 x", "b: 1 0:1 y",
         "--valid-weighted-split-paths", "a: 1 0:1 x", "a: 1 0:1 y",
     )  # fmt: skip
     with pytest.raises(UserError, match=r"training takes one group, found 2 \(a, b\)"):
-        groups_of(args, "train")
+        groups_of(config, "train")
     with pytest.raises(UserError, match="two valid groups are called 'a'"):
-        groups_of(args, "valid")
+        groups_of(config, "valid")

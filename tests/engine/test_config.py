@@ -5,7 +5,8 @@ import math
 import torch
 from token_files import training_flags
 
-from megatron_ft.config.flags import build_parser
+from megatron_ft.config.flag import flag_fields
+from megatron_ft.config.flags import Model
 from megatron_ft.engine.model import SequenceParallelLayerNorm, transformer_config
 from megatron_ft.engine.optimizer import optimizer_config
 
@@ -46,15 +47,14 @@ def words(values: dict) -> list[str]:
 
 def test_the_model_is_what_its_flags_say():
     flags = words(MODEL) + words({"recompute_granularity": "full", "recompute_method": "block"})
-    args = training_flags("--data-prefix", "unused", "--bf16", "--sequence-parallel", *flags, world_size=6)
-    config = transformer_config(args, args.shape)
+    flags_of_run = training_flags("--data-prefix", "unused", "--bf16", "--sequence-parallel", *flags, world_size=6)
+    config = transformer_config(flags_of_run, flags_of_run.shape)
     assert {name: getattr(config, name) for name in MODEL} == MODEL
     assert SequenceParallelLayerNorm(config, 96, eps=config.layernorm_epsilon).eps == MODEL["layernorm_epsilon"]
     assert (config.num_query_groups, config.kv_channels) == (1, 16)
     assert config.bf16 and config.sequence_parallel and config.params_dtype == config.pipeline_dtype == torch.bfloat16
     assert (config.recompute_granularity, config.recompute_method) == ("full", "block")
-    (group,) = [group for group in build_parser()._action_groups if group.title == "model"]
-    numbers = {action.dest for action in group._group_actions if action.type in (int, float)}
+    numbers = {flag.dest for _, flag in flag_fields(Model) if flag.bounds}
     assert numbers - set(MODEL) == {"max_position_embeddings", "make_vocab_size_divisible_by"}, "of the embedding"
 
 

@@ -20,12 +20,12 @@ def draws(flags: str) -> dict[tuple, list[float]]:
 
     from megatron_ft.engine import parallel
 
-    args = start(f"{FLAGS} {flags}", __file__)
+    config = start(f"{FLAGS} {flags}", __file__)
     tensor_rank = parallel_state.get_tensor_model_parallel_rank()
     place = (parallel.pipeline_parallel_rank(), parallel.data_parallel_rank(), tensor_rank)
     found = {}
     for iteration in (0, 1, 0):
-        parallel.seed_step(args.seed, iteration)
+        parallel.seed_step(config.training.seed, iteration)
         drawn = [torch.rand(1, dtype=torch.float64).item()]
         with get_cuda_rng_tracker().fork():
             drawn.append(torch.rand(1, dtype=torch.float64).item())
@@ -53,8 +53,8 @@ def forward(flags: str) -> dict[bool, dict[str, np.ndarray]]:
     from megatron_ft.engine.model import build_model
     from megatron_ft.engine.packed_attention import PackedRow
 
-    args = start(f"{FLAGS} {flags}", __file__)
-    (model,) = build_model(args, args.shape, 128)
+    config = start(f"{FLAGS} {flags}", __file__)
+    (model,) = build_model(config, config.shape, 128)
     layer = model.decoder.layers[0]
     for parameter in layer.self_attention.linear_qkv.parameters():
         dist.broadcast(parameter.data, 0)
@@ -67,7 +67,7 @@ def forward(flags: str) -> dict[bool, dict[str, np.ndarray]]:
     row = PackedRow.from_cu_seqlens(torch.tensor([0, 24, 64], dtype=torch.int32))
     found = {}
     for training in (True, False):
-        parallel.seed_step(args.seed, 0)
+        parallel.seed_step(config.training.seed, 0)
         with torch.no_grad():
             model.train(training)(tokens, positions, None, packed_seq_params=row)
         found[training] = {

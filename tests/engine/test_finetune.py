@@ -31,7 +31,7 @@ class Runs:
         self.tmp_path = tmp_path
         self.common = [
             *f"--load {golden}/hf/hf_tiny --tokenizer-file {golden}/data/tokenizer.json --data-prefix {golden}/data/short".split(),
-            *f"--data-cache-path {tmp_path}/cache --validation-share 0.1 --seq-length 128 --lr 1e-3 --log-interval 100".split(),
+            *f"--data-cache-path {tmp_path}/cache --validation-fraction 0.1 --seq-length 128 --lr 1e-3 --log-interval 100".split(),
         ]
 
     def __call__(self, name: str, flags: str, ranks: int = 1, during: str = "") -> list[int]:
@@ -148,7 +148,7 @@ def test_figures_are_those_of_a_count_by_hand(runs, golden):
         hits += (logits.argmax(-1) == torch.tensor(outputs)).sum().item()
     prefix = write_documents(runs.tmp_path / "documents", documents)
     flags = (
-        f"--data-prefix {prefix} --validation-share 0.25 --hidden-dropout 0 --attention-dropout 0 --global-batch-size 1"
+        f"--data-prefix {prefix} --validation-fraction 0.25 --hidden-dropout 0 --attention-dropout 0 --global-batch-size 1"
     )
     runs("all", f"{flags} --train-epochs 1 --lr 0 --eval-iters full")
     assert runs.steps("all")[-1]["consumed_tokens"] == sum(len(a) + len(b) for a, b in train)
@@ -184,7 +184,7 @@ def test_a_checkpoint_is_evaluated_without_training(runs, tmp_path):
     assert sum(line["event"] == "start" for line in runs.lines("trained", "events.jsonl")) == 1
     runs.common[at:at] = ["--data-prefix", prefix]
     flags = "--eval-iters full"
-    assert runs("nothing", f"{flags} --skip-train --validation-share 0") == [EXIT_USER_ERROR]
+    assert runs("nothing", f"{flags} --skip-train --validation-fraction 0") == [EXIT_USER_ERROR]
 
 
 @pytest.mark.parametrize(
@@ -282,14 +282,14 @@ def test_a_start_anew_replaces_the_baseline(runs):
 
 
 def test_loss_tokens_are_counted_alike_under_every_weighting(runs, golden):
-    flags = "--train-iters 2 --global-batch-size 4 --eval-interval 0 --validation-share 0"
+    flags = "--train-iters 2 --global-batch-size 4 --eval-interval 0 --validation-fraction 0"
     counts = {}
     for name, more, ranks in (("plain", "", 1), ("normed", "--norm-target-loss --loss-average microbatch", 2)):
         assert runs(name, f"{flags} {more}", ranks) == [EXIT_DONE] * ranks
         counts[name] = column(runs.steps(name), "loss_tokens")
     assert counts["plain"] == counts["normed"]
-    args = parse_args([*runs.common, *flags.split(), "--preset", "tiny"])
-    rows = build_datasets(args, train_samples=8, pad=0).train
+    config = parse_args([*runs.common, *flags.split(), "--preset", "tiny"])
+    rows = build_datasets(config, train_samples=8, pad=0).train
     targets = [int(((~rows[i].is_inputs[1:]) & (rows[i].segment_ids[1:] > 0)).sum()) for i in range(8)]
     assert counts["plain"] == [sum(targets[:4]), sum(targets[4:])]
 

@@ -51,7 +51,7 @@ def flags_for(base, more):
 
 
 def start(words, base, world_size):
-    """A frozen model with adapters on this rank; (args, chunks)."""
+    """A frozen model with adapters on this rank; (config, chunks)."""
     from megatron_ft.checkpoint.load_weights import load_weights
     from megatron_ft.engine.device import set_up_device
     from megatron_ft.engine.lora import add_lora
@@ -59,13 +59,13 @@ def start(words, base, world_size):
     from megatron_ft.engine.parallel import initialize
     from megatron_ft.weights.open import open_weights
 
-    args = parse_args(words, world_size)
-    set_up_device(args)
-    initialize(args)
-    chunks = build_model(args, args.shape.with_vocab(64), 64)
-    add_lora(chunks, args)
+    config = parse_args(words, world_size)
+    set_up_device(config)
+    initialize(config)
+    chunks = build_model(config, config.shape.with_vocab(64), 64)
+    add_lora(chunks, config)
     load_weights(open_weights(base), chunks)
-    return args, chunks
+    return config, chunks
 
 
 def row(seed):
@@ -87,12 +87,12 @@ def train_adapters(words, base, world_size, save):
     from megatron_ft.engine.optimizer import build_optimizer
     from megatron_ft.engine.schedule import build_scheduler, plan_length
 
-    args, chunks = start([*words, "--load", str(base), "--save", save], base, world_size)
+    config, chunks = start([*words, "--load", str(base), "--save", save], base, world_size)
     frozen = {name: p.detach().clone() for name, p in chunks[0].named_parameters() if not p.requires_grad}
-    wrapped = wrap_for_data_parallel(args, chunks)
-    optimizer = build_optimizer(args, wrapped)
-    state = TrainState(wrapped, optimizer, build_scheduler(args, optimizer, plan_length(args)))
-    checkpointer = Checkpointer(args, args.shape.with_vocab(64), {})
+    wrapped = wrap_for_data_parallel(config, chunks)
+    optimizer = build_optimizer(config, wrapped)
+    state = TrainState(wrapped, optimizer, build_scheduler(config, optimizer, plan_length(config)))
+    checkpointer = Checkpointer(config, config.shape.with_vocab(64), {})
     checkpointer.start(state)
     log = []
 
@@ -161,7 +161,7 @@ def test_checkpoint_holds_the_adapters_alone(runs):
 
 def logits_of_core(words, base, adapters):
     """Logits [1, 64, 64] of a Megatron-Core model with `adapters`."""
-    args, chunks = start(words, base, 1)
+    config, chunks = start(words, base, 1)
     model = chunks[0]
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -180,7 +180,7 @@ def test_logits_are_those_of_peft_with_the_same_adapter(runs, base, tmp_path):
     words = flags_for(base, "--lora-targets linear_qkv,linear_proj,linear_fc1,linear_fc2")
     (ours,) = run_ranks(logits_of_core, 1, words, base, adapters)
 
-    config = AdapterConfig.from_args(parse_args(words))
+    config = AdapterConfig.from_flags(parse_args(words).values())
     save_file(to_peft(adapters), tmp_path / "adapter_model.safetensors")
     (tmp_path / "adapter_config.json").write_text(json.dumps(config.to_peft(str(base))))
     plain = GPTBigCodeForCausalLM.from_pretrained(base)
@@ -210,7 +210,7 @@ def masks(words, base, world_size):
 
     from megatron_ft.engine import lora
 
-    args, chunks = start(words, base, world_size)
+    config, chunks = start(words, base, world_size)
     seen = []
 
     class Recording:
@@ -243,9 +243,9 @@ def test_dropout_masks_agree_where_inputs_are_whole_and_differ_where_they_are_cu
 
 def test_peft_targets_are_gptbigcodes_modules_and_unknown_ones_are_named(base):
     assert list(HF_TARGETS.values()) == ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]
-    args = parse_args(flags_for(base, "--lora-targets linear_fc1,linear_fc1 --transformer-impl auto"))
-    assert AdapterConfig.from_args(args).targets == ("linear_fc1",)
-    assert args.transformer_impl == "local"  # Transformer Engine's layers take no adapters
+    config = parse_args(flags_for(base, "--lora-targets linear_fc1,linear_fc1 --transformer-impl auto"))
+    assert AdapterConfig.from_flags(config.values()).targets == ("linear_fc1",)
+    assert config.memory.transformer_impl == "local"  # Transformer Engine's layers take no adapters
     words = flags_for(base, "--lora-targets linear_qkv,c_attn")
     with pytest.raises(UserError, match="'c_attn' is not one of linear_qkv, linear_proj"):
         parse_args(words)

@@ -16,8 +16,8 @@ def kernels():
     from megatron_ft.engine.optimizer import build_optimizer
 
     flags = "--preset tiny --bf16 --seq-length 64 --train-iters 1 --data-prefix unused"
-    args = start(flags, ROOT / "README.md")  # any file: no text is read
-    optimizer = build_optimizer(args, wrap_for_data_parallel(args, build_model(args, args.shape, 512)))
+    config = start(flags, ROOT / "README.md")  # any file: no text is read
+    optimizer = build_optimizer(config, wrap_for_data_parallel(config, build_model(config, config.shape, 512)))
     fused = {group["fused"] for part in parts(optimizer) for group in part.optimizer.param_groups}
     return fused, clip_grads.l2_norm_impl.__module__
 

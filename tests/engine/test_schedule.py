@@ -32,16 +32,16 @@ def flags(tmp_path, text: str, world_size: int = 1):
     ],
 )
 def test_length_follows_from_any_unit(tmp_path, text, rows_per_epoch, iterations, samples):
-    args = flags(tmp_path, text)
-    length = plan_length(args, rows_per_epoch)
+    config = flags(tmp_path, text)
+    length = plan_length(config, rows_per_epoch)
     assert (length.iterations, length.samples) == (iterations, samples)
-    assert samples_of(args, iterations) == samples
+    assert samples_of(config, iterations) == samples
 
 
 def test_tokens_are_those_of_documents(tmp_path):
     for tokens, iterations in ((1536, 6), (1537, 7)):
-        args = flags(tmp_path, f"--train-tokens {tokens} --global-batch-size 4")
-        assert plan_length(args, fill_rate=0.5).iterations == iterations, "24 rows of 64 tokens, and a token more"
+        config = flags(tmp_path, f"--train-tokens {tokens} --global-batch-size 4")
+        assert plan_length(config, fill_rate=0.5).iterations == iterations, "24 rows of 64 tokens, and a token more"
 
 
 @pytest.mark.parametrize(
@@ -64,9 +64,9 @@ def test_what_is_left_of_a_resumed_run_comes_after_what_is_done(tmp_path, text, 
 
 
 def test_a_warm_up_that_was_done_with_another_batch_is_no_longer_than_what_is_done(tmp_path):
-    args = flags(tmp_path, "--train-samples 100 --global-batch-size 8 --lr-warmup-iters 11")
-    assert samples_of(args, 11, Length(12, 48)) == 48
-    assert samples_of(args, 14, Length(12, 48)) == 64
+    config = flags(tmp_path, "--train-samples 100 --global-batch-size 8 --lr-warmup-iters 11")
+    assert samples_of(config, 11, Length(12, 48)) == 48
+    assert samples_of(config, 14, Length(12, 48)) == 64
 
 
 def test_more_than_ten_epochs_are_remarked_on():
@@ -78,24 +78,24 @@ def test_more_than_ten_epochs_are_remarked_on():
 def test_ramp_up_is_megatrons(tmp_path):
     from megatron.core.num_microbatches_calculator import RampupBatchsizeNumMicroBatchesCalculator
 
-    args = flags(tmp_path, "--train-iters 1 --micro-batch-size 2 --global-batch-size 20 --rampup-batch-size 4 4 70")
+    config = flags(tmp_path, "--train-iters 1 --micro-batch-size 2 --global-batch-size 20 --rampup-batch-size 4 4 70")
     megatron = RampupBatchsizeNumMicroBatchesCalculator(20, 2, 1, False, 1, 4, 4, 70)
     for consumed in range(0, 120):
         megatron.update(consumed, consistency_check=True)
-        assert global_batch_at(args, consumed) == megatron.get_current_global_batch_size(), consumed
+        assert global_batch_at(config, consumed) == megatron.get_current_global_batch_size(), consumed
 
 
-def rates(args, steps: int) -> list[float]:
+def rates(config, steps: int) -> list[float]:
     """The learning rate each step uses, from a scheduler on a real optimizer."""
 
     class Optimizer:
         param_groups = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0).param_groups
 
-    scheduler = build_scheduler(args, Optimizer, plan_length(args))
+    scheduler = build_scheduler(config, Optimizer, plan_length(config))
     used = []
     for _ in range(steps):
         used.append(Optimizer.param_groups[0]["lr"])
-        scheduler.step(increment=args.global_batch_size)
+        scheduler.step(increment=config.training.global_batch_size)
     return used
 
 
@@ -112,8 +112,8 @@ def rates(args, steps: int) -> list[float]:
     ],
 )  # fmt: skip
 def test_schedules(tmp_path, text, expected):
-    args = flags(tmp_path, f"--train-iters 10 --global-batch-size 4 --lr 1 {text}")
-    assert rates(args, 10) == pytest.approx(expected, abs=1e-12)
+    config = flags(tmp_path, f"--train-iters 10 --global-batch-size 4 --lr 1 {text}")
+    assert rates(config, 10) == pytest.approx(expected, abs=1e-12)
 
 
 def test_impossible_schedules_are_named(tmp_path):

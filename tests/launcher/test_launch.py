@@ -8,13 +8,13 @@ import signal
 import subprocess
 import sys
 import time
-from argparse import Namespace
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT, one_error_line, run_program
 
+from megatron_ft.config.config import Config
 from megatron_ft.errors import UserError
 
 LAUNCHED = """
@@ -103,14 +103,14 @@ def test_each_rank_takes_a_gpu_of_its_own(monkeypatch, gpus, local_rank, device)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
-    args = Namespace(tensor_model_parallel_size=1, notices=[])
+    config = Config()
     if device is None:
         with pytest.raises(UserError, match="local rank 2 of 4 .*--num-processes 2"):
-            set_up_device(args)
+            set_up_device(config)
         return
-    assert set_up_device(args) == torch.device("cuda", device)
-    assert [notice for notice in args.notices if "sees one GPU" in notice] == args.notices
-    assert len(args.notices) == (gpus == 1)
+    assert set_up_device(config) == torch.device("cuda", device)
+    assert [notice for notice in config.notices if "sees one GPU" in notice] == config.notices
+    assert len(config.notices) == (gpus == 1)
 
 
 def test_first_rank_has_the_terminal_and_the_others_have_files(tmp_path):

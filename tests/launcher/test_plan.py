@@ -129,7 +129,7 @@ def test_steps_and_hours_follow_from_real_data_and_the_length_asked_for(tmp_path
             "--gpu a100-80gb --preset tiny --nodes 3 --global-batch-size 125",
             "24 GPUs divides the model and --global-batch-size 125; try 120 or 144",
         ),
-        ("--gpu a100-80gb --preset tiny --mfu 45", "45 % is 0.45"),
+        ("--gpu a100-80gb --preset tiny --mfu 45", "45% is 0.45"),
         ("--gpu a100-80gb --preset tiny --tensor-paralel 2", "unknown flag --tensor-paralel"),
     ],
 )

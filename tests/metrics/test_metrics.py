@@ -50,8 +50,8 @@ def record(iteration, loss=None):
     }
 
 
-def run(args, save, first, last, **plan):
-    log = MetricsLog(args, args.shape, RunPlan(train_iters=40, start_iteration=first - 1, **plan), save)
+def run(config, save, first, last, **plan):
+    log = MetricsLog(config, config.shape, RunPlan(train_iters=40, start_iteration=first - 1, **plan), save)
     log.banner(data="two prefixes", start="resume: iter_0000012\nlayout: was TP1, is TP2")
     for iteration in range(first, last + 1):
         log.step(record(iteration))
@@ -63,12 +63,12 @@ def lines(path):
 
 
 def test_metrics_hold_each_iteration_once_after_a_resume_with_lost_steps(tmp_path, capsys):
-    args, save = make_args(tmp_path, "--tensorboard-dir", str(tmp_path / "tb")), tmp_path / "run"
-    killed = run(args, save, 1, 17)  # killed here: no close, a torn line; the last checkpoint was at 12
+    config, save = make_args(tmp_path, "--tensorboard-dir", str(tmp_path / "tb")), tmp_path / "run"
+    killed = run(config, save, 1, 17)  # killed here: no close, a torn line; the last checkpoint was at 12
     killed.validation(15, "all", {"loss": 1.0, "perplexity": 2.7, "token_accuracy": 0.5})
     with (save / "metrics.jsonl").open("a") as file:
         file.write('{"iteration": 18, "los')
-    resumed = run(args, save, 13, 40)
+    resumed = run(config, save, 13, 40)
     resumed.validation(40, "all", {"loss": 0.5, "perplexity": 1.6, "token_accuracy": 0.75})
     resumed.close()
     resumed.close()
@@ -78,12 +78,12 @@ def test_metrics_hold_each_iteration_once_after_a_resume_with_lost_steps(tmp_pat
     assert [step["part"] for step in steps] == [0] * 12 + [1] * 28
     assert all(tuple(step) == DETERMINISTIC_KEYS + TIMING_KEYS for step in steps)
     assert steps[0]["tokens_per_second"] == 800
-    expected = 400 * flops_per_token(args.shape, 100.0) / 0.5 / 1e12
+    expected = 400 * flops_per_token(config.shape, 100.0) / 0.5 / 1e12
     assert steps[0]["tflops_per_gpu"] == pytest.approx(expected)
     assert [line["iteration"] for line in lines(save / "validation.jsonl")] == [40]
     assert [e["event"] for e in lines(save / "events.jsonl")] == ["start", "start"]
 
-    straight = run(args, tmp_path / "straight", 1, 40)
+    straight = run(config, tmp_path / "straight", 1, 40)
     straight.close()
     other = lines(tmp_path / "straight" / "metrics.jsonl")
     assert [[s[k] for k in DETERMINISTIC_KEYS] for s in steps] == [[s[k] for k in DETERMINISTIC_KEYS] for s in other]
@@ -104,9 +104,9 @@ def test_metrics_hold_each_iteration_once_after_a_resume_with_lost_steps(tmp_pat
 
 
 def test_a_validation_of_the_same_group_and_iteration_is_replaced(tmp_path):
-    args, save = make_args(tmp_path), tmp_path / "run"
+    config, save = make_args(tmp_path), tmp_path / "run"
     for loss in (1.0, 0.5):
-        log = run(args, save, 13, 12)
+        log = run(config, save, 13, 12)
         log.validation(12, "all", {"loss": 2 * loss})
         log.validation(12, "all", {"loss": loss})
         log.validation(12, "other", {"loss": loss})
@@ -116,9 +116,9 @@ def test_a_validation_of_the_same_group_and_iteration_is_replaced(tmp_path):
 
 
 def test_report_draws_all_parts_without_network(tmp_path):
-    args, save = make_args(tmp_path), tmp_path / "run <1>"
-    run(args, save, 1, 20)
-    log = run(args, save, 11, 40, device_name="NVIDIA H100 80GB HBM3")
+    config, save = make_args(tmp_path), tmp_path / "run <1>"
+    run(config, save, 1, 20)
+    log = run(config, save, 11, 40, device_name="NVIDIA H100 80GB HBM3")
     log.validation(20, "held <out>", {"loss": 1.0})
     log.validation(40, "held <out>", {"loss": 0.25})
     log.close()
@@ -159,8 +159,8 @@ def test_thinned_curves_keep_spikes_and_bounds():
 
 
 def test_losses_that_are_not_numbers_stay_valid_json(tmp_path, capsys):
-    args, save = make_args(tmp_path), tmp_path / "run"
-    log = MetricsLog(args, args.shape, RunPlan(train_iters=40), save)
+    config, save = make_args(tmp_path), tmp_path / "run"
+    log = MetricsLog(config, config.shape, RunPlan(train_iters=40), save)
     for iteration in range(1, 6):
         log.step({**record(iteration), "loss": None if iteration == 1 else float("nan"), "grad_norm": float("inf")})
     log.close()
@@ -173,9 +173,9 @@ def test_losses_that_are_not_numbers_stay_valid_json(tmp_path, capsys):
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full, which is a full disk")
 def test_a_full_disk_costs_lines_and_not_the_run(tmp_path, capsys):
-    args, save = make_args(tmp_path), tmp_path / "run"
+    config, save = make_args(tmp_path), tmp_path / "run"
     save.mkdir()
-    log = MetricsLog(args, args.shape, RunPlan(train_iters=40), save)
+    log = MetricsLog(config, config.shape, RunPlan(train_iters=40), save)
     log.step(record(1))
     log.close()
     (save / "metrics.jsonl").rename(save / "real")
@@ -194,8 +194,8 @@ def test_a_full_disk_costs_lines_and_not_the_run(tmp_path, capsys):
 
 
 def test_ranks_that_do_not_write_leave_no_trace(tmp_path, capsys):
-    args = make_args(tmp_path)
-    log = MetricsLog(args, args.shape, RunPlan(train_iters=40), tmp_path / "run", writes=False)
+    config = make_args(tmp_path)
+    log = MetricsLog(config, config.shape, RunPlan(train_iters=40), tmp_path / "run", writes=False)
     log.banner(data="d")
     log.step(record(1))
     log.event("saved")
@@ -215,17 +215,17 @@ def test_spikes_are_counted_and_the_usual_noise_is_not():
 @pytest.mark.skipif(importlib.util.find_spec("wandb") is not None, reason="wandb is installed")
 def test_wandb_that_is_not_installed_is_named(tmp_path):
     with pytest.raises(UserError, match="pip install wandb"):
-        args = make_args(tmp_path, "--wandb-project", "p")
-        MetricsLog(args, args.shape, RunPlan(train_iters=40), tmp_path / "run")
+        config = make_args(tmp_path, "--wandb-project", "p")
+        MetricsLog(config, config.shape, RunPlan(train_iters=40), tmp_path / "run")
 
 
 @pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="wandb is not installed")
 def test_wandb_goes_on_in_the_same_run_after_a_resume(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
-    args, save = make_args(tmp_path, "--wandb-project", "p"), tmp_path / "run"
-    run(args, save, 1, 10).close()
+    config, save = make_args(tmp_path, "--wandb-project", "p"), tmp_path / "run"
+    run(config, save, 1, 10).close()
     first = (save / "wandb_run_id").read_text()
-    run(args, save, 6, 12).close()
+    run(config, save, 6, 12).close()
     assert (save / "wandb_run_id").read_text() == first
     assert len(list(save.glob(f"wandb/offline-run-*/run-{first}.wandb"))) == 2
 

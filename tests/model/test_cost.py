@@ -22,7 +22,7 @@ def args_for(tmp_path, *words, world_size=1):
     return parse_args([*fixed, *words], world_size)
 
 
-def meta_parameters(args, rank, world_size):
+def meta_parameters(config, rank, world_size):
     """Parameters (all, trainable) and bytes of a rank's real model, built on the meta device in a process group that never speaks."""
     import torch.distributed as dist
     from megatron.core import parallel_state
@@ -33,18 +33,18 @@ def meta_parameters(args, rank, world_size):
     from megatron_ft.engine.lora import add_lora
     from megatron_ft.engine.model import build_model
 
-    set_up_device(args)
+    set_up_device(config)
     dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
     parallel_state.initialize_model_parallel(
-        args.tensor_model_parallel_size, args.pipeline_model_parallel_size, create_gloo_process_groups=False
+        config.parallel.tensor, config.parallel.pipeline, create_gloo_process_groups=False
     )
     model_parallel_cuda_manual_seed(1)
     torch.cuda.current_device = lambda: torch.device("meta")
-    padded = padded_vocab_size(args.shape.vocab_size, 128, args.tensor_model_parallel_size)
+    padded = padded_vocab_size(config.shape.vocab_size, 128, config.parallel.tensor)
     with torch.device("meta"):
-        chunks = build_model(args, args.shape, padded)
-        if args.lora_rank:
-            add_lora(chunks, args)
+        chunks = build_model(config, config.shape, padded)
+        if config.lora.rank:
+            add_lora(chunks, config)
     parameters = list(chunks[0].parameters())
     assert all(p.is_meta for p in parameters)
     return (
@@ -64,14 +64,14 @@ def _meta_in_children(args_of_layouts):
     import os
 
     results = []
-    for args, world_size, rank in args_of_layouts:
+    for config, world_size, rank in args_of_layouts:
         reading, writing = os.pipe()
         child = os.fork()  # a process group and patched functions each of its own
         if not child:
             import traceback
 
             try:
-                os.write(writing, repr(meta_parameters(args, rank, world_size)).encode())
+                os.write(writing, repr(meta_parameters(config, rank, world_size)).encode())
             except BaseException:
                 os.write(writing, traceback.format_exc().encode())
             os._exit(0)
@@ -101,14 +101,14 @@ def test_parameters_and_weights_are_those_of_real_models_on_every_stage(tmp_path
         words = (
             f"--preset {preset} --tensor-model-parallel-size {tp} --pipeline-model-parallel-size {pp} {flags}".split()
         )
-        args = args_for(tmp_path, *words, world_size=tp * pp)
-        layout = cost.Layout.from_args(args)
-        padded = padded_vocab_size(args.shape.vocab_size, 128, tp)
-        adapters = cost.adapter_parameters_on_rank(args.shape, layout)
+        config = args_for(tmp_path, *words, world_size=tp * pp)
+        layout = config.layout()
+        padded = padded_vocab_size(config.shape.vocab_size, 128, tp)
+        adapters = cost.adapter_parameters_on_rank(config.shape, layout)
         for stage in {0, pp // 2, pp - 1}:
-            wanted.append((args, tp * pp, stage * tp))
-            base = cost.parameters_on_rank(args.shape, padded, layout, stage)
-            weights, _, _ = cost.state_bytes(args.shape, padded, layout, stage)
+            wanted.append((config, tp * pp, stage * tp))
+            base = cost.parameters_on_rank(config.shape, padded, layout, stage)
+            weights, _, _ = cost.state_bytes(config.shape, padded, layout, stage)
             expected.append((base + adapters, adapters or base, weights))
     assert meta_ranks(wanted) == expected  # exact; the promise is 2 %
 
@@ -118,31 +118,31 @@ def test_one_rank_holds_what_the_model_table_says():
         assert cost.parameters_on_rank(shape, shape.vocab_size, cost.Layout(), 0) == shape.num_parameters()
 
 
-def model_of(args):
+def model_of(config):
     """This rank's part of the model, bare and wrapped for data parallelism."""
     from megatron_ft.engine.device import set_up_device
     from megatron_ft.engine.lora import add_lora
     from megatron_ft.engine.model import build_model, wrap_for_data_parallel
     from megatron_ft.engine.parallel import initialize
 
-    set_up_device(args)
-    initialize(args)
-    chunks = build_model(args, args.shape, args.shape.vocab_size)
-    if args.lora_rank:
-        add_lora(chunks, args)
-    return chunks, wrap_for_data_parallel(args, chunks)
+    set_up_device(config)
+    initialize(config)
+    chunks = build_model(config, config.shape, config.shape.vocab_size)
+    if config.lora.rank:
+        add_lora(chunks, config)
+    return chunks, wrap_for_data_parallel(config, chunks)
 
 
-def state_bytes_of_run(args):
+def state_bytes_of_run(config):
     """Bytes of weights, gradient buffers and optimizer state of a real rank after a step, and of what is on the host."""
     from engine_runs import tell_host_from_gpu
 
     from megatron_ft.engine.optimizer import build_optimizer
 
-    chunks, wrapped = model_of(args)
-    if args.optimizer_cpu_offload:
+    chunks, wrapped = model_of(config)
+    if config.optimizer.cpu_offload:
         tell_host_from_gpu()
-    optimizer = build_optimizer(args, wrapped)
+    optimizer = build_optimizer(config, wrapped)
     for parameter in chunks[0].parameters():
         if parameter.requires_grad:
             parameter.main_grad.fill_(1e-3)
@@ -154,7 +154,7 @@ def state_bytes_of_run(args):
         moments = [
             t for state in inner.optimizer.state.values() for name, t in state.items() if name.startswith("exp_avg")
         ]
-        if args.optimizer_cpu_offload:
+        if config.optimizer.cpu_offload:
             host += sum(moment.nbytes for moment in moments)
             pinned += [*inner.optimizer.gpu_params_map_cpu_copy.values(), *inner.optimizer.cpu_copy_map_grad.values()]
             moments = []
@@ -177,29 +177,29 @@ def state_bytes_of_run(args):
     ],
 )
 def test_state_is_what_a_real_run_holds_after_a_step(tmp_path, flags, world_size):
-    args = args_for(tmp_path, "--preset", "tiny", *flags.split(), world_size=world_size)
-    ranks = run_ranks(state_bytes_of_run, world_size, args)
-    layout = cost.Layout.from_args(args)
-    expected = cost.state_bytes(args.shape, args.shape.vocab_size, layout, 0)
+    config = args_for(tmp_path, "--preset", "tiny", *flags.split(), world_size=world_size)
+    ranks = run_ranks(state_bytes_of_run, world_size, config)
+    layout = config.layout()
+    expected = cost.state_bytes(config.shape, config.shape.vocab_size, layout, 0)
     weights, gradients, _, _ = ranks[0]
     assert weights == expected[0]
     assert gradients == pytest.approx(expected[1], rel=0.02)
-    host = cost.host_bytes(args.shape, args.shape.vocab_size, layout, 0)
+    host = cost.host_bytes(config.shape, config.shape.vocab_size, layout, 0)
     assert sum(r[3] for r in ranks) / world_size == pytest.approx(host, rel=0.02)
     assert sum(r[2] for r in ranks) / world_size == pytest.approx(expected[2], rel=0.02)
 
 
-def bytes_to_save(args):
+def bytes_to_save(config):
     """Bytes that a run's ranks would write into a checkpoint."""
     from megatron_ft.checkpoint import optimizer_state, sharded_state
     from megatron_ft.checkpoint.collective import Together
     from megatron_ft.engine.optimizer import build_optimizer
 
-    _, wrapped = model_of(args)
-    optimizer = build_optimizer(args, wrapped)
+    _, wrapped = model_of(config)
+    optimizer = build_optimizer(config, wrapped)
     optimizer_state.initialise(optimizer)
-    return Together(args.distributed_timeout_minutes).total(
-        sharded_state.bytes_to_save(wrapped, optimizer, bool(args.lora_rank))
+    return Together(config.parallel.timeout_minutes).total(
+        sharded_state.bytes_to_save(wrapped, optimizer, bool(config.lora.rank))
     )
 
 
@@ -212,13 +212,13 @@ def bytes_to_save(args):
     ],
 )
 def test_a_checkpoint_is_as_large_as_what_is_saved(tmp_path, flags):
-    args = args_for(tmp_path, "--preset", "tiny", *flags.split(), world_size=2)
-    sizes = run_ranks(bytes_to_save, 2, args)
-    expected = cost.checkpoint_bytes(args.shape, args.shape.vocab_size, cost.Layout.from_args(args))
+    config = args_for(tmp_path, "--preset", "tiny", *flags.split(), world_size=2)
+    sizes = run_ranks(bytes_to_save, 2, config)
+    expected = cost.checkpoint_bytes(config.shape, config.shape.vocab_size, config.layout())
     assert sizes == [expected, expected]
 
 
-def activations_of_run(args, vocab, count_flops=False):
+def activations_of_run(config, vocab, count_flops=False):
     """Bytes that autograd keeps after a real forward pass and loss, every storage once, weights not counted: {number of the layer that
     kept it first, or "outside": bytes}; or, with `count_flops`, the FLOPs of both passes."""
     from megatron.core.transformer.transformer_layer import TransformerLayer
@@ -232,11 +232,11 @@ def activations_of_run(args, vocab, count_flops=False):
     from megatron_ft.engine.packed_attention import PackedRow
     from megatron_ft.engine.parallel import initialize
 
-    set_up_device(args)
-    initialize(args)
-    chunks = build_model(args, args.shape.with_vocab(vocab), vocab)
-    if args.lora_rank:
-        add_lora(chunks, args)
+    set_up_device(config)
+    initialize(config)
+    chunks = build_model(config, config.shape.with_vocab(vocab), vocab)
+    if config.lora.rank:
+        add_lora(chunks, config)
     model = chunks[0]
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept, where = {}, ["outside"]
@@ -250,7 +250,7 @@ def activations_of_run(args, vocab, count_flops=False):
             kept.setdefault(storage.data_ptr(), (where[-1], storage))  # held, so that no address is used twice
         return tensor
 
-    tokens, length = args.micro_batch_size * args.seq_length, args.seq_length
+    tokens, length = config.training.micro_batch_size * config.data.seq_length, config.data.seq_length
     bounds = torch.arange(0, tokens + 1, length).int()
     inputs = torch.randint(vocab, (1, tokens)), torch.arange(length).repeat(tokens // length)[None]
     kernel = sdpa_kernel(SDPBackend.MATH) if count_flops else contextlib.nullcontext()  # the fused one is not counted
@@ -297,18 +297,18 @@ TP2 = "--tensor-model-parallel-size 2"
     ],
 )
 def test_activations_are_what_autograd_keeps(tmp_path, flags):
-    kept, args, layout = activations_of(tmp_path, flags)
-    row = 512 * args.shape.hidden_size  # numbers
+    kept, config, layout = activations_of(tmp_path, flags)
+    row = 512 * config.shape.hidden_size  # numbers
     # On a CPU attention works document by document; linear_proj, or its adapter without dropout, keeps the whole once more.
-    again = not args.lora_rank or ("linear_proj" in layout.lora_targets and not layout.lora_dropout)
+    again = not config.lora.rank or ("linear_proj" in layout.lora_targets and not layout.lora_dropout)
     copy = again * row // layout.tensor_parallel * layout.number_bytes
-    for number in range(2, args.shape.num_layers + 1):  # with LoRA the first layer's input needs no gradient
-        expected = cost.layer_activation_bytes(args.shape, layout, 512)
+    for number in range(2, config.shape.num_layers + 1):  # with LoRA the first layer's input needs no gradient
+        expected = cost.layer_activation_bytes(config.shape, layout, 512)
         assert kept[number] - copy == pytest.approx(expected, rel=0.005)
-    outside = cost.kept_by_head(args.shape, 512, layout, 512)
-    if args.hidden_dropout and not args.lora_rank:
-        outside += row // (layout.tensor_parallel if args.sequence_parallel else 1)  # mask of the embedding's dropout
-    if args.sequence_parallel and not args.lora_rank:
+    outside = cost.kept_by_head(config.shape, 512, layout, 512)
+    if config.model.hidden_dropout and not config.lora.rank:
+        outside += row // (layout.tensor_parallel if config.parallel.sequence else 1)  # mask of the embedding's dropout
+    if config.parallel.sequence and not config.lora.rank:
         outside -= (
             row * layout.number_bytes
         )  # gathered, into a buffer of Megatron-Core's own that autograd does not see
@@ -317,8 +317,8 @@ def test_activations_are_what_autograd_keeps(tmp_path, flags):
 
 @pytest.mark.parametrize("more", ["", "--lora-rank 16", "--recompute-method block --recompute-num-layers 2"])
 def test_recomputed_layers_keep_their_inputs(tmp_path, more):
-    kept, args, layout = activations_of(tmp_path, f"{SMALL} --bf16 --recompute-granularity full {more}")
-    expected = cost.kept_by_layers(args.shape, layout, 512, 3) + cost.kept_by_head(args.shape, 512, layout, 512)
+    kept, config, layout = activations_of(tmp_path, f"{SMALL} --bf16 --recompute-granularity full {more}")
+    expected = cost.kept_by_layers(config.shape, layout, 512, 3) + cost.kept_by_head(config.shape, 512, layout, 512)
     copy = 512 * 256 * 2 * ("block" in more)
     assert sum(kept.values()) - copy == pytest.approx(expected, rel=0.03)
 
@@ -329,17 +329,17 @@ def activations_of(tmp_path, flags):
         f"--hidden-dropout 0 --attention-dropout 0 --max-position-embeddings 256 --micro-batch-size 2 {flags}".split()
     )
     world_size = 2 if TP2 in flags else 1
-    args = args_for(tmp_path, *words, world_size=world_size)
-    return run_ranks(activations_of_run, world_size, args, 512)[0], args, cost.Layout.from_args(args)
+    config = args_for(tmp_path, *words, world_size=world_size)
+    return run_ranks(activations_of_run, world_size, config, 512)[0], config, config.layout()
 
 
 def test_flops_are_those_that_torch_counts(tmp_path):
     words = """--num-layers 4 --hidden-size 256 --num-attention-heads 4 --max-position-embeddings 256 --micro-batch-size 2
         --hidden-dropout 0 --attention-dropout 0""".split()
-    args = args_for(tmp_path, *words)
-    (counted,) = run_ranks(activations_of_run, 1, args, 512, True)
-    linear = cost.flops_per_token(args.shape.with_vocab(512), 0) * 512
-    attention = cost.flops_per_token(args.shape.with_vocab(512), 256) * 512 - linear
+    config = args_for(tmp_path, *words)
+    (counted,) = run_ranks(activations_of_run, 1, config, 512, True)
+    linear = cost.flops_per_token(config.shape.with_vocab(512), 0) * 512
+    attention = cost.flops_per_token(config.shape.with_vocab(512), 256) * 512 - linear
     assert counted == linear + 2 * attention  # plain products count all of s x s, twice what is causal
 
 

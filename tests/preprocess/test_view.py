@@ -1,4 +1,4 @@
-"""preprocess/view.py: what it shows is what training sees, in colours, as a page, as figures."""
+"""preprocess/view.py shows exactly the packed sequences of training, as text, page and figures."""
 
 import html
 import os
@@ -21,7 +21,10 @@ VIEW = "preprocess/view.py"
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """A tokenizer, texts with markup and a terminal escape, and their data set: (prefix, tokenizer file, documents, tokenizer)."""
+    """A dataset of texts with markup and a terminal escape.
+
+    Returns (prefix, tokenizer file, texts, tokenizer).
+    """
     folder = tmp_path_factory.mktemp("view")
     texts = [(f"question {i} <b>&\x1b[31m", f"answer {i}é\nline two of {i}<|endoftext|>") for i in range(40)]
     tokenizer = Tokenizer(models.BPE())
@@ -42,7 +45,7 @@ def data(tmp_path_factory):
 
 
 class Page(HTMLParser):
-    """The tags and texts of a page, to see that it is self-contained and balanced."""
+    """The attributes and span texts of a page; fails if its tags are not balanced."""
 
     def __init__(self, text: str):
         super().__init__()
@@ -63,107 +66,156 @@ class Page(HTMLParser):
             self.texts.append((dict(self.attributes[-2:])["class"], text))
 
 
-def test_rows_on_the_terminal_and_as_a_page_are_those_of_training(data, tmp_path):
-    prefix, tokenizer_file, texts, tokenizer = data
-    args = training_flags(
-        "--data-prefix", prefix, "--validation-share", "0", "--data-cache-path", tmp_path / "cache", seq_length=128
-    )
-    dataset = build_datasets(args, train_samples=2, pad=1).train
-    common = (VIEW, prefix, "--tokenizer-file", tokenizer_file, "--seq-length", "128", "--rows", "1")
-    shown = run_program(*common, "--color", "always").stdout
-    documents = dataset.provenance(1)["documents"]
-    heads = re.findall(r"^┌ document (\d+) \(no\. (\d+) of the data set\), ", shown, re.MULTILINE)
-    assert [tuple(map(int, head)) for head in heads] == list(enumerate(documents, 1))
-    assert "\x1b[31m" not in shown  # what the data hold does not steer the terminal
-    bodies = shown.split("┌ document ")[1:]
-    colours = []
-    for document, body in zip(documents, bodies, strict=True):
-        question, answer = (side.replace("\x1b", "\\x1b") for side in texts[document])
-        context = "".join(re.findall(r"\x1b\[38;5;\d+m(.*?)\x1b\[0m", body))
-        loss = re.findall(r"\x1b\[1;97;48;5;(\d+)m(.*?)\x1b\[0m", body)
-        assert context == question and "\n".join(text for _, text in loss) == answer
-        (colour,) = {colour for colour, _ in loss}
-        colours.append(colour)
-    assert len(documents) > 1 and all(a != b for a, b in zip(colours, colours[1:], strict=False))
-    learned = int((~dataset[1].is_inputs & (dataset[1].segment_ids != 0)).sum())
-    assert f"{len(documents)} documents, loss on {learned} tokens" in shown
+@pytest.fixture(scope="module")
+def trained(data, tmp_path_factory):
+    """The training data of the same flags, a PackedDataset."""
+    flags = ("--data-prefix", data[0], "--validation-fraction", "0")
+    cache = tmp_path_factory.mktemp("cache")
+    config = training_flags(*flags, "--data-cache-path", cache, seq_length=128)
+    return build_datasets(config, train_samples=2, pad=1).train
 
-    out = tmp_path / "out"
-    out.mkdir()
-    page_file = out / "rows.html"
-    run_program(*common, "--html", page_file, "--norm-target-loss", "--stats", "--plot", out / "lengths.png")
-    text = page_file.read_text()
+
+def view_second_sequence(data, *flags) -> str:
+    prefix, tokenizer_file, _, _ = data
+    shown = ("--tokenizer-file", tokenizer_file, "--seq-length", "128", "--sequences", "1")
+    return run_program(VIEW, prefix, *shown, *flags).stdout
+
+
+def test_terminal_shows_the_documents_and_loss_of_training(data, trained):
+    printed = view_second_sequence(data, "--color", "always")
+    documents = trained.provenance(1)["documents"]
+    titles = re.findall(r"^┌ document (\d+) \(number (\d+) of the dataset\), ", printed, re.MULTILINE)
+    assert [tuple(map(int, title)) for title in titles] == list(enumerate(documents, 1))
+    for document, body in zip(documents, printed.split("┌ document ")[1:], strict=True):
+        question, answer = map(escaped, data[2][document])
+        context = "".join(re.findall(r"\x1b\[38;5;\d+m(.*?)\x1b\[0m", body))
+        loss = re.findall(r"\x1b\[1;97;48;5;\d+m(.*?)\x1b\[0m", body)
+        assert context == question and "\n".join(loss) == answer
+    learned = int((~trained[1].is_inputs & (trained[1].segment_ids != 0)).sum())
+    assert f"{len(documents)} documents, loss on {learned} tokens" in printed
+
+
+def test_neighboring_documents_differ_in_color(data):
+    bodies = view_second_sequence(data, "--color", "always").split("┌ document ")[1:]
+    colors = [set(re.findall(r"\x1b\[1;97;48;5;(\d+)m", body)) for body in bodies]
+    assert len(colors) > 1 and all(len(color) == 1 for color in colors)
+    assert all(a != b for a, b in zip(colors, colors[1:], strict=False))
+
+
+def test_data_cannot_send_escape_sequences_to_the_terminal(data):
+    assert "\x1b[31m" in data[2][0][0]
+    printed = view_second_sequence(data, "--color", "always")
+    assert "\x1b[31m" not in printed and "\\x1b[31m" in printed
+
+
+def escaped(text: str) -> str:
+    return text.replace("\x1b", "\\x1b")
+
+
+def test_page_is_self_contained_and_shows_the_documents_of_training(data, trained, tmp_path):
+    _, _, texts, tokenizer = data
+    view_second_sequence(data, "--html", tmp_path / "page.html", "--norm-target-loss", "--stats")
+    text = (tmp_path / "page.html").read_text()
     page = Page(text)
     assert page.open == [] and not re.search(r"https?://|src=|<link|<script", text)
-    pieces = page.texts[2:]  # after the legend
-    expected = [
-        (kind, side.replace("\x1b", "\\x1b"))
-        for d in documents
-        for kind, side in zip(("context", "loss"), texts[d], strict=True)
-    ]
-    assert pieces == expected
+    documents = trained.provenance(1)["documents"]
+    pieces = [pair for d in documents for pair in zip(("context", "loss"), map(escaped, texts[d]), strict=True)]
+    assert page.texts[2:] == pieces  # after the legend
     answer_tokens = len(tokenizer.encode(texts[documents[0]][1]).ids)
     assert f"{answer_tokens} tokens, weight {1 / answer_tokens:.3g} each" in html.unescape(text)
     assert "fill rate" in text
-    assert (out / "lengths.png").read_bytes().startswith(b"\x89PNG")
-    assert sorted(os.listdir(out)) == ["lengths.png", "rows.html"]  # nothing temporary
-    assert not os.path.exists(f"{prefix}_packing")  # looking writes nothing beside the data
 
 
-def test_stats_say_what_the_data_are(tmp_path):
+def test_plot_is_an_image(data, tmp_path):
+    run_program(VIEW, data[0], "--plot", tmp_path / "lengths.png")
+    assert (tmp_path / "lengths.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_nothing_but_the_requested_files_is_written(data, tmp_path):
+    before = sorted(os.listdir(Path(data[0]).parent))
+    view_second_sequence(data, "--html", tmp_path / "page.html", "--stats", "--plot", tmp_path / "lengths.svg")
+    assert sorted(os.listdir(tmp_path)) == ["lengths.svg", "page.html"]
+    assert sorted(os.listdir(Path(data[0]).parent)) == before
+
+
+def test_rows_is_another_name_of_sequences(data):
+    prefix, tokenizer_file, _, _ = data
+    common = (VIEW, prefix, "--tokenizer-file", tokenizer_file, "--seq-length", "128")
+    assert run_program(*common, "--rows", "1").stdout == view_second_sequence(data)
+
+
+@pytest.fixture(scope="module")
+def stats(tmp_path_factory) -> tuple[np.ndarray, str]:
+    """Lengths [500, 2] of documents, one of them too long, and what --stats prints for them."""
     lengths = np.random.default_rng(0).integers(1, 60, (500, 2))
     lengths[7] = (400, 30)
-    prefix = write_documents(tmp_path / "set", numbered_documents(lengths.tolist()))
-    done = run_program(VIEW, prefix, "--stats", "--seq-length", "255", "--global-batch-size", "1", "8").stdout
-    total, kept = int(lengths.sum()), int(lengths.sum()) - 430
-    assert (
-        f"500 documents, {total:,} tokens ({lengths[:, 0].sum():,} in inputs, {lengths[:, 1].sum():,} in outputs)"
-        in done
-    )
-    assert f"longer than a row of 256 tokens: 1 documents (0.20%), {430 / total:.2%} of the tokens" in done
-    percentiles = re.search(r"^inputs +([\d ,]+)$", done, re.MULTILINE)[1].replace(",", "").split()
-    assert int(percentiles[0]) == 1 and int(percentiles[3]) == np.percentile(lengths[:, 0], 50, method="nearest")
-    assert int(percentiles[7]) == 400 and int(percentiles[8]) == round(lengths[:, 0].mean())
-    rows = {}
+    prefix = write_documents(tmp_path_factory.mktemp("stats") / "set", numbered_documents(lengths.tolist()))
+    done = run_program(VIEW, prefix, "--stats", "--seq-length", "255", "--global-batch-size", "1", "8")
+    return lengths, done.stdout
+
+
+def test_stats_count_tokens_and_documents_too_long(stats):
+    lengths, printed = stats
+    total, inputs, outputs = int(lengths.sum()), lengths[:, 0].sum(), lengths[:, 1].sum()
+    assert f"500 documents, {total:,} tokens ({inputs:,} in inputs, {outputs:,} in outputs)" in printed
+    too_long = f"1 documents (0.20%), {430 / total:.2%} of the tokens"
+    assert f"longer than a packed sequence of 256 tokens: {too_long}" in printed
+    assert "1 documents dropped, 430 tokens lost" in printed
+
+
+def test_stats_show_percentiles_and_a_histogram_of_lengths(stats):
+    lengths, printed = stats
+    match = re.search(r"^inputs +([\d ,]+)$", printed, re.MULTILINE)
+    assert match
+    shown = [int(number) for number in match[1].replace(",", "").split()]
+    percentiles = np.percentile(lengths[:, 0], (0, 5, 25, 50, 75, 95, 99, 100), method="nearest")
+    assert shown == [*percentiles, round(lengths[:, 0].mean())]
+    counts = re.findall(r"^ +[\d,]+ to +[\d,]+ +([\d,]+)", printed, re.MULTILINE)
+    assert sum(int(count.replace(",", "")) for count in counts) == 500
+
+
+def test_stats_compare_packing_orders(stats):
+    lengths, printed = stats
+    kept, sequences = int(lengths.sum()) - 430, {}
     for order in ("best-fit", "greedy"):
-        found = re.search(rf"^{order} +([\d,]+) +([\d.]+)% +([\d,]+)$", done, re.MULTILINE)
-        rows[order] = int(found[1])
-        assert float(found[2]) == pytest.approx(100 * kept / (rows[order] * 256), abs=0.006)
-        assert int(found[3].replace(",", "")) == rows[order] * 256 - kept
-    assert rows["best-fit"] < rows["greedy"]
-    assert re.search(rf"^ +8 +{-(-rows['best-fit'] // 8)} +{-(-rows['greedy'] // 8)}$", done, re.MULTILINE)
-    counted = [int(n.replace(",", "")) for n in re.findall(r"^ +[\d,]+ to +[\d,]+ +([\d,]+)", done, re.MULTILINE)]
-    assert sum(counted) == 500
-    assert "1 documents left out, 430 tokens lost" in done
+        match = re.search(rf"^{order} +([\d,]+) +([\d.]+)% +([\d,]+)$", printed, re.MULTILINE)
+        assert match
+        count, fill_rate, padding = int(match[1]), float(match[2]), int(match[3].replace(",", ""))
+        assert fill_rate == pytest.approx(100 * kept / (count * 256), abs=0.006)
+        assert padding == count * 256 - kept
+        sequences[order] = count
+    assert sequences["best-fit"] < sequences["greedy"]
+    steps = [-(-count // 8) for count in sequences.values()]
+    assert re.search(rf"^ +8 +{steps[0]} +{steps[1]}$", printed, re.MULTILINE)
 
 
 @pytest.mark.parametrize("flags, message", [
-    ([], "nothing to show: give --tokenizer-file"),
-    (["--stats", "--html", "x.html"], "--html shows rows, which need --tokenizer-file"),
+    ([], "nothing to show: give --tokenizer-file PATH"),
+    (["--stats", "--html", "x.html"], "--html shows packed sequences, which need --tokenizer-file"),
     (["--stats", "--range", "0.9:0.2"], "--range 0.9:0.2: not START:END"),
-    (["--stats", "--seq-length", "4"], "all 40 documents are longer than a row of 5 tokens"),
+    (["--stats", "--seq-length", "4"], "all 40 documents are longer than a packed sequence of 5 tokens"),
     (["--plot", "/proc/nowhere/x.png"], "/proc/nowhere/x.png: cannot be written"),
     (["--plot", "x.gif"], "must end in .png, .pdf or .svg"),
-    (["--tokenizer-file", "TOKENIZER", "--rows", "900"], "--rows 900: no such row; there are "),
-    (["--tokenizer-file", "TOKENIZER", "--rows", "a"], "--rows a: give one row like 7"),
+    (["--tokenizer-file", "TOKENIZER", "--rows", "900"], "--sequences 900: not found; there are "),
+    (["--tokenizer-file", "TOKENIZER", "--sequences", "a"], "--sequences a: give one number like 7"),
     (["--stats", "--seq-length", "0"], "--seq-length 0: must be at least 1"),
 ])  # fmt: skip
-def test_mistakes_end_in_one_line(data, flags, message):
+def test_usage_errors_are_reported_in_one_line(data, flags, message):
     flags = [str(data[1]) if flag == "TOKENIZER" else flag for flag in flags]
     assert message in one_error_line(run_program(VIEW, data[0], *flags, ok=False))
 
 
-def test_missing_data_end_in_one_line(tmp_path):
+def test_missing_dataset_is_reported_in_one_line(tmp_path):
     line = one_error_line(run_program(VIEW, tmp_path / "absent", "--stats", ok=False))
     assert "absent_inputs_document.idx" in line and "preprocess/tokenize.py" in line
 
 
-def test_the_page_on_packing_shows_commands_that_work(data, tmp_path):
+def test_commands_of_the_packing_page_work(data, tmp_path):
     prefix, tokenizer_file, _, _ = data
     (tmp_path / "data").mkdir()
     for path in Path(prefix).parent.glob("set_*document.*"):
         shutil.copy(path, tmp_path / "data" / path.name.replace("set", "commits"))
     shutil.copy(tokenizer_file, tmp_path / "tokenizer.json")
     printed = run_page("packing.md", tmp_path)
-    assert "── row 1: 513 places" in printed and "«answer 7é" in printed and "steps, best-fit" in printed
+    assert "── sequence 1: 513 token positions" in printed and "«answer 7é" in printed and "steps, best-fit" in printed
     assert (tmp_path / "rows.html").is_file() and (tmp_path / "lengths.png").is_file()

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from conftest import one_error_line, run_program
 
-from megatron_ft.config.flags import build_parser
-from megatron_ft.launcher.mtf import HANDLED
+from megatron_ft.config.command_line import option_strings
+from megatron_ft.config.flag import Mtf
 
 RECORDED = [
     line for line in (Path(__file__).with_name("mtf_flags.txt")).read_text().splitlines() if line.startswith("--")
@@ -97,14 +97,10 @@ def test_every_composed_flag_is_one_of_the_branch(flags, checkout, tmp_path):
 
 
 def test_no_flag_of_the_branch_that_the_parser_knows_is_refused(flags, checkout):
-    shared = {
-        option: action
-        for action in build_parser()._actions
-        for option in action.option_strings
-        if option in {flag.replace("_", "-") for flag in RECORDED}
-    }
+    recorded = {flag.replace("_", "-") for flag in RECORDED}
+    shared = {option: entry.flag for option, entry in option_strings().items() if option in recorded}
     assert {"--lr", "--position-embedding-type"} <= set(shared)
-    assert [option for option, action in shared.items() if action.dest not in HANDLED] == []
+    assert [option for option, flag in shared.items() if flag.mtf is Mtf.UNKNOWN] == []
     composed = words(compose(flags, checkout, "--from-scratch", "--position-embedding-type", "absolute"))
     assert "--position-embedding-type" not in composed, "learned positions are what the branch does anyway"
 

@@ -229,17 +229,17 @@ def fill_and_run(path: str, tp: int, pp: int, sequence_parallel: bool, tokens: n
     from megatron.core import parallel_state
 
     from megatron_ft.checkpoint.load_weights import load_weights
-    from megatron_ft.config.flags import build_parser
+    from megatron_ft.config.config import Config
+    from megatron_ft.config.flags import Parallel
     from megatron_ft.engine import device, parallel
     from megatron_ft.engine.model import build_model
 
     device.set_up_device()
-    args = build_parser().parse_args([])
-    args.tensor_model_parallel_size, args.pipeline_model_parallel_size = tp, pp
-    args.sequence_parallel, args.global_batch_size, args.world_size = sequence_parallel, 1, tp * pp
-    parallel.initialize(args)
+    layout = Parallel(tensor=tp, pipeline=pp, sequence=sequence_parallel, world_size=tp * pp)
+    config = Config(parallel=layout).with_flags(global_batch_size=1)
+    parallel.initialize(config)
     source = open_weights(path)
-    [model] = build_model(args, source.shape, source.shape.vocab_size)
+    [model] = build_model(config, source.shape, source.shape.vocab_size)
     model.eval()
     load_weights(source, [model])
     tokens = torch.from_numpy(tokens)

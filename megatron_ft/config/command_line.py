@@ -1,0 +1,124 @@
+"""The command line of the training program, made from the table of flags."""
+
+import argparse
+from collections.abc import Sequence
+from typing import Any
+
+from megatron_ft.config.config import ENTRIES, GROUPS, Entry
+from megatron_ft.config.flag import flag_fields, value_type
+from megatron_ft.config.parser import Help, Parser
+from megatron_ft.errors import UserError
+
+
+class TakesPrecedence(argparse.Action):
+    """A flag of several that set one thing in different ways: the last on the command line is used.
+
+    Another one's value goes back to its default, with a line in `notices`. So a flag after a script's
+    own overrides it, though it has another name (--train-epochs over --train-iters).
+    """
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        for other, entry in alternatives_of(self.dest).items():
+            if getattr(namespace, other) != entry.default:
+                setattr(namespace, other, entry.default)
+                namespace.notices.append(
+                    f"{option_string} comes later on the command line than {entry.flag.name} and takes precedence"
+                )
+        setattr(namespace, self.dest, self.const if self.nargs == 0 else values)
+
+
+def alternatives_of(dest: str) -> dict[str, Entry]:
+    """The other flags that set the same as the flag `dest`, by their names with underscores."""
+    word = ENTRIES[dest].flag.alternatives
+    return {other: entry for other, entry in ENTRIES.items() if other != dest and entry.flag.alternatives == word}
+
+
+def build_parser() -> Parser:
+    """The parser with all groups; every flag's help says what it does in one line."""
+    parser = Parser(
+        prog="megatron_ft.finetune",
+        usage="python -m megatron_ft.finetune [flags]",
+        description="Fine-tune a StarCoder-family model. Hyphens and underscores in flags are interchangeable.",
+        formatter_class=Help,
+        allow_abbrev=False,
+    )
+    for kind in GROUPS.values():
+        title, _, description = (kind.__doc__ or "").strip().rstrip(".").partition(": ")
+        group = parser.add_argument_group(title, description or None)
+        for item, described in flag_fields(kind):
+            options = {
+                "default": item.default,
+                "help": described.help.replace("%", "%%"),
+                "choices": described.choices,
+            }
+            group.add_argument(
+                described.name,
+                dest=described.dest,
+                **{name: value for name, value in options.items() if value is not None or name == "default"},
+                **_how_to_parse(kind, item.name, described),
+            )
+    parser.set_defaults(notices=[])
+    return parser
+
+
+def _how_to_parse(kind: type, name: str, described) -> dict[str, Any]:
+    """argparse's keywords for the type of a field."""
+    value = value_type(kind, name)
+    how: dict[str, Any] = {}
+    if value is bool:
+        if described.negatable:
+            return {"action": argparse.BooleanOptionalAction}
+        if described.alternatives is None:
+            return {"action": "store_true"}
+        return {"action": TakesPrecedence, "nargs": 0, "const": True}
+    if value is not str:
+        how["type"] = value
+    if described.nargs is not None:
+        how["nargs"] = described.nargs
+    if described.metavar is not None:
+        how["metavar"] = described.metavar
+    if described.alternatives is not None:
+        how["action"] = TakesPrecedence
+    return how
+
+
+def option_strings() -> dict[str, Entry]:
+    """Every option string of the training program with its flag, `--no-...` forms included."""
+    found = {}
+    for entry in ENTRIES.values():
+        found[entry.flag.name] = entry
+        if entry.flag.negatable:
+            found[f"--no-{entry.flag.name.removeprefix('--')}"] = entry
+    return found
+
+
+def former_spellings() -> dict[str, str]:
+    """Other accepted spellings of flags, the branch's and our former ones, with the current ones."""
+    return {alias: entry.flag.name for entry in ENTRIES.values() for alias in entry.flag.aliases}
+
+
+def check_bounds(values: dict[str, Any]) -> None:
+    """Raise UserError for the first flag of `values`, by names with underscores, that is out of its bounds.
+
+    What was not given (None) is not checked.
+    """
+    for dest, entry in ENTRIES.items():
+        value, bound = values.get(dest), entry.flag.bounds
+        if bound is not None and value is not None and value not in bound:
+            raise UserError(f"{entry.flag.name} {value:.10g}: must be {bound}")
+
+
+def words_of(entry: Entry, value: Any) -> list[str]:
+    """A flag and its value as they are typed; nothing for a switch that is off."""
+    if isinstance(value, bool):
+        if value:
+            return [entry.flag.name]
+        return [f"--no-{entry.flag.name.removeprefix('--')}"] if entry.flag.negatable else []
+    values: Sequence[Any] = value if isinstance(value, list) else [value]
+    return [entry.flag.name, *map(str, values)]

@@ -1,0 +1,231 @@
+"""One training run, from settled flags to its exit status: data, model, checkpoints, log, and the loop."""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from megatron_ft.checkpoint.checkpointer import Checkpointer
+from megatron_ft.checkpoint.resume import starting_shape
+from megatron_ft.checkpoint.train_state import TrainState
+from megatron_ft.config.arguments import shape_from_flags, validate, with_shape
+from megatron_ft.config.config import Config
+from megatron_ft.data.packed_dataset import (
+    Datasets,
+    PackedDataset,
+    build_datasets,
+    rows_per_epoch,
+    training_fill_rate,
+)
+from megatron_ft.engine import parallel, signals
+from megatron_ft.engine.lora import add_lora
+from megatron_ft.engine.model import build_model, compute_dtype, uses_transformer_engine, wrap_for_data_parallel
+from megatron_ft.engine.optimizer import build_optimizer
+from megatron_ft.engine.out_of_memory import out_of_memory
+from megatron_ft.engine.packed_attention import slow_with_dropout
+from megatron_ft.engine.rows import Rows
+from megatron_ft.engine.schedule import Length, build_scheduler, many_epochs, plan_length
+from megatron_ft.engine.train import Run, train
+from megatron_ft.errors import UserError
+from megatron_ft.metrics.console import RunPlan
+from megatron_ft.metrics.metrics import MetricsLog
+from megatron_ft.model.shape import PRESETS, ModelShape, padded_vocab_size
+from megatron_ft.tokenizer.tokenizer import Tokenizer, load_tokenizer
+
+
+def run(config: Config, device: torch.device, started: float) -> int:
+    """Train as `config` asks; process groups exist already. Returns the exit status."""
+    if config.optimizer.cpu_offload and device.type == "cpu":
+        raise UserError(
+            "--optimizer-cpu-offload moves optimizer state from the GPU to the host; there is no GPU here, leave it out"
+        )
+    config = with_model(config)
+    prepared = prepare(config)
+    state, reasons = start(prepared)
+    log = open_log(prepared, state, reasons, device)
+    try:
+        return train_to_end(prepared, state, log, device, started)
+    except torch.OutOfMemoryError as error:
+        raise out_of_memory(config, error, f"after {state.iteration} iterations") from error
+    finally:
+        log.close()
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a run reads and how long it is, before a model is built."""
+
+    config: Config
+    shape: ModelShape  # with the tokenizer's vocabulary
+    tokenizer: Tokenizer
+    checkpointer: Checkpointer
+    datasets: Datasets
+    rows_per_epoch: int  # 0 with --skip-train
+    done: Length  # what the checkpoint to resume has done
+    length: Length  # of the entire run
+    plan_length: Callable[..., Length]  # the same from another `done`
+
+
+def prepare(config: Config) -> Prepared:
+    """Open tokenizer, checkpoints and data, and settle the length. `config.shape` is known."""
+    assert config.shape is not None
+    skip_train, train_tokens = config.validation.skip_train, config.training.train_tokens
+    tokenizer = load_tokenizer(config.data.tokenizer_file)
+    shape = config.shape.with_vocab(tokenizer.vocab_size)
+    epoch = 0 if skip_train else rows_per_epoch(config)
+    checkpointer = Checkpointer(config, shape, tokenizer.config_ids, rows_per_epoch=epoch)
+    fill_rate = training_fill_rate(config) if train_tokens else 1.0
+    length_from = functools.partial(plan_length, config, epoch, fill_rate=fill_rate)
+    done = Length(*checkpointer.progress())
+    length = length_from(done=done)
+    if train_tokens:
+        config.notices.append(
+            f"--train-tokens {train_tokens:,}: {length.samples:,} sequences of "
+            f"{fill_rate * config.data.seq_length:,.1f} tokens on average"
+        )
+    datasets = build_datasets(
+        config,
+        train_samples=None if skip_train else length.samples,
+        pad=tokenizer.eod if tokenizer.pad is None else tokenizer.pad,
+        vocab_size=tokenizer.vocab_size,
+    )
+    check_groups(config, datasets)
+    return Prepared(config, shape, tokenizer, checkpointer, datasets, epoch, done, length, length_from)
+
+
+def start(prepared: Prepared) -> tuple[TrainState, list[str]]:
+    """Model and optimizer with the weights of the checkpoint, and lines on where they came from."""
+    config = prepared.config
+    state = build_state(config, prepared.shape, prepared.length, prepared.done)
+    start = prepared.checkpointer.start(state)
+    if prepared.plan_length(done=Length(state.iteration, state.consumed_samples)) != prepared.length:
+        raise UserError(
+            f"--save {config.checkpoint.save}: its newest checkpoint is damaged and was moved aside, and from the previous "
+            f"one the run has another length with --global-batch-size {config.training.global_batch_size}; "
+            "start the same command again"
+        )
+    return state, start.reasons
+
+
+def open_log(prepared: Prepared, state: TrainState, reasons: list[str], device: torch.device) -> MetricsLog:
+    """The run's log, with the banner and the notices of everything that was set up."""
+    config, datasets, epoch = prepared.config, prepared.datasets, prepared.rows_per_epoch
+    plan = RunPlan(
+        train_iters=prepared.length.iterations,
+        start_iteration=state.iteration or prepared.checkpointer.weights_iteration * config.validation.skip_train,
+        train_samples=prepared.length.samples,
+        rows_per_epoch=epoch,
+        device_name=torch.cuda.get_device_name() if device.type == "cuda" else None,
+    )
+    log = MetricsLog(config, prepared.shape, plan, config.checkpoint.save, writes=dist.get_rank() == 0)
+    prepared.checkpointer.log = log.event
+    read = [datasets.train] if datasets.train else [*datasets.valid.values(), *datasets.test.values()]
+    log.banner(data="\n".join(dataset.description for dataset in read), start="\n".join(reasons))
+    notices = [*config.notices, *datasets.notices]
+    notices += many_epochs(prepared.length, epoch) if epoch else []
+    for notice in [*notices, *attention_notices(config, prepared.shape, device)]:
+        log.event(notice)
+    return log
+
+
+def train_to_end(prepared: Prepared, state: TrainState, log: MetricsLog, device: torch.device, started: float) -> int:
+    """Train until the run ends or is stopped; returns the exit status."""
+    config, datasets = prepared.config, prepared.datasets
+    save = config.checkpoint.save
+
+    def reader(dataset: PackedDataset, drop_incomplete: bool = False) -> Rows:
+        return Rows(
+            dataset,
+            config,
+            prepared.tokenizer.eod,
+            device,
+            data_parallel_rank=parallel.data_parallel_rank(),
+            data_parallel_size=parallel.data_parallel_size(),
+            whole=not drop_incomplete,
+        )
+
+    watchdog = signals.Watchdog(
+        config.logging.watchdog_mins, dist.get_rank(), Path(save) / "watchdog" if save else None
+    )
+    training = Run(
+        config=config,
+        vocab_size=None if config.loss.softmax_over_padding else prepared.shape.vocab_size,
+        length=prepared.length,
+        state=state,
+        checkpointer=prepared.checkpointer,
+        log=log,
+        watchdog=watchdog,
+        train_rows=reader(datasets.train, drop_incomplete=True) if datasets.train else None,
+        valid_rows={name: reader(dataset) for name, dataset in datasets.valid.items()},
+        test_rows={name: reader(dataset) for name, dataset in datasets.test.items()},
+        started=started,
+    )
+    try:
+        status = train(training)
+        prepared.checkpointer.finish()
+        for opened in (training.train_rows, *training.valid_rows.values(), *training.test_rows.values()):
+            if opened:
+                opened.close()
+        return status
+    finally:
+        watchdog.stop()
+
+
+def build_state(config: Config, shape: ModelShape, length: Length, done: Length) -> TrainState:
+    """TrainState of a random start: model, optimizer, scheduler of a run of `length`, of which `done` is
+    in a checkpoint."""
+    padded_vocab = padded_vocab_size(
+        shape.vocab_size, config.model.make_vocab_size_divisible_by, config.parallel.tensor
+    )
+    chunks = build_model(config, shape, padded_vocab)
+    if config.lora.rank:
+        add_lora(chunks, config)
+    model = wrap_for_data_parallel(config, chunks)
+    optimizer = build_optimizer(config, model)
+    return TrainState(model, optimizer, build_scheduler(config, optimizer, length, done))
+
+
+def attention_notices(config: Config, shape: ModelShape, device: torch.device) -> list[str]:
+    """A line for the log when this GPU has no fast kernel for the attention that was asked for."""
+
+    if device.type != "cuda" or uses_transformer_engine(config):
+        return []
+    notice = slow_with_dropout(shape.attention_dropout, compute_dtype(config), shape.kv_channels, device)
+    return [notice] if notice else []
+
+
+def with_model(config: Config) -> Config:
+    """`config` with the model's shape and the sequence length, which the checkpoint to resume or start
+    from tells where the flags do not. Raises UserError."""
+    if config.shape is not None:
+        return config
+    found = starting_shape(config)
+    if found is None:
+        raise UserError(
+            f"no model: --save {config.checkpoint.save} holds no checkpoint yet; "
+            f"give --preset (one of {', '.join(sorted(PRESETS))}) or --load DIR"
+        )
+    config = with_shape(config, shape_from_flags(config, found))
+    validate(config)
+    return config
+
+
+def check_groups(config: Config, datasets: Datasets) -> None:
+    """Raise UserError where flags about validation have no group to be about."""
+    if config.validation.best_group and config.validation.best_group not in datasets.valid:
+        raise UserError(
+            f"--best-group {config.validation.best_group} is not a validation group; there are {', '.join(datasets.valid) or 'none'}"
+        )
+    if config.validation.skip_train and not (datasets.valid or datasets.test):
+        raise UserError(
+            "--skip-train has nothing to evaluate: give --valid-weighted-split-paths-path FILE, or a --validation-fraction above 0"
+        )
+    if config.validation.at_start and not datasets.valid:
+        raise UserError(
+            "--eval-at-start needs a validation group: give --valid-weighted-split-paths-path FILE, or a --validation-fraction above 0"
+        )
+    if config.validation.early_stop_patience and not (datasets.valid and config.validation.interval):
+        raise UserError("--early-stop-patience needs a validation group and --eval-interval above 0")

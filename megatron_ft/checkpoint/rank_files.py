@@ -175,7 +175,7 @@ def _full_rank_view(item: ShardedTensor) -> torch.Tensor:
 
 
 def _copy_of(item: ShardedTensor | ShardedObject) -> torch.Tensor | bytes:
-    """A CPU copy with its own storage (torch.save writes all of a shared one); an object pickled."""
+    """A CPU copy with its own storage (torch.save writes all of a shared one); objects pickled."""
     if isinstance(item, ShardedTensor):
         tensor = _full_rank_view(item)
         return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu").copy_(tensor)

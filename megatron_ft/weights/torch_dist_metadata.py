@@ -1,4 +1,4 @@
-"""`.metadata` of a torch_dist checkpoint: which box of which tensor is at which offset of which file.
+"""`.metadata` of a torch_dist checkpoint: which box of which tensor is where in which file.
 
 Written with it are the two small files that Megatron-Core expects next to it.
 """
@@ -80,7 +80,7 @@ def write_metadata(directory: Path, chunks: Iterable[StoredChunk]) -> None:
         if covered != math.prod(tensor.size):
             raise ValueError(f"{key}: ranks wrote {covered} elements of {math.prod(tensor.size)}")
     metadata = Metadata(
-        state_dict_metadata=stored,  # type: ignore[arg-type]  # torch's own values, in an invariant dict
+        state_dict_metadata=stored,
         storage_data=places,
         storage_meta=StorageMeta(),
         version=CURRENT_DCP_VERSION,

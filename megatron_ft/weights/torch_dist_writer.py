@@ -1,10 +1,10 @@
-"""Write a torch_dist checkpoint of weights alone from any source, streaming, without process groups.
+"""Write a torch_dist checkpoint of weights only from any source, streaming, without process groups.
 
     DIR/latest_checkpointed_iteration.txt    "release"
     DIR/release/.metadata, common.pt, metadata.json, manifest.json
-                __R_0.distcp                 what rank R = stage x TP + tensor rank would have written
+                __R_0.distcp                 the part of rank R = stage x TP + tensor rank
 
-Megatron-Core's dist_checkpointing loads it into any layout, and so does this package's trainer (--load).
+Megatron-Core's dist_checkpointing loads it into any layout, and so does our trainer (--load).
 """
 
 import io
@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 
@@ -25,36 +26,47 @@ from megatron_ft.weights.source import WeightSource
 from megatron_ft.weights.tensor_blocks import box_blocks
 from megatron_ft.weights.torch_dist_metadata import StoredChunk, write_metadata
 
-# Megatron-Core's linear layers have an (empty) extra state each, which it wants to find.
+# Megatron-Core's linear layers each have an (empty) extra state, which its loader expects.
 EXTRA_STATES = ("self_attention.linear_proj", "self_attention.linear_qkv", "mlp.linear_fc1", "mlp.linear_fc2")
 
 
-def write_core(
+def write_torch_dist(
     source: WeightSource,
     directory: Path,
     *,
     dtype: torch.dtype,
-    tp: int,
-    pp: int,
+    tensor_parallel: int,
+    pipeline_parallel: int,
     padded_vocab: int,
     vocab_size: int,
     advance: Callable[[int], None] = lambda count: None,
 ) -> None:
-    """Write `directory` (which exists, empty), in the parts that `tp` x `pp` ranks would have; layouts must divide the shape.
-    `vocab_size` is the tokenizer's, of the `padded_vocab` rows."""
+    """Write `directory` (which exists, empty), in the parts that TP x PP ranks would have written.
+
+    The layout must divide the shape (`ModelShape.check_layout`). `vocab_size` of the `padded_vocab`
+    embedding rows are tokens. `advance(n)` is called after each block of n bytes. Raises UserError
+    for a value that does not fit in `dtype`, and for a source that is damaged.
+    """
     place = directory / "release"
     place.mkdir()
     chunks: list[StoredChunk] = []
     layers = source.shape.num_layers
-    for stage in range(pp):
-        names = [name for name in source.names() if stage_of(weight_of(name), layer_of(name), layers, pp) == stage]
-        for rank in range(tp):
-            with (place / f"__{stage * tp + rank}_0.distcp").open("wb") as file:
+    for stage in range(pipeline_parallel):
+        names = [
+            name
+            for name in source.names()
+            if stage_of(weight_of(name), layer_of(name), layers, pipeline_parallel) == stage
+        ]
+        own_layers = range(stage * layers // pipeline_parallel, (stage + 1) * layers // pipeline_parallel)
+        for rank in range(tensor_parallel):
+            with (place / f"__{stage * tensor_parallel + rank}_0.distcp").open("wb") as file:
                 for name in names:
                     if weight_of(name).tp_dim is not None or rank == 0:
-                        chunks.append(_write_tensor(file, source, name, dtype, rank, tp, padded_vocab, advance))
+                        chunks.append(
+                            _write_tensor(file, source, name, dtype, rank, tensor_parallel, padded_vocab, advance)
+                        )
                 if rank == 0:
-                    chunks += _write_extra_states(file, range(stage * layers // pp, (stage + 1) * layers // pp), source)
+                    chunks += _write_extra_states(file, own_layers, layers)
                 file.flush()
                 os.fsync(file.fileno())
     write_metadata(place, chunks)
@@ -63,7 +75,7 @@ def write_core(
         shape=source.shape.with_vocab(vocab_size).as_dict(),
         args={},
         state={},
-        layout={"tensor": tp, "pipeline": pp, "context": 1, "data": 1},
+        layout={"tensor": tensor_parallel, "pipeline": pipeline_parallel, "context": 1, "data": 1},
         files={path.name: describe_file(path) for path in sorted(place.iterdir())},
         versions=versions(),
         git_revision=git_revision(),
@@ -73,26 +85,33 @@ def write_core(
 
 
 def _write_tensor(
-    file, source: WeightSource, name: str, dtype: torch.dtype, rank: int, tp: int, padded_vocab: int, advance
+    file: BinaryIO,
+    source: WeightSource,
+    name: str,
+    dtype: torch.dtype,
+    rank: int,
+    tensor_parallel: int,
+    padded_vocab: int,
+    advance: Callable[[int], None],
 ) -> StoredChunk:
-    """Append one rank's part of one tensor."""
-    whole = hf_shape(source.shape.with_vocab(padded_vocab), name)
-    box = shard(whole, weight_of(name), rank, tp)
+    """Append one tensor-parallel rank's part of the tensor with the Hugging Face name `name`."""
+    shape = hf_shape(source.shape.with_vocab(padded_vocab), name)
+    box = shard(shape, weight_of(name), rank, tensor_parallel)
     blocks = partial(box_blocks, source, name, dtype, box)
     key, layer = hf_to_stacked(name)
     if layer is not None:
-        whole, box = (source.shape.num_layers, *whole), box.stacked(layer)
+        shape, box = (source.shape.num_layers, *shape), box.stacked(layer)
     start = file.tell()
     length = write_pt(file, LazyTensor(dtype, box.sizes, blocks), advance)
-    return StoredChunk(key, Path(file.name).name, start, length, dtype, whole, *box)
+    return StoredChunk(key, Path(file.name).name, start, length, dtype, shape, *box)
 
 
-def _write_extra_states(file, layers: range, source: WeightSource) -> list[StoredChunk]:
+def _write_extra_states(file: BinaryIO, layers: range, num_layers: int) -> list[StoredChunk]:
     empty = io.BytesIO()
     torch.save([None], empty)
     chunks = []
     for layer in layers:
         for module in EXTRA_STATES:
-            key = f"decoder.layers.{module}._extra_state/shard_{layer}_{source.shape.num_layers}"
+            key = f"decoder.layers.{module}._extra_state/shard_{layer}_{num_layers}"
             chunks.append(StoredChunk(key, Path(file.name).name, file.tell(), file.write(empty.getvalue())))
     return chunks

@@ -105,7 +105,7 @@ def test_golden_checkpoints_become_the_golden_model_with_the_branchs_logits(gold
         )
         assert tensors_of(out)["transformer.h.0.mlp.c_fc.weight"].dtype == name
         convert("verify", golden / "legacy/tp2pp2", out)  # after rounding
-    assert "def print_hello_world():" in convert("generate", cut, "--max-new-tokens", "3")
+    assert "def print_hello_world():" in convert("complete", cut, "--max-new-tokens", "3")
 
 
 def test_verify_names_what_differs_and_fails(golden, tmp_path):
@@ -240,7 +240,7 @@ def test_mistakes_end_in_one_line_and_leave_nothing(tiny, tmp_path):
     llama.mkdir()
     (llama / "config.json").write_text('{"model_type": "llama"}')
     assert "expected 'gpt_bigcode'" in refusal("verify", llama, tiny)
-    assert "convert it with convert/megatron_to_hf.py" in refusal("generate", used)
+    assert "convert it with convert/megatron_to_hf.py" in refusal("complete", used)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["larger", "llama", "used"]
 
     shard = used / "release/__0_0.distcp"

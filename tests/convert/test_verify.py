@@ -144,7 +144,7 @@ def test_mistakes_are_found_before_the_work(model, tmp_path):
     assert "none/report.json: cannot be written" in printed and "A  " not in printed
     assert "leave the flag out" in refusal("verify", model / "hf", model / "hf", "--base", model / "hf")
     for flag, value in (("--max-new-tokens", "0"), ("--temperature", "-1"), ("--temperature", "nan"), ("--top-p", "2"), ("--top-p", "0")):  # fmt: skip
-        assert f"{flag} {value}: must be" in refusal("generate", model / "hf", flag, value)
+        assert f"{flag} {value}: must be" in refusal("complete", model / "hf", flag, value)
     adapter = tmp_path / "adapter"
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text("{}")

@@ -1,0 +1,232 @@
+"""The stored tensors of a torch_dist checkpoint, memory-mapped; no pickle is executed.
+
+`.metadata` maps each box of each tensor to a byte range of a `.distcp` file. Each range is a small
+torch archive, whose only data record is mapped. Both readers are built on this: weights for
+conversion (torch_dist_reader.py) and the state of a resumed run (checkpoint/rank_files.py).
+"""
+
+import io
+import mmap
+import pickle
+import re
+import zipfile
+from bisect import bisect_left
+from collections import defaultdict
+from collections.abc import Iterator
+from operator import attrgetter
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, TensorStorageMetadata
+
+from megatron_ft.errors import UserError
+from megatron_ft.model.boxes import Box, overlap, whole
+from megatron_ft.weights.manifest import Damaged
+from megatron_ft.weights.torch_dist_metadata import METADATA, StoredChunk, read_metadata
+
+
+class TorchDistFiles:
+    """The tensors and byte objects of one torch_dist directory, by their keys.
+
+    Opening one reads `.metadata` (unless it is given). Raises Damaged when that is missing or
+    contradicts itself, UserError when its pickle is refused or its files are compressed.
+    """
+
+    def __init__(self, directory: Path, metadata: Metadata | None = None) -> None:
+        self.path = directory
+        metadata = metadata or read_metadata(directory)
+        self.tensors: dict[str, TensorStorageMetadata] = {}
+        self.objects: dict[str, StoredChunk] = {}
+        self._chunks: defaultdict[str, list[StoredChunk]] = defaultdict(list)
+        self._maps: dict[str, mmap.mmap] = {}
+        self._opened: dict[tuple[str, int], torch.Tensor] = {}
+        sizes = {}
+        for key, stored in metadata.state_dict_metadata.items():
+            if isinstance(stored, TensorStorageMetadata):
+                self.tensors[key] = stored
+                for box in stored.chunks:
+                    sizes[key, tuple(box.offsets)] = tuple(box.sizes)
+        for index, place in metadata.storage_data.items():
+            key, file = index.fqn, place.relative_path
+            if getattr(place, "transform_descriptors", None):
+                raise UserError(
+                    f"{directory / file}: stored compressed ({place.transform_descriptors}), which is not supported"
+                )
+            if isinstance(metadata.state_dict_metadata.get(key), BytesStorageMetadata):
+                self.objects[key] = StoredChunk(key, file, place.offset, place.length)
+                continue
+            offsets = tuple(index.offset or ())
+            if (key, offsets) not in sizes:
+                raise Damaged(f"{directory / METADATA} contradicts itself: no tensor {key} with a part at {offsets}")
+            dtype, shape = self.tensors[key].properties.dtype, self.shape(key)
+            self._chunks[key].append(
+                StoredChunk(key, file, place.offset, place.length, dtype, shape, offsets, sizes[key, offsets])
+            )
+        for chunks in self._chunks.values():
+            chunks.sort(key=attrgetter("offsets"))
+        self._tallest = {key: max(map(_rows, chunks)) for key, chunks in self._chunks.items()}
+
+    def check_sizes(self) -> None:
+        """Raise Damaged unless every file exists and is as long as `.metadata` requires."""
+        needed: dict[str, int] = {}
+        for chunk in [*self.objects.values(), *(chunk for chunks in self._chunks.values() for chunk in chunks)]:
+            needed[chunk.file] = max(needed.get(chunk.file, 0), chunk.start + chunk.length)
+        sizes = {path.name: path.stat().st_size for path in self.path.glob("*.distcp")}
+        if missing := sorted(needed.keys() - sizes.keys()):
+            raise Damaged(f"{self.path}: missing {', '.join(missing)}")
+        for file, end in needed.items():
+            if sizes[file] < end:
+                raise Damaged(f"{self.path / file}: cut short, {sizes[file]} bytes of at least {end}")
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """Shape of the complete tensor."""
+        return tuple(self.tensors[key].size)
+
+    def chunks_of(self, key: str) -> list[StoredChunk]:
+        """All stored parts of a tensor, in order of their offsets."""
+        return list(self._chunks.get(key, ()))
+
+    def overlapping(self, key: str, box: Box) -> Iterator[tuple[StoredChunk, Box]]:
+        """The stored parts of a tensor that overlap a box, each with the box they have in common.
+
+        Parts are found by their offset on axis 0: where layers are stacked, a layer's box is not
+        compared with the parts of all other layers.
+        """
+        chunks = self._chunks.get(key, [])
+        if box.offsets and chunks:
+            begin, end = box.offsets[0] - self._tallest[key] + 1, box.offsets[0] + box.sizes[0]
+            chunks = chunks[bisect_left(chunks, begin, key=_first_row) : bisect_left(chunks, end, key=_first_row)]
+        for chunk in chunks:
+            if (common := overlap(box, chunk)) is not None:
+                yield chunk, common
+
+    def chunk(self, chunk: StoredChunk) -> torch.Tensor:
+        """One stored part as a memory-mapped CPU tensor [*sizes] in its dtype; do not write to it.
+
+        Raises Damaged when it is not readable, UserError when it is a pickle of anything else.
+        """
+        place = chunk.file, chunk.start
+        if place not in self._opened:
+            self._opened[place] = self._open(chunk)
+        return self._opened[place]
+
+    def read_box(self, key: str, box: Box) -> torch.Tensor:
+        """A box [*sizes] of a tensor in its dtype, in memory.
+
+        Raises Damaged when parts of it are not stored, and as `chunk` does.
+        """
+        out = torch.empty(box.sizes, dtype=self.tensors[key].properties.dtype)
+        filled = 0
+        for chunk, common in self.overlapping(key, box):
+            target = out[common.within(box)]
+            target.copy_(self.chunk(chunk)[common.within(chunk)])
+            filled += target.numel()
+        if filled != out.numel():
+            raise Damaged(f"{self.path}: {key} is stored only in part")
+        return out
+
+    def read(self, key: str) -> torch.Tensor:
+        """A complete tensor in its dtype, in memory. Raises as `read_box` does."""
+        return self.read_box(key, whole(self.shape(key)))
+
+    def bytes_of(self, key: str) -> bytes:
+        """Content of a byte object, a torch archive that nobody has checked: never unpickle it."""
+        chunk = self.objects[key]
+        return self._map(chunk.file)[chunk.start : chunk.start + chunk.length]
+
+    def close(self) -> None:
+        """Unmap the files once nothing refers to their tensors; later reads map them again."""
+        self._opened.clear()
+        self._maps.clear()
+
+    def _open(self, chunk: StoredChunk) -> torch.Tensor:
+        try:
+            return self._mapped(chunk)
+        except pickle.UnpicklingError as error:
+            found = re.search(r"GLOBAL (\S+)|function (\S+)", str(error))
+            name = (found[1] or found[2]) if found else "more than a tensor"
+            raise UserError(
+                f"{self.path / chunk.file}: refused, a pickle in it (byte {chunk.start}) references {name}; "
+                "the file was tampered with"
+            ) from None
+        except (
+            RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError, IndexError, StopIteration,
+            zipfile.BadZipFile,
+        ) as error:  # fmt: skip
+            reason = (str(error) or "no data record").splitlines()[0][:100]
+            raise Damaged(f"{self.path / chunk.file}: damaged at byte {chunk.start} ({reason})") from None
+
+    def _mapped(self, chunk: StoredChunk) -> torch.Tensor:
+        mapped = self._map(chunk.file)
+        view = io.BufferedReader(_Range(mapped, chunk.start, chunk.length))
+        # On the meta device torch reads only the small pickle: dtype, shape and strides.
+        described = torch.load(view, map_location="meta", weights_only=True)
+        if tuple(described.shape) != chunk.sizes:
+            raise ValueError(f"shape {list(described.shape)}, expected {list(chunk.sizes)}")
+        if described.numel() == 0:
+            return torch.empty(chunk.sizes, dtype=described.dtype)
+        with zipfile.ZipFile(view) as archive:
+            record = next(info for info in archive.infolist() if info.filename.endswith("/data/0"))
+        if record.compress_type != zipfile.ZIP_STORED:
+            raise ValueError("compressed data")
+        flat = torch.frombuffer(
+            mapped,
+            dtype=described.dtype,
+            count=record.file_size // described.element_size(),
+            offset=chunk.start + record.header_offset + _local_header_length(view, record.header_offset),
+        )
+        return flat.as_strided(described.shape, described.stride(), described.storage_offset())
+
+    def _map(self, file: str) -> mmap.mmap:
+        if file not in self._maps:
+            try:
+                with (self.path / file).open("rb") as handle:
+                    # Copy on write: torch requires a writable buffer, and nothing is written.
+                    self._maps[file] = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_COPY)
+            except FileNotFoundError:
+                raise Damaged(f"{self.path / file} is missing") from None
+        return self._maps[file]
+
+
+class _Range(io.RawIOBase):
+    """A range of a mapped file as a file of its own."""
+
+    def __init__(self, mapped: mmap.mmap, start: int, length: int) -> None:
+        self._mapped, self._start, self._length, self._position = mapped, start, length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._length}[whence]
+        self._position = max(0, base + offset)
+        return self._position
+
+    def tell(self) -> int:
+        return self._position
+
+    def readinto(self, buffer) -> int:
+        stop = min(self._length, self._position + len(buffer))
+        found = self._mapped[self._start + self._position : self._start + stop] if stop > self._position else b""
+        buffer[: len(found)] = found
+        self._position += len(found)
+        return len(found)
+
+
+def _first_row(chunk: StoredChunk) -> int:
+    return chunk.offsets[0]
+
+
+def _rows(chunk: StoredChunk) -> int:
+    return chunk.sizes[0] if chunk.sizes else 1
+
+
+def _local_header_length(archive: BinaryIO, header_offset: int) -> int:
+    """Length of a zip record's local header: 30 bytes, its name, and torch's padding."""
+    archive.seek(header_offset + 26)
+    lengths = archive.read(4)
+    return 30 + int.from_bytes(lengths[:2], "little") + int.from_bytes(lengths[2:], "little")

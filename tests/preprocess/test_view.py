@@ -81,31 +81,35 @@ def view_second_sequence(data, *flags) -> str:
     return run_program(VIEW, prefix, *shown, *flags).stdout
 
 
-def test_terminal_shows_the_documents_and_loss_of_training(data, trained):
-    printed = view_second_sequence(data, "--color", "always")
+@pytest.fixture(scope="module")
+def colored(data) -> str:
+    """The second packed sequence as printed on a terminal."""
+    return view_second_sequence(data, "--color", "always")
+
+
+def test_terminal_shows_the_documents_and_loss_of_training(data, trained, colored):
     documents = trained.provenance(1)["documents"]
-    titles = re.findall(r"^┌ document (\d+) \(number (\d+) of the dataset\), ", printed, re.MULTILINE)
+    titles = re.findall(r"^┌ document (\d+) \(number (\d+) of the dataset\), ", colored, re.MULTILINE)
     assert [tuple(map(int, title)) for title in titles] == list(enumerate(documents, 1))
-    for document, body in zip(documents, printed.split("┌ document ")[1:], strict=True):
+    for document, body in zip(documents, colored.split("┌ document ")[1:], strict=True):
         question, answer = map(escaped, data[2][document])
         context = "".join(re.findall(r"\x1b\[38;5;\d+m(.*?)\x1b\[0m", body))
         loss = re.findall(r"\x1b\[1;97;48;5;\d+m(.*?)\x1b\[0m", body)
         assert context == question and "\n".join(loss) == answer
     learned = int((~trained[1].is_inputs & (trained[1].segment_ids != 0)).sum())
-    assert f"{len(documents)} documents, loss on {learned} tokens" in printed
+    assert f"{len(documents)} documents, loss on {learned} tokens" in colored
 
 
-def test_neighboring_documents_differ_in_color(data):
-    bodies = view_second_sequence(data, "--color", "always").split("┌ document ")[1:]
+def test_neighboring_documents_differ_in_color(colored):
+    bodies = colored.split("┌ document ")[1:]
     colors = [set(re.findall(r"\x1b\[1;97;48;5;(\d+)m", body)) for body in bodies]
     assert len(colors) > 1 and all(len(color) == 1 for color in colors)
     assert all(a != b for a, b in zip(colors, colors[1:], strict=False))
 
 
-def test_data_cannot_send_escape_sequences_to_the_terminal(data):
+def test_data_cannot_send_escape_sequences_to_the_terminal(data, colored):
     assert "\x1b[31m" in data[2][0][0]
-    printed = view_second_sequence(data, "--color", "always")
-    assert "\x1b[31m" not in printed and "\\x1b[31m" in printed
+    assert "\x1b[31m" not in colored and "\\x1b[31m" in colored
 
 
 def escaped(text: str) -> str:
@@ -138,10 +142,10 @@ def test_nothing_but_the_requested_files_is_written(data, tmp_path):
     assert sorted(os.listdir(Path(data[0]).parent)) == before
 
 
-def test_rows_is_another_name_of_sequences(data):
+def test_rows_is_another_name_of_sequences(data, colored):
     prefix, tokenizer_file, _, _ = data
-    common = (VIEW, prefix, "--tokenizer-file", tokenizer_file, "--seq-length", "128")
-    assert run_program(*common, "--rows", "1").stdout == view_second_sequence(data)
+    flags = ("--tokenizer-file", tokenizer_file, "--seq-length", "128", "--color", "always")
+    assert run_program(VIEW, prefix, *flags, "--rows", "1").stdout == colored
 
 
 @pytest.fixture(scope="module")

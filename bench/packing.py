@@ -223,7 +223,7 @@ def fill_rates(args: argparse.Namespace, capacity: int, prefix: str) -> None:
     )
     for order in ORDERS:
         index = pack(documents, Packing(0, len(documents), capacity, order, keep_last=True))
-        filled = [sizes[index.documents[a:b]].sum() for a, b in index.rows]
+        filled = [sizes[index.documents[a:b]].sum() for a, b in index.bounds]
         print(
             f"  {order:9} {len(index)} rows, {sum(filled[:-1]) / capacity / (len(filled) - 1):.2%} filled without the last one "
             f"({filled[-1] / capacity:.2%}), {sum(filled) / capacity / len(filled):.2%} with it"

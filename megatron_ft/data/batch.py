@@ -1,4 +1,4 @@
-"""Packed samples to a micro-batch: tokens, labels, positions, loss weights, and where attention has to stop."""
+"""Packed samples to a micro-batch: tokens, labels, positions, loss weights and attention bounds."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,11 +11,14 @@ from megatron_ft.data.packed_dataset import PackedSample
 
 @dataclass
 class Batch:
-    """A micro-batch of b rows of s positions.
+    """A micro-batch of b packed sequences of s tokens.
 
-    tokens, labels, position_ids: int64 [b, s]. loss_mask: float32 [b, s], the weight of each label. segment_ids: int32 [b, s], document of each
-    token (from 1, 0 is padding). cu_seqlens: int32 [n + 1], bounds of the n pieces that attend within themselves alone, over
-    the b*s positions of the rows laid end to end: each row's documents, and its padding. max_seqlen: the longest piece.
+    tokens, labels, position_ids: int64 [b, s].
+    loss_mask: float32 [b, s], the weight of each label.
+    segment_ids: int32 [b, s], the document of each token, from 1; 0 is padding.
+    cu_seqlens: int32 [n + 1], the bounds of n segments over the b * s concatenated tokens. A token
+    attends only within its segment: a document of a packed sequence, or the sequence's padding.
+    max_seqlen: tokens of the longest segment.
     """
 
     tokens: torch.Tensor
@@ -37,42 +40,47 @@ def collate(
     reset_position_ids: bool = True,
     reset_attention_mask: bool = True,
 ) -> Batch:
-    """Stack samples of s + 1 tokens into a Batch of s positions, each label being the next token.
+    """Stack samples of s + 1 tokens into a Batch of s tokens; each label is the next token.
 
-    `loss_on_targets_only`: a label weighs 1 where it is an output token of the same document. Without it every label weighs 1 that is not
-    padding, also the first token of the next document, as in the mtf branch. `norm_target_loss`: the weights of a document's outputs
-    in a row (without `loss_on_targets_only`: of the whole row) are divided by their number; the branch's spans run on into the
-    next row where one ends in a loss and the next begins with one, ours end with the row. `eod_mask_loss`: no loss
-    at positions whose token is `eod` (Megatron's rule: what comes after end of text is not predicted). Without
-    `reset_attention_mask` a row's documents are one piece.
+    loss_on_targets_only: a label weighs 1 if it is a target token of the same document. Otherwise
+      every label that is not padding weighs 1, also the first token of the next document, as in the
+      mtf branch.
+    norm_target_loss: the weights of each span of consecutive labels with loss are divided by the
+      span's length. A span is a document's targets in one packed sequence (without
+      loss_on_targets_only: the entire sequence). The branch joins a span at the end of a sequence
+      with one at the start of the next; spans here end with the sequence.
+    eod_mask_loss: no loss at positions whose token is `eod` (Megatron's rule: the token after the
+      end of text is not predicted).
+    reset_position_ids: positions restart at 0 in every document.
+    reset_attention_mask: without it all documents of a packed sequence are one segment.
     """
     ids = np.stack([sample.tokens for sample in samples])
     segments = np.stack([sample.segment_ids for sample in samples])
     is_inputs = np.stack([sample.is_inputs for sample in samples])
     tokens, segment_ids = ids[:, :-1], segments[:, :-1]
-    rows, length = tokens.shape
+    num_sequences, length = tokens.shape
 
-    starts = np.ones((rows, length), bool)  # where a document, a row's padding or a row begins
+    starts = np.ones((num_sequences, length), bool)  # of documents, padding and sequences
     starts[:, 1:] = segment_ids[:, 1:] != segment_ids[:, :-1]
 
-    weighs = segments[:, 1:] != 0
+    has_loss = segments[:, 1:] != 0
     if loss_on_targets_only:
-        weighs &= ~is_inputs[:, 1:] & (segments[:, 1:] == segment_ids)
+        has_loss &= ~is_inputs[:, 1:] & (segments[:, 1:] == segment_ids)
     if eod_mask_loss:
-        weighs &= tokens != eod
-    loss_mask = weighs.astype(np.float32)
+        has_loss &= tokens != eod
+    loss_mask = has_loss.astype(np.float32)
     if norm_target_loss:
-        _share_weight(loss_mask, weighs, starts if loss_on_targets_only else None)
+        _normalize_spans(loss_mask, has_loss, starts if loss_on_targets_only else None)
 
     columns = np.arange(length)
-    position_ids = np.tile(columns, (rows, 1))
+    position_ids = np.tile(columns, (num_sequences, 1))
     if reset_position_ids:
         position_ids -= np.maximum.accumulate(np.where(starts, columns, 0), axis=1)
 
     if not reset_attention_mask:
         padding = segment_ids == 0
         starts[:, 1:] = padding[:, 1:] & ~padding[:, :-1]
-    cu_seqlens = np.append(np.flatnonzero(starts), rows * length).astype(np.int32)
+    cu_seqlens = np.append(np.flatnonzero(starts), num_sequences * length).astype(np.int32)
     return Batch(
         tokens=_tensor(tokens, np.int64),
         labels=_tensor(ids[:, 1:], np.int64),
@@ -84,10 +92,11 @@ def collate(
     )
 
 
-def _share_weight(loss_mask: np.ndarray, weighs: np.ndarray, starts: np.ndarray | None) -> None:
-    """Divide each weight by the number of labels in its span: a run of labels that weigh, ended by a row's end and by `starts`."""
-    begins = np.ones_like(weighs)
-    begins[:, 1:] = weighs[:, 1:] != weighs[:, :-1]
+def _normalize_spans(loss_mask: np.ndarray, has_loss: np.ndarray, starts: np.ndarray | None) -> None:
+    """Divide each weight, in place, by the number of labels in its span: consecutive labels with
+    loss, up to the end of the sequence or the next of `starts`."""
+    begins = np.ones_like(has_loss)
+    begins[:, 1:] = has_loss[:, 1:] != has_loss[:, :-1]
     if starts is not None:
         begins |= starts
     span = np.cumsum(begins.reshape(-1)) - 1

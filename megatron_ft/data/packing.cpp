@@ -1,8 +1,8 @@
-// Packing of documents into rows of at most `capacity` tokens, in two orders, and the interleaving of weighted data sets.
+// Packing of documents into sequences of at most `capacity` tokens, in two orders, and the interleaving of weighted
+// datasets.
 //
-// Everything is a pure function of its arguments: the same lengths and seed give the same rows on every machine, so
-// an index that one process built is the index that any other would have built. The GIL is released while a
-// function works.
+// Every function is pure: the same lengths and seed give the same sequences on every machine, so it does not matter
+// which process builds an index. The GIL is released during the work.
 
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
@@ -21,7 +21,7 @@ using Weights = py::array_t<double, py::array::c_style | py::array::forcecast>;
 
 namespace {
 
-// A vector handed to numpy without a copy.
+// A numpy array that takes over a vector without a copy.
 template <typename T>
 py::array_t<T> to_numpy(std::vector<T>&& values) {
     auto* owned = new std::vector<T>(std::move(values));
@@ -29,7 +29,7 @@ py::array_t<T> to_numpy(std::vector<T>&& values) {
     return py::array_t<T>(static_cast<py::ssize_t>(owned->size()), owned->data(), owner);
 }
 
-// SplitMix64 (Steele, Lea and Flood 2014): the standard library's distributions differ between implementations, this does not.
+// SplitMix64 (Steele, Lea and Flood 2014). The standard library's distributions differ between implementations.
 class Random {
 public:
     explicit Random(uint64_t seed) : state_(seed) {}
@@ -60,7 +60,7 @@ private:
     uint64_t state_;
 };
 
-// Set of integers in [0, size) that finds the smallest member >= x by looking at one word a level.
+// Set of integers in [0, size) that finds the smallest member >= x by reading one word per level.
 class OrderedSet {
 public:
     explicit OrderedSet(size_t size) {
@@ -103,35 +103,36 @@ private:
     std::vector<std::vector<uint64_t>> levels_;
 };
 
-// The mtf branch's order: documents as they come, a row ends where the next document does not fit. A document longer
-// than a row ends the row before it and is left out.
-std::pair<std::vector<int64_t>, int64_t> greedy_rows(const int32_t* lengths, const int64_t* order, int64_t count, int64_t capacity) {
-    std::vector<int64_t> rows;
+// The mtf branch's packing: documents in the given order, and a sequence ends where the next document does not fit. A
+// document longer than `capacity` ends the sequence before it and is left out. Returns start and end of each sequence in
+// `order`, and the start of the incomplete last sequence.
+std::pair<std::vector<int64_t>, int64_t> greedy_bounds(const int32_t* lengths, const int64_t* order, int64_t count, int64_t capacity) {
+    std::vector<int64_t> bounds;
     int64_t start = 0, filled = 0;
     for (int64_t i = 0; i < count; ++i) {
         const int64_t length = lengths[order[i]];
         filled += length;
         if (filled <= capacity) continue;
         if (i > start) {
-            rows.push_back(start);
-            rows.push_back(i);
+            bounds.push_back(start);
+            bounds.push_back(i);
         }
         const bool fits = length <= capacity;
         start = fits ? i : i + 1;
         filled = fits ? length : 0;
     }
-    return {std::move(rows), start};
+    return {std::move(bounds), start};
 }
 
 // Best-fit decreasing within a window of the shuffled documents.
 //
-// A window holds `lookahead` documents and never less than MIN_ROWS rows of tokens. Its documents, longest first, each go
-// into the fullest row that has room. Rows that came out full are emitted; the emptiest, at most half, are taken apart and
-// their documents wait in the next window for better company. The last window emits everything.
+// A window holds `lookahead` documents, and at least MIN_SEQUENCES sequences of tokens. Its documents, longest first, each
+// go into the fullest sequence that has room. Full sequences are emitted; the emptiest, at most half, are broken up and
+// their documents move to the next window. The last window emits everything.
 class BestFit {
 public:
     BestFit(const int32_t* lengths, int64_t capacity, int64_t lookahead, uint64_t seed)
-        : lengths_(lengths), capacity_(capacity), lookahead_(lookahead), random_(seed), spaces_(capacity + 1), row_with_(capacity + 1, NONE) {}
+        : lengths_(lengths), capacity_(capacity), lookahead_(lookahead), random_(seed), spaces_(capacity + 1), sequence_with_(capacity + 1, NONE) {}
 
     void pack(int64_t count) {
         std::vector<int64_t> order;
@@ -143,55 +144,55 @@ public:
         size_t next = 0;
         int64_t tokens = 0;
         while (next < order.size() || !window_.empty()) {
-            while (next < order.size() && (static_cast<int64_t>(window_.size()) < lookahead_ || tokens < MIN_ROWS * capacity_)) {
+            while (next < order.size() && (static_cast<int64_t>(window_.size()) < lookahead_ || tokens < MIN_SEQUENCES * capacity_)) {
                 const int64_t document = order[next++];
                 window_.push_back({lengths_[document], document});
                 tokens += lengths_[document];
             }
-            fill_rows();
+            fill_sequences();
             tokens = emit(next == order.size());
         }
     }
 
-    std::vector<int64_t> documents;  // every document once, row by row
-    std::vector<int64_t> ends;       // where each row ends in `documents`
+    std::vector<int64_t> documents;  // every document once, sequence by sequence
+    std::vector<int64_t> ends;       // where each sequence ends in `documents`
 
 private:
     static constexpr int32_t NONE = -1;
-    static constexpr int64_t MIN_ROWS = 8;
-    static constexpr int64_t SLACK = 512;  // a row is full when less than 1/SLACK of it is free
+    static constexpr int64_t MIN_SEQUENCES = 8;
+    static constexpr int64_t SLACK = 512;  // a sequence is full if less than 1/SLACK of it is free
 
     struct Document {
         int32_t length;
         int64_t id;
     };
-    struct Row {
-        int64_t space;       // tokens still free
-        int32_t first;       // newest document of the row in window_, linked by chain_
-        int32_t same_space;  // another row with as much space
+    struct Sequence {
+        int64_t space;       // free tokens
+        int32_t first;       // its newest document in window_; chain_ links the others
+        int32_t same_space;  // another sequence with as much space
     };
 
-    void fill_rows() {
+    void fill_sequences() {
         sort_longest_first();
-        rows_.clear();
+        sequences_.clear();
         chain_.assign(window_.size(), NONE);
         for (size_t i = 0; i < window_.size(); ++i) {
             const int64_t space = spaces_.at_least(window_[i].length);
-            int32_t row;
+            int32_t s;
             if (space < 0) {
-                row = static_cast<int32_t>(rows_.size());
-                rows_.push_back({capacity_, NONE, NONE});
+                s = static_cast<int32_t>(sequences_.size());
+                sequences_.push_back({capacity_, NONE, NONE});
             } else {
-                row = take(space);
+                s = take(space);
             }
-            chain_[i] = rows_[row].first;
-            rows_[row].first = static_cast<int32_t>(i);
-            rows_[row].space -= window_[i].length;
-            put(row);
+            chain_[i] = sequences_[s].first;
+            sequences_[s].first = static_cast<int32_t>(i);
+            sequences_[s].space -= window_[i].length;
+            put(s);
         }
-        for (const Row& row : rows_) {
-            row_with_[row.space] = NONE;
-            spaces_.erase(row.space);
+        for (const Sequence& sequence : sequences_) {
+            sequence_with_[sequence.space] = NONE;
+            spaces_.erase(sequence.space);
         }
     }
 
@@ -210,40 +211,41 @@ private:
     }
 
     int32_t take(int64_t space) {
-        const int32_t row = row_with_[space];
-        row_with_[space] = rows_[row].same_space;
-        if (row_with_[space] == NONE) spaces_.erase(space);
-        return row;
+        const int32_t s = sequence_with_[space];
+        sequence_with_[space] = sequences_[s].same_space;
+        if (sequence_with_[space] == NONE) spaces_.erase(space);
+        return s;
     }
 
-    void put(int32_t row) {
-        const int64_t space = rows_[row].space;
-        rows_[row].same_space = row_with_[space];
-        row_with_[space] = row;
+    void put(int32_t s) {
+        const int64_t space = sequences_[s].space;
+        sequences_[s].same_space = sequence_with_[space];
+        sequence_with_[space] = s;
         spaces_.insert(space);
     }
 
-    // Append finished rows in random order and keep the other rows' documents as the next window; returns their tokens.
+    // Append the finished sequences in random order and keep the others' documents as the next window; returns the
+    // tokens of these documents.
     int64_t emit(bool last) {
-        std::stable_sort(rows_.begin(), rows_.end(), [](const Row& a, const Row& b) { return a.space < b.space; });
-        size_t finished = rows_.size();
+        std::stable_sort(sequences_.begin(), sequences_.end(), [](const Sequence& a, const Sequence& b) { return a.space < b.space; });
+        size_t finished = sequences_.size();
         if (!last)
-            while (finished > (rows_.size() + 1) / 2 && rows_[finished - 1].space * SLACK >= capacity_) --finished;
+            while (finished > (sequences_.size() + 1) / 2 && sequences_[finished - 1].space * SLACK >= capacity_) --finished;
         std::vector<Document> waiting;
         int64_t tokens = 0;
-        for (size_t r = finished; r < rows_.size(); ++r)
-            for (int32_t i = rows_[r].first; i != NONE; i = chain_[i]) {
+        for (size_t s = finished; s < sequences_.size(); ++s)
+            for (int32_t i = sequences_[s].first; i != NONE; i = chain_[i]) {
                 waiting.push_back(window_[i]);
                 tokens += window_[i].length;
             }
-        rows_.resize(finished);
-        const bool unfinished_last = last && finished > 1;
-        const Row emptiest = rows_.back();
-        if (unfinished_last) rows_.pop_back();
-        random_.shuffle(rows_);
-        if (unfinished_last) rows_.push_back(emptiest);
-        for (const Row& row : rows_) {
-            for (int32_t i = row.first; i != NONE; i = chain_[i]) documents.push_back(window_[i].id);
+        sequences_.resize(finished);
+        const bool emptiest_last = last && finished > 1;
+        const Sequence emptiest = sequences_.back();
+        if (emptiest_last) sequences_.pop_back();
+        random_.shuffle(sequences_);
+        if (emptiest_last) sequences_.push_back(emptiest);
+        for (const Sequence& sequence : sequences_) {
+            for (int32_t i = sequence.first; i != NONE; i = chain_[i]) documents.push_back(window_[i].id);
             ends.push_back(static_cast<int64_t>(documents.size()));
         }
         window_ = std::move(waiting);
@@ -253,11 +255,11 @@ private:
     const int32_t* lengths_;
     const int64_t capacity_, lookahead_;
     Random random_;
-    OrderedSet spaces_;              // the free spaces that some row has
-    std::vector<int32_t> row_with_;  // a row with that space, the others linked by same_space
+    OrderedSet spaces_;                   // the free spaces that some sequence has
+    std::vector<int32_t> sequence_with_;  // by space: a sequence with that space; same_space links the others
     std::vector<Document> window_, sorted_;
     std::vector<int32_t> chain_;
-    std::vector<Row> rows_;
+    std::vector<Sequence> sequences_;
 };
 
 py::tuple greedy(const Lengths& lengths, const Ids& order, int64_t capacity) {
@@ -268,11 +270,11 @@ py::tuple greedy(const Lengths& lengths, const Ids& order, int64_t capacity) {
     {
         py::gil_scoped_release release;
         for (int64_t i = 0; i < count; ++i)
-            if (id[i] < 0 || id[i] >= documents) throw std::out_of_range("order names a document without a length");
-        result = greedy_rows(length, id, count, capacity);
+            if (id[i] < 0 || id[i] >= documents) throw std::out_of_range("`order` has a document without a length");
+        result = greedy_bounds(length, id, count, capacity);
     }
-    const auto rows = static_cast<py::ssize_t>(result.first.size() / 2);
-    return py::make_tuple(to_numpy(std::move(result.first)).reshape({rows, py::ssize_t{2}}), result.second);
+    const auto sequences = static_cast<py::ssize_t>(result.first.size() / 2);
+    return py::make_tuple(to_numpy(std::move(result.first)).reshape({sequences, py::ssize_t{2}}), result.second);
 }
 
 py::tuple best_fit(const Lengths& lengths, int64_t capacity, int64_t lookahead, uint64_t seed) {
@@ -287,11 +289,11 @@ py::tuple best_fit(const Lengths& lengths, int64_t capacity, int64_t lookahead, 
     return py::make_tuple(to_numpy(std::move(packer.documents)), to_numpy(std::move(packer.ends)));
 }
 
-// Which data set each sample comes from, and which of its samples: always the one furthest behind its share (Megatron's
-// rule, the first one on a tie). A data set with a limit is left out once it has given that many.
+// The dataset of each sample, and the sample's number in that dataset: always the dataset furthest below its weight
+// (Megatron's rule; the first one on a tie). A dataset with a limit is skipped once it has supplied that many.
 py::tuple blend(const Weights& weights, const Ids& limits, int64_t size) {
     const int64_t sets = weights.size();
-    if (sets < 1 || sets > INT16_MAX || limits.size() != sets) throw std::invalid_argument("one weight and one limit for each data set");
+    if (sets < 1 || sets > INT16_MAX || limits.size() != sets) throw std::invalid_argument("expected one weight and one limit per dataset");
     const double* weight = weights.data();
     const int64_t* limit = limits.data();
     std::vector<int16_t> source(size);
@@ -313,7 +315,7 @@ py::tuple blend(const Weights& weights, const Ids& limits, int64_t size) {
                     behind = d;
                 }
             }
-            if (behind < 0) throw std::invalid_argument("the limits add up to less than size");
+            if (behind < 0) throw std::invalid_argument("the limits add up to less than `size`");
             source[i] = static_cast<int16_t>(behind);
             sample[i] = given[behind]++;
         }
@@ -324,13 +326,13 @@ py::tuple blend(const Weights& weights, const Ids& limits, int64_t size) {
 }  // namespace
 
 PYBIND11_MODULE(_packing, m) {
-    m.doc() = "Packing of documents into rows, and interleaving of weighted data sets.";
+    m.doc() = "Packing of documents into sequences, and interleaving of weighted datasets.";
     m.def("greedy", &greedy, py::arg("lengths"), py::arg("order"), py::arg("capacity"),
-          "int32 [documents] lengths, int64 [n] document ids in the order to pack -> (int64 [rows, 2] start and end of each full row in\n"
-          "`order`, start of the unfinished row).");
+          "int32 [documents] lengths, int64 [n] document ids in the order to pack -> (int64 [sequences, 2] start and end of each\n"
+          "complete sequence in `order`, start of the incomplete last sequence).");
     m.def("best_fit", &best_fit, py::arg("lengths"), py::arg("capacity"), py::arg("lookahead"), py::arg("seed"),
-          "int32 [documents] lengths -> (int64 document ids, row by row; int64 [rows] end of each row in them). Longer documents than\n"
-          "`capacity` are left out.");
+          "int32 [documents] lengths -> (int64 document ids, sequence by sequence; int64 [sequences] end of each sequence in\n"
+          "them). Documents longer than `capacity` are left out.");
     m.def("blend", &blend, py::arg("weights"), py::arg("limits"), py::arg("size"),
-          "-> (int16 [size] data set, int64 [size] its sample). A limit below 0 is none.");
+          "-> (int16 [size] dataset, int64 [size] number of the sample in it). A limit below 0 means no limit.");
 }

@@ -1,13 +1,15 @@
-"""Which documents stand together in which row: the packing index of one data set, built once and kept on disk.
+"""Which documents make up each packed sequence: the packing index of one dataset, built once and
+kept on disk.
 
-Two orders. `best-fit` shuffles the documents anew each epoch and packs them best-fit decreasing within a bounded look-ahead; every
-document comes exactly once an epoch, and rows end where the epoch ends. `greedy` is the mtf branch's, bit for bit: numpy's
-legacy shuffle, documents as they come, rows run on over the end of an epoch.
+There are two orders. `best-fit` shuffles the documents in each epoch and packs them best-fit
+decreasing within a bounded look-ahead; every document occurs exactly once per epoch, and no
+sequence crosses the end of an epoch. `greedy` is the mtf branch's order, bit for bit: numpy's
+legacy shuffle, documents in that order, and sequences that may cross the end of an epoch.
 """
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from math import ceil
 from pathlib import Path
@@ -19,13 +21,14 @@ from megatron_ft.data.build_once import build_once
 from megatron_ft.data.indexed import IndexedReader, field_paths
 from megatron_ft.errors import UserError
 
-FORMAT = 1  # raised when the same settings would give another index
+FORMAT = 1  # increase when the same settings would give another index
 
 
 class TokenizedDocuments:
-    """The two fields of a data set, `<prefix>_inputs_document` and `<prefix>_targets_document`, sequence i of each being document i.
+    """The two fields of a dataset, `<prefix>_inputs_document` and `<prefix>_targets_document`;
+    sequence i of each belongs to document i.
 
-    Raises UserError where a file is missing or damaged, or the fields do not have the same number of documents.
+    Raises UserError if a file is missing or damaged, or the fields differ in length.
     """
 
     def __init__(self, prefix: str):
@@ -34,7 +37,8 @@ class TokenizedDocuments:
         self.inputs, self.targets = IndexedReader(inputs), IndexedReader(targets)
         if len(self.inputs) != len(self.targets):
             raise UserError(
-                f"{prefix}: {len(self.inputs)} inputs but {len(self.targets)} targets; make both again in one run of preprocess/tokenize.py"
+                f"{prefix}: {len(self.inputs)} inputs but {len(self.targets)} targets; "
+                "make both again in one run of preprocess/tokenize.py"
             )
 
     def __len__(self) -> int:
@@ -42,19 +46,20 @@ class TokenizedDocuments:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Digest of every document's lengths, which are all of the data that shapes an index."""
+        """Digest of the lengths of all documents: nothing else in the data affects an index."""
         digest = hashlib.blake2b(digest_size=16)
         for reader in (self.inputs, self.targets):
-            digest.update(reader.sizes)
+            digest.update(reader.sizes.data)
         return digest.hexdigest()
 
 
 @dataclass(frozen=True)
 class Packing:
-    """Everything besides the data that shapes an index.
+    """The settings that determine an index, together with the data.
 
-    `start`, `stop`: the range of documents. `capacity`: tokens of a row, the sequence length + 1. `keep_last`: in greedy order, keep the
-    unfinished last row too (validation, which shall see its whole range).
+    `start`, `stop`: the range of documents. `capacity`: tokens of a packed sequence, the sequence
+    length + 1. `keep_last`: in greedy order, keep the incomplete last sequence too (for validation,
+    which covers its entire range).
     """
 
     start: int
@@ -70,26 +75,37 @@ class Packing:
 
 @dataclass
 class PackedIndex:
-    """Row r holds `documents[rows[r, 0] : rows[r, 1]]`; both int64, memory-mapped. `facts` are the counts of `pack`."""
+    """Packed sequence i consists of `documents[bounds[i, 0] : bounds[i, 1]]`.
+
+    `documents`: int64 [n]. `bounds`: int64 [sequences, 2]. Both are memory-mapped if loaded from
+    disk. `facts` are the counts computed by `pack`.
+    """
 
     documents: np.ndarray
-    rows: np.ndarray
+    bounds: np.ndarray
     facts: dict[str, int]
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.bounds)
 
     @property
     def fill_rate(self) -> float:
-        """Share of the rows' places that hold a token."""
-        return self.facts["packed_tokens"] / max(1, len(self.rows) * self.facts["capacity"])
+        """Fraction of the sequences' token positions that hold a token; the rest is padding."""
+        return self.facts["packed_tokens"] / max(1, len(self) * self.facts["capacity"])
 
 
-def row_lengths(total: np.ndarray, targets: np.ndarray, capacity: int, overlong: str) -> np.ndarray:
-    """Tokens each document takes in a row: int32, `capacity + 1` for one that is left out.
+def packed_lengths(total: np.ndarray, targets: np.ndarray, capacity: int, overlong: str) -> np.ndarray:
+    """Tokens that each document takes in a packed sequence: int32, `capacity + 1` for a document
+    that is left out.
 
-    `drop` leaves out what is longer than a row; `truncate` cuts such a document's inputs from the left, and leaves it out
-    where its outputs leave no room for a single input token.
+    `drop` leaves out documents longer than `capacity`. `truncate` cuts their inputs on the left and
+    leaves out only documents whose targets leave no room for a single input token.
+
+    >>> total, targets = np.array([5, 12, 15]), np.array([2, 4, 10])
+    >>> packed_lengths(total, targets, capacity=10, overlong="drop").tolist()
+    [5, 11, 11]
+    >>> packed_lengths(total, targets, capacity=10, overlong="truncate").tolist()
+    [5, 10, 11]
     """
     lengths = np.minimum(total, capacity + 1).astype(np.int32)
     if overlong == "truncate":
@@ -98,17 +114,17 @@ def row_lengths(total: np.ndarray, targets: np.ndarray, capacity: int, overlong:
 
 
 def pack(documents: TokenizedDocuments, packing: Packing) -> PackedIndex:
-    """Compute an index in memory. Raises UserError where no document of the range fits a row."""
+    """Compute an index in memory. Raises UserError if no document of the range fits a sequence."""
     chosen = slice(packing.start, packing.stop)
     targets = documents.targets.sizes[chosen]
     total = np.add(documents.inputs.sizes[chosen], targets, dtype=np.int64)
-    lengths = row_lengths(total, targets, packing.capacity, packing.overlong)
+    lengths = packed_lengths(total, targets, packing.capacity, packing.overlong)
     overlong, left_out = total > packing.capacity, lengths > packing.capacity
     kept = np.where(left_out, 0, lengths)
     _check_something_fits(documents.prefix, packing, total, left_out, kept)
-    order, rows = _greedy(lengths, packing) if packing.order == "greedy" else _best_fit(lengths, packing)
+    order, bounds = _greedy(lengths, packing) if packing.order == "greedy" else _best_fit(lengths, packing)
     tokens, kept_tokens = int(total.sum()), int(kept.sum(dtype=np.int64))
-    in_rows = rows[-1, 1] if len(rows) else 0  # what comes after is greedy's unfinished row
+    used = bounds[-1, 1] if len(bounds) else 0  # the rest is greedy's incomplete last sequence
     facts = {
         "documents": len(total),
         "tokens": tokens,
@@ -116,61 +132,64 @@ def pack(documents: TokenizedDocuments, packing: Packing) -> PackedIndex:
         "left_out_documents": int(left_out.sum()),
         "lost_tokens": tokens - kept_tokens,
         "capacity": packing.capacity,
-        "packed_tokens": packing.epochs * kept_tokens - int(kept[order[in_rows:]].sum(dtype=np.int64)),
+        "packed_tokens": packing.epochs * kept_tokens - int(kept[order[used:]].sum(dtype=np.int64)),
     }
     order += packing.start
-    return PackedIndex(order, rows, facts)
+    return PackedIndex(order, bounds, facts)
 
 
 def _check_something_fits(
     prefix: str, packing: Packing, total: np.ndarray, left_out: np.ndarray, kept: np.ndarray
 ) -> None:
     if len(total) == 0:
-        raise UserError(f"{prefix}: the range holds no document; widen START:END or take a larger data set")
+        raise UserError(f"{prefix}: the range has no documents; widen START:END or use a larger dataset")
     if left_out.all():
         remedy = "" if packing.overlong == "truncate" else " or give --overlong truncate"
         raise UserError(
-            f"{prefix}: all {len(total)} documents are longer than a row of {packing.capacity} tokens (the shortest has {total.min()}); "
-            f"raise --seq-length{remedy}"
+            f"{prefix}: all {len(total)} documents are longer than a packed sequence of {packing.capacity} tokens "
+            f"(the shortest has {total.min()}); raise --seq-length{remedy}"
         )
     if kept.max() == 0:
         raise UserError(
-            f"{prefix}: all {(~left_out).sum()} documents that fit a row are empty; make the data set again"
+            f"{prefix}: all {(~left_out).sum()} documents that fit a packed sequence are empty; make the dataset again"
         )
 
 
 def _greedy(lengths: np.ndarray, packing: Packing) -> tuple[np.ndarray, np.ndarray]:
     random = np.random.RandomState(packing.seed)
-    order = np.empty((packing.epochs, len(lengths)), np.int64)
-    for epoch in order:
+    epochs = np.empty((packing.epochs, len(lengths)), np.int64)
+    for epoch in epochs:
         epoch[:] = np.arange(len(lengths))
         random.shuffle(epoch)
-    order = order.reshape(-1)
-    rows, unfinished = _packing.greedy(lengths, order, packing.capacity)
-    if packing.keep_last and unfinished < len(order):
-        rows = np.concatenate([rows, [[unfinished, len(order)]]])
-    return order, rows
+    order = epochs.reshape(-1)
+    bounds, incomplete = _packing.greedy(lengths, order, packing.capacity)
+    if packing.keep_last and incomplete < len(order):
+        bounds = np.concatenate([bounds, [[incomplete, len(order)]]])
+    return order, bounds
 
 
 def _best_fit(lengths: np.ndarray, packing: Packing) -> tuple[np.ndarray, np.ndarray]:
-    orders, bounds = [], [np.zeros(1, np.int64)]
+    orders, ends = [], [np.zeros(1, np.int64)]
     for epoch in range(packing.epochs):
         seed = hashlib.blake2b(f"{packing.seed} {epoch}".encode(), digest_size=8).digest()
-        order, ends = _packing.best_fit(lengths, packing.capacity, packing.lookahead, int.from_bytes(seed, "little"))
+        order, ends_in_epoch = _packing.best_fit(
+            lengths, packing.capacity, packing.lookahead, int.from_bytes(seed, "little")
+        )
         orders.append(order)
-        bounds.append(bounds[-1][-1] + ends)
-    bounds = np.concatenate(bounds)
-    return np.concatenate(orders) if len(orders) > 1 else orders[0], np.stack([bounds[:-1], bounds[1:]], axis=1)
+        ends.append(ends[-1][-1] + ends_in_epoch)
+    edges = np.concatenate(ends)
+    return np.concatenate(orders) if len(orders) > 1 else orders[0], np.stack([edges[:-1], edges[1:]], axis=1)
 
 
 def load_index(documents: TokenizedDocuments, packing: Packing, cache: str | None = None) -> PackedIndex:
-    """The index from disk, built first if this is the first process to ask for it.
+    """The index from disk, built first if it does not exist.
 
-    It lies beside the data in `<prefix>_packing/`, or in the directory `cache`. Its name is a digest of everything that shapes it.
+    It is in `<prefix>_packing/` next to the data, or in the directory `cache`, under a name that
+    contains a digest of the settings and of the data's lengths. Raises UserError.
     """
     settings = {"format": FORMAT, "lengths": documents.fingerprint, **asdict(packing)}
     if packing.order == "greedy":
-        del settings["lookahead"]  # has no say there
+        del settings["lookahead"]  # has no effect
     digest = hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=8).hexdigest()
     prefix = Path(documents.prefix)
     parent = (Path(cache) if cache else prefix.parent) / f"{prefix.name}_packing"
@@ -180,7 +199,7 @@ def load_index(documents: TokenizedDocuments, packing: Packing, cache: str | Non
     def build(partial: Path) -> None:
         index = pack(documents, packing)
         np.save(partial / "documents.npy", index.documents)
-        np.save(partial / "rows.npy", index.rows)
+        np.save(partial / "rows.npy", index.bounds)
         (partial / "index.json").write_text(json.dumps({"settings": settings, "facts": index.facts}, indent=1))
 
     build_once(directory, build)
@@ -196,14 +215,17 @@ def load_index(documents: TokenizedDocuments, packing: Packing, cache: str | Non
         ) from error
 
 
-def load_index_of_rows(
-    documents: TokenizedDocuments, packing: Packing, num_rows: int, cache: str | None = None
+def load_index_covering(
+    documents: TokenizedDocuments, packing: Packing, num_sequences: int, cache: str | None = None
 ) -> PackedIndex:
-    """An index with as many epochs as `num_rows` rows need. More epochs never change the rows before them, so a longer run
-    sees what a shorter one saw."""
+    """An index with enough epochs for `num_sequences` packed sequences.
+
+    More epochs never change earlier sequences, so a longer run begins with the same ones as a
+    shorter run.
+    """
     epochs, index = 1, load_index(documents, packing, cache)
-    while len(index) < num_rows:
-        a_row_more = len(index) / epochs if len(index) else 0.5
-        epochs = max(epochs + 1, ceil(num_rows / a_row_more))
-        index = load_index(documents, Packing(**{**asdict(packing), "epochs": epochs}), cache)
+    while len(index) < num_sequences:
+        per_epoch = len(index) / epochs if len(index) else 0.5
+        epochs = max(epochs + 1, ceil(num_sequences / per_epoch))
+        index = load_index(documents, replace(packing, epochs=epochs), cache)
     return index

@@ -40,7 +40,7 @@ def test_every_setting_that_shapes_an_index_has_its_own(prefix, change):
     for packing in (first, other, first, other):
         index, fresh = load_index(documents, packing), pack(documents, packing)
         np.testing.assert_array_equal(index.documents, fresh.documents)
-        np.testing.assert_array_equal(index.rows, fresh.rows)
+        np.testing.assert_array_equal(index.bounds, fresh.bounds)
         assert index.facts == fresh.facts
     assert len(indices(prefix)) == 2  # built twice, used four times
 
@@ -55,7 +55,7 @@ def test_changed_data_get_a_new_index(prefix, lengths):
     load_index(TokenizedDocuments(prefix), packing)
     write_documents(prefix, numbered_documents(lengths))
     documents = TokenizedDocuments(prefix)
-    np.testing.assert_array_equal(load_index(documents, packing).rows, pack(documents, packing).rows)
+    np.testing.assert_array_equal(load_index(documents, packing).bounds, pack(documents, packing).bounds)
     assert len(indices(prefix)) == 2
 
 

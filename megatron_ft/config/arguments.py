@@ -1,7 +1,7 @@
-"""A command line of the training program to a settled `Config`, or to one line that says what is wrong.
+"""From a command line of the training program to a settled `Config`, or to a one-line error.
 
-`parse_args(argv, world_size)` validates before any process group exists. Hyphens and underscores are
-interchangeable. What is not given comes from the preset, the checkpoint to start from, or the
+`parse_args(argv, world_size)` validates before any process group exists. Hyphens and underscores
+are interchangeable. What is not given comes from the preset, the checkpoint to start from, or the
 default that --help shows.
 """
 

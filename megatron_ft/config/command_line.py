@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from megatron_ft.config.config import ENTRIES, GROUPS, Entry
-from megatron_ft.config.flag import flag_fields, value_type
+from megatron_ft.config.flag import Flag, flag_fields, value_type
 from megatron_ft.config.parser import Help, Parser
 from megatron_ft.errors import UserError
 
@@ -13,8 +13,8 @@ from megatron_ft.errors import UserError
 class TakesPrecedence(argparse.Action):
     """A flag of several that set one thing in different ways: the last on the command line is used.
 
-    Another one's value goes back to its default, with a line in `notices`. So a flag after a script's
-    own overrides it, though it has another name (--train-epochs over --train-iters).
+    The others return to their defaults, with a line in `notices`. So a flag after a script's own
+    overrides it even under another name (--train-epochs over --train-iters).
     """
 
     def __call__(
@@ -52,24 +52,17 @@ def build_parser() -> Parser:
         title, _, description = (kind.__doc__ or "").strip().rstrip(".").partition(": ")
         group = parser.add_argument_group(title, description or None)
         for item, described in flag_fields(kind):
-            options = {
-                "default": item.default,
-                "help": described.help.replace("%", "%%"),
-                "choices": described.choices,
-            }
-            group.add_argument(
-                described.name,
-                dest=described.dest,
-                **{name: value for name, value in options.items() if value is not None or name == "default"},
-                **_how_to_parse(kind, item.name, described),
-            )
+            options: dict[str, Any] = {"default": item.default, "help": described.help.replace("%", "%%")}
+            if described.choices is not None:
+                options["choices"] = described.choices
+            options |= _how_to_parse(value_type(kind, item.name), described)
+            group.add_argument(described.name, dest=described.dest, **options)
     parser.set_defaults(notices=[])
     return parser
 
 
-def _how_to_parse(kind: type, name: str, described) -> dict[str, Any]:
-    """argparse's keywords for the type of a field."""
-    value = value_type(kind, name)
+def _how_to_parse(value: type, described: Flag) -> dict[str, Any]:
+    """argparse's keywords for a flag whose values are of type `value`."""
     how: dict[str, Any] = {}
     if value is bool:
         if described.negatable:
@@ -99,14 +92,14 @@ def option_strings() -> dict[str, Entry]:
 
 
 def former_spellings() -> dict[str, str]:
-    """Other accepted spellings of flags, the branch's and our former ones, with the current ones."""
+    """Accepted spellings, the branch's and our former ones, mapped to the current ones."""
     return {alias: entry.flag.name for entry in ENTRIES.values() for alias in entry.flag.aliases}
 
 
 def check_bounds(values: dict[str, Any]) -> None:
-    """Raise UserError for the first flag of `values`, by names with underscores, that is out of its bounds.
+    """Raise UserError for the first flag that is out of its bounds.
 
-    What was not given (None) is not checked.
+    `values` are by names with underscores; None, a flag that was not given, is not checked.
     """
     for dest, entry in ENTRIES.items():
         value, bound = values.get(dest), entry.flag.bounds

@@ -1,4 +1,4 @@
-"""How one flag of the training program is described: everything that is known about it, in one place.
+"""How a flag of the training program is described: all that is known about it, in one place.
 
 A flag is a field of one of the dataclasses in flags.py, made by `flag`. Its annotation gives the
 type, its default the default; what else there is to say stands in `Flag`. From these the parser,

@@ -1,9 +1,12 @@
-"""Flags of BigCode's Megatron-LM branch `mtf` that this program has no flag of its own for: renamed, ignored, or refused with a reason.
+"""Flags of BigCode's Megatron-LM branch `mtf` without a counterpart here: ignored, or refused.
 
-Its users bring long command lines. What changes nothing is taken with a notice, what cannot be honoured ends with a line that says what to do.
+Its users bring long command lines. Flags that change nothing are accepted with a notice; those that
+cannot be honored end in an error that says what to do instead. Renamed ones are `aliases` in
+flags.py.
 """
 
-# Say what this program always does, or set what no longer exists (value: number of words that follow).
+# Ask for what this program always does, or configure what no longer exists.
+# The value is the number of words that follow.
 ACCEPTED = {
     "--tokenizer-type": 1, "--vocab-file": 1, "--merge-file": 1, "--data-impl": 1, "--mmap-warmup": 0, "--use-flash-attn": 0,
     "--no-masked-softmax-fusion": 0, "--no-bias-gelu-fusion": 0, "--no-bias-dropout-fusion": 0, "--no-gradient-accumulation-fusion": 0,
@@ -36,15 +39,15 @@ REFUSED = {
     "--num-experts": _OTHER_MODEL,
     "--fp32-residual-connection": "residuals are in the training precision; leave it out",
     "--fp16-lm-cross-entropy": "the loss is always in fp32; leave it out",
-    "--init-method-xavier-uniform": "a random start is normal with --init-method-std; leave it out",
+    "--init-method-xavier-uniform": "random initialization is normal with --init-method-std; leave it out",
     "--start-weight-decay": "weight decay is constant; use --weight-decay",
     "--end-weight-decay": "weight decay is constant; use --weight-decay",
     "--weight-decay-incr-style": "weight decay is constant; use --weight-decay",
     "--warmup": "use --lr-warmup-fraction, a fraction and not a percentage",
     "--use-checkpoint-opt-param-scheduler": _SCHEDULER,
-    "--no-save-optim": "a checkpoint without optimizer could not be resumed; use convert/megatron_to_hf.py to keep weights alone",
+    "--no-save-optim": "a checkpoint without optimizer could not be resumed; use convert/megatron_to_hf.py to keep only the weights",
     "--distributed-timeout": "use --distributed-timeout-minutes",
-    "--dataloader-type": "rows are always read in their shuffled order, as with 'single'; leave it out",
+    "--dataloader-type": "sequences are always read in their shuffled order, as with 'single'; leave it out",
     "--sample-rate": "the branch's packed data never used it; set weights in --train-weighted-split-paths-path",
     "--fim-rate": "the branch's packed data never applied it; write fill-in-the-middle rows into the JSONL",
     "--fim-spm-rate": "the branch's packed data never applied it; write fill-in-the-middle rows into the JSONL",

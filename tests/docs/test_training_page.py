@@ -1,7 +1,10 @@
-"""The commands of docs/training.md run as printed."""
+"""docs/training.md: its commands run as printed, its table of flags is the program's."""
 
 import pytest
+from conftest import ROOT
 from doc_commands import run_page
+
+from megatron_ft.config.table import page_with_table
 
 
 @pytest.mark.slow

@@ -21,6 +21,7 @@ import json
 
 import torch
 
+from megatron_ft.config.config import ENTRIES
 from megatron_ft.config.parser import Help, Parser
 from megatron_ft.errors import UserError, run_program
 from megatron_ft.progress import Progress
@@ -148,7 +149,9 @@ def write_model(source: WeightSource, tokenizer_path, tokenizer: Tokenizer | Non
         write_configs(directory, shape, dtype, tokenizer.config_ids if tokenizer else kept)
         if tokenizer:
             write_tokenizer(directory, tokenizer_path, tokenizer, shape.max_position_embeddings)
-        write_model_card(directory, name=output.name, shape=shape, facts=facts, args=card_args(source.args))
+        shown = {name: entry.default for name, entry in ENTRIES.items() if not entry.flag.local}
+        args_of_run = card_args(source.args, shown)
+        write_model_card(directory, name=output.name, shape=shape, facts=facts, args=args_of_run)
     print(
         f"{output}: {len(source.names())} tensors, {nbytes / 1e9:.2f} GB in {len(files)} files, {facts['precision']}, {facts['embedding rows']} embedding rows"
     )

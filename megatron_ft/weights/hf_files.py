@@ -1,14 +1,14 @@
-"""What stands beside the weights in a Hugging Face directory: configurations, tokenizer files, model card."""
+"""The small files of a Hugging Face directory: configurations, tokenizer, model card."""
 
 import json
 import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from megatron_ft.config.flags import build_parser
 from megatron_ft.errors import UserError
 from megatron_ft.model.shape import ModelShape
 from megatron_ft.tokenizer import files as tokenizer_files
@@ -18,7 +18,10 @@ from megatron_ft.tokenizer.tokenizer import Tokenizer
 def write_configs(
     directory: Path, shape: ModelShape, dtype: torch.dtype, special_ids: Mapping[str, int | None]
 ) -> None:
-    """config.json and generation_config.json. `special_ids` has bos_token_id, eos_token_id, pad_token_id (None: left out)."""
+    """Write config.json and generation_config.json.
+
+    `special_ids` has bos_token_id, eos_token_id and pad_token_id; those that are None are left out.
+    """
     ids = {name: value for name, value in special_ids.items() if value is not None}
     config = {**shape.to_hf_config(), **ids, "dtype": str(dtype).removeprefix("torch.")}
     _write_json(directory / "config.json", config)
@@ -26,8 +29,11 @@ def write_configs(
 
 
 def write_tokenizer(directory: Path, source: Path, tokenizer: Tokenizer, positions: int) -> None:
-    """Copy a Hugging Face directory's tokenizer files, or a bare tokenizer.json or SentencePiece model with what transformers
-    needs to load it."""
+    """Copy the tokenizer's files, with a tokenizer_config.json so that transformers loads them.
+
+    `source` is a Hugging Face directory, whose own tokenizer_config.json is kept, or a bare
+    tokenizer.json or SentencePiece model.
+    """
     if source.is_dir():
         for file in tokenizer_files.files_of(source):
             shutil.copyfile(file, directory / file.name)
@@ -37,6 +43,7 @@ def write_tokenizer(directory: Path, source: Path, tokenizer: Tokenizer, positio
         shutil.copyfile(source, directory / "tokenizer.model")
     else:
         shutil.copyfile(source, directory / "tokenizer.json")
+    config: dict[str, Any]
     if tokenizer.kind == "sentencepiece":
         config = {"tokenizer_class": "LlamaTokenizer"}
     else:
@@ -49,9 +56,12 @@ def write_tokenizer(directory: Path, source: Path, tokenizer: Tokenizer, positio
 
 
 def write_model_card(
-    directory: Path, *, name: str, shape: ModelShape, facts: Mapping[str, object], args: Mapping
+    directory: Path, *, name: str, shape: ModelShape, facts: Mapping[str, object], args: Mapping[str, object]
 ) -> None:
-    """README.md: what the model is, how to use it, and the arguments of the run that made it."""
+    """Write README.md: what the model is, how to use it, and the arguments of its run (`card_args`).
+
+    `facts` are the rows of the table about the conversion.
+    """
     about = "\n".join(f"| {what} | {value} |" for what, value in facts.items())
     run = "\n".join(f"| `--{key.replace('_', '-')}` | {_cell(value)} |" for key, value in sorted(args.items()))
     attention = "multi-query" if shape.multi_query else "multi-head"
@@ -87,22 +97,40 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=32)[0]))
     (directory / "README.md").write_text(text, encoding="utf-8")
 
 
-# Arguments that say where on somebody's machine things lay, or which of its processes wrote the file.
-_LOCAL_ARGS = {"save", "tensorboard_dir", "data_cache_path"}
+def card_args(args: Mapping[str, Any] | None, defaults: Mapping[str, Any]) -> dict[str, str | int | float | bool]:
+    """The arguments of a run that its model card shows: flags that were not left at their defaults.
 
-
-def card_args(args: Mapping | None) -> dict:
-    """What a model card shows of a run's arguments: training flags that were not left at their defaults, paths cut to their last part."""
-    defaults = vars(build_parser().parse_args([]))
-    found = {}
+    `defaults` has the flags to show, by their names with underscores; other arguments are left out.
+    Paths are cut to their last part.
+    """
+    found: dict[str, str | int | float | bool] = {}
     for key, value in (args or {}).items():
-        if key in _LOCAL_ARGS or key not in defaults or value == defaults[key] or value is None:
+        if key not in defaults or value == defaults[key] or value is None:
             continue
         if isinstance(value, list | tuple):
-            value = " ".join(str(one) for one in value)
-        if isinstance(value, str | int | float | bool):
-            found[key] = re.sub(r"\S*/", "", value) if isinstance(value, str) else value
+            value = " ".join(map(str, value))
+        if isinstance(value, str):
+            found[key] = re.sub(r"\S*/", "", value)
+        elif isinstance(value, int | float | bool):
+            found[key] = value
     return found
+
+
+def parse_size(text: str) -> int:
+    """Bytes in "5GB", "500MB" (powers of ten, as in transformers), "2GiB" or a plain number.
+
+    Raises UserError, naming --max-shard-size.
+    """
+    units = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+    number = text.strip().rstrip("BKMGibkmgI")
+    unit = text.strip()[len(number) :].upper()
+    try:
+        size = int(float(number) * units[unit])
+    except (KeyError, ValueError, OverflowError):  # float() reads inf and nan
+        raise UserError(f"--max-shard-size {text}: not a size; give one like 5GB or 500MB") from None
+    if size < 1:
+        raise UserError(f"--max-shard-size {text}: must be positive, like 5GB")
+    return size
 
 
 def _cell(value: object) -> str:
@@ -115,17 +143,3 @@ def _text_of(tokenizer: Tokenizer, token: int) -> str:
 
 def _write_json(path: Path, content: dict) -> None:
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def parse_size(text: str) -> int:
-    """Bytes in "5GB", "500MB" (powers of ten, as transformers counts), "2GiB" or a plain number. Raises UserError."""
-    units = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-    number = text.strip().rstrip("BKMGibkmgI")
-    unit = text.strip()[len(number) :].upper()
-    try:
-        size = int(float(number) * units[unit])
-    except (KeyError, ValueError, OverflowError):  # float() reads inf and nan
-        raise UserError(f"--max-shard-size {text}: not a size; give one like 5GB or 500MB") from None
-    if size < 1:
-        raise UserError(f"--max-shard-size {text}: must be positive, like 5GB")
-    return size

@@ -206,7 +206,7 @@ class RowEncoder:
     def check_fast_encoder(self, block: Block) -> None:
         """Compare the fast encoder with the reference on the first rows of the data.
 
-        If they differ the reference is used, and `tokenizer.notice` says why.
+        If they differ, the reference is used and `tokenizer.notice` gives the reason.
         """
         self.tokenizer.encode("")
         texts: list[str] = []

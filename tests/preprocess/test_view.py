@@ -204,12 +204,12 @@ def test_stats_compare_packing_orders(stats):
     (["--tokenizer-file", "TOKENIZER", "--sequences", "a"], "--sequences a: give one number like 7"),
     (["--stats", "--seq-length", "0"], "--seq-length 0: must be at least 1"),
 ])  # fmt: skip
-def test_usage_errors_are_reported_in_one_line(data, flags, message):
+def test_usage_errors_report_one_line(data, flags, message):
     flags = [str(data[1]) if flag == "TOKENIZER" else flag for flag in flags]
     assert message in one_error_line(run_program(VIEW, data[0], *flags, ok=False))
 
 
-def test_missing_dataset_is_reported_in_one_line(tmp_path):
+def test_missing_dataset_reports_one_line(tmp_path):
     line = one_error_line(run_program(VIEW, tmp_path / "absent", "--stats", ok=False))
     assert "absent_inputs_document.idx" in line and "preprocess/tokenize.py" in line
 

@@ -1,7 +1,7 @@
-"""The GPTBigCode family: architecture numbers of the published models, and their Hugging Face configuration.
+"""The GPTBigCode family: architecture numbers of the published models, and their configurations.
 
-One table of models (`PRESETS`), one class that says what a model's shape is (`ModelShape`). Everything else asks these:
-arguments fill in what the user left out, the engine builds from it, conversion writes config.json from it.
+There is one table of models (`PRESETS`) and one class for a model's shape (`ModelShape`): the flags
+take their defaults from it, the engine builds the model from it, conversion writes config.json.
 """
 
 from dataclasses import asdict, dataclass, replace
@@ -9,10 +9,15 @@ from pathlib import Path
 
 from megatron_ft.errors import UserError
 
+_TANH_GELU = ("gelu_pytorch_tanh", "gelu_new", "gelu_fast")  # three spellings of it in transformers
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelShape:
-    """Shape of a GPTBigCode model. `vocab_size` is the tokenizer's (unpadded) number of embedding rows."""
+    """Shape of a GPTBigCode model. Raises UserError, naming the flags, when heads do not divide it.
+
+    `vocab_size` is the tokenizer's (unpadded) number of embedding rows.
+    """
 
     num_layers: int
     hidden_size: int
@@ -29,11 +34,7 @@ class ModelShape:
     def __post_init__(self) -> None:
         if not self.ffn_hidden_size:
             object.__setattr__(self, "ffn_hidden_size", 4 * self.hidden_size)
-        if self.hidden_size % self.num_attention_heads:
-            raise UserError(
-                f"--hidden-size {self.hidden_size} is not divisible by --num-attention-heads {self.num_attention_heads}; "
-                "choose a number of heads that divides it"
-            )
+        _check_heads(self.hidden_size, self.num_attention_heads, "--hidden-size", "--num-attention-heads")
 
     @property
     def kv_channels(self) -> int:
@@ -42,7 +43,7 @@ class ModelShape:
 
     @property
     def num_query_groups(self) -> int:
-        """Key/value heads: 1 with multi-query attention, else one for each query head."""
+        """Key/value heads: 1 with multi-query attention, else one per query head."""
         return 1 if self.multi_query else self.num_attention_heads
 
     @property
@@ -51,7 +52,10 @@ class ModelShape:
         return (self.num_attention_heads + 2 * self.num_query_groups) * self.kv_channels
 
     def num_parameters(self, padded_vocab_size: int | None = None) -> int:
-        """Number of parameters, with tied embeddings counted once; unpadded vocabulary unless a padded size is given."""
+        """Number of parameters, with tied embeddings counted once.
+
+        The vocabulary is unpadded unless a padded size is given.
+        """
         h, f = self.hidden_size, self.ffn_hidden_size
         layer = 4 * h + (self.qkv_rows * h + self.qkv_rows) + (h * h + h) + (f * h + f) + (h * f + h)
         return (
@@ -60,27 +64,37 @@ class ModelShape:
             + 2 * h
         )
 
-    def check_layout(self, tensor_parallel: int, pipeline_parallel: int) -> None:
-        """Raise UserError naming the flag when TP x PP does not divide this shape (Megatron-Core's own rules, said up front)."""
+    def check_layout(
+        self,
+        tensor_parallel: int,
+        pipeline_parallel: int,
+        *,
+        tensor_flag: str = "--tensor-model-parallel-size",
+        pipeline_flag: str = "--pipeline-model-parallel-size",
+    ) -> None:
+        """Raise UserError, naming the flag, when the layout does not divide this shape.
+
+        These are Megatron-Core's own rules, checked before anything is started.
+        """
         heads, tp, pp = self.num_attention_heads, tensor_parallel, pipeline_parallel
         if heads % tp:
             raise UserError(
-                f"--tensor-model-parallel-size {tp} does not divide the {heads} attention heads; "
+                f"{tensor_flag} {tp} does not divide the {heads} attention heads; "
                 f"use one of {[n for n in range(1, heads + 1) if heads % n == 0 and self.qkv_rows % n == 0]}"
             )
         if self.qkv_rows % tp or self.ffn_hidden_size % tp:
             raise UserError(
-                f"--tensor-model-parallel-size {tp} does not divide the {self.qkv_rows} query-key-value rows and "
+                f"{tensor_flag} {tp} does not divide the {self.qkv_rows} query-key-value rows and "
                 f"{self.ffn_hidden_size} feed-forward channels; choose a smaller power of two"
             )
         if self.num_layers % pp:
             raise UserError(
-                f"--pipeline-model-parallel-size {pp} does not divide the {self.num_layers} layers; "
+                f"{pipeline_flag} {pp} does not divide the {self.num_layers} layers; "
                 f"use one of {[n for n in range(1, self.num_layers + 1) if self.num_layers % n == 0]}"
             )
 
     def to_hf_config(self) -> dict:
-        """Fields of a transformers GPTBigCodeConfig for this shape (special token ids are the tokenizer's to add)."""
+        """Fields of a transformers GPTBigCodeConfig for this shape, without special token ids."""
         return {
             "architectures": ["GPTBigCodeForCausalLM"],
             "model_type": "gpt_bigcode",
@@ -106,17 +120,17 @@ class ModelShape:
 
     @classmethod
     def from_hf_config(cls, config: dict, where: str) -> "ModelShape":
-        """Shape of a GPTBigCode config.json (`where` names it in errors)."""
+        """Shape of a GPTBigCode config.json, which is at `where`.
+
+        Raises UserError, naming that file and the field, for what is missing or malformed and for
+        what Megatron's GPTBigCode cannot express.
+        """
         if config.get("model_type") != "gpt_bigcode":
             raise UserError(
                 f"{where}: model_type is {config.get('model_type')!r}, expected 'gpt_bigcode' (StarCoder, SantaCoder)"
             )
         activation = config.get("activation_function", "gelu_pytorch_tanh")
-        if activation not in (
-            "gelu_pytorch_tanh",
-            "gelu_new",
-            "gelu_fast",
-        ):  # three spellings of the tanh approximation
+        if activation not in _TANH_GELU:
             raise UserError(
                 f"{where}: activation_function is {activation!r}, expected the tanh GELU 'gelu_pytorch_tanh'"
             )
@@ -124,7 +138,7 @@ class ModelShape:
             raise UserError(f"{where}: scale_attn_weights and tie_word_embeddings must be true, as in every StarCoder")
         if config.get("embd_pdrop", 0.1) != config.get("resid_pdrop", 0.1):
             raise UserError(
-                f"{where}: embd_pdrop and resid_pdrop differ; Megatron has one hidden dropout, set both alike"
+                f"{where}: embd_pdrop and resid_pdrop differ; Megatron has one hidden dropout, give them one value"
             )
 
         def count(name: str) -> int:
@@ -137,16 +151,18 @@ class ModelShape:
         def number(name: str, default: float) -> float:
             value = config.get(name, default)
             if type(value) not in (int, float) or not 0 <= value < float("inf"):
-                raise UserError(f"{where}: {name} is {value!r}, expected a number, 0 or above")
+                raise UserError(f"{where}: {name} is {value!r}, expected a number, at least 0")
             return value
 
         multi_query = config.get("multi_query", True)
         if type(multi_query) is not bool:
             raise UserError(f"{where}: multi_query is {multi_query!r}, expected true or false")
+        hidden, heads = count("n_embd"), count("n_head")
+        _check_heads(hidden, heads, f"{where}: n_embd", "n_head")
         return cls(
             num_layers=count("n_layer"),
-            hidden_size=count("n_embd"),
-            num_attention_heads=count("n_head"),
+            hidden_size=hidden,
+            num_attention_heads=heads,
             max_position_embeddings=count("n_positions"),
             vocab_size=count("vocab_size"),
             ffn_hidden_size=0 if config.get("n_inner") is None else count("n_inner"),
@@ -159,10 +175,12 @@ class ModelShape:
 
     @classmethod
     def from_megatron_args(cls, args: dict, vocab_rows: int, where: Path | str) -> "ModelShape":
-        """Shape from the arguments a Megatron run saved. Raises UserError for what is not GPTBigCode (rotary positions, GLU, experts).
+        """Shape from the arguments that a Megatron run saved in the checkpoint `where`.
 
-        The activation is always StarCoder's tanh GELU: checkpoint tools set `bias_gelu_fusion=False` on merging, which in
-        Megatron means another GELU, but the weights were not trained with that one.
+        Raises UserError for what is not GPTBigCode (a gated activation, experts) or is missing.
+
+        The activation is always StarCoder's tanh GELU. On merging, checkpoint tools set
+        `bias_gelu_fusion=False`, which is the exact GELU in Megatron, but the weights were trained with tanh.
         """
         for name, allowed, what in (
             ("glu_activation", (None,), "a gated activation"),
@@ -176,7 +194,8 @@ class ModelShape:
                     f"{where}: trained with {what} ({name}={args[name]!r}); expected a GPTBigCode (StarCoder)"
                 )
         try:
-            heads = args["num_attention_heads"]
+            hidden, heads = args["hidden_size"], args["num_attention_heads"]
+            _check_heads(hidden, heads, f"{where}: hidden_size", "num_attention_heads")
             if "attention_head_type" in args:
                 multi_query = args["attention_head_type"] == "multiquery"
             else:
@@ -184,11 +203,12 @@ class ModelShape:
                 multi_query = groups == 1
                 if groups not in (1, heads):
                     raise UserError(
-                        f"{where}: {groups} key/value heads for {heads} heads; GPTBigCode has one, or one a head"
+                        f"{where}: {groups} key/value heads for {heads} query heads; "
+                        "expected a GPTBigCode (StarCoder), which has one, or one per query head"
                     )
             return cls(
                 num_layers=args["num_layers"],
-                hidden_size=args["hidden_size"],
+                hidden_size=hidden,
                 num_attention_heads=heads,
                 max_position_embeddings=args["max_position_embeddings"],
                 vocab_size=vocab_rows,
@@ -200,10 +220,10 @@ class ModelShape:
                 attention_dropout=args.get("attention_dropout", 0.1),
             )
         except KeyError as error:
-            raise UserError(f"{where}: its arguments lack {error}; expected those of a Megatron GPT run") from None
+            raise UserError(f"{where}: its arguments lack {error}, expected those of a Megatron GPT run") from None
 
     def as_dict(self) -> dict:
-        """Plain fields, for manifests; `ModelShape(**d)` is the way back."""
+        """Plain fields, for manifests; `ModelShape(**fields)` is the inverse."""
         return asdict(self)
 
     def with_vocab(self, vocab_size: int) -> "ModelShape":
@@ -211,14 +231,23 @@ class ModelShape:
         return replace(self, vocab_size=vocab_size)
 
 
+def _check_heads(hidden_size: int, heads: int, hidden_name: str, heads_name: str) -> None:
+    if hidden_size % heads:
+        raise UserError(
+            f"{hidden_name} {hidden_size} is not divisible by {heads_name} {heads}; "
+            "choose a number of heads that divides it"
+        )
+
+
 def padded_vocab_size(vocab_size: int, make_divisible_by: int, tensor_parallel: int) -> int:
-    """Embedding rows after padding, a multiple of `make_divisible_by` x `tensor_parallel` as Megatron pads."""
+    """Embedding rows after padding to a multiple of `make_divisible_by` x `tensor_parallel`."""
     multiple = make_divisible_by * tensor_parallel
     return -(-vocab_size // multiple) * multiple
 
 
-# Published architecture numbers: the models' Hugging Face configurations and BigCode's pre-training scripts
-# (initializer_range). `tiny` is ours, for demonstrations and tests on a CPU; its tokenizer sets the vocabulary.
+# Published architecture numbers: the models' Hugging Face configurations and BigCode's pre-training
+# scripts (initializer_range). `tiny` is ours, for demonstrations and tests on a CPU; its tokenizer
+# sets the vocabulary.
 PRESETS = {
     "starcoderbase": ModelShape(
         num_layers=40, hidden_size=6144, num_attention_heads=48, max_position_embeddings=8192, init_method_std=0.01275

@@ -105,7 +105,6 @@ def check_layout(shape: ModelShape, tensor_parallel: int, pipeline_parallel: int
     ):
         if value < 1:
             raise UserError(f"{flag} {value}: must be at least 1")
-    try:
-        shape.check_layout(tensor_parallel, pipeline_parallel)
-    except UserError as error:
-        raise UserError(str(error).replace("-model-parallel-size", "-parallel")) from None
+    shape.check_layout(
+        tensor_parallel, pipeline_parallel, tensor_flag="--tensor-parallel", pipeline_flag="--pipeline-parallel"
+    )

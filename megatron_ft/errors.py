@@ -1,4 +1,5 @@
-"""What a user can do wrong ends in one clear line: the error, how programs print it, and the exit statuses launchers know."""
+"""User errors end in one clear line: the exception, how programs print it, and the exit statuses
+that launchers know."""
 
 import signal
 import sys
@@ -6,24 +7,26 @@ from collections.abc import Callable
 
 EXIT_DONE = 0
 EXIT_USER_ERROR = 2
-EXIT_RESUME = (
-    75  # sysexits' EX_TEMPFAIL: stopped by a signal or a time limit after saving; start the same command again
-)
+# EX_TEMPFAIL of sysexits.h: saved and stopped by a signal or a time limit; run the command again
+EXIT_RESUME = 75
 
 
 class UserError(ValueError):
-    """A mistake a user can mend. The message is one line: what was found, where, what was expected, what to type."""
+    """An error that the user can fix. The message is one line: what was found, where, what was
+    expected, what to type."""
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM, where nothing else handles it: leaves every block as Ctrl-C does."""
+    """SIGTERM without another handler; unwinds the stack as Ctrl-C does."""
 
 
 def run_program(main: Callable[[], int | None]) -> None:
-    """Run a program's `main` and exit with its status; a UserError becomes one line on stderr and status 2.
+    """Run a program's `main` and exit with its status; a UserError becomes one line on stderr and
+    status 2.
 
-    A broken pipe (`| head`), Ctrl-C and SIGTERM (a scheduler's time limit) end quietly with the shell's usual statuses, and what was half
-    written is removed; anything else is a bug and keeps its traceback. `main` may set handlers of its own.
+    A broken pipe (`| head`), Ctrl-C and SIGTERM (a scheduler's time limit) exit without traceback,
+    with the shell's usual statuses, after partial outputs are removed. Any other exception is a bug
+    and keeps its traceback. `main` may set its own signal handlers.
     """
     if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
         signal.signal(signal.SIGTERM, _terminate)

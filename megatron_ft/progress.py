@@ -9,15 +9,15 @@ LOG_SECONDS = 30
 
 
 class Progress:
-    """Counts towards `total` (None where it is not known); `update(n)` as work is done. Use as a context manager.
+    """Counts up to `total` (None if unknown) by `update(n)`. Use as a context manager.
 
-    `unit` is what is counted: "B" is shown in KB, MB, ...; `task` is a word or two in front.
+    `task` is a short label. `unit` is what is counted; "B" is shown as KB, MB, and so on.
     """
 
     def __init__(self, task: str, total: int | None, unit: str = "rows"):
         self.task, self.total, self.unit = task, total, unit
         self.done, self.note, self.start = 0, "", time.monotonic()
-        self._told = self.start
+        self._last_logged = self.start
         self._bar = (
             tqdm(desc=task, total=total, unit=unit, unit_scale=True, dynamic_ncols=True)
             if sys.stderr.isatty()
@@ -25,23 +25,23 @@ class Progress:
         )
 
     def update(self, amount: int, note: str = "") -> None:
-        """`amount` more is done; `note` stands at the end of the line."""
+        """Add `amount` to the count; `note` is shown at the end of the line until the next one."""
         self.done += amount
         self.note = note or self.note
         if self._bar is not None:
             self._bar.set_postfix_str(self.note, refresh=False)
             self._bar.update(amount)
-        elif time.monotonic() - self._told >= LOG_SECONDS:
-            self._told = time.monotonic()
+        elif time.monotonic() - self._last_logged >= LOG_SECONDS:
+            self._last_logged = time.monotonic()
             print(self.line(), file=sys.stderr, flush=True)
 
     @property
     def seconds(self) -> float:
-        """Time since the start."""
+        """Seconds since the start, above 0."""
         return max(time.monotonic() - self.start, 1e-9)
 
     def line(self) -> str:
-        """One line for a log: how much of how much, rate, time left."""
+        """One line for a log: count, total, rate, time spent and time left."""
         seconds = self.seconds
         of = f"/{_scaled(self.total)}" if self.total else ""
         left = (

@@ -1,12 +1,13 @@
-"""Megatron's MMIDIDX token files: a `.bin` with every sequence's tokens and an `.idx` that says where each begins.
+"""Megatron's MMIDIDX token files: a `.bin` with the tokens of all sequences, an `.idx` of offsets.
 
-Byte for byte what Megatron-LM's `indexed_dataset` writes with the mmap implementation, and readable by it and by Megatron-Core's
-`IndexedDataset`. All little-endian; the `.idx` holds: 9 bytes `MMIDIDX\\0\\0`; uint64 version 1; uint8 dtype code; uint64 number of
-sequences n; uint64 number of document bounds; int32 sizes[n] in tokens; int64 pointers[n] in bytes; int64 document bounds.
-We write one sequence a document, so the bounds are 0..n.
+Byte for byte the format of Megatron-LM's `indexed_dataset` with the mmap implementation, which both
+it and Megatron-Core's `IndexedDataset` read. The `.idx`, all little-endian: 9 bytes
+`MMIDIDX\\0\\0`; uint64 version 1; uint8 dtype code; uint64 number of sequences n; uint64 number of
+document bounds; int32 sizes[n] in tokens; int64 pointers[n] in bytes; int64 document bounds. We
+write one sequence per document, so the bounds are 0..n.
 
-A data set is a pair of such files, one for each field (`field_paths`). Writers work under temporary names; `commit` makes all of
-them appear together, so a run that was killed leaves nothing that looks whole. `made_from.py` says what a data set was made from.
+A dataset is two such pairs, one per field (`field_paths`). Writers use temporary names, and
+`commit` makes all files appear together, so a killed run leaves nothing that looks complete.
 """
 
 import mmap
@@ -28,8 +29,8 @@ from megatron_ft.files.output import open_locked
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
 HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, document bounds
-# Integer dtypes of Megatron's table (megatron/data/indexed_dataset.py); its codes 6 and 7 are floats, which are no tokens.
-DTYPES = {
+# Integer dtypes of Megatron's table (megatron/data/indexed_dataset.py); codes 6 and 7 are floats.
+DTYPES: dict[int, np.dtype] = {
     1: np.dtype(np.uint8),
     2: np.dtype(np.int8),
     3: np.dtype("<i2"),
@@ -41,27 +42,36 @@ CODES = {dtype: code for code, dtype in DTYPES.items()}
 _FILES_OF_A_PREFIX = re.compile(
     r"(_(inputs|targets)_document(\.(bin|idx))?|_rejected\.jsonl|_made_from\.json|_packing/?)$"
 )
-CHUNK = 1 << 20  # sequences whose pointers are computed at a time when an .idx is written
+CHUNK = 1 << 20  # sequences per step of writing an .idx, to bound memory
 
 
 def field_paths(prefix: str | Path) -> tuple[str, str]:
-    """Paths, without suffix, of a data set's two fields: inputs and targets."""
+    """Paths, without suffix, of a dataset's two fields, inputs and targets.
+
+    >>> field_paths("data/train")
+    ('data/train_inputs_document', 'data/train_targets_document')
+    """
     return f"{prefix}_inputs_document", f"{prefix}_targets_document"
 
 
 def prefix_of(path: str) -> str:
-    """The prefix of the data set that a file belongs to, as a shell's PREFIX* gives them; any other text is a prefix itself.
+    """The prefix of the dataset that a file belongs to, so that a shell's PREFIX* can be given; any
+    other text is returned as is.
 
     >>> prefix_of("data/part-1_inputs_document.bin")
+    'data/part-1'
+    >>> prefix_of("data/part-1")
     'data/part-1'
     """
     return _FILES_OF_A_PREFIX.sub("", path)
 
 
 class IndexedReader:
-    """Sequences of one `.bin/.idx` pair, memory-mapped. `reader[i]` is an np.ndarray [tokens] of `reader.dtype`, a view of the file.
+    """Sequences of one `.bin/.idx` pair, memory-mapped. `reader[i]` is an array [tokens] of
+    `reader.dtype`, a view of the file.
 
-    Raises UserError where a file is missing, of another format, or its length is not what the index says.
+    Raises UserError if a file is missing, has another format, or its length does not match the
+    index.
     """
 
     def __init__(self, path: str | Path):
@@ -76,29 +86,34 @@ class IndexedReader:
             )
         expected = HEADER.size + 12 * self._count + 8 * bounds
         if len(index) != expected:
-            raise UserError(f"{self.path}.idx: {len(index)} bytes, its header says {expected}; make the file again")
+            raise UserError(
+                f"{self.path}.idx: {len(index)} bytes, expected {expected} from its header; make the file again"
+            )
         self.dtype = DTYPES[code]
         self._index = index
         self._pointers = np.frombuffer(index, "<i8", self._count, HEADER.size + 4 * self._count)
         data = _map(self.path + ".bin")
         expected = int(self._pointers[-1]) + int(self.sizes[-1]) * self.dtype.itemsize if self._count else 0
         if len(data) != expected:
-            raise UserError(f"{self.path}.bin: {len(data)} bytes, its index says {expected}; make the file again")
+            raise UserError(
+                f"{self.path}.bin: {len(data)} bytes, expected {expected} from its index; make the file again"
+            )
         self._tokens = np.frombuffer(data, self.dtype)
 
     @cached_property
     def sizes(self) -> np.ndarray:
-        """int32 [n], tokens of each sequence (a copy in memory: in the file they are not aligned)."""
+        """int32 [n], tokens of each sequence; a copy, because the file's are not aligned."""
         return np.frombuffer(self._index, "<i4", self._count, HEADER.size).astype(np.int32)
 
     @cached_property
     def document_bounds(self) -> np.ndarray:
-        """int64 [documents + 1], the sequence each document begins at; 0..n where every document is one sequence."""
+        """int64 [documents + 1], the first sequence of each document; 0..n if each document is one
+        sequence."""
         return np.frombuffer(self._index, "<i8", offset=HEADER.size + 12 * self._count).astype(np.int64)
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of the whole file."""
+        """Tokens of the file."""
         return len(self._tokens)
 
     def __len__(self) -> int:
@@ -112,7 +127,7 @@ class IndexedReader:
 
 
 def _map(path: str) -> mmap.mmap | bytes:
-    """The file's bytes, memory-mapped read-only; an empty file cannot be mapped and is b''."""
+    """The file's bytes, memory-mapped read-only; b'' for an empty file, which cannot be mapped."""
     try:
         with open(path, "rb") as file:
             if os.fstat(file.fileno()).st_size == 0:
@@ -120,15 +135,15 @@ def _map(path: str) -> mmap.mmap | bytes:
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except OSError as error:
         raise UserError(
-            f"{path}: {error.strerror or error}; a tokenized data set is made with preprocess/tokenize.py"
+            f"{path}: {error.strerror or error}; make a tokenized dataset with preprocess/tokenize.py"
         ) from error
 
 
 class IndexedWriter:
-    """Writes one `.bin/.idx` pair sequence by sequence, in memory that does not grow with their number.
+    """Writes one `.bin/.idx` pair sequence by sequence, in constant memory.
 
-    Everything goes to `<path>.bin.partial` and friends until `commit([writer, ...])`. Leaving a `with` block without a
-    commit removes them.
+    Everything goes to `<path>.bin.partial` and the like until `commit([writer, ...])`. Leaving the
+    `with` block without a commit removes these files.
     """
 
     def __init__(self, path: str | Path, dtype: np.dtype):
@@ -139,25 +154,28 @@ class IndexedWriter:
         self._sizes = open(self.path + ".sizes.partial", "w+b", buffering=1 << 16)
 
     def add(self, tokens: Sequence[int] | np.ndarray) -> None:
-        """Append one sequence of token ids; OverflowError where an id does not fit the dtype."""
+        """Append one sequence of token ids; OverflowError if an id does not fit the dtype."""
         self.add_many(np.array(tokens, self.dtype).tobytes(), [len(tokens)])
 
-    def add_many(self, data: bytes, sizes: Sequence[int]) -> None:
-        """Append sequences of `sizes` tokens whose ids lie one after another in `data`, in the file's dtype."""
-        sizes = np.asarray(sizes, "<i4")
-        tokens = int(sizes.sum(dtype=np.int64))
+    def add_many(self, data: bytes, sizes: Sequence[int] | np.ndarray) -> None:
+        """Append sequences of `sizes` tokens. `data` is their concatenated ids, in the file's
+        dtype."""
+        lengths = np.asarray(sizes, "<i4")
+        tokens = int(lengths.sum(dtype=np.int64))
         if len(data) != tokens * self.dtype.itemsize:
             raise ValueError(f"{len(data)} bytes for {tokens} tokens of {self.dtype}")
         self._bin.write(data)
-        self._sizes.write(sizes.tobytes())
-        self.num_sequences += len(sizes)
+        self._sizes.write(lengths.tobytes())
+        self.num_sequences += len(lengths)
         self.num_tokens += tokens
 
     def add_file(self, path: str | Path) -> None:
         """Append every sequence of another pair of the same dtype."""
         other = IndexedReader(path)
         if other.dtype != self.dtype:
-            raise UserError(f"{path}.idx: tokens are {other.dtype}, expected {self.dtype}; tokenize all parts alike")
+            raise UserError(
+                f"{path}.idx: tokens are {other.dtype}, expected {self.dtype}; tokenize all parts with the same tokenizer"
+            )
         self._bin.flush()
         with open(f"{path}.bin", "rb") as file:
             shutil.copyfileobj(file, self._bin, 1 << 20)
@@ -166,7 +184,7 @@ class IndexedWriter:
         self.num_tokens += other.num_tokens
 
     def finish(self) -> None:
-        """Write the index beside the tokens, both on disk and still under temporary names, and still locked."""
+        """Write the index and sync both files to disk, still locked and under temporary names."""
         sync_file(self._bin)
         index = open(self.path + ".idx.partial", "wb", buffering=1 << 20)
         n, start = self.num_sequences, 0
@@ -186,13 +204,13 @@ class IndexedWriter:
         os.unlink(self.path + ".sizes.partial")
 
     def discard(self) -> None:
-        """Remove the temporary files that are there, and let others write; nothing after a commit."""
+        """Remove the temporary files and release the lock; no effect after a commit."""
         if self._bin.closed:
             return
         for suffix in (".bin.partial", ".sizes.partial", ".idx.partial"):
             Path(self.path + suffix).unlink(missing_ok=True)
         for file in (self._sizes, self._bin):
-            with suppress(OSError):  # a full disk fails again when buffers are flushed; the file is gone anyway
+            with suppress(OSError):  # a full disk fails again while flushing; the file is gone anyway
                 file.close()
 
     def __enter__(self) -> "IndexedWriter":
@@ -203,8 +221,11 @@ class IndexedWriter:
 
 
 def commit(writers: Iterable[IndexedWriter]) -> None:
-    """Finish all writers and give their files the final names. Old indices go first and new ones come last:
-    killed at any point, no index stands beside tokens that are not its own."""
+    """Finish all writers and give their files the final names.
+
+    Old indices are removed first and new ones appear last: killed at any point, no index is left
+    next to tokens of another dataset.
+    """
     writers = list(writers)
     for writer in writers:
         writer.finish()
@@ -214,4 +235,4 @@ def commit(writers: Iterable[IndexedWriter]) -> None:
         for writer in writers:
             os.replace(writer.path + suffix + ".partial", writer.path + suffix)
     for writer in writers:
-        writer._bin.close()  # and with it the lock
+        writer._bin.close()  # releases the lock

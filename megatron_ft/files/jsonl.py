@@ -1,8 +1,13 @@
-"""JSONL as it comes: plain, gzip or zstd, one file, many, a directory or standard input, read in blocks of whole lines.
+"""Reading JSONL: plain, gzip or zstd; files, directories or standard input; in blocks of complete
+lines.
 
-`open_sources(paths, outputs)` finds the files, and sees that no output is one of them, `read_blocks(sources, shard)` gives their lines in order, `parse_row` takes one line apart.
-Every defect of a line is a `BadRow` with its reason. A shard is a range of bytes: a line belongs to the shard its first byte lies
-in (a compressed file, which cannot be entered in the middle, to the shard its own first byte lies in), so nothing before a shard is read.
+`open_sources(paths, outputs)` finds the files and checks that no output is one of them.
+`read_blocks(sources, shard)` yields their lines in order. `parse_row` extracts the texts of a line.
+Every defect of a line is a `BadRow` with its reason.
+
+A shard is a range of bytes. A line belongs to the shard of its first byte, so nothing before a
+shard is read. A compressed file can only be read from its start; it belongs to the shard of its
+first byte.
 """
 
 import codecs
@@ -18,6 +23,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import BinaryIO
 
 import zstandard
 
@@ -27,21 +33,23 @@ SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zst
 BLOCK_BYTES = 1 << 20
 MAX_LINE_BYTES = 64 << 20
 STDIN = Path("-")
-# How files end that tokenize.py writes: rejected rows, and what a data set was made from.
+# Suffixes of files that preprocess/tokenize.py writes: rejected rows, and a dataset's provenance.
 NOT_INPUT = (*(f"_rejected{suffix}" for suffix in SUFFIXES), "_made_from.json")
-# First bytes of compressed files, whatever their names; the last is a skippable frame, which pzstd begins with.
+# First bytes of compressed files, whatever their names. The last is a skippable frame (pzstd).
 MAGIC = ((rb"\x1f\x8b", "gzip"), (rb"\x28\xb5\x2f\xfd", "zstd"), (rb"[\x50-\x5f]\x2a\x4d\x18", "zstd"))
+Stream = io.BufferedIOBase | BinaryIO
 UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 SHOWN_KEYS = 8
 
 
 class BadRow(ValueError):
-    """A line that is no row; the message is the reason, the same for all lines of its kind."""
+    """A line that is not a valid row; the message is the reason, equal for all such lines."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """One input file: its path, its size in bytes (0 for standard input), its compression ("gzip", "zstd" or "")."""
+    """One input file. `size` is in bytes, 0 for standard input; `compression` is "gzip", "zstd"
+    or ""."""
 
     path: Path
     size: int
@@ -49,44 +57,45 @@ class Source:
 
     @property
     def name(self) -> str:
-        """How messages name it."""
+        """Its name in messages."""
         return "standard input" if self.path == STDIN else str(self.path)
 
 
 @dataclass(frozen=True)
 class Block:
-    """Whole lines of one source, without their newlines. A line over MAX_LINE_BYTES is represented by None."""
+    """Complete lines of one source, without newlines; None for a line over MAX_LINE_BYTES."""
 
     source: Source
     lines: list[bytes | None]
-    first_line: int  # number, from 1, of lines[0] counted from `first_byte` of the source on
-    first_byte: int  # where reading the source began
-    consumed: int  # bytes of the file read for this block (compressed bytes where it is compressed)
+    first_line: int  # number of lines[0], from 1, counted from `first_byte`
+    first_byte: int  # the offset at which reading the source started
+    consumed: int  # bytes of the file read for this block, before decompression
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the lines."""
+        """Total size of the lines, without newlines."""
         return sum(len(line) for line in self.lines if line)
 
     def rows(self) -> Iterator[tuple[int, bytes | None]]:
-        """Lines with their places in `lines`, blank ones left out."""
+        """Indices and lines, without blank lines."""
         return ((i, line) for i, line in enumerate(self.lines) if line is None or (line and not line.isspace()))
 
     def line_number(self, i: int) -> int:
-        """Number, from 1, of lines[i] in its file. In a shard, the lines before its start are counted, once."""
+        """Number of lines[i] in its file, from 1; in a shard, the lines before it are counted."""
         before = _count_lines(self.source.path, self.first_byte) if self.first_byte else 0
         return before + self.first_line + i
 
     def error(self, i: int, reason: BadRow, remedy: str) -> UserError:
-        """What to say where lines[i] stops the program."""
+        """The error for a program that stops at lines[i]."""
         return UserError(f"{self.source.name}, line {self.line_number(i)}: {reason}; {remedy}")
 
 
 def open_sources(paths: Iterable[str | Path], outputs: Sequence[str | Path] = ()) -> list[Source]:
-    """The files behind `paths` in order; a directory stands for its JSONL files by name. UserError for what is missing or empty.
+    """The files of `paths` in order; a directory stands for its JSONL files, sorted by name.
 
-    `outputs` are the files that the program will write: an input that is named and is one of them is a UserError. In a directory they are
-    left out, and so is what tokenize.py writes; one line on stderr says what is read.
+    `outputs` are the files that the program will write. In a directory they are left out, like the
+    files written by tokenize.py, and one line on stderr lists what is read. Raises UserError if an
+    input is missing, empty, or both named and an output.
     """
     sources = []
     written = {os.path.realpath(output) for output in outputs if str(output) != "-"}
@@ -96,26 +105,26 @@ def open_sources(paths: Iterable[str | Path], outputs: Sequence[str | Path] = ()
         elif path.is_dir():
             sources += map(_source, _inside(path, written))
         elif os.path.realpath(path) in written:
-            raise UserError(f"{path}: is input and output at once, and would be lost; give the output another name")
+            raise UserError(f"{path}: is both input and output and would be overwritten; give the output another name")
         else:
             sources.append(_source(path))
     if not sources:
         raise UserError("no input: give one or more JSONL files, a directory, or - for standard input")
     if sum(source.path == STDIN for source in sources) > 1:
-        raise UserError("standard input (-) can be read once only; name it once")
+        raise UserError("standard input (-) can be read only once; give it once")
     if all(source.size == 0 and source.path != STDIN for source in sources):
-        raise UserError(f"{sources[0].name}: empty; expected one JSON object a line")
+        raise UserError(f"{sources[0].name}: empty; expected one JSON object per line")
     return sources
 
 
 def _inside(directory: Path, written: set[str]) -> list[Path]:
-    """The JSONL files of a directory that are input."""
+    """The JSONL files of a directory, except outputs of programs."""
     found = sorted(file for file in directory.iterdir() if file.name.endswith(SUFFIXES) and file.is_file())
     inside = [file for file in found if os.path.realpath(file) not in written and not file.name.endswith(NOT_INPUT)]
     if not inside:
-        others = f" but {found[0].name}, which is no input" if found else ""
+        others = f" but {found[0].name}, which is not an input" if found else ""
         raise UserError(
-            f"{directory}: no JSONL file in this directory{others}; expected names that end in {', '.join(SUFFIXES)}"
+            f"{directory}: no JSONL file in this directory{others}; expected names ending in {', '.join(SUFFIXES)}"
         )
     left_out = [file.name for file in found if file not in inside]
     print(
@@ -130,7 +139,7 @@ def _source(path: Path) -> Source:
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):
-            raise UserError(f"{path}: not a regular file; pipe it to standard input, and give - as the input")
+            raise UserError(f"{path}: not a regular file; pipe it to standard input and give - as the input")
         with open(path, "rb") as file:
             start = file.read(4)
     except OSError as error:
@@ -139,24 +148,29 @@ def _source(path: Path) -> Source:
 
 
 def parse_shard(text: str) -> tuple[int, int]:
-    """'I/N' as (I, N) with 1 <= I <= N; UserError otherwise."""
+    """'I/N' as (I, N) with 1 <= I <= N; UserError otherwise.
+
+    >>> parse_shard("3/8")
+    (3, 8)
+    """
     index, slash, count = text.partition("/")
     if not (slash and index.isdecimal() and count.isdecimal() and 1 <= int(index) <= int(count)):
-        raise UserError(f"--shard {text}: expected I/N with I from 1 to N, like 1/8 for the first of eight")
+        raise UserError(f"--shard {text}: expected I/N with I from 1 to N, for example 1/8 for the first of eight")
     return int(index), int(count)
 
 
 def read_blocks(sources: Sequence[Source], shard: tuple[int, int] = (1, 1)) -> Iterator[Block]:
-    """Lines of all sources in order, in blocks of some BLOCK_BYTES; of shard (I, N) only, counted in bytes over all sources.
+    """The lines of shard (I, N) in order, in blocks of about BLOCK_BYTES. Shards divide the bytes
+    of all sources.
 
-    Raises UserError where a file cannot be read or decompressed.
+    Raises UserError if a file cannot be read or decompressed.
     """
     index, count = shard
     if count > 1 and any(source.path == STDIN for source in sources):
         raise UserError("--shard cannot divide standard input; give files")
     total = sum(source.size for source in sources)
     low, high = total * (index - 1) // count, total * index // count
-    offset = 0  # of the source in all bytes
+    offset = 0  # of the source within all sources
     for source in sources:
         start, stop = max(0, low - offset), min(source.size, high - offset)
         offset += source.size
@@ -176,23 +190,24 @@ def read_blocks(sources: Sequence[Source], shard: tuple[int, int] = (1, 1)) -> I
 
 
 def shard_bytes(sources: Sequence[Source], shard: tuple[int, int] = (1, 1)) -> int | None:
-    """Bytes of files that `read_blocks` will read, for progress; None with standard input."""
+    """Bytes of files that `read_blocks` will read; None with standard input."""
     if any(source.path == STDIN for source in sources):
         return None
     return sum(source.size for source in sources) // shard[1]
 
 
-def _decompressed(raw: io.BufferedReader, compression: str):
+def _decompressed(raw: io.BufferedReader, compression: str) -> io.BufferedIOBase:
     return gzip.GzipFile(fileobj=raw) if compression == "gzip" else io.BufferedReader(_ZstdFile(raw), BLOCK_BYTES)
 
 
 class _ZstdFile(io.RawIOBase):
-    """Reads a .zst file of one or more frames; EOFError where the last is cut off, which zstandard's own reader passes over."""
+    """Reads a .zst file of one or more frames; EOFError if the last is truncated, which zstandard's
+    own reader ignores."""
 
     def __init__(self, raw: io.BufferedReader):
         self._raw, self._ready = raw, b""
         self._frame = zstandard.ZstdDecompressor().decompressobj()
-        self._begun = False  # the frame has had input
+        self._begun = False  # whether the frame has had input
 
     def readable(self) -> bool:
         return True
@@ -214,12 +229,12 @@ class _ZstdFile(io.RawIOBase):
         return amount
 
 
-def _blocks_of_stream(source: Source, stream, raw) -> Iterator[Block]:
-    """Blocks of a stream from its start; `raw` tells how far the compressed file was read."""
+def _blocks_of_stream(source: Source, stream: Stream, raw: io.BufferedReader | None) -> Iterator[Block]:
+    """Blocks of a stream from its start; `raw` is the compressed file below it, if any."""
     line, before = 1, 0
-    for lines, consumed in _whole_lines(stream, None):
+    for lines, consumed in _complete_lines(stream, None):
         if line == 1:
-            _strip_mark(lines)
+            _strip_byte_order_mark(lines)
         if raw is not None:
             before, consumed = raw.tell(), raw.tell() - before
         yield Block(source, lines, line, 0, consumed)
@@ -227,30 +242,31 @@ def _blocks_of_stream(source: Source, stream, raw) -> Iterator[Block]:
 
 
 def _blocks_of_range(source: Source, start: int, stop: int) -> Iterator[Block]:
-    """Blocks of the lines whose first byte lies in [start, stop) of a plain file."""
+    """Blocks of the lines of an uncompressed file whose first byte is in [start, stop)."""
     with open(source.path, "rb") as file:
-        if start:  # the line that the byte before belongs to is another shard's
+        if start:  # the line of the byte before belongs to another shard
             file.seek(start - 1)
             while (rest := file.readline(BLOCK_BYTES)) and not rest.endswith(b"\n"):
                 pass
         first_byte, line = file.tell(), 1
         if first_byte >= stop:
             return
-        for lines, consumed in _whole_lines(file, stop - first_byte):
+        for lines, consumed in _complete_lines(file, stop - first_byte):
             if first_byte == 0 and line == 1:
-                _strip_mark(lines)
+                _strip_byte_order_mark(lines)
             yield Block(source, lines, line, first_byte, consumed)
             line += len(lines)
 
 
-def _strip_mark(lines: list[bytes | None]) -> None:
-    """Take the byte order mark, which some editors write, off a file's first line."""
+def _strip_byte_order_mark(lines: list[bytes | None]) -> None:
+    """Remove the byte order mark, which some editors write, from a file's first line."""
     if lines[0] is not None:
         lines[0] = lines[0].removeprefix(codecs.BOM_UTF8)
 
 
-def _whole_lines(stream, limit: int | None) -> Iterator[tuple[list[bytes | None], int]]:
-    """Lists of whole lines and the bytes they took; with `limit`, only lines that begin before that many bytes."""
+def _complete_lines(stream: Stream, limit: int | None) -> Iterator[tuple[list[bytes | None], int]]:
+    """Lists of lines and their size in the stream; with `limit`, only lines that begin before that
+    many bytes."""
     lines: list[bytes | None] = []
     position = size = 0
     while limit is None or position < limit:
@@ -259,8 +275,8 @@ def _whole_lines(stream, limit: int | None) -> Iterator[tuple[list[bytes | None]
             break
         position += len(line)
         size += len(line)
-        body = line.removesuffix(b"\n")
-        if len(body) > MAX_LINE_BYTES:
+        body: bytes | None = line.removesuffix(b"\n")
+        if len(line) - line.endswith(b"\n") > MAX_LINE_BYTES:
             while not line.endswith(b"\n") and (line := stream.readline(BLOCK_BYTES)):
                 position += len(line)
                 size += len(line)
@@ -273,7 +289,7 @@ def _whole_lines(stream, limit: int | None) -> Iterator[tuple[list[bytes | None]
         yield lines, size
 
 
-@lru_cache(maxsize=8)  # every bad row of a shard asks for its start
+@lru_cache(maxsize=8)  # called again for every bad row of a shard
 def _count_lines(path: Path, stop: int) -> int:
     """Newlines in the first `stop` bytes of a file."""
     count = 0
@@ -285,7 +301,7 @@ def _count_lines(path: Path, stop: int) -> int:
 
 
 def parse_object(line: bytes | None) -> dict:
-    """One line as a JSON object; BadRow with the reason where it is none."""
+    """One line as a JSON object; BadRow with the reason if it is not one."""
     if line is None:
         raise BadRow(f"longer than {MAX_LINE_BYTES >> 20} MiB")
     try:
@@ -293,7 +309,7 @@ def parse_object(line: bytes | None) -> dict:
     except (ValueError, RecursionError) as error:
         raise BadRow(_why_not_json(line, error)) from None
     if isinstance(row, list):
-        raise BadRow("a JSON array, not an object; jq -c '.[]' writes one object a line")
+        raise BadRow("a JSON array, not an object; jq -c '.[]' writes one object per line")
     if not isinstance(row, dict):
         raise BadRow("not a JSON object")
     return row
@@ -306,14 +322,19 @@ def _why_not_json(line: bytes, error: Exception) -> str:
         return "invalid UTF-8"
     if line.strip() in (b"[", b"{", b"[{"):
         objects = "." if line.strip() == b"{" else "'.[]'"
-        return f"JSON over several lines; jq -c {objects} writes one object a line"
+        return f"JSON over several lines; jq -c {objects} writes one object per line"
     return "not JSON" if line.strip() else "empty line"
 
 
 def parse_row(line: bytes | None, keys: Sequence[Sequence[str]]) -> list[str]:
-    """The texts of one line, one for each entry of `keys`, which lists the names a field may have, the first found taken.
+    """The texts of one line, one per entry of `keys`. An entry lists the names that a field may
+    have; the first one found is used.
 
-    BadRow where the line is no object, a key is missing, or a value is not a string, is empty, or holds a lone surrogate.
+    BadRow if the line is not an object, a key is missing, or a value is not a string, is empty, or
+    contains a lone surrogate.
+
+    >>> parse_row(b'{"inputs": "1 + 1", "targets": "2"}', [["inputs"], ["outputs", "targets"]])
+    ['1 + 1', '2']
     """
     row = parse_object(line)
     texts = []
@@ -332,14 +353,15 @@ def parse_row(line: bytes | None, keys: Sequence[Sequence[str]]) -> list[str]:
 
 
 def keys_of(row: dict) -> str:
-    """The keys that a row has, for messages."""
+    """The keys of a row, for messages."""
     shown = ", ".join(repr(key[:40]) for key in list(row)[:SHOWN_KEYS])
     return f"the row has {shown or 'no keys'}" + (", ..." if len(row) > SHOWN_KEYS else "")
 
 
-def check_surrogates(text: str, line: bytes) -> None:
-    """BadRow where `text`, parsed from `line`, holds half a surrogate pair, which only an escape (\\ud83d) can make."""
-    if b"\\u" in line:
+def check_surrogates(text: str, line: bytes | None) -> None:
+    """BadRow if `text`, parsed from `line`, contains half a surrogate pair, which only an escape
+    like \\ud83d can produce."""
+    if line and b"\\u" in line:
         try:
             text.encode("utf-8")
         except UnicodeEncodeError:

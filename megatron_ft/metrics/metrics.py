@@ -33,7 +33,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from megatron_ft.config.config import Config
-from megatron_ft.files.log_lines import read_lines, whole_line
+from megatron_ft.files.log_lines import parse_log_line, read_lines
 from megatron_ft.metrics.console import Console, RunPlan
 from megatron_ft.metrics.report import write_report
 from megatron_ft.metrics.sinks import check_sinks, open_sinks
@@ -213,7 +213,7 @@ class MetricsLog:
             return
         kept = self.save_dir / (name + ".kept")
         with path.open() as source, kept.open("w") as target:
-            target.writelines(line for line in source if (record := whole_line(line)) is not None and stays(record))
+            target.writelines(line for line in source if (record := parse_log_line(line)) is not None and stays(record))
         os.replace(kept, path)
 
     def _event(self, text: str, iteration: int, details: dict[str, str | int]) -> None:

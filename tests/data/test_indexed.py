@@ -1,4 +1,5 @@
-"""The .bin/.idx files: what is written is read back, by us and by Megatron-Core, byte for byte the branch's; what is damaged is refused."""
+"""The .bin/.idx files: read back by us and by Megatron-Core, identical to the mtf branch's, refused
+if damaged."""
 
 import filecmp
 from pathlib import Path
@@ -27,7 +28,7 @@ def write(path: Path, sequences, dtype) -> None:
     sequences=st.lists(st.lists(st.integers(0, 65498), max_size=20), max_size=30),
     chunk=st.sampled_from([1, 7, 1 << 20]),
 )
-def test_what_is_written_is_read_back(tmp_path_factory, vocab, sequences, chunk):
+def test_sequences_survive_a_round_trip(tmp_path_factory, vocab, sequences, chunk):
     path = tmp_path_factory.mktemp("indexed") / "set"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(indexed, "CHUNK", chunk)
@@ -40,7 +41,7 @@ def test_what_is_written_is_read_back(tmp_path_factory, vocab, sequences, chunk)
     assert reader.num_tokens == sum(map(len, sequences))
 
 
-def test_rewriting_the_branchs_files_gives_the_same_bytes(golden, tmp_path):
+def test_rewriting_mtf_files_gives_the_same_bytes(golden, tmp_path):
     for name in ("eod", "short"):
         for field in field_paths(golden / "data" / name):
             reader = IndexedReader(field)
@@ -59,9 +60,9 @@ def test_megatron_core_reads_the_files(tmp_path):
     assert theirs.document_indices.tolist() == [0, 1, 2, 3]
 
 
-def test_files_joined_are_the_file_written_at_once(tmp_path):
+def test_joined_parts_equal_one_file(tmp_path):
     sequences = [[i, i + 1] * (i % 3 + 1) for i in range(20)]
-    write(tmp_path / "whole", sequences, np.uint16)
+    write(tmp_path / "single", sequences, np.uint16)
     write(tmp_path / "a", sequences[:7], np.uint16)
     write(tmp_path / "b", sequences[7:], np.uint16)
     with IndexedWriter(tmp_path / "joined", np.uint16) as writer:
@@ -69,15 +70,15 @@ def test_files_joined_are_the_file_written_at_once(tmp_path):
         writer.add_file(tmp_path / "b")
         commit([writer])
     for suffix in (".bin", ".idx"):
-        assert filecmp.cmp(tmp_path / f"whole{suffix}", tmp_path / f"joined{suffix}", shallow=False)
+        assert filecmp.cmp(tmp_path / f"single{suffix}", tmp_path / f"joined{suffix}", shallow=False)
 
 
-def test_an_id_beyond_the_dtype_is_an_error_not_another_id(tmp_path):
+def test_an_id_that_does_not_fit_the_dtype_is_an_error(tmp_path):
     with IndexedWriter(tmp_path / "set", np.uint16) as writer, pytest.raises(OverflowError):
         writer.add([65536])
 
 
-def test_leaving_without_a_commit_leaves_nothing_and_keeps_the_old_files(tmp_path):
+def test_without_a_commit_the_old_files_stay(tmp_path):
     write(tmp_path / "set", [[1]], np.uint16)
     before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
     with pytest.raises(RuntimeError), IndexedWriter(tmp_path / "set", np.uint16) as writer:
@@ -86,7 +87,7 @@ def test_leaving_without_a_commit_leaves_nothing_and_keeps_the_old_files(tmp_pat
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
 
 
-def test_killed_between_two_renames_no_index_stands_beside_other_tokens(tmp_path, monkeypatch):
+def test_a_kill_between_renames_leaves_no_index_with_other_tokens(tmp_path, monkeypatch):
     for path in field_paths(tmp_path / "set"):
         write(path, [[1]], np.uint16)
     real, renames = indexed.os.replace, []
@@ -108,7 +109,7 @@ def test_killed_between_two_renames_no_index_stands_beside_other_tokens(tmp_path
             IndexedReader(path)
 
 
-def test_a_second_writer_of_the_same_files_is_refused(tmp_path):
+def test_a_second_writer_is_refused(tmp_path):
     with IndexedWriter(tmp_path / "set", np.uint16) as first:
         first.add([1, 2])
         with pytest.raises(UserError, match="another process is writing"):
@@ -124,12 +125,12 @@ def test_a_second_writer_of_the_same_files_is_refused(tmp_path):
         (lambda p: Path(f"{p}.bin").unlink(), r"set\.bin: No such file"),
         (lambda p: Path(f"{p}.idx").write_bytes(b""), "not a Megatron MMIDIDX index"),
         (lambda p: Path(f"{p}.idx").write_bytes(b"x" * 99), "not a Megatron MMIDIDX index"),
-        (lambda p: Path(f"{p}.idx").write_bytes(Path(f"{p}.idx").read_bytes()[:-1]), "its header says"),
-        (lambda p: Path(f"{p}.bin").write_bytes(Path(f"{p}.bin").read_bytes()[:-2]), "its index says"),
-        (lambda p: Path(f"{p}.bin").write_bytes(Path(f"{p}.bin").read_bytes() + b"xx"), "its index says"),
+        (lambda p: Path(f"{p}.idx").write_bytes(Path(f"{p}.idx").read_bytes()[:-1]), "from its header"),
+        (lambda p: Path(f"{p}.bin").write_bytes(Path(f"{p}.bin").read_bytes()[:-2]), "from its index"),
+        (lambda p: Path(f"{p}.bin").write_bytes(Path(f"{p}.bin").read_bytes() + b"xx"), "from its index"),
     ],
 )
-def test_damaged_files_are_refused_with_their_name(tmp_path, damage, message):
+def test_damaged_files_are_refused_by_name(tmp_path, damage, message):
     write(tmp_path / "set", [[1, 2], [3]], np.uint16)
     damage(tmp_path / "set")
     with pytest.raises(UserError, match=message) as error:

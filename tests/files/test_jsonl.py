@@ -99,10 +99,10 @@ def test_a_line_of_any_bytes_is_a_row_of_texts_or_a_bad_row_with_a_reason(line):
         (b"", "empty line"),
         (b"  \r", "empty line"),
         (b'{"inputs', "not JSON"),
-        (b"{", "JSON over several lines; jq -c . writes one object a line"),
-        (b"[", "JSON over several lines; jq -c '.[]' writes one object a line"),
+        (b"{", "JSON over several lines; jq -c . writes one object per line"),
+        (b"[", "JSON over several lines; jq -c '.[]' writes one object per line"),
         (b"[" * 100_000, "not JSON"),
-        (b"[1]", "a JSON array, not an object; jq -c '.[]' writes one object a line"),
+        (b"[1]", "a JSON array, not an object; jq -c '.[]' writes one object per line"),
         (b"1", "not a JSON object"),
         (b'{"inputs": "a"}', "no key 'outputs' or 'targets'; the row has 'inputs'"),
         (b'{"prompt": "a", "completion": "b"}', "no key 'inputs'; the row has 'prompt', 'completion'"),
@@ -193,13 +193,13 @@ def test_a_directory_without_the_programs_own_output(tmp_path, capsys):
     (tmp_path / "link.jsonl").symlink_to("out.jsonl")
     sources = open_sources([tmp_path], [tmp_path / "out.jsonl", "-"])
     assert [source.path.name for source in sources] == ["a.jsonl", "b.jsonl"]
-    said = capsys.readouterr().err
-    assert said == (
+    printed = capsys.readouterr().err
+    assert printed == (
         f"{tmp_path}: reading a.jsonl, b.jsonl; leaving out link.jsonl, out.jsonl, out_rejected.jsonl, set_made_from.json\n"
     )
     assert open_sources([tmp_path / "out_rejected.jsonl"])  # by name it is read
     for same in ("out.jsonl", "link.jsonl"):
-        with pytest.raises(UserError, match="is input and output at once"):
+        with pytest.raises(UserError, match="is both input and output"):
             open_sources([tmp_path / "a.jsonl", tmp_path / same], [tmp_path / "out.jsonl"])
     (tmp_path / "only").mkdir()
     (tmp_path / "only/x_rejected.jsonl").write_text("{}")

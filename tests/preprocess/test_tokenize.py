@@ -174,7 +174,7 @@ def test_rejected_rows_named_as_input_are_not_lost(data, tmp_path):
     rows = tmp_path / "out_rejected.jsonl"
     rows.write_text('{"inputs": "a", "outputs": "x"}\n')
     line = one_error_line(tokenize(data, tmp_path / "out", rows=rows, ok=False))
-    assert "is input and output at once" in line and rows.read_text().startswith('{"inputs"')
+    assert "is both input and output" in line and rows.read_text().startswith('{"inputs"')
 
 
 def test_parts_are_merged_by_their_files_and_a_job_array_must_be_whole_and_alike(data, tmp_path):

@@ -1,15 +1,17 @@
-"""How long a checkpoint takes: save, load, and the pause that training sees, against plain torch.save of the same tensors on the same disk.
+"""Time saving and loading a checkpoint, and the pause in training, against plain torch.save.
 
     python bench/checkpoint.py --directory /scratch/me --layers 12 --hidden-size 768
 
-Builds a StarCoder of that shape with Adam's state (random numbers, no training), in bf16 with fp32 master weights, on one process.
-Every write ends with fsync; files are dropped from the page cache before they are read back. One line a measurement, best of --repeat.
+Builds a StarCoder of that shape with Adam's state (random numbers, no training), in bf16 with fp32
+master weights, on one process. torch.save writes the same tensors to the same disk. Every write
+ends with fsync; files are dropped from the page cache before they are read back. Prints one line
+per measurement, the best of --repeat.
 """
 
 import sys
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])  # not this folder: its tokenize.py would hide Python's
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # this folder's tokenize.py would hide Python's
 
 import argparse
 import os
@@ -28,7 +30,7 @@ def main() -> None:
     parser.add_argument(
         "--directory",
         default=tempfile.gettempdir(),
-        help="where to write; a folder of its own is made and removed there",
+        help="where to write; a temporary directory is created in it and removed",
     )
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--hidden-size", type=int, default=768)
@@ -39,7 +41,7 @@ def main() -> None:
 
 
 def measure(flags: argparse.Namespace, folder: Path) -> None:
-    """Print the table."""
+    """Run all measurements and print one line for each."""
     state, config, shape = build(flags, folder)
     from megatron_ft.checkpoint import sharded_state
     from megatron_ft.checkpoint.checkpointer import Checkpointer
@@ -104,7 +106,7 @@ def measure(flags: argparse.Namespace, folder: Path) -> None:
 
 
 def build(flags: argparse.Namespace, folder: Path):
-    """(TrainState, arguments, shape) of a one-process run."""
+    """Train state, configuration and model shape of a run on one process."""
     from megatron_ft.checkpoint import optimizer_state
     from megatron_ft.checkpoint.checkpointer import TrainState
     from megatron_ft.engine import parallel
@@ -138,7 +140,7 @@ def seconds_of(work: Callable[[], None]) -> float:
 
 
 def drop_from_cache(path: Path) -> None:
-    """Have the next read come from the disk."""
+    """Drop a file from the page cache, so that the next read comes from the disk."""
     with open(path, "rb") as file:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 

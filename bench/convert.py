@@ -1,17 +1,18 @@
-"""Convert a checkpoint of real shapes and measure it: seconds against `cp -r` of the same bytes, and memory.
+"""Time converting a checkpoint of real size against `cp -r` of the same bytes, and measure memory.
 
     python bench/convert.py --preset starcoderbase --directory /scratch/bench
-    python bench/convert.py --preset starcoderbase --directory /scratch/bench --scale 0.5     half the layers
+    python bench/convert.py --preset starcoderbase --directory /scratch/bench --scale 0.5
 
-Makes a random bf16 checkpoint (TP4 PP4 unless told otherwise), copies it with `cp -r`, removes the copy, and runs convert/megatron_to_hf.py on
-it. Needs twice the checkpoint's size on the disk and removes all it made. Peak memory is sampled from /proc: RssAnon is memory of the
-process's own, VmHWM counts mapped file pages too, which the kernel takes back when it needs them.
+Creates a random bf16 checkpoint (TP4 PP4 by default), copies it with `cp -r`, removes the copy, and
+runs convert/megatron_to_hf.py on it. Needs twice the checkpoint's size on the disk, and removes all
+of it. Peak memory is sampled from /proc: RssAnon is the process's private memory; VmHWM also counts
+mapped file pages, which the kernel reclaims when it needs them.
 """
 
 import sys
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])  # not this folder: its files would hide others'
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # this folder's tokenize.py would hide Python's
 
 import json
 import resource
@@ -22,7 +23,7 @@ import zlib
 
 import torch
 
-from megatron_ft.config.flags import Help, Parser
+from megatron_ft.config.parser import Help, Parser
 from megatron_ft.errors import UserError, run_program
 from megatron_ft.files.atomic import free_bytes
 from megatron_ft.model.shape import PRESETS, ModelShape
@@ -37,7 +38,7 @@ NOISE = 1 << 25  # values
 
 
 class RandomWeights(WeightSource):
-    """Random bf16 weights of a shape: pieces of rows, each from a place of its own in one buffer of noise."""
+    """Random bf16 weights of a shape; each piece is a different slice of one buffer of noise."""
 
     kind = "random"
 
@@ -60,10 +61,10 @@ class RandomWeights(WeightSource):
 def main() -> None:
     parser = Parser(description=__doc__, formatter_class=Help, allow_abbrev=False)
     add = parser.add_argument
-    add("--preset", choices=sorted(PRESETS), default="starcoderbase", help="model whose shapes to take")
-    add("--directory", required=True, metavar="DIR", help="where to write; a folder in it is made and removed")
-    add("--scale", type=float, default=1.0, help="share of the layers to keep")
-    add("--tensor-parallel", type=int, default=4, metavar="T", help="tensor parallel ranks of the checkpoint")
+    add("--preset", choices=sorted(PRESETS), default="starcoderbase", help="model whose shapes to use")
+    add("--directory", required=True, metavar="DIR", help="where to write; a directory is created in it and removed")
+    add("--scale", type=float, default=1.0, help="fraction of the layers to keep")
+    add("--tensor-parallel", type=int, default=4, metavar="T", help="tensor-parallel ranks of the checkpoint")
     add("--pipeline-parallel", type=int, default=4, metavar="P", help="pipeline stages of the checkpoint")
     add("--report", metavar="FILE", help="write the figures as JSON")
     args = parser.parse_args()
@@ -72,11 +73,11 @@ def main() -> None:
     shape = ModelShape(**{**shape.as_dict(), "num_layers": layers})
     shape.check_layout(tp, pp)
     source = RandomWeights(shape)
-    size = legacy_bytes(source, DTYPE, tp, pp, shape.vocab_size)
+    size = legacy_bytes(source, DTYPE, tensor_parallel=tp, pipeline_parallel=pp, padded_vocab=shape.vocab_size)
     work = Path(args.directory) / "megatron-ft-bench-convert"
     if free_bytes(work) < 2 * size + (1 << 30):
         raise UserError(
-            f"{args.directory}: {2 * size / 1e9:.0f} GB are needed, {free_bytes(work) / 1e9:.0f} GB are free; give --scale"
+            f"{args.directory}: {2 * size / 1e9:.0f} GB needed, {free_bytes(work) / 1e9:.0f} GB free; lower --scale"
         )
     try:
         report = measure(source, work, tp, pp, size)
@@ -97,12 +98,12 @@ def main() -> None:
 
 
 def measure(source: RandomWeights, work: Path, tp: int, pp: int, size: int) -> dict:
-    """Make, copy, convert; figures in seconds, GB and MiB."""
+    """Create, copy and convert a checkpoint; figures in seconds, GB and MiB."""
     megatron = work / "megatron"
     megatron.mkdir(parents=True)
-    with Progress("making a random checkpoint", size, "B") as progress:
+    with Progress("creating a random checkpoint", size, "B") as progress:
         write_legacy(
-            source, megatron, dtype=DTYPE, tp=tp, pp=pp, padded_vocab=source.shape.vocab_size, divisible_by=128,
+            source, megatron, dtype=DTYPE, tensor_parallel=tp, pipeline_parallel=pp, padded_vocab=source.shape.vocab_size, divisible_by=128,
             advance=progress.update,
         )  # fmt: skip
     subprocess.run(["sync", "-f", str(megatron)], check=True)
@@ -132,13 +133,17 @@ def measure(source: RandomWeights, work: Path, tp: int, pp: int, size: int) -> d
 
 
 def children_seconds() -> float:
-    """User and system seconds of the programs run so far: on a machine that others use too, a steadier measure than the clock."""
+    """CPU seconds of the programs run so far; on a shared machine steadier than the clock."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
 
 
 def run_and_sample(command: list[str], interval: float = 0.02) -> dict[str, int]:
-    """Run a program; peaks in MiB of its own memory (RssAnon, sampled) and of all its resident pages (VmHWM, the kernel's count)."""
+    """Run a program and return its peak memory in MiB.
+
+    RssAnon is private memory, sampled every `interval` seconds; VmHWM is the kernel's peak of all
+    resident pages. Raises UserError if the program fails.
+    """
     peaks = {"RssAnon": 0, "VmHWM": 0}
     process = subprocess.Popen(command)
     while process.poll() is None:

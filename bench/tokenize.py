@@ -1,18 +1,21 @@
-"""How fast preprocess/tokenize.py is, beside what people use today, on 50 MB of rows made from the standard library's sources.
+"""Time preprocess/tokenize.py against the alternatives, on 50 MB of Python's standard library.
 
     python bench/tokenize.py --tokenizer-file tokenizer.json
     python bench/tokenize.py --tokenizer-file tokenizer.json --peer ~/Megatron-LM
 
-Timed in turn, `--repeats` times, the best of each kept, wall clock and the processor time of all cores (which other jobs on the machine
-hardly change): ours, both fields in one run, from the start of its process to the end; with
---peer, that checkout's tools/preprocess_data.py, one run a field as it needs, whose files must be the same bytes as ours; and bare
-`tokenizers.Tokenizer.encode_batch` on the same texts, encoding alone, on as many threads.
+Each is timed in turn, --repeats times, and the best is kept: wall-clock time, and CPU time of all
+cores, which depends less on other jobs on the machine. Timed are
+
+    ours                    the complete process, both fields in one run
+    --peer DIR              that checkout's tools/preprocess_data.py, which needs one run per field;
+                            its files must be identical to ours
+    tokenizers              `Tokenizer.encode_batch` on the same texts with as many threads
 """
 
 import sys
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])  # not this folder: its tokenize.py would hide Python's
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # this folder's tokenize.py would hide Python's
 
 import argparse
 import filecmp
@@ -25,15 +28,15 @@ import sysconfig
 import tempfile
 import time
 
-from megatron_ft.config.flags import Help, Parser
+from megatron_ft.config.parser import Help, Parser
 from megatron_ft.data.indexed import field_paths
 from megatron_ft.errors import UserError, run_program
 
 ROOT = Path(__file__).resolve().parents[1]
 BATCH = 1000  # texts of one encode_batch call
 
-# The peer imports packages that tokenizing never uses and that are seldom installed; it finds empty ones instead. It also uses numpy.float,
-# which numpy has dropped.
+# The peer imports packages that tokenizing never uses and that are seldom installed, so it gets
+# empty ones. It also uses numpy.float, which numpy has removed.
 PEER_STAND_INS = """
 import importlib.abc, importlib.machinery, importlib.util, sys, types
 import numpy
@@ -63,14 +66,14 @@ def main() -> None:
     parser = Parser(description=__doc__, formatter_class=Help, allow_abbrev=False)
     add = parser.add_argument
     add("--tokenizer-file", type=Path, required=True, help="tokenizer.json to encode with")
-    add("--peer", type=Path, metavar="DIR", help="Megatron-LM checkout (the mtf branch) to time in turn with ours")
+    add("--peer", type=Path, metavar="DIR", help="checkout of BigCode's Megatron-LM, branch mtf, to compare with")
     add("--megabytes", type=int, default=50, help="size of the JSONL file")
-    add("--workers", type=int, default=2, help="threads of ours and of encode_batch, processes of the peer")
+    add("--workers", type=int, default=2, help="our threads, threads of encode_batch, processes of the peer")
     add("--repeats", type=int, default=3, help="rounds; the best time of each is kept")
     args = parser.parse_args()
     os.environ["RAYON_NUM_THREADS"] = str(args.workers)
     if args.peer and not (args.peer / "tools/preprocess_data.py").is_file():
-        raise UserError(f"--peer {args.peer}: no tools/preprocess_data.py there; give a Megatron-LM checkout")
+        raise UserError(f"--peer {args.peer}: tools/preprocess_data.py not found; give a Megatron-LM checkout")
     with tempfile.TemporaryDirectory() as directory:
         bench(args, Path(directory))
 
@@ -93,18 +96,18 @@ def bench(args: argparse.Namespace, directory: Path) -> None:
     names = {
         "ours": "preprocess/tokenize.py, both fields",
         "peer": "tools/preprocess_data.py, two runs (same bytes)",
-        "encode_batch": "tokenizers encode_batch, encoding alone",
+        "encode_batch": "tokenizers encode_batch, only encoding",
     }
     best = {name: [min(column) for column in zip(*times, strict=True)] for name, times in seconds.items()}
     for name, (wall, cpu) in best.items():
-        print(f"{names[name]:50} {wall:6.2f} s wall, {size / 1e6 / wall:5.1f} MB/s; {cpu:6.2f} s of processors")
+        print(f"{names[name]:50} {wall:6.2f} s wall, {size / 1e6 / wall:5.1f} MB/s; {cpu:6.2f} s of CPU")
     for name in [name for name in best if name != "ours"]:
         wall, cpu = (theirs / ours for theirs, ours in zip(best[name], best["ours"], strict=True))
-        print(f"ours against {names[name]}: {wall:.1f}x by wall clock, {cpu:.1f}x by processor time")
+        print(f"ours is {wall:.1f}x as fast as {names[name]} by wall clock, {cpu:.1f}x by CPU time")
 
 
 def make_rows(path: Path, size: int) -> int:
-    """Write rows whose texts are pieces of the standard library's sources, 1 to 8 thousand characters each; returns the bytes."""
+    """Write rows of pieces of the standard library, 1,000 to 8,000 characters; return the bytes."""
     sources = sorted(Path(sysconfig.get_path("stdlib")).rglob("*.py"))
     written = 0
     with open(path, "w", encoding="utf-8") as file:
@@ -125,7 +128,7 @@ def make_rows(path: Path, size: int) -> int:
 
 
 def timed(command: list, **kwargs) -> tuple[float, float]:
-    """Seconds by the clock and of processors that a command takes."""
+    """Wall-clock and CPU seconds of a command. Raises UserError if it fails."""
     start, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, **kwargs)
     if done.returncode:
@@ -135,25 +138,13 @@ def timed(command: list, **kwargs) -> tuple[float, float]:
 
 
 def run_ours(args: argparse.Namespace, rows: Path, prefix: Path) -> tuple[float, float]:
-    """Seconds of the whole program, its start included."""
-    program = ROOT / "preprocess/tokenize.py"
-    return timed(
-        [
-            sys.executable,
-            program,
-            rows,
-            "--tokenizer-file",
-            args.tokenizer_file.resolve(),
-            "--output-prefix",
-            prefix,
-            "--workers",
-            args.workers,
-        ]
-    )
+    """Seconds of the complete program, start-up included."""
+    command = [sys.executable, ROOT / "preprocess/tokenize.py", rows, "--output-prefix", prefix]
+    return timed([*command, "--tokenizer-file", args.tokenizer_file.resolve(), "--workers", args.workers])
 
 
 def run_peer(args: argparse.Namespace, rows: Path, prefix: Path) -> tuple[float, float]:
-    """Seconds of the peer's two runs: inputs without, targets with an end-of-text token."""
+    """Seconds of the peer's two runs: inputs without end-of-text tokens, targets with them."""
     stand_ins = prefix.parent / "stand-ins"
     stand_ins.mkdir(exist_ok=True)
     (stand_ins / "sitecustomize.py").write_text(PEER_STAND_INS)
@@ -169,7 +160,7 @@ def run_peer(args: argparse.Namespace, rows: Path, prefix: Path) -> tuple[float,
 
 
 def run_encode_batch(args: argparse.Namespace, texts: list[str]) -> tuple[float, float]:
-    """Seconds of encoding alone, the tokenizer loaded and the texts in memory."""
+    """Seconds of encoding only, with the tokenizer loaded and the texts in memory."""
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(args.tokenizer_file))

@@ -1,17 +1,19 @@
-"""Time a training step on the CPU: a 60M-parameter StarCoder on packed rows, against transformers' GPTBigCode on the same rows.
+"""Time a training step of a 60M-parameter StarCoder on the CPU, against transformers' GPTBigCode.
 
     python bench/train_cpu.py
 
-Both start from the same weights and do the whole step in fp32 on one thread: forward, loss, backward, clipping, AdamW. They take turns, CPU
-time is counted and the fastest step of each shown, so that what else the machine does tells little. transformers is timed twice: causal over the whole
-row as if it were one document (less than what is wanted, and faster), and told of the documents by position_ids, for which it builds a mask.
-Last, what the adapter that lets Megatron-Core run without a GPU costs of a step.
+Both start from the same weights, train on the same packed sequence and do the complete step in fp32
+on one thread: forward, loss, backward, clipping, AdamW. They take turns, and the fastest step of
+each is shown in CPU seconds, so that other work on the machine matters little. transformers is
+timed twice: with the sequence as one document, which is faster but not the same computation, and
+with document boundaries from position_ids, for which it builds a mask. Last comes the overhead of
+the adapter that lets Megatron-Core run without a GPU.
 """
 
 import sys
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])  # not this folder: its tokenize.py would hide Python's
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # this folder's tokenize.py would hide Python's
 
 import os
 import random
@@ -36,11 +38,11 @@ VOCABULARY = 49152
 
 
 def main() -> None:
-    """Build both, time both, print a table."""
+    """Build both models, time them and print a table."""
     parser = Parser(prog="bench/train_cpu.py", description=__doc__, formatter_class=Help)
-    parser.add_argument("--steps", type=int, default=6, help="timed steps of each, after one that is not")
-    parser.add_argument("--seq-length", type=int, default=1024, help="tokens of a row")
-    parser.add_argument("--document-tokens", type=int, default=250, help="mean document")
+    parser.add_argument("--steps", type=int, default=6, help="timed steps of each, after one warm-up step")
+    parser.add_argument("--seq-length", type=int, default=1024, help="tokens per sequence")
+    parser.add_argument("--document-tokens", type=int, default=250, help="mean document length in tokens")
     flags = parser.parse_args()
     torch.set_num_threads(1)
     device.set_up_device()
@@ -53,16 +55,16 @@ def main() -> None:
     documents = len(row.cu_seqlens) - 1
     print(
         f"{sum(p.numel() for p in hugging_face.parameters()):,} parameters, fp32, one thread; "
-        f"rows of {flags.seq_length} tokens, {documents} documents"
+        f"sequence of {flags.seq_length} tokens, {documents} documents"
     )
-    packed, whole = HuggingFaceStep(hugging_face, row.position_ids), HuggingFaceStep(hugging_face, None)
+    packed, unpacked = HuggingFaceStep(hugging_face, row.position_ids), HuggingFaceStep(hugging_face, None)
     ours_loss, theirs_loss = ours.loss(row), packed.loss(row)
-    print(f"first loss: {ours_loss:.6f} here, {theirs_loss:.6f} transformers with documents apart")
+    print(f"first loss: {ours_loss:.6f} Megatron-FT, {theirs_loss:.6f} transformers, documents separate")
 
     steps = {
         "Megatron-FT": ours.step,
-        "transformers, one document": whole.step,
-        "transformers, documents apart": packed.step,
+        "transformers, one document": unpacked.step,
+        "transformers, documents separate": packed.step,
     }
     seconds = time_in_turns(steps, row, flags.steps)
     fastest = {name: min(times) for name, times in seconds.items()}
@@ -72,11 +74,9 @@ def main() -> None:
 
     calls, cost = adapter_calls(ours, row), adapter_cost()
     with_it, without = adapter_on_and_off(ours, row, flags.steps)
-    share = calls * cost / fastest["Megatron-FT"]
-    print(f"\nCPU adapter: {calls:,} calls a step x {1e6 * cost:.1f} us = {100 * share:.2f} % of the step")
-    print(
-        f"forward and backward alone: {with_it:.3f} s with it, {without:.3f} s without ({100 * (with_it / without - 1):+.1f} %)"
-    )
+    fraction = calls * cost / fastest["Megatron-FT"]
+    print(f"\nCPU adapter: {calls:,} calls per step x {1e6 * cost:.1f} us = {fraction:.2%} of the step")
+    print(f"forward and backward only: {with_it:.3f} s with it, {without:.3f} s without ({with_it / without - 1:+.1%})")
 
 
 def hugging_face_model(seq_length: int) -> torch.nn.Module:
@@ -92,7 +92,7 @@ def hugging_face_model(seq_length: int) -> torch.nn.Module:
 
 
 def packed_row(seq_length: int, document_tokens: int) -> Batch:
-    """One full row of documents around `document_tokens` long, with loss everywhere."""
+    """One full sequence of documents of about `document_tokens` tokens, with loss everywhere."""
     draw, lengths = random.Random(0), []
     while (left := seq_length - sum(lengths)) > 0:
         lengths.append(min(left, max(8, int(draw.gauss(document_tokens, document_tokens / 3)))))
@@ -110,7 +110,7 @@ def packed_row(seq_length: int, document_tokens: int) -> Batch:
 
 
 class MegatronStep:
-    """A training step of this package, as finetune.py takes it."""
+    """A training step of this package, as in finetune.py."""
 
     def __init__(self, weights: str, seq_length: int) -> None:
         from megatron_ft.engine.model import build_model, wrap_for_data_parallel
@@ -139,31 +139,31 @@ class MegatronStep:
             return self._mean_loss(row).item()
 
     def forward_and_backward(self, row: Batch) -> None:
-        """The two passes alone, without Megatron's schedule."""
+        """Only the two passes, without Megatron's schedule."""
         self._mean_loss(row).backward()
 
     def _mean_loss(self, row: Batch) -> torch.Tensor:
         from megatron_ft.engine.loss import token_losses
 
         micro = self._micro(row)
-        logits = self.model[0](micro.tokens, micro.position_ids, None, packed_seq_params=micro.row)
+        logits = self.model[0](micro.tokens, micro.position_ids, None, packed_seq_params=micro.packed_seq_params)
         return token_losses(logits, micro.labels, VOCABULARY).mean()
 
     def _micro(self, row: Batch):
-        from megatron_ft.engine.rows import micro_batch_from
+        from megatron_ft.engine.batches import micro_batch_from
 
         return micro_batch_from(row, row.loss_mask, "token", [0])
 
 
 class HuggingFaceStep:
-    """A training step of transformers' model; with `position_ids` documents are kept apart."""
+    """A training step of transformers' model; `position_ids` separate the documents."""
 
     def __init__(self, model: torch.nn.Module, position_ids: torch.Tensor | None) -> None:
         self.model, self.position_ids = model.train(), position_ids
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=5e-5, weight_decay=0.01)
 
     def step(self, row: Batch) -> None:
-        """Forward, loss, backward, clipping, AdamW, as a plain training loop has them."""
+        """Forward, loss, backward, clipping, AdamW, as in a plain training loop."""
         self._mean_loss(row).backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
@@ -180,11 +180,11 @@ class HuggingFaceStep:
 
 
 def time_in_turns(steps: dict[str, Callable], row: Batch, count: int) -> dict[str, list[float]]:
-    """Seconds of `count` steps of each, one after the other in turns, after one untimed round."""
+    """Seconds of `count` steps of each, taken in turns, after one untimed round."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for turn in range(count + 1):
         for name, step in steps.items():
-            if name != "Megatron-FT":  # what is plain PyTorch runs without the adapter
+            if name != "Megatron-FT":  # plain PyTorch runs without the adapter
                 with adapter_off():
                     elapsed = timed(step, row)
             else:
@@ -202,7 +202,7 @@ def timed(step: Callable, row: Batch) -> float:
 
 
 class adapter_off:
-    """Leaves the mode that stands for CUDA on the CPU, for the length of a block."""
+    """Context without the mode that emulates CUDA on the CPU."""
 
     def __enter__(self) -> None:
         device._entered.__exit__(None, None, None)
@@ -212,7 +212,7 @@ class adapter_off:
 
 
 def adapter_calls(ours: MegatronStep, row: Batch) -> int:
-    """Calls of a step that go through the adapter."""
+    """Number of calls per step that the adapter intercepts."""
     calls = 0
     original = device.CpuForCuda.__torch_function__
 
@@ -230,7 +230,7 @@ def adapter_calls(ours: MegatronStep, row: Batch) -> int:
 
 
 def adapter_cost(count: int = 50_000) -> float:
-    """Seconds that the adapter adds to one call."""
+    """Seconds the adapter adds to one call."""
 
     def loop() -> float:
         number = torch.zeros(1)
@@ -245,7 +245,7 @@ def adapter_cost(count: int = 50_000) -> float:
 
 
 def adapter_on_and_off(ours: MegatronStep, row: Batch, count: int) -> tuple[float, float]:
-    """Fastest forward and backward with the adapter and without, in turns."""
+    """Fastest forward and backward with and without the adapter, taken in turns."""
     with_it, without = [], []
     for _ in range(count):
         with_it.append(timed(ours.forward_and_backward, row))

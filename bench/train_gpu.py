@@ -1,16 +1,19 @@
-"""Time training on one GPU: packed rows of 8192 tokens with documents of about 500, and what a dense attention mask would cost.
+"""Time training on one GPU with packed sequences, and with a dense attention mask instead.
 
     python bench/train_gpu.py
 
-Needs one GPU and no data. StarCoderBase 1b in bf16: MFU, tokens a second and memory of the packed path; of attention with the [s, s] mask
-through torch's fused kernel; and of the mtf branch's way, plain products with the mask and softmax stored, recomputed in backward. Then
-3b and 7b, with full recompute and the optimizer in host memory as far as they need it. Where there is no GPU it says so and ends.
+Needs one GPU and no data; without a GPU it prints one line and exits with status 0. The sequences
+have 8192 tokens and documents of about 500. StarCoderBase-1B in bf16 is run with packed attention,
+with the [s, s] mask through torch's fused kernel, and with the mtf branch's method: plain matrix
+products with mask and softmax stored, recomputed in backward. Then 3B and 7B run with packed
+attention, with full recompute and the optimizer in host memory where they need it. The table shows
+MFU, tokens/s and memory.
 """
 
 import sys
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])  # not this folder: its tokenize.py would hide Python's
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # this folder's tokenize.py would hide Python's
 
 import argparse
 import json
@@ -44,38 +47,38 @@ class Result:
 
     model: str
     path: str
-    seconds: float  # a step
-    tokens: int  # positions of a step
-    flops: float  # of a step, recomputation not counted
-    bytes: int  # most that was allocated
+    seconds: float  # per step
+    tokens: int  # token positions per step
+    flops: float  # per step, without recomputation
+    bytes: int  # peak allocated
     loss: float  # of the first step
 
 
 def main() -> int | None:
-    """Run every model and path that fits, print the table last; status 1 when a path failed for another reason than memory."""
+    """Run all models and paths, then print the table; status 1 if one failed, except for memory."""
     parser = Parser(prog="bench/train_gpu.py", description=__doc__, formatter_class=Help)
     parser.add_argument(
-        "--models", nargs="+", default=["1b", "3b", "7b"], choices=["1b", "3b", "7b"], help="which to run"
+        "--models", nargs="+", default=["1b", "3b", "7b"], choices=["1b", "3b", "7b"], help="models to run"
     )
-    parser.add_argument("--paths", nargs="+", choices=list(PATHS), help="which ways to run them; without it, all")
-    parser.add_argument("--steps", type=int, default=5, help="timed steps, after two that are not")
-    parser.add_argument("--micro-batches", type=int, default=4, help="rows of a step")
-    parser.add_argument("--seq-length", type=int, default=8192, help="tokens of a row")
-    parser.add_argument("--document-tokens", type=int, default=500, help="mean document")
+    parser.add_argument("--paths", nargs="+", choices=list(PATHS), help="how to run them (default: all)")
+    parser.add_argument("--steps", type=int, default=5, help="timed steps, after two warm-up steps")
+    parser.add_argument("--micro-batches", type=int, default=4, help="sequences per step")
+    parser.add_argument("--seq-length", type=int, default=8192, help="tokens per sequence")
+    parser.add_argument("--document-tokens", type=int, default=500, help="mean document length in tokens")
     parser.add_argument(
-        "--alone", metavar="FILE", help="measure the one model and path here and write the line to FILE"
+        "--result", metavar="FILE", help="measure the one model and path in this process and write the result to FILE"
     )
     flags = parser.parse_args()
     if not torch.cuda.is_available():
-        print("skipped: no GPU here; run `python bench/train_gpu.py` on a machine with one")
+        print("skipped: no GPU found; run `python bench/train_gpu.py` on a machine with one")
         return None
-    if flags.alone:
-        Path(flags.alone).write_text(json.dumps(attempt(flags.models[0], flags.paths[0], flags)))
+    if flags.result:
+        Path(flags.result).write_text(json.dumps(attempt(flags.models[0], flags.paths[0], flags)))
         return None
     gpu = cost.find_gpu(torch.cuda.get_device_name())
     print(
-        f"{torch.cuda.get_device_name()}, torch {torch.__version__}; rows of {flags.seq_length} tokens, "
-        f"documents of about {flags.document_tokens}, {flags.micro_batches} rows a step",
+        f"{torch.cuda.get_device_name()}, torch {torch.__version__}; sequences of {flags.seq_length} tokens, "
+        f"documents of about {flags.document_tokens}, {flags.micro_batches} sequences per step",
         flush=True,
     )
     results, notes = [], []
@@ -106,52 +109,52 @@ PATHS = {
 
 
 def paths_of(model: str) -> list[str]:
-    """The ways `model` is run: 1b to compare, the larger ones to see what fits."""
+    """How `model` is run: 1b to compare the paths, the larger ones to see what fits."""
     names = list(PATHS)
     return names[:4] if model == "1b" else names[3:]
 
 
 def attempt_in_a_process(model: str, path: str, flags: argparse.Namespace) -> Result | str:
-    """One line by a process of its own: whatever ends it costs no other line, and all of its memory is given back."""
+    """Measure in a separate process: its failure affects no other, and its memory is released."""
     shape, free = PRESETS[f"starcoderbase-{model}"], psutil.virtual_memory().available
     layout = cost.Layout(precision="bf16", optimizer_cpu_offload="--optimizer-cpu-offload" in PATHS[path])
     needed = cost.host_bytes(shape, shape.vocab_size, layout, 0)
     if needed > free:
-        return f"{model} {path}: skipped, needs {needed / GIB:.0f} GiB of host memory, {free / GIB:.0f} are free"
+        return f"{model} {path}: skipped, needs {needed / GIB:.0f} GiB of host memory, {free / GIB:.0f} GiB free"
     with tempfile.TemporaryDirectory() as directory:
         line = Path(directory) / "line.json"
-        words = [sys.executable, __file__, "--models", model, "--paths", path, "--alone", str(line)]
+        words = [sys.executable, __file__, "--models", model, "--paths", path, "--result", str(line)]
         for name in ("steps", "micro_batches", "seq_length", "document_tokens"):
             words += [f"--{name.replace('_', '-')}", str(getattr(flags, name))]
         status = subprocess.run(words).returncode
         if not line.exists():
-            return f"{model} {path}: FAILED, the process ended with status {status}"
+            return f"{model} {path}: FAILED, exit status {status}"
         found = json.loads(line.read_text())
     return Result(**found) if isinstance(found, dict) else found
 
 
 def attempt(model: str, path: str, flags: argparse.Namespace) -> dict | str:
-    """Measure one line (the fields of a Result), or say why there is none."""
+    """Measure one path: the fields of a Result, or the reason why there is none."""
     try:
         return asdict(measure(f"starcoderbase-{model}", path, flags))
     except torch.OutOfMemoryError:
         return f"{model} {path}: does not fit"
-    except Exception as error:  # one path that a card or an installation lacks must not cost the others' figures
+    except Exception as error:  # e.g. a missing kernel; the other paths still run
         traceback.print_exc()
         return f"{model} {path}: FAILED, {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
 
 
 def measure(preset: str, path: str, flags: argparse.Namespace) -> Result:
-    """Build the model, take two steps to warm up and `flags.steps` timed ones; forward, loss, backward, clipping, Adam."""
+    """Build the model, take two warm-up steps and `flags.steps` timed ones."""
+    from megatron_ft.engine.batches import micro_batch_from
     from megatron_ft.engine.model import build_model, wrap_for_data_parallel
     from megatron_ft.engine.optimizer import build_optimizer
     from megatron_ft.engine.parallel import initialize
-    from megatron_ft.engine.rows import micro_batch_from
     from megatron_ft.engine.train import forward_backward
 
-    with tempfile.NamedTemporaryFile() as nobody_reads_it:
+    with tempfile.NamedTemporaryFile() as unread:
         words = f"--preset {preset} --bf16 --seq-length {flags.seq_length} --global-batch-size {flags.micro_batches} {PATHS[path]}"
-        words += f" --hidden-dropout 0 --attention-dropout 0 --train-iters 1 --data-prefix none --tokenizer-file {nobody_reads_it.name}"
+        words += f" --hidden-dropout 0 --attention-dropout 0 --train-iters 1 --data-prefix none --tokenizer-file {unread.name}"
         config = parse_args([*words.split(), "--transformer-impl", "local"])
     where = device.set_up_device()
     initialize(config)
@@ -183,7 +186,7 @@ def measure(preset: str, path: str, flags: argparse.Namespace) -> Result:
 
 
 def timed(step: Callable, count: int) -> float:
-    """Mean seconds of `count` steps, the device's work waited for."""
+    """Mean seconds of `count` steps, including the device's work."""
     torch.cuda.synchronize()
     begun = time.perf_counter()
     for _ in range(count):
@@ -193,7 +196,7 @@ def timed(step: Callable, count: int) -> float:
 
 
 def packed_row(config: Config, document_tokens: int, seed: int) -> Batch:
-    """One full row of documents around `document_tokens` long, with loss everywhere."""
+    """One full sequence of documents of about `document_tokens` tokens, with loss everywhere."""
     draw, lengths = random.Random(seed), []
     while (left := config.data.seq_length - sum(lengths)) > 0:
         lengths.append(min(left, max(16, int(draw.gauss(document_tokens, document_tokens / 3)))))
@@ -212,15 +215,17 @@ def packed_row(config: Config, document_tokens: int, seed: int) -> Batch:
 
 
 def to_device(micro, where: torch.device):
-    """The micro-batch's tensors on `where`."""
+    """Move the micro-batch's tensors to a device."""
     for name in ("tokens", "labels", "position_ids", "loss_mask", "weights"):
         setattr(micro, name, getattr(micro, name).to(where))
-    micro.row.cu_seqlens_q = micro.row.cu_seqlens_kv = micro.row.cu_seqlens_q.to(where)
+    micro.packed_seq_params.cu_seqlens_q = micro.packed_seq_params.cu_seqlens_kv = (
+        micro.packed_seq_params.cu_seqlens_q.to(where)
+    )
     return micro
 
 
 class DenseMask(torch.nn.Module):
-    """Attention over the whole row with the [t, t] mask that keeps documents apart, through torch's fused kernel."""
+    """Attention with the [t, t] mask that separates documents, through torch's fused kernel."""
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, *args, packed_seq_params=None, **kwargs) -> Tensor:
         """query [t, n, d], key and value [t, 1, d]; returns [t, n * d]."""
@@ -231,19 +236,19 @@ class DenseMask(torch.nn.Module):
         )
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
-        """All [1, n, t, d]; `mask` bool [t, t], True where attention may look."""
+        """All [1, n, t, d]; `mask` bool [t, t], True where a query attends to a key."""
         return torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
 
 
 class DenseMaskPlain(DenseMask):
-    """The same by plain products and a stored softmax, recomputed in backward: what the mtf branch does at long rows."""
+    """As the mtf branch: plain products and a stored softmax, recomputed in backward."""
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
         """As above."""
         return checkpoint(self.products, query, key, value, mask, use_reentrant=False)
 
     def products(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
-        """softmax(q k^T) v with the scores [1, n, t, t] stored; softmax in fp32."""
+        """softmax(q k^T) v with the scores [1, n, t, t] stored, softmax in fp32."""
         scores = torch.matmul(query, key.transpose(-1, -2)) * query.shape[-1] ** -0.5
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
         return torch.matmul(torch.softmax(scores, -1, dtype=torch.float32).to(query.dtype), value)
@@ -253,14 +258,14 @@ DENSE = {"dense mask, fused": DenseMask, "dense mask, plain": DenseMaskPlain}
 
 
 def document_mask(cu_seqlens: Tensor, tokens: int) -> Tensor:
-    """bool [tokens, tokens]: True where a position may look, earlier in its own document."""
-    places = torch.arange(tokens, device=cu_seqlens.device)
-    document = torch.bucketize(places, cu_seqlens[1:], right=True)
-    return (document[:, None] == document[None]) & (places[:, None] >= places[None])
+    """bool [tokens, tokens]: True for this and earlier positions of the same document."""
+    positions = torch.arange(tokens, device=cu_seqlens.device)
+    document = torch.bucketize(positions, cu_seqlens[1:], right=True)
+    return (document[:, None] == document[None]) & (positions[:, None] >= positions[None])
 
 
 def line_of(result: Result, gpu: cost.Gpu | None, packed: Result | None = None) -> str:
-    """One line of the table; with `packed`, how much faster that was."""
+    """One line of the table; with `packed`, its speed relative to that result."""
     rate = result.flops / result.seconds
     mfu = f"{100 * rate / gpu.peak_flops('bf16'):.1f}" if gpu else "?"
     ratio = f"{result.seconds / packed.seconds:.2f}x" if packed else ""
@@ -271,7 +276,7 @@ def line_of(result: Result, gpu: cost.Gpu | None, packed: Result | None = None) 
 
 
 def print_table(results: list[Result], notes: list[str], gpu: cost.Gpu | None) -> None:
-    """The figures, ratios to the packed path of the same model."""
+    """All results, with their ratios to the packed path of the same model, and the notes."""
     print(
         f"{'model':<6}{'path':<43}{'step s':>8}{'tokens/s':>10}{'TFLOP/s':>9}{'MFU %':>7}{'GiB':>7}{'loss':>9}{'packed is':>11}"
     )

@@ -1,17 +1,17 @@
-"""Time packing and reading: an epoch in both orders, the mtf branch's loop on the same sizes, the fill rate on real rows, rows read a second.
+"""Time packing documents and reading packed sequences, and measure the fill rate.
 
-    python bench/packing.py --jsonl oasst-commitpackft.jsonl --input-key prompt --output-key completion \\
-        --tokenizer-file starcoder/tokenizer.json --peer PATH_TO_MEGATRON_MTF
+    python bench/packing.py --jsonl rows.jsonl --tokenizer-file tokenizer.json --peer MEGATRON_MTF
 
-Without --jsonl the real rows are left out. With --peer, the loop timed is the function `_build_sample_idx` of that checkout;
-without it, one that does the same work. Seconds are CPU seconds of one thread, the quickest of several runs in a row, for both
-sides; all ratios are of one call of this program.
+An epoch is packed in both orders, and compared with the loop of the mtf branch on the same lengths:
+with --peer the function `_build_sample_idx` of that checkout, without it a loop that does the same
+work. The fill rate on real rows is measured only with --jsonl. Times are CPU seconds of one thread,
+the fastest of several runs; all ratios come from one call of this program.
 """
 
 import sys
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])  # not this folder: its tokenize.py would hide Python's
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # this folder's tokenize.py would hide Python's
 
 import argparse
 import ast
@@ -26,11 +26,11 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from megatron_ft.config.flags import Help, Parser
+from megatron_ft.config.parser import Help, Parser
 from megatron_ft.data import _packing
 from megatron_ft.data.batch import collate
 from megatron_ft.data.indexed import IndexedWriter, commit, field_paths
-from megatron_ft.data.packed_dataset import PackedRows
+from megatron_ft.data.packed_dataset import PackedDocuments
 from megatron_ft.data.packing import Packing, TokenizedDocuments, load_index, pack
 from megatron_ft.errors import UserError, run_program
 from megatron_ft.tokenizer.tokenizer import load_tokenizer, token_dtype
@@ -41,10 +41,10 @@ ORDERS = ("best-fit", "greedy")
 def main() -> None:
     parser = Parser(prog="bench/packing.py", description=__doc__, formatter_class=Help)
     add = parser.add_argument
-    add("--documents", type=int, default=10_000_000, help="documents of an epoch")
-    add("--loop-documents", type=int, default=1_000_000, help="documents the Python loop is timed on")
-    add("--seq-length", type=int, default=2048, help="tokens of a row")
-    add("--rows", type=int, default=20_000, help="rows to read")
+    add("--documents", type=int, default=10_000_000, help="documents per epoch")
+    add("--loop-documents", type=int, default=1_000_000, help="documents to time the Python loop on")
+    add("--seq-length", type=int, default=2048, help="tokens per sequence")
+    add("--sequences", type=int, default=20_000, help="sequences to read")
     add("--peer", type=Path, metavar="DIR", help="checkout of BigCode's Megatron-LM, branch mtf")
     add("--jsonl", type=Path, metavar="FILE", help="real rows to measure the fill rate on")
     add("--input-key", default="inputs", help="key of the inputs in --jsonl")
@@ -52,18 +52,18 @@ def main() -> None:
     add("--tokenizer-file", metavar="FILE", help="tokenizer for --jsonl")
     args = parser.parse_args()
     capacity = args.seq_length + 1
-    print(f"{os.cpu_count()} cores, one process, rows of {capacity:,} tokens\n")
+    print(f"{os.cpu_count()} cores, one process, sequences of {capacity:,} tokens\n")
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         time_epoch(synthetic_lengths(args.documents), capacity, folder)
         time_loop(synthetic_lengths(args.loop_documents), capacity, args.peer)
-        time_reading(f"{folder}/synthetic", args.rows, capacity)
+        time_reading(f"{folder}/synthetic", args.sequences, capacity)
         if args.jsonl:
             fill_rates(args, capacity, f"{folder}/real")
 
 
 class Lengths(TokenizedDocuments):
-    """Documents of which only the lengths exist, which is all that packing looks at."""
+    """Documents with lengths but no tokens; packing needs no more."""
 
     def __init__(self, inputs: np.ndarray, targets: np.ndarray):
         self.prefix = "synthetic"
@@ -74,15 +74,17 @@ class Lengths(TokenizedDocuments):
 
 
 def synthetic_lengths(count: int) -> Lengths:
-    """Log-normal lengths as commit data have them: 320 tokens on the average, a few over-long ones."""
+    """Log-normal lengths like those of commits: 320 tokens on average, a few too long to pack."""
     random = np.random.default_rng(0)
     inputs, targets = (np.clip(random.lognormal(mean, 1.1, count), 2, 4000).astype(np.int32) for mean in (4.8, 4.3))
     return Lengths(inputs, targets)
 
 
 def seconds_of(work: Callable, times: int = 1) -> tuple[float, object]:
-    """CPU seconds of the quickest of `times` runs, and what it returned. All that is timed here runs on one thread, so on an idle
-    machine this is the wall clock, and on a busy one the other programs' time does not count."""
+    """CPU seconds of the fastest of `times` runs, and its result.
+
+    The timed code runs on one thread, so on an idle machine this is also the wall-clock time.
+    """
     runs = []
     for _ in range(times):
         start = time.process_time()
@@ -102,8 +104,8 @@ def time_epoch(documents: Lengths, capacity: int, folder: str) -> None:
         load_index(documents, packing, folder)
         opened = time.perf_counter()
         print(
-            f"  {order:9} packed in {packed:.2f} s, {len(index):,} rows, {index.fill_rate:.2%} filled; "
-            f"packed, written and synced in {stored - start:.2f} s by the clock; opened again in {(opened - stored) * 1000:.1f} ms"
+            f"  {order:9} packed in {packed:.2f} s, {len(index):,} sequences, {index.fill_rate:.2%} filled; "
+            f"packed, written and synced in {stored - start:.2f} s of wall-clock time; opened again in {(opened - stored) * 1000:.1f} ms"
         )
 
 
@@ -116,15 +118,15 @@ def time_loop(documents: Lengths, capacity: int, peer: Path | None) -> None:
     greedy, (ours, _) = seconds_of(lambda: _packing.greedy(lengths, order, capacity), 10)
     best_fit, _ = seconds_of(lambda: _packing.best_fit(lengths, capacity, 4096, 1), 10)
     assert np.array_equal(ours, np.stack(rows))
-    whose = "the branch's loop" if peer else "a loop like the branch's"
+    whose = "the mtf branch's loop" if peer else "a loop like the mtf branch's"
     print(
-        f"\n{len(documents):,} documents, packing alone: {whose} {theirs:.2f} s; greedy {greedy:.4f} s, {theirs / greedy:.0f}x, the same rows; "
+        f"\n{len(documents):,} documents, only packing: {whose} {theirs:.2f} s; greedy {greedy:.4f} s, {theirs / greedy:.0f}x, the same sequences; "
         f"best-fit with its shuffle {best_fit:.3f} s, {theirs / best_fit:.0f}x"
     )
 
 
 class FieldSizes:
-    """One field's sizes behind the calls that the branch makes for each (its MMapIndexedDataset and that one's index)."""
+    """Sizes of one field behind the interface of the mtf branch's MMapIndexedDataset."""
 
     def __init__(self, sizes: np.ndarray):
         self._index = SimpleNamespace(sizes=sizes)
@@ -134,7 +136,7 @@ class FieldSizes:
 
 
 class MemberSizes:
-    """Sizes as the branch's loop asks for them, one document at a time (its MTFDataset)."""
+    """Sizes behind the interface of the mtf branch's MTFDataset, one document at a time."""
 
     def __init__(self, documents: Lengths):
         self.inputs, self.targets = FieldSizes(documents.inputs.sizes), FieldSizes(documents.targets.sizes)
@@ -144,7 +146,7 @@ class MemberSizes:
 
 
 def branch_loop(checkout: Path) -> Callable:
-    """`_build_sample_idx` of the checkout, taken out of its file because that imports what needs a GPU."""
+    """`_build_sample_idx` of the checkout, compiled by itself: its file's imports need a GPU."""
     path = checkout / "megatron/data/decoder_packed_mtf_dataset.py"
     try:
         tree = ast.parse(path.read_text())
@@ -153,7 +155,7 @@ def branch_loop(checkout: Path) -> Callable:
     functions = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "_build_sample_idx"]
     names = {"np": np, "logging": logging, "logger": logging.getLogger()}
     exec(compile(ast.Module(functions, []), str(path), "exec"), names)
-    logging.disable(logging.WARNING)  # a line for each over-long document would be timed too
+    logging.disable(logging.WARNING)  # one line per document that is too long would be timed too
 
     def loop(sizes: MemberSizes, order: np.ndarray, capacity: int) -> list:
         return names["_build_sample_idx"](sizes, order, capacity, row_offset=0, old_sample_start=0, epoch=0)[0]
@@ -162,16 +164,16 @@ def branch_loop(checkout: Path) -> Callable:
 
 
 def same_loop(sizes: MemberSizes, order: np.ndarray, capacity: int) -> list:
-    """The branch's work in Python: a row ends where the next document does not fit."""
+    """The branch's work in Python: a sequence ends where the next document does not fit."""
     rows, start, filled = [], 0, 0
-    for place, document in enumerate(order):
+    for position, document in enumerate(order):
         size = sizes.size(document)
         length = size["input_tokens"] + size["target_tokens"]
         filled = filled + length
         if filled > capacity:
-            if place > start:
-                rows.append(np.asarray([start, place]))
-            start, filled = (place, length) if length <= capacity else (place + 1, 0)
+            if position > start:
+                rows.append(np.asarray([start, position]))
+            start, filled = (position, length) if length <= capacity else (position + 1, 0)
     return rows
 
 
@@ -185,7 +187,7 @@ def write_documents(prefix: str, pairs: list, dtype: np.dtype) -> TokenizedDocum
     return TokenizedDocuments(prefix)
 
 
-def time_reading(prefix: str, rows: int, capacity: int) -> None:
+def time_reading(prefix: str, count: int, capacity: int) -> None:
     lengths = synthetic_lengths(60_000)
     random = np.random.default_rng(1)
     pairs = [
@@ -194,15 +196,15 @@ def time_reading(prefix: str, rows: int, capacity: int) -> None:
     ]
     documents = write_documents(prefix, pairs, np.dtype(np.uint16))
     packing = Packing(0, len(documents), capacity)
-    packed = PackedRows(documents, packing, load_index(documents, packing), pad=0)
-    wanted = random.integers(0, len(packed), rows).tolist()
+    packed = PackedDocuments(documents, packing, load_index(documents, packing), pad=0)
+    wanted = random.integers(0, len(packed), count).tolist()
     read, _ = seconds_of(lambda: [packed[i] and None for i in wanted])
     batched, _ = seconds_of(
-        lambda: [collate([packed[i] for i in wanted[j : j + 4]]) and None for j in range(0, rows, 4)]
+        lambda: [collate([packed[i] for i in wanted[j : j + 4]]) and None for j in range(0, count, 4)]
     )
     print(
-        f"\nreading {rows:,} random rows of {capacity - 1:,}, {len(documents) / len(packed):.1f} documents each: {rows / read:,.0f} rows/s; "
-        f"read and collated to batches of 4: {rows / batched:,.0f} rows/s"
+        f"\nreading {count:,} random sequences of {capacity - 1:,} tokens, {len(documents) / len(packed):.1f} documents each: {count / read:,.0f} sequences/s; "
+        f"read and collated to batches of 4: {count / batched:,.0f} sequences/s"
     )
 
 
@@ -219,13 +221,13 @@ def fill_rates(args: argparse.Namespace, capacity: int, prefix: str) -> None:
     documents = write_documents(prefix, pairs, token_dtype(tokenizer.vocab_size))
     sizes = documents.inputs.sizes + documents.targets.sizes
     print(
-        f"\n{args.jsonl.name}: {len(documents):,} documents, {sizes.sum():,} tokens, {(sizes > capacity).sum()} over-long ones dropped"
+        f"\n{args.jsonl.name}: {len(documents):,} documents, {sizes.sum():,} tokens, {(sizes > capacity).sum()} too long and dropped"
     )
     for order in ORDERS:
         index = pack(documents, Packing(0, len(documents), capacity, order, keep_last=True))
         filled = [sizes[index.documents[a:b]].sum() for a, b in index.bounds]
         print(
-            f"  {order:9} {len(index)} rows, {sum(filled[:-1]) / capacity / (len(filled) - 1):.2%} filled without the last one "
+            f"  {order:9} {len(index)} sequences, {sum(filled[:-1]) / capacity / (len(filled) - 1):.2%} filled without the last one "
             f"({filled[-1] / capacity:.2%}), {sum(filled) / capacity / len(filled):.2%} with it"
         )
 

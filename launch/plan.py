@@ -180,9 +180,9 @@ def with_model(config: Config) -> Config:
 def rows_an_epoch(cluster: argparse.Namespace, config: Config) -> tuple[int | None, str]:
     """Packed rows of one pass over the data, and where the number comes from; None when nothing is said of data."""
     if config.data.prefix or config.data.train_weighted_split_paths or config.data.train_weighted_split_paths_path:
-        from megatron_ft.data.packed_dataset import rows_per_epoch
+        from megatron_ft.data.packed_dataset import sequences_per_epoch
 
-        return rows_per_epoch(config), "packed"
+        return sequences_per_epoch(config), "packed"
     if cluster.dataset_tokens:
         return math.ceil(cluster.dataset_tokens / ASSUMED_FILL / (config.data.seq_length + 1)), "estimated"
     return None, ""

@@ -17,16 +17,16 @@ from megatron_ft.data.packed_dataset import (
     Datasets,
     PackedDataset,
     build_datasets,
-    rows_per_epoch,
+    sequences_per_epoch,
     training_fill_rate,
 )
 from megatron_ft.engine import parallel, signals
+from megatron_ft.engine.batches import BatchReader
 from megatron_ft.engine.lora import add_lora
 from megatron_ft.engine.model import build_model, compute_dtype, uses_transformer_engine, wrap_for_data_parallel
 from megatron_ft.engine.optimizer import build_optimizer
 from megatron_ft.engine.out_of_memory import out_of_memory
 from megatron_ft.engine.packed_attention import slow_with_dropout
-from megatron_ft.engine.rows import Rows
 from megatron_ft.engine.schedule import Length, build_scheduler, many_epochs, plan_length
 from megatron_ft.engine.train import Run, train
 from megatron_ft.errors import UserError
@@ -63,7 +63,7 @@ class Prepared:
     tokenizer: Tokenizer
     checkpointer: Checkpointer
     datasets: Datasets
-    rows_per_epoch: int  # 0 with --skip-train
+    sequences_per_epoch: int  # 0 with --skip-train
     done: Length  # what the checkpoint to resume has done
     length: Length  # of the entire run
     plan_length: Callable[..., Length]  # the same from another `done`
@@ -75,8 +75,8 @@ def prepare(config: Config) -> Prepared:
     skip_train, train_tokens = config.validation.skip_train, config.training.train_tokens
     tokenizer = load_tokenizer(config.data.tokenizer_file)
     shape = config.shape.with_vocab(tokenizer.vocab_size)
-    epoch = 0 if skip_train else rows_per_epoch(config)
-    checkpointer = Checkpointer(config, shape, tokenizer.config_ids, rows_per_epoch=epoch)
+    epoch = 0 if skip_train else sequences_per_epoch(config)
+    checkpointer = Checkpointer(config, shape, tokenizer.config_ids, sequences_per_epoch=epoch)
     fill_rate = training_fill_rate(config) if train_tokens else 1.0
     length_from = functools.partial(plan_length, config, epoch, fill_rate=fill_rate)
     done = Length(*checkpointer.progress())
@@ -112,12 +112,12 @@ def start(prepared: Prepared) -> tuple[TrainState, list[str]]:
 
 def open_log(prepared: Prepared, state: TrainState, reasons: list[str], device: torch.device) -> MetricsLog:
     """The run's log, with the banner and the notices of everything that was set up."""
-    config, datasets, epoch = prepared.config, prepared.datasets, prepared.rows_per_epoch
+    config, datasets, epoch = prepared.config, prepared.datasets, prepared.sequences_per_epoch
     plan = RunPlan(
         train_iters=prepared.length.iterations,
         start_iteration=state.iteration or prepared.checkpointer.weights_iteration * config.validation.skip_train,
         train_samples=prepared.length.samples,
-        rows_per_epoch=epoch,
+        sequences_per_epoch=epoch,
         device_name=torch.cuda.get_device_name() if device.type == "cuda" else None,
     )
     log = MetricsLog(config, prepared.shape, plan, config.checkpoint.save, writes=dist.get_rank() == 0)
@@ -136,15 +136,15 @@ def train_to_end(prepared: Prepared, state: TrainState, log: MetricsLog, device:
     config, datasets = prepared.config, prepared.datasets
     save = config.checkpoint.save
 
-    def reader(dataset: PackedDataset, drop_incomplete: bool = False) -> Rows:
-        return Rows(
+    def reader(dataset: PackedDataset, drop_incomplete: bool = False) -> BatchReader:
+        return BatchReader(
             dataset,
             config,
             prepared.tokenizer.eod,
             device,
             data_parallel_rank=parallel.data_parallel_rank(),
             data_parallel_size=parallel.data_parallel_size(),
-            whole=not drop_incomplete,
+            once=not drop_incomplete,
         )
 
     watchdog = signals.Watchdog(
@@ -158,15 +158,15 @@ def train_to_end(prepared: Prepared, state: TrainState, log: MetricsLog, device:
         checkpointer=prepared.checkpointer,
         log=log,
         watchdog=watchdog,
-        train_rows=reader(datasets.train, drop_incomplete=True) if datasets.train else None,
-        valid_rows={name: reader(dataset) for name, dataset in datasets.valid.items()},
-        test_rows={name: reader(dataset) for name, dataset in datasets.test.items()},
+        train_batches=reader(datasets.train, drop_incomplete=True) if datasets.train else None,
+        valid_batches={name: reader(dataset) for name, dataset in datasets.valid.items()},
+        test_batches={name: reader(dataset) for name, dataset in datasets.test.items()},
         started=started,
     )
     try:
         status = train(training)
         prepared.checkpointer.finish()
-        for opened in (training.train_rows, *training.valid_rows.values(), *training.test_rows.values()):
+        for opened in (training.train_batches, *training.valid_batches.values(), *training.test_batches.values()):
             if opened:
                 opened.close()
         return status

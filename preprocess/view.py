@@ -27,7 +27,7 @@ import numpy as np
 from megatron_ft.config.parser import Help, Parser
 from megatron_ft.data.indexed import prefix_of
 from megatron_ft.data.lengths import length_plot, packing_report
-from megatron_ft.data.packed_dataset import PackedRows, PackedSample, check_vocabulary
+from megatron_ft.data.packed_dataset import PackedDocuments, PackedSample, check_vocabulary
 from megatron_ft.data.packing import Packing, TokenizedDocuments, pack
 from megatron_ft.data.provenance import tokenizer_warning
 from megatron_ft.errors import UserError, run_program
@@ -194,7 +194,7 @@ def decoded_sequences(
     if warning := tokenizer_warning(documents.prefix, tokenizer.path):
         print(warning, file=sys.stderr)
     pad = tokenizer.pad if tokenizer.pad is not None else tokenizer.eod
-    packed = PackedRows(documents, packing, pack(documents, packing), pad)
+    packed = PackedDocuments(documents, packing, pack(documents, packing), pad)
     sequences = []
     for number in sequence_numbers(args.sequences, len(packed)):
         sample = packed[number]

@@ -63,9 +63,9 @@ def branch_weights(path: Path):
 
 def branch_micro_batch(batches, number: int, average: str = "microbatch"):
     """Micro-batch `number` of the branch's run; document bounds are where its positions restart."""
+    from megatron_ft.engine.batches import MicroBatch
     from megatron_ft.engine.loss import loss_weights
-    from megatron_ft.engine.packed_attention import PackedRow
-    from megatron_ft.engine.rows import MicroBatch
+    from megatron_ft.engine.packed_attention import PackedSequences
 
     arrays = {
         name: torch.from_numpy(batches[f"{number:03d}_{name}"])
@@ -78,7 +78,7 @@ def branch_micro_batch(batches, number: int, average: str = "microbatch"):
     return MicroBatch(
         **flat,
         weights=weights,
-        row=PackedRow.from_cu_seqlens(bounds),
+        packed_seq_params=PackedSequences.from_cu_seqlens(bounds),
         samples=[],
         weight=weights.sum(dtype=torch.float64).item(),
         loss_tokens=0,
@@ -196,9 +196,9 @@ def loss_and_gradient_error(
     from the HF model's, saved as {name: tensor} in `gradients`."""
     from megatron_ft.checkpoint.load_weights import load_weights, unwrap
     from megatron_ft.engine import parallel
+    from megatron_ft.engine.batches import micro_batch_from
     from megatron_ft.engine.model import build_model, wrap_for_data_parallel
     from megatron_ft.engine.optimizer import build_optimizer
-    from megatron_ft.engine.rows import micro_batch_from
     from megatron_ft.engine.train import forward_backward
     from megatron_ft.weights.open import open_weights
     from megatron_ft.weights.source import WeightSource
@@ -246,8 +246,8 @@ def difference_from_dense_model(flags: str, golden: Path) -> dict[str, float]:
     """Relative difference, in norm, of the logits or the gradient (the larger), of the model with packed and with dense attention."""
     import megatron_ft.engine.packed_attention as packed_attention
     from megatron_ft.engine import parallel
+    from megatron_ft.engine.batches import micro_batch_from
     from megatron_ft.engine.model import build_model
-    from megatron_ft.engine.rows import micro_batch_from
     from megatron_ft.model.shape import padded_vocab_size
 
     flags = f"{flags} --preset tiny --num-layers 2 --seq-length 256 --data-prefix unused --train-iters 1"
@@ -263,7 +263,7 @@ def difference_from_dense_model(flags: str, golden: Path) -> dict[str, float]:
             packed_attention.attend_by_document = attention
             parallel.seed_start(1)
             (model,) = build_model(config, config.shape, padded_vocab_size(1000, 128, config.parallel.tensor))
-            logits = model(micro.tokens, micro.position_ids, None, packed_seq_params=micro.row)
+            logits = model(micro.tokens, micro.position_ids, None, packed_seq_params=micro.packed_seq_params)
             logits.float().square().mean().backward()
             gradient = torch.cat([p.grad.float().flatten() for p in model.parameters()])
             results.append([logits.detach().float(), gradient])
@@ -282,7 +282,7 @@ def golden_logits_error(flags: str, golden: Path) -> float:
 
     from megatron_ft.checkpoint.load_weights import load_weights
     from megatron_ft.engine.model import build_model
-    from megatron_ft.engine.packed_attention import PackedRow
+    from megatron_ft.engine.packed_attention import PackedSequences
 
     config = start(f"{GOLDEN_FLAGS} {flags}", golden / "data/tokenizer.json")
     (model,) = build_model(config, config.shape, 1024)
@@ -290,7 +290,7 @@ def golden_logits_error(flags: str, golden: Path) -> float:
     reference = {name: torch.from_numpy(array) for name, array in np.load(golden / "train/ref_short_s257.npz").items()}
     tokens, positions = (reference[name].reshape(1, -1) for name in ("tokens", "position_ids"))
     bounds = torch.cat([torch.nonzero(positions[0] == 0).flatten(), torch.tensor([tokens.numel()])]).int()
-    logits = model.eval()(tokens, positions, None, packed_seq_params=PackedRow.from_cu_seqlens(bounds))
+    logits = model.eval()(tokens, positions, None, packed_seq_params=PackedSequences.from_cu_seqlens(bounds))
     columns = logits.shape[-1]
     first = columns * parallel_state.get_tensor_model_parallel_rank()
     expected = reference["logits"].reshape(1, -1, 1024)[..., first : first + columns]
@@ -353,10 +353,10 @@ def losses_of_splits(golden: Path) -> dict:
     from megatron_ft.checkpoint.load_weights import load_weights
     from megatron_ft.data.batch import Batch
     from megatron_ft.engine import parallel
+    from megatron_ft.engine.batches import micro_batch_from
     from megatron_ft.engine.loss import token_losses
     from megatron_ft.engine.model import build_model, wrap_for_data_parallel
     from megatron_ft.engine.optimizer import build_optimizer
-    from megatron_ft.engine.rows import micro_batch_from
     from megatron_ft.engine.train import forward_backward
     from megatron_ft.weights.open import open_weights
 
@@ -396,7 +396,7 @@ def losses_of_splits(golden: Path) -> dict:
         with torch.no_grad():
             per_row = []
             for micro in micro_batches(1, "token"):
-                logits = model[0](micro.tokens, micro.position_ids, None, packed_seq_params=micro.row)
+                logits = model[0](micro.tokens, micro.position_ids, None, packed_seq_params=micro.packed_seq_params)
                 losses = token_losses(logits, micro.labels, 1000) * micro.loss_mask
                 per_row.append((losses.sum().item(), micro.loss_mask.sum().item()))
         results["by hand"]["token"] = sum(loss for loss, _ in per_row) / sum(n for _, n in per_row)

@@ -71,11 +71,11 @@ class Checkpointer:
         special_ids: dict[str, int | None],
         log: Callable[[str], None] = print,
         *,
-        rows_per_epoch: int | None = None,
+        sequences_per_epoch: int | None = None,
     ) -> None:
         self.config, self.shape, self.special_ids = config, shape, special_ids
         self.period = (
-            config.checkpoint.save_epochs * rows_per_epoch if config.checkpoint.save_epochs else None
+            config.checkpoint.save_epochs * sequences_per_epoch if config.checkpoint.save_epochs else None
         )  # rows between --save-epochs's saves
         self.save_directory = Path(config.checkpoint.save).absolute() if config.checkpoint.save else None
         self.ranks = Together(config.parallel.timeout_minutes)

@@ -28,7 +28,7 @@ class PackedSample(NamedTuple):
     is_inputs: np.ndarray
 
 
-class PackedRows:
+class PackedDocuments:
     """The rows of one data set: its documents and the index that groups them."""
 
     def __init__(self, documents: TokenizedDocuments, packing: Packing, index: PackedIndex, pad: int):
@@ -65,12 +65,12 @@ class PackedRows:
 class PackedDataset:
     """The rows of a group: `len(dataset)` of them, taken from its parts by weight. `dataset[i]` is a PackedSample.
 
-    `rows_per_epoch`: rows that all parts have once. `fill_rate`: share of the places of those rows that hold a token.
+    `sequences_per_epoch`: rows that all parts have once. `fill_rate`: share of the places of those rows that hold a token.
     `description`: lines for the log.
     """
 
-    def __init__(self, group: Group, parts: list[PackedRows], source: np.ndarray, row: np.ndarray, rows_per_epoch: int):
-        self.name, self.parts, self.rows_per_epoch = group.name, parts, rows_per_epoch
+    def __init__(self, group: Group, parts: list[PackedDocuments], source: np.ndarray, row: np.ndarray, sequences_per_epoch: int):
+        self.name, self.parts, self.sequences_per_epoch = group.name, parts, sequences_per_epoch
         self._source, self._row = source, row
         packed = sum(part.index.facts["packed_tokens"] for part in parts)
         self.fill_rate = packed / max(1, sum(len(part) * part.capacity for part in parts))
@@ -120,7 +120,7 @@ class Datasets:
     notices: list[str] = field(default_factory=list)
 
 
-def rows_per_epoch(config: Config, split: str = "train") -> int:
+def sequences_per_epoch(config: Config, split: str = "train") -> int:
     """Rows that all data sets of `split` have once: for training the length of an epoch, for "valid" and "test" of all groups.
 
     In greedy order an epoch's unfinished last row belongs to the next epoch. Builds the index where it is not there yet.
@@ -187,7 +187,7 @@ def _build(
             for (documents, packing), rows in zip(opened, needed, strict=True)
         ]
     parts = [
-        PackedRows(documents, packing, index, pad) for (documents, packing), index in zip(opened, indices, strict=True)
+        PackedDocuments(documents, packing, index, pad) for (documents, packing), index in zip(opened, indices, strict=True)
     ]
     return PackedDataset(group, parts, source, row, sum(_epoch_rows(index) for index in once))
 

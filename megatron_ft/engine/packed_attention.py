@@ -1,7 +1,7 @@
 """Causal attention inside the documents of a packed row, without an [s, s] mask.
 
 `PackedAttention` is the core-attention module that the model's ModuleSpec gives to Megatron-Core. It takes the row's document bounds
-from `PackedRow` and chooses a kernel. On a GPU: torch's variable-length flash attention (half precision, Ampere or newer), else FlexAttention
+from `PackedSequences` and chooses a kernel. On a GPU: torch's variable-length flash attention (half precision, Ampere or newer), else FlexAttention
 with a block mask (no dropout). Elsewhere: one scaled-dot-product call a document, which does everything.
 """
 
@@ -24,14 +24,14 @@ except ImportError:  # torch before 2.10
 
 
 @dataclass
-class PackedRow(PackedSeqParams):
+class PackedSequences(PackedSeqParams):
     """Megatron's description of a packed row [1, t], and the documents' lengths on the host, so that no kernel waits for them."""
 
     lengths: list[int] = field(default_factory=list)
     block_mask: object = None  # FlexAttention's, made by the first layer that needs it
 
     @classmethod
-    def from_cu_seqlens(cls, cu_seqlens: Tensor, device: torch.device | None = None) -> "PackedRow":
+    def from_cu_seqlens(cls, cu_seqlens: Tensor, device: torch.device | None = None) -> "PackedSequences":
         """From document bounds int32 [n+1] on the CPU, first 0, last t."""
         lengths = cu_seqlens.diff().tolist()
         bounds = cu_seqlens.to(device or cu_seqlens.device, non_blocking=True)
@@ -85,7 +85,7 @@ class PackedAttention(nn.Module):
         if query.is_cuda and flash_attention_takes(query.dtype, query.shape[-1], query.device):
             with self._random_state():
                 return _flash(query, key, value, packed_seq_params, self.scale, dropout)
-        if query.is_cuda and not dropout and isinstance(packed_seq_params, PackedRow):
+        if query.is_cuda and not dropout and isinstance(packed_seq_params, PackedSequences):
             return flex_attend(query, key, value, packed_seq_params, self.scale, compiled=True)
         lengths = getattr(packed_seq_params, "lengths", None) or packed_seq_params.cu_seqlens_q.diff().tolist()
         with self._random_state():
@@ -165,7 +165,7 @@ def _flash(
 
 
 def flex_attend(
-    query: Tensor, key: Tensor, value: Tensor, row: PackedRow, scale: float | None = None, *, compiled: bool
+    query: Tensor, key: Tensor, value: Tensor, row: PackedSequences, scale: float | None = None, *, compiled: bool
 ) -> Tensor:
     """Attention by FlexAttention, which skips blocks that no document reaches; shapes as `attend_by_document`. Only `compiled` has a backward."""
     if row.block_mask is None:
@@ -176,7 +176,7 @@ def flex_attend(
     return out.squeeze(0).transpose(0, 1).flatten(1)
 
 
-def _block_mask(row: PackedRow, device: torch.device, compiled: bool):
+def _block_mask(row: PackedSequences, device: torch.device, compiled: bool):
     tokens = sum(row.lengths)
     lengths = torch.tensor(row.lengths, device=device)
     document = torch.repeat_interleave(torch.arange(len(row.lengths), device=device), lengths, output_size=tokens)

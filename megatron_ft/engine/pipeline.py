@@ -8,7 +8,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
 from megatron_ft.config.config import Config
-from megatron_ft.engine.rows import MicroBatch
+from megatron_ft.engine.batches import MicroBatch
 
 
 def run_micro_batches(
@@ -24,7 +24,7 @@ def run_micro_batches(
 
     def forward(rows, chunk):
         micro = next(rows)
-        logits = chunk(micro.tokens, micro.position_ids, None, packed_seq_params=micro.row)
+        logits = chunk(micro.tokens, micro.position_ids, None, packed_seq_params=micro.packed_seq_params)
         return logits, partial(loss_of, micro)
 
     reports = get_forward_backward_func()(

@@ -32,12 +32,12 @@ def global_batch_at(config: Config, consumed_samples: int) -> int:
 
 
 def plan_length(
-    config: Config, rows_per_epoch: int | None = None, *, fill_rate: float = 1.0, done: Length = NOTHING
+    config: Config, sequences_per_epoch: int | None = None, *, fill_rate: float = 1.0, done: Length = NOTHING
 ) -> Length:
     """Steps and rows of the whole run from whichever of --train-iters, -samples, -tokens, -epochs was given.
 
     The steps that are left come after the steps and rows that are `done`: so a run resumed with another batch size trains what it did not
-    yet, and no more. The last step is whole: rows are rounded up to it, so `--train-epochs 1` reads every row. `rows_per_epoch` is needed
+    yet, and no more. The last step is whole: rows are rounded up to it, so `--train-epochs 1` reads every row. `sequences_per_epoch` is needed
     for epochs alone, `fill_rate`, the share of a row that holds documents, for tokens alone. A run with more done than was asked for is as long as was asked for.
     """
     if config.training.train_iters is not None:
@@ -47,7 +47,7 @@ def plan_length(
     elif config.training.train_tokens is not None:
         wanted = math.ceil(config.training.train_tokens / (fill_rate * config.data.seq_length))
     else:
-        wanted = math.ceil(config.training.train_epochs * rows_per_epoch)
+        wanted = math.ceil(config.training.train_epochs * sequences_per_epoch)
     if wanted <= done.samples:
         whole = _extend(config, NOTHING, samples=wanted)
         return Length(min(whole.iterations, done.iterations), min(whole.samples, done.samples))
@@ -72,13 +72,13 @@ def _extend(config: Config, done: Length, *, iterations: int = 0, samples: int |
     return Length(step, row)
 
 
-def many_epochs(length: Length, rows_per_epoch: int) -> list[str]:
+def many_epochs(length: Length, sequences_per_epoch: int) -> list[str]:
     """A line for the log when the run reads the training data more often than is usual for fine-tuning."""
-    epochs = length.samples / rows_per_epoch
+    epochs = length.samples / sequences_per_epoch
     if epochs <= MANY_EPOCHS:
         return []
     return [
-        f"{epochs:.1f} epochs of {rows_per_epoch:,} rows: more than {MANY_EPOCHS} are unusual in fine-tuning; --train-epochs 2 says fewer"
+        f"{epochs:.1f} epochs of {sequences_per_epoch:,} rows: more than {MANY_EPOCHS} are unusual in fine-tuning; --train-epochs 2 says fewer"
     ]
 
 

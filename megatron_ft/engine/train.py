@@ -14,12 +14,12 @@ from megatron_ft.checkpoint.checkpointer import Checkpointer, TrainState
 from megatron_ft.config.arguments import LENGTHS
 from megatron_ft.config.config import Config
 from megatron_ft.engine import parallel, signals
+from megatron_ft.engine.batches import BatchReader, MicroBatch
 from megatron_ft.engine.loss import token_losses
 from megatron_ft.engine.optimizer import learning_rate
 from megatron_ft.engine.pipeline import run_micro_batches
-from megatron_ft.engine.rows import MicroBatch, Rows
 from megatron_ft.engine.schedule import Length, changed_rate, global_batch_at
-from megatron_ft.engine.validation import evaluate, rows_to_evaluate
+from megatron_ft.engine.validation import evaluate, sequences_to_evaluate
 from megatron_ft.errors import EXIT_DONE, EXIT_RESUME, UserError
 from megatron_ft.files.log_lines import read_lines
 from megatron_ft.metrics.metrics import MetricsLog
@@ -36,9 +36,9 @@ class Run:
     checkpointer: Checkpointer
     log: MetricsLog
     watchdog: signals.Watchdog
-    train_rows: Rows | None  # None with --skip-train
-    valid_rows: dict[str, Rows]
-    test_rows: dict[str, Rows]
+    train_batches: BatchReader | None  # None with --skip-train
+    valid_batches: dict[str, BatchReader]
+    test_batches: dict[str, BatchReader]
     started: float = 0.0  # time.monotonic() at the program's start
 
 
@@ -95,7 +95,7 @@ def step(run: Run) -> str | None:
     batch = global_batch_at(config, state.consumed_samples)
     following = state.consumed_samples + batch
     next_batch = global_batch_at(config, following) if following < run.length.samples else 0
-    micro_batches = run.train_rows.step(state.consumed_samples, batch, next_batch)
+    micro_batches = run.train_batches.read(state.consumed_samples, batch, next_batch)
     sums = ("weight", "loss_tokens", "document_tokens", "squared_lengths")
     weight, loss_tokens, tokens, squared_lengths = parallel.sum_over_data_parallel(
         [sum(getattr(m, name) for m in micro_batches) for name in sums]
@@ -184,7 +184,7 @@ def _end_with_provenance(run: Run, what: str, micro_batches: list[MicroBatch], l
         {
             "data_parallel_rank": parallel.data_parallel_rank(),
             "micro_batch": number,
-            "rows": [{"sample": i, **run.train_rows.dataset.provenance(i)} for i in micro.samples],
+            "rows": [{"sample": i, **run.train_batches.dataset.provenance(i)} for i in micro.samples],
         }
         for number, (micro, loss) in enumerate(zip(micro_batches, losses, strict=False))
         if parallel.counts_here() and not math.isfinite(loss)
@@ -213,7 +213,7 @@ def _validate_at_start(run: Run) -> str | None:
     """The validation of --eval-at-start: what training starts from, to compare with. It is never the best, and a resumed run has done it."""
     if not run.config.validation.at_start or run.state.iteration:
         return None
-    records = _evaluate_groups(run, run.valid_rows)
+    records = _evaluate_groups(run, run.valid_batches)
     if records is None:
         return signals.received() or "a signal to another rank"
     _log_validations(run, records)
@@ -224,7 +224,7 @@ def _validate_if_due(run: Run) -> str | None:
     """Validate every group where --eval-interval says so; returns a signal's name if one came meanwhile."""
     config, state = run.config, run.state
     if (
-        not run.valid_rows
+        not run.valid_batches
         or not config.validation.interval
         or state.iteration == 0
         or state.iteration % config.validation.interval
@@ -237,7 +237,7 @@ def _validate_if_due(run: Run) -> str | None:
 
 def _validate(run: Run) -> str | None:
     config, state = run.config, run.state
-    records = _evaluate_groups(run, run.valid_rows)
+    records = _evaluate_groups(run, run.valid_batches)
     if records is None:
         return signals.received() or "a signal to another rank"
     _log_validations(run, records)
@@ -265,7 +265,7 @@ def _validate(run: Run) -> str | None:
     return None
 
 
-def _evaluate_groups(run: Run, groups: dict[str, Rows]) -> dict[str, dict] | None:
+def _evaluate_groups(run: Run, groups: dict[str, BatchReader]) -> dict[str, dict] | None:
     """Loss, perplexity and accuracy of every group, or None when a signal came in between."""
     records = {}
     with _weights_in_place(run):
@@ -283,7 +283,7 @@ def _log_validations(run: Run, records: dict[str, dict]) -> None:
 
 def _evaluate_only(run: Run) -> int:
     """Every validation and test group once, for --skip-train; the state stays as it was loaded."""
-    groups = {**run.valid_rows, **{f"test {name}": rows for name, rows in run.test_rows.items()}}
+    groups = {**run.valid_batches, **{f"test {name}": rows for name, rows in run.test_batches.items()}}
     records = _evaluate_groups(run, groups)
     if records is None:
         run.log.event("stopped by a signal; start the same command again")
@@ -295,15 +295,15 @@ def _evaluate_only(run: Run) -> int:
 
 def _measured_on(run: Run) -> dict:
     """What the loss that decides on the best checkpoint is of: losses of other rows or tokens are not compared with it."""
-    group = run.config.validation.best_group or next(iter(run.valid_rows))
-    dataset = run.valid_rows[group].dataset
+    group = run.config.validation.best_group or next(iter(run.valid_batches))
+    dataset = run.valid_batches[group].dataset
     tokens = round(dataset.fill_rate * len(dataset) * (run.config.data.seq_length + 1))
-    return {"group": group, "rows": rows_to_evaluate(run.config, run.valid_rows[group]), "tokens": tokens}
+    return {"group": group, "rows": sequences_to_evaluate(run.config, run.valid_batches[group]), "tokens": tokens}
 
 
 def _forget_best_of_other_data(run: Run) -> None:
     best = run.state.best
-    if not best or not run.valid_rows:
+    if not best or not run.valid_batches:
         return
     now = _measured_on(run)
     was = {name: best.get(name, value) for name, value in now.items()}
@@ -328,10 +328,10 @@ def _finish(run: Run) -> int:
     with _weights_in_place(run):
         run.checkpointer.save(state)
     validated = bool(state.best and state.best["validated"] == state.iteration)
-    if config.validation.interval and not validated and not _logged(run, list(run.valid_rows)):
+    if config.validation.interval and not validated and not _logged(run, list(run.valid_batches)):
         stop = _validate(run)
-    if stop is None and not _logged(run, [f"test {group}" for group in run.test_rows]):
-        records = _evaluate_groups(run, run.test_rows)
+    if stop is None and not _logged(run, [f"test {group}" for group in run.test_batches]):
+        records = _evaluate_groups(run, run.test_batches)
         stop = None if records is not None else signals.received() or "a signal to another rank"
         _log_validations(run, {f"test {group}": record for group, record in (records or {}).items()})
     if stop is not None:

@@ -7,15 +7,15 @@ from torch import nn
 
 from megatron_ft.config.config import Config
 from megatron_ft.engine import parallel, signals
+from megatron_ft.engine.batches import BatchReader, MicroBatch
 from megatron_ft.engine.loss import token_hits, token_losses
 from megatron_ft.engine.pipeline import run_micro_batches
-from megatron_ft.engine.rows import MicroBatch, Rows
 
 
 def evaluate(
     config: Config,
     model: list[nn.Module],
-    rows: Rows,
+    rows: BatchReader,
     vocab_size: int | None,
     watchdog: signals.Watchdog | None = None,
 ) -> dict | None:
@@ -24,14 +24,14 @@ def evaluate(
     `loss` weighs tokens as training does; `perplexity` is exp of it; `token_accuracy` counts every token of the loss mask alike.
     Rows past the range's end fill the last batch and weigh nothing.
     """
-    limit = rows_to_evaluate(config, rows)
+    limit = sequences_to_evaluate(config, rows)
     sums = [0.0] * 4
     for chunk in model:
         chunk.eval()
     try:
         for first in range(0, limit, config.training.global_batch_size):
             following = config.training.global_batch_size if first + config.training.global_batch_size < limit else 0
-            micro_batches = rows.step(first, config.training.global_batch_size, following)
+            micro_batches = rows.read(first, config.training.global_batch_size, following)
             counted = _count(config, model, micro_batches, vocab_size)
             *totals, signalled = parallel.sum_over_all(
                 [*(counted if parallel.counts_here() else [0.0] * 4), float(signals.received() is not None)]
@@ -55,7 +55,7 @@ def evaluate(
     }
 
 
-def rows_to_evaluate(config: Config, rows: Rows) -> int:
+def sequences_to_evaluate(config: Config, rows: BatchReader) -> int:
     """How many of a group's rows --eval-iters takes."""
     every = len(rows.dataset)
     return (

@@ -17,7 +17,7 @@ class RunPlan:
     train_iters: int
     start_iteration: int = 0
     train_samples: int | None = None
-    rows_per_epoch: int | None = None
+    sequences_per_epoch: int | None = None
     device_name: str | None = None  # torch.cuda.get_device_name(), None on a CPU
 
 
@@ -138,9 +138,9 @@ class Console:
             return "evaluation only"
         tokens = config.training.global_batch_size * config.data.seq_length
         line = f"{plan.train_iters:,} steps of {config.training.global_batch_size} rows x {config.data.seq_length:,} tokens ({tokens:,})"
-        if plan.rows_per_epoch:
+        if plan.sequences_per_epoch:
             samples = plan.train_samples or plan.train_iters * config.training.global_batch_size
-            line += f", {samples / plan.rows_per_epoch:.2f} epochs of {plan.rows_per_epoch:,} rows"
+            line += f", {samples / plan.sequences_per_epoch:.2f} epochs of {plan.sequences_per_epoch:,} rows"
         if plan.start_iteration:
             line += f"; {plan.start_iteration:,} done before (start {part + 1})"
         return line

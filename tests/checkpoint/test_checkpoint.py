@@ -14,7 +14,7 @@ from megatron_ft.checkpoint.resume import compare, describe_data
 from megatron_ft.config.arguments import parse_args
 from megatron_ft.config.config import ENTRIES
 from megatron_ft.config.flag import Resume
-from megatron_ft.data.packed_dataset import rows_per_epoch
+from megatron_ft.data.packed_dataset import sequences_per_epoch
 from megatron_ft.weights.manifest import Manifest, read_manifest
 
 NO_DROPOUT = "--hidden-dropout 0 --attention-dropout 0"
@@ -315,7 +315,7 @@ def test_a_checkpoint_every_half_epoch_is_kept_whatever_the_batch_and_however_of
         starts += 1
     assert starts > 2
     done = {step["iteration"]: step["consumed_samples"] for step in steps(save)}
-    period = 0.5 * rows_per_epoch(parse_args(f"{FLAGS} {inputs} --train-iters 1".split()))
+    period = 0.5 * sequences_per_epoch(parse_args(f"{FLAGS} {inputs} --train-iters 1".split()))
     expected = {next(i for i, samples in done.items() if samples >= k * period) for k in (1, 2, 3, 4, 5)}
     assert max(expected) == max(done) and len(expected) == 5
     assert {int(path.name.removeprefix("iter_")) for path in save.glob("iter_*")} == expected

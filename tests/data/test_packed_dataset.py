@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from token_files import numbered_documents, training_flags, write_documents
 
 from megatron_ft.data.batch import collate
-from megatron_ft.data.packed_dataset import build_datasets, rows_per_epoch
+from megatron_ft.data.packed_dataset import build_datasets, sequences_per_epoch
 from megatron_ft.errors import UserError
 
 PAD = 9999
@@ -46,7 +46,7 @@ def test_validation_shares_no_document_with_training(count, share, order, seed):
             with pytest.raises(UserError, match="is empty; raise --validation-fraction or set it to 0"):
                 build_datasets(config, train_samples=1, pad=PAD)
             return
-        datasets = build_datasets(config, train_samples=2 * rows_per_epoch(config) + 5, pad=PAD)
+        datasets = build_datasets(config, train_samples=2 * sequences_per_epoch(config) + 5, pad=PAD)
         trained, validated = documents_read(datasets.train), documents_read(datasets.valid["valid"])
     everything = [(i, a, b) for i, (a, b) in enumerate(lengths)]
     assert set(trained) == set(everything[:boundary])
@@ -63,7 +63,7 @@ def test_golden_training_batches(golden, tmp_path, order):
     )
     dataset = build_datasets(config, train_samples=32, pad=4).train
     if order == "best-fit":
-        read = [document for i in range(rows_per_epoch(config)) for document in dataset.provenance(i)["documents"]]
+        read = [document for i in range(sequences_per_epoch(config)) for document in dataset.provenance(i)["documents"]]
         assert sorted(read) == list(range(285))
         return
     expected = np.load(golden / "train" / "tp1pp1_batches.npz")
@@ -114,7 +114,7 @@ def test_blend_follows_weights_and_validation_groups_are_read_once(tmp_path):
         assert sources[:shown].count(first) == 0.75 * shown
     rows_of_first = [tuple(train.provenance(i)["documents"]) for i in range(400) if sources[i] == first]
     assert set(sum(rows_of_first, ())) == set(range(30))
-    assert train.rows_per_epoch == rows_per_epoch(config) == 10 + 10
+    assert train.sequences_per_epoch == sequences_per_epoch(config) == 10 + 10
     assert list(datasets.valid) == ["both", "second", "all"] and list(datasets.test) == ["later"]
     both = documents_read(datasets.valid["both"])
     assert both == Counter([(i, 5, 5) for i in range(30, 60)] + [(1000 + i, 8, 8) for i in range(20, 40)])
@@ -130,7 +130,7 @@ def test_a_longer_run_sees_the_same_rows_first(tmp_path, order):
     config = training_flags("--data-prefix", prefix, "--validation-fraction", "0", "--packing", order)
     short = build_datasets(config, train_samples=10, pad=PAD).train
     long = build_datasets(config, train_samples=200, pad=PAD).train
-    assert len(long) == 200 and rows_per_epoch(config) * 3 < 200
+    assert len(long) == 200 and sequences_per_epoch(config) * 3 < 200
     for i in range(10):
         for ours, theirs in zip(short[i], long[i], strict=True):
             np.testing.assert_array_equal(ours, theirs)
@@ -140,7 +140,7 @@ def test_less_than_a_row_of_data_still_trains(tmp_path):
     prefix = write_documents(tmp_path / "set", numbered_documents([(3, 4)]))
     for order in ("best-fit", "greedy"):
         config = training_flags("--data-prefix", prefix, "--validation-fraction", "0", "--packing", order)
-        assert rows_per_epoch(config) == 1
+        assert sequences_per_epoch(config) == 1
         assert len(build_datasets(config, train_samples=7, pad=PAD).train) == 7
 
 

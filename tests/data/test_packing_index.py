@@ -14,7 +14,7 @@ from token_files import numbered_documents, training_flags, write_documents
 
 from megatron_ft.data import build_once as build_once_module
 from megatron_ft.data.build_once import build_once
-from megatron_ft.data.packed_dataset import build_datasets, rows_per_epoch
+from megatron_ft.data.packed_dataset import build_datasets, sequences_per_epoch
 from megatron_ft.data.packing import Packing, TokenizedDocuments, load_index, pack
 from megatron_ft.errors import UserError
 
@@ -69,7 +69,7 @@ def test_a_damaged_index_is_named(prefix):
 
 def test_flags_that_do_not_shape_the_rows_share_an_index(prefix):
     for flags in (["--micro-batch-size", "2"], ["--norm-target-loss"], ["--lr", "1"]):
-        rows_per_epoch(training_flags("--data-prefix", prefix, *flags))
+        sequences_per_epoch(training_flags("--data-prefix", prefix, *flags))
     assert len(indices(prefix)) == 1
     settings = json.loads((indices(prefix)[0] / "index.json").read_text())["settings"]
     assert settings["stop"] == 38 and settings["capacity"] == 33
@@ -194,4 +194,4 @@ def test_the_index_lies_elsewhere_when_the_data_are_read_only():
 def test_a_cache_path_that_is_a_file_is_an_error(prefix, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="a packing index cannot be written here|is a file"):
-        rows_per_epoch(training_flags("--data-prefix", prefix, "--data-cache-path", tmp_path / "file"))
+        sequences_per_epoch(training_flags("--data-prefix", prefix, "--data-cache-path", tmp_path / "file"))

@@ -7,7 +7,7 @@ from ranks import run_ranks
 
 from megatron_ft.engine import packed_attention
 from megatron_ft.engine.packed_attention import (
-    PackedRow,
+    PackedSequences,
     attend_by_document,
     flash_attention_takes,
     flex_attend,
@@ -40,7 +40,7 @@ def test_flex_attention_sees_the_same_documents():
     """Forward alone: on the CPU it has no backward."""
     torch.manual_seed(0)
     query, key, value = (torch.randn(300, heads, 16) for heads in (4, 1, 1))
-    row = PackedRow.from_cu_seqlens(torch.tensor([0, 1, 151, 153, 250, 300], dtype=torch.int32))
+    row = PackedSequences.from_cu_seqlens(torch.tensor([0, 1, 151, 153, 250, 300], dtype=torch.int32))
     out = flex_attend(query, key, value, row, compiled=False)
     torch.testing.assert_close(out, dense_attention(query, key, value, ROWS["uneven"]), atol=1e-5, rtol=1e-5)
 
@@ -50,7 +50,7 @@ def test_flex_attention_sees_the_same_documents():
 def test_flash_attention_is_called_as_torch_wants_it(groups, dropout):
     """On the meta device: torch's own functions of shapes and derivatives take the call; no kernel runs."""
     bounds = torch.empty(3, device="meta", dtype=torch.int32)
-    row = PackedRow("thd", bounds, bounds, max_seqlen_q=60, max_seqlen_kv=60, lengths=[40, 60])
+    row = PackedSequences("thd", bounds, bounds, max_seqlen_q=60, max_seqlen_kv=60, lengths=[40, 60])
     inputs = [torch.empty(100, n, 64, device="meta", dtype=torch.bfloat16) for n in (8, groups, groups)]
     inputs = [x.requires_grad_() for x in inputs]
     out = packed_attention._flash(*inputs, row, None, dropout)
@@ -71,7 +71,7 @@ def test_kernels_of_a_gpu_equal_the_dense_mask(row, groups, kernel, dtype, toler
     values = [torch.randn(sum(lengths), heads, 64, device="cuda").to(dtype) for heads in (4, groups, groups)]
     weight = torch.randn(sum(lengths), 256, device="cuda").to(dtype)
     bounds = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)
-    packed = PackedRow.from_cu_seqlens(bounds, torch.device("cuda"))
+    packed = PackedSequences.from_cu_seqlens(bounds, torch.device("cuda"))
     results = []
     for attention in (kernel, "dense"):
         inputs = [v.clone().requires_grad_() for v in values]
@@ -110,7 +110,7 @@ def test_logits_of_packed_rows_equal_the_branch(ranks, flags, golden):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_flash_attention_drops_what_its_backward_drops():
     torch.manual_seed(0)
-    packed = PackedRow.from_cu_seqlens(torch.tensor([0, 100, 1000], dtype=torch.int32), torch.device("cuda"))
+    packed = PackedSequences.from_cu_seqlens(torch.tensor([0, 100, 1000], dtype=torch.int32), torch.device("cuda"))
     query, key, value = (torch.randn(1000, n, 64, device="cuda", dtype=torch.bfloat16) for n in (8, 1, 1))
     value = torch.ones_like(value).requires_grad_()
     out = packed_attention._flash(query, key, value, packed, None, dropout=0.1)

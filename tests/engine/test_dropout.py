@@ -51,7 +51,7 @@ def forward(flags: str) -> dict[bool, dict[str, np.ndarray]]:
 
     from megatron_ft.engine import parallel
     from megatron_ft.engine.model import build_model
-    from megatron_ft.engine.packed_attention import PackedRow
+    from megatron_ft.engine.packed_attention import PackedSequences
 
     config = start(f"{FLAGS} {flags}", __file__)
     (model,) = build_model(config, config.shape, 128)
@@ -64,7 +64,7 @@ def forward(flags: str) -> dict[bool, dict[str, np.ndarray]]:
     layer.pre_mlp_layernorm.register_forward_pre_hook(lambda module, inputs: seen.update(residual=inputs[0]))
     tokens = torch.randint(128, (1, 64), generator=torch.Generator().manual_seed(3))
     positions = torch.cat([torch.arange(24), torch.arange(40)])[None]
-    row = PackedRow.from_cu_seqlens(torch.tensor([0, 24, 64], dtype=torch.int32))
+    row = PackedSequences.from_cu_seqlens(torch.tensor([0, 24, 64], dtype=torch.int32))
     found = {}
     for training in (True, False):
         parallel.seed_step(config.training.seed, 0)

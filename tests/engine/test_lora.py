@@ -70,12 +70,12 @@ def start(words, base, world_size):
 
 def row(seed):
     """One flattened micro-batch: tokens, labels, positions [1, 64] and the packed row."""
-    from megatron_ft.engine.packed_attention import PackedRow
+    from megatron_ft.engine.packed_attention import PackedSequences
 
     tokens = torch.randint(64, (1, 65), generator=torch.Generator().manual_seed(seed))
     positions = torch.cat([torch.arange(n) for n in LENGTHS])[None]
     bounds = torch.tensor([0, *LENGTHS]).cumsum(0).int()
-    return tokens[:, :-1], tokens[:, 1:], positions, PackedRow.from_cu_seqlens(bounds)
+    return tokens[:, :-1], tokens[:, 1:], positions, PackedSequences.from_cu_seqlens(bounds)
 
 
 def train_adapters(words, base, world_size, save):

@@ -18,7 +18,7 @@ def flags(tmp_path, text: str, world_size: int = 1):
 
 
 @pytest.mark.parametrize(
-    ("text", "rows_per_epoch", "iterations", "samples"),
+    ("text", "sequences_per_epoch", "iterations", "samples"),
     [
         ("--train-iters 7 --global-batch-size 4", None, 7, 28),
         ("--train-samples 28 --global-batch-size 4", None, 7, 28),
@@ -31,9 +31,9 @@ def flags(tmp_path, text: str, world_size: int = 1):
         ("--train-samples 37 --global-batch-size 8 --rampup-batch-size 2 2 12", None, 7, 38),
     ],
 )
-def test_length_follows_from_any_unit(tmp_path, text, rows_per_epoch, iterations, samples):
+def test_length_follows_from_any_unit(tmp_path, text, sequences_per_epoch, iterations, samples):
     config = flags(tmp_path, text)
-    length = plan_length(config, rows_per_epoch)
+    length = plan_length(config, sequences_per_epoch)
     assert (length.iterations, length.samples) == (iterations, samples)
     assert samples_of(config, iterations) == samples
 

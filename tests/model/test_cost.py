@@ -229,7 +229,7 @@ def activations_of_run(config, vocab, count_flops=False):
     from megatron_ft.engine.lora import add_lora
     from megatron_ft.engine.loss import token_losses
     from megatron_ft.engine.model import build_model
-    from megatron_ft.engine.packed_attention import PackedRow
+    from megatron_ft.engine.packed_attention import PackedSequences
     from megatron_ft.engine.parallel import initialize
 
     set_up_device(config)
@@ -256,7 +256,7 @@ def activations_of_run(config, vocab, count_flops=False):
     kernel = sdpa_kernel(SDPBackend.MATH) if count_flops else contextlib.nullcontext()  # the fused one is not counted
     with FlopCounterMode(display=False) as counter, kernel, DropoutOfGpus():
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            logits = model(*inputs, None, packed_seq_params=PackedRow.from_cu_seqlens(bounds))
+            logits = model(*inputs, None, packed_seq_params=PackedSequences.from_cu_seqlens(bounds))
             loss = token_losses(logits, inputs[0], vocab).mean()
         if count_flops:
             loss.backward()

@@ -5,9 +5,9 @@
 #SBATCH --cpus-per-task=8
 #SBATCH --time=02:00:00
 #SBATCH --output=%x-%j.log
-# A run's newest checkpoint to a Hugging Face directory, and the proof that its tensors are the same.
+# Convert a run's newest checkpoint to a Hugging Face directory and verify every tensor.
 #   bash slurm/convert.sh runs/first runs/first-hf [flags of convert/megatron_to_hf.py]
-# SAVE and OUTPUT are the same by environment. No GPU is needed.
+# The directories can also be given as the variables SAVE and OUTPUT. Needs no GPU.
 script=$(realpath -- "$0")
 if [ -n "${SLURM_JOB_ID:-}" ]; then script=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=//p' | head -n1); fi # SLURM runs a copy
 # shellcheck source=launch/job.sh
@@ -22,7 +22,7 @@ if [[ ${1:--} != -* ]]; then
   shift
 fi
 [ -n "${SAVE:-}" ] || fail "the run's directory is missing: bash slurm/convert.sh runs/first runs/first-hf"
-[ -d "$SAVE" ] || [ -n "${MEGATRON_FT_DATA_COMES:-}" ] || fail "SAVE=$SAVE is no directory; expected a run's --save"
+[ -d "$SAVE" ] || [ -n "${MEGATRON_FT_DATA_COMES:-}" ] || fail "SAVE=$SAVE is not a directory; expected the --save directory of a run"
 OUTPUT=${OUTPUT:-$SAVE-hf}
 run convert/megatron_to_hf.py --load "$SAVE" --output "$OUTPUT" "$@"
 run convert/verify.py "$SAVE" "$OUTPUT"

@@ -9,11 +9,14 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.log
-# StarCoderBase, 15.5 B, as OctoCoder was trained: 8 nodes of 8 GPUs, TP4 x PP4 x data parallel 4.
-#   DATA_PREFIX=data/commits TOKENIZER_FILE=tokenizer.json LOAD=checkpoints/base bash slurm/finetune_starcoderbase.sh [flags]
-# or sbatch [options] slurm/finetune_starcoderbase.sh [flags]. Flags of the training program and sbatch's options override what
-# stands here, those of the same meaning too: --train-iters 500 goes over --train-epochs, --lr-warmup-iters over --lr-warmup-fraction, --fp16 over --bf16.
-# Data parallelism crosses nodes, so both overlap flags hide its traffic behind computation; the optimizer is sharded (the default), which they need.
+# StarCoderBase (15.5B) as for OctoCoder: 8 nodes of 8 GPUs, TP4 x PP4 x data parallel 4.
+#   DATA_PREFIX=data/commits TOKENIZER_FILE=tokenizer.json LOAD=checkpoints/base \
+#     bash slurm/finetune_starcoderbase.sh [flags]
+# or sbatch [options] slurm/finetune_starcoderbase.sh [flags]. Options of sbatch and flags of the
+# training program override the ones below, and so do other flags for the same setting:
+# --train-iters overrides --train-epochs, --lr-warmup-iters overrides --lr-warmup-fraction, and
+# --fp16 overrides --bf16. Data parallelism crosses nodes, so both overlap flags hide its
+# communication behind computation; they need the distributed optimizer, which is the default.
 script=$(realpath -- "$0")
 if [ -n "${SLURM_JOB_ID:-}" ]; then script=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=//p'); fi # SLURM runs a copy
 # shellcheck source=launch/job.sh

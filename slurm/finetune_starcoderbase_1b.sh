@@ -10,9 +10,12 @@
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.log
 # StarCoderBase-1B: one node, data parallel 8.
-#   DATA_PREFIX=data/commits TOKENIZER_FILE=tokenizer.json LOAD=checkpoints/base bash slurm/finetune_starcoderbase_1b.sh [flags]
-# or sbatch [options] slurm/finetune_starcoderbase_1b.sh [flags]. Flags of the training program and sbatch's options override what
-# stands here, those of the same meaning too: --train-iters 500 goes over --train-epochs, --lr-warmup-iters over --lr-warmup-fraction, --fp16 over --bf16.
+#   DATA_PREFIX=data/commits TOKENIZER_FILE=tokenizer.json LOAD=checkpoints/base \
+#     bash slurm/finetune_starcoderbase_1b.sh [flags]
+# or sbatch [options] slurm/finetune_starcoderbase_1b.sh [flags]. Options of sbatch and flags of the
+# training program override the ones below, and so do other flags for the same setting:
+# --train-iters overrides --train-epochs, --lr-warmup-iters overrides --lr-warmup-fraction, and
+# --fp16 overrides --bf16.
 script=$(realpath -- "$0")
 if [ -n "${SLURM_JOB_ID:-}" ]; then script=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=//p'); fi # SLURM runs a copy
 # shellcheck source=launch/job.sh

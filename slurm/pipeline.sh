@@ -1,15 +1,18 @@
 #!/bin/bash
-# Tokenize, train and convert as one chain of jobs, each waiting for the success of the one before. Run it on a login node; it prints the job ids.
-#   SHARDS=16 TOKENIZER_FILE=tokenizer.json OUTPUT_PREFIX=data/rows LOAD=checkpoints/base SAVE=runs/first OUTPUT=runs/first-hf \
-#     bash slurm/pipeline.sh slurm/finetune_starcoderbase_1b.sh rows.jsonl -- [flags of training]
-# TRAIN_OPTIONS="--nodes=2" are sbatch's options for the training job alone, SBATCH_OPTIONS those of the others.
+# Tokenize, train and convert as a chain of jobs, each of which starts when the previous one
+# succeeded. Run it on a login node; it prints the job ids.
+#   SHARDS=16 TOKENIZER_FILE=tokenizer.json OUTPUT_PREFIX=data/rows LOAD=checkpoints/base \
+#     SAVE=runs/first OUTPUT=runs/first-hf \
+#     bash slurm/pipeline.sh slurm/finetune_starcoderbase_1b.sh rows.jsonl -- [training flags]
+# TRAIN_OPTIONS="--nodes=2" are options of sbatch for the training job, SBATCH_OPTIONS for the
+# others.
 OWN_SUBMISSION=1
 script=$(realpath -- "$0")
 # shellcheck source=launch/job.sh
 source "${script%/slurm/*}/launch/job.sh"
 
 training=${1:-}
-[ -f "$training" ] || fail "the training script ${training:-(first argument)} is not there: bash slurm/pipeline.sh slurm/finetune_starcoderbase_1b.sh rows.jsonl -- [flags]"
+[ -f "$training" ] || fail "training script not found: ${training:-(first argument)}: bash slurm/pipeline.sh slurm/finetune_starcoderbase_1b.sh rows.jsonl -- [flags]"
 for name in TOKENIZER_FILE OUTPUT_PREFIX SAVE; do
   [ -n "${!name:-}" ] || fail "$name is missing: TOKENIZER_FILE=... OUTPUT_PREFIX=... SAVE=... bash slurm/pipeline.sh ..."
 done
@@ -24,7 +27,8 @@ read -ra train_options <<<"${TRAIN_OPTIONS:-}"
 read -ra options <<<"${SBATCH_OPTIONS:-}"
 submit() { MEGATRON_FT_DATA_COMES=1 python -P "$MEGATRON_FT/launch/submit.py" --parsable --kill-on-invalid-dep=yes "$@"; }
 
-# Training is checked before anything is submitted: a wrong flag must not show after hours of tokenizing.
+# Check training before submitting anything, so that a wrong flag fails now, not after hours of
+# tokenizing.
 MEGATRON_FT_DRY_RUN=1 submit "${train_options[@]}" "$training" --data-prefix "$OUTPUT_PREFIX" --tokenizer-file "$TOKENIZER_FILE" --save "$SAVE" "$@" >/dev/null
 printed=$(bash "$MEGATRON_FT/slurm/preprocess.sh" "${rows[@]}")
 merge=${printed##*$'\n'}

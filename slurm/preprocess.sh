@@ -5,17 +5,20 @@
 #SBATCH --cpus-per-task=16
 #SBATCH --time=04:00:00
 #SBATCH --output=%x-%A_%a.log
-# Tokenize JSONL in shards, one array task each, then merge them: byte for byte what one run would have written.
-#   SHARDS=16 TOKENIZER_FILE=tokenizer.json OUTPUT_PREFIX=data/rows bash slurm/preprocess.sh rows.jsonl [more.jsonl ...] [flags of preprocess/tokenize.py]
-# submits the shards that are not there yet, and the merge that waits for them: after a failed task, the same command again does what is missing.
-# SBATCH_OPTIONS="--cpus-per-task=32" changes the jobs. Prints the merge's job id last.
+# Tokenize JSONL in shards, one array task per shard, and merge them into the same bytes that a
+# single run would write.
+#   SHARDS=16 TOKENIZER_FILE=tokenizer.json OUTPUT_PREFIX=data/rows \
+#     bash slurm/preprocess.sh rows.jsonl [more.jsonl ...] [flags of preprocess/tokenize.py]
+# It submits the missing shards and a merge that waits for them; after a failed task, the same
+# command submits only what is missing. SBATCH_OPTIONS="--cpus-per-task=32" sets options of both
+# jobs. The last line printed is the job id of the merge.
 OWN_SUBMISSION=1
 script=$(realpath -- "$0")
 if [ -n "${SLURM_JOB_ID:-}" ]; then script=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=//p' | head -n1); fi # SLURM runs a copy
 # shellcheck source=launch/job.sh
 source "${MEGATRON_FT:-${script%%/slurm/preprocess.sh*}}/launch/job.sh"
 
-# In the jobs the three settings are the first arguments, so that --export=NONE does not lose them.
+# In the jobs the three settings are the first arguments, so that --export=NONE keeps them.
 if [ "${1:-}" = shard ] || [ "${1:-}" = merge ]; then
   task=$1 SHARDS=$2 TOKENIZER_FILE=$3 OUTPUT_PREFIX=$4
   shift 4
@@ -34,13 +37,13 @@ merge)
   ;;
 submit)
   [ -n "${TOKENIZER_FILE:-}" ] || fail "TOKENIZER_FILE is missing: TOKENIZER_FILE=tokenizer.json bash slurm/preprocess.sh ..."
-  [ -e "$TOKENIZER_FILE" ] || fail "TOKENIZER_FILE=$TOKENIZER_FILE is not there"
+  [ -e "$TOKENIZER_FILE" ] || fail "TOKENIZER_FILE=$TOKENIZER_FILE does not exist"
   [ -n "${OUTPUT_PREFIX:-}" ] || fail "OUTPUT_PREFIX is missing: OUTPUT_PREFIX=data/rows bash slurm/preprocess.sh ..."
-  [[ $SHARDS =~ ^[1-9][0-9]*$ ]] || fail "SHARDS=$SHARDS: expected a number, like 16"
-  [ "$#" != 0 ] || fail "no input: bash slurm/preprocess.sh rows.jsonl"
+  [[ $SHARDS =~ ^[1-9][0-9]*$ ]] || fail "SHARDS=$SHARDS: expected a positive integer, like 16"
+  [ "$#" != 0 ] || fail "no input file: bash slurm/preprocess.sh rows.jsonl"
   for word in "$@"; do
     [[ $word == -* ]] && break
-    [ -e "$word" ] || fail "$word is not there"
+    [ -e "$word" ] || fail "$word does not exist"
   done
   mkdir -p "$(dirname -- "$OUTPUT_PREFIX")"
   missing=()

@@ -1,4 +1,4 @@
-"""Small tokenized data sets for tests, and the flags that read them."""
+"""Small tokenized datasets for tests, and the flags that read them."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +13,7 @@ from megatron_ft.data.indexed import IndexedWriter, commit, field_paths
 def write_documents(
     prefix: str | Path, documents: Sequence[tuple[Sequence[int], Sequence[int]]], dtype=np.uint16
 ) -> str:
-    """A data set of (input tokens, target tokens) documents; returns its prefix."""
+    """A dataset of (input tokens, target tokens) documents; returns its prefix."""
     with (
         IndexedWriter(field_paths(prefix)[0], np.dtype(dtype)) as inputs,
         IndexedWriter(field_paths(prefix)[1], np.dtype(dtype)) as targets,

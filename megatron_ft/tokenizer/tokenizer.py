@@ -1,7 +1,8 @@
-"""Tokenizers as the rest of the house sees them: `load_tokenizer(path)` from a tokenizer.json, a SentencePiece model or a Hugging Face directory.
+"""Tokenizers as used by the rest of the package: `load_tokenizer(path)` reads a tokenizer.json, a
+SentencePiece model or a Hugging Face directory.
 
-Nothing is ever fetched. Byte-level BPE of StarCoder's and GPT-2's kind is encoded by `fast_bpe`, which gives the same ids faster;
-`Tokenizer.notice` says in one line why where it cannot.
+Nothing is downloaded. Byte-level BPE like StarCoder's and GPT-2's is encoded by `fast_bpe`, which
+gives the same ids faster; if it cannot, `Tokenizer.notice` is one line with the reason.
 """
 
 import json
@@ -9,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -21,15 +23,21 @@ SENTENCEPIECE_FILES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.mod
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
-    """uint16 where every id fits, else int32, little-endian: Megatron's `best_fitting_dtype`, with its limit of 65500."""
+    """uint16 if every id fits, else int32, little-endian: Megatron's `best_fitting_dtype`, with its
+    limit of 65500.
+
+    >>> token_dtype(49152), token_dtype(65500)
+    (dtype('uint16'), dtype('int32'))
+    """
     return np.dtype("<u2" if vocab_size < 65500 else "<i4")
 
 
 class Tokenizer(ABC):
-    """One tokenizer, whatever it was read from.
+    """One tokenizer, whatever its format.
 
-    `kind` is "tokenizer.json" or "sentencepiece"; `vocab_size` the unpadded number of ids; `special_ids` name to id;
-    `pad` an id or None; `notice` one line for the log, or None.
+    kind: "tokenizer.json" or "sentencepiece". vocab_size: number of ids, without padding.
+    special_ids: special tokens to ids. pad: id of the padding token, or None. notice: one line for
+    the log, or None.
     """
 
     kind: str
@@ -43,12 +51,14 @@ class Tokenizer(ABC):
 
     @property
     def dtype(self) -> np.dtype:
-        """dtype of ids in files: uint16 where the vocabulary allows, else int32."""
+        """dtype of ids in token files, see `token_dtype`."""
         return token_dtype(self.vocab_size)
 
     @property
     def eod(self) -> int:
-        """Id of `<|endoftext|>`, or of the end-of-sequence token of another family. UserError where there is none."""
+        """Id of `<|endoftext|>`, or of the end-of-sequence token of another model family.
+
+        Raises UserError if there is none."""
         if self._eod is None:
             raise UserError(
                 f"{self.path}: no end-of-text token (looked for {', '.join(EOD_TOKENS)}); use a tokenizer that has one"
@@ -57,27 +67,29 @@ class Tokenizer(ABC):
 
     @property
     def config_ids(self) -> dict[str, int | None]:
-        """What a model's config.json says of it; StarCoder begins and ends texts with the same token, <|endoftext|>."""
+        """Token ids for a model's config.json; StarCoder's first and last token are both
+        <|endoftext|>."""
         return {"bos_token_id": self.eod, "eos_token_id": self.eod, "pad_token_id": self.pad}
 
     def encode(self, text: str) -> list[int]:
-        """Ids of one text. Special tokens spelled out in it are parsed; none is added."""
+        """Ids of one text. Special tokens spelled out in it are parsed; none are added."""
         return self.encode_batch([text])[0].tolist()
 
     @abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Ids of several texts, each [tokens] of `dtype`. Safe to call from several threads, which run in parallel."""
+        """Ids of several texts, each [tokens] of `dtype`. Several threads run in parallel."""
 
     @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids, special tokens spelled out."""
+        """The text of the ids, with special tokens spelled out."""
 
-    def check_sample(self, texts: Sequence[str]) -> None:  # noqa: B027 - other kinds have nothing to compare
-        """Compare a fast encoder with the reference on real data and give it up where they differ."""
+    def check_sample(self, texts: Sequence[str]) -> None:  # noqa: B027 - only some kinds compare
+        """Compare a fast encoder with the reference on real data; stop using it if they differ."""
 
 
 class JsonTokenizer(Tokenizer):
-    """A tokenizer.json, by the `tokenizers` library or, where that is proved to be the same, by tiktoken's core."""
+    """A tokenizer.json, encoded by the `tokenizers` library or, if that is known to be equal, by
+    tiktoken's core."""
 
     kind = "tokenizer.json"
 
@@ -104,16 +116,16 @@ class JsonTokenizer(Tokenizer):
         try:
             return FastBPE.build(self._spec, self._backend, self.dtype)
         except (CannotExpress, ImportError) as reason:
-            self._give_up(str(reason))
+            self._use_slow(str(reason))
             return None
 
-    def _give_up(self, reason: str) -> None:
-        self.notice = f"encoding with the tokenizers library, the slower way, for {self.path.name}: {reason}"
+    def _use_slow(self, reason: str) -> None:
+        self.notice = f"using the slower tokenizers library for {self.path.name}: {reason}"
 
     def check_sample(self, texts: Sequence[str]) -> None:
         if self._fast and (different := self._fast.differs(list(texts))):
             self._fast = None
-            self._give_up(f"ids differ on {different[0][:60]!r}")
+            self._use_slow(f"ids differ on {different[0][:60]!r}")
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         if self._fast:
@@ -126,7 +138,7 @@ class JsonTokenizer(Tokenizer):
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """A SentencePiece `.model` file. Its control symbols are not parsed from text, as the library has it."""
+    """A SentencePiece `.model` file. Like the library it never parses control symbols in text."""
 
     kind = "sentencepiece"
 
@@ -155,23 +167,25 @@ class SentencePieceTokenizer(Tokenizer):
 
 
 def load_tokenizer(path: str | Path, literal_specials: Collection[str] = ()) -> Tokenizer:
-    """Load a tokenizer.json, a SentencePiece `.model`, or a Hugging Face directory that holds either (or vocab.json and merges.txt).
+    """Load a tokenizer.json, a SentencePiece `.model`, or a Hugging Face directory that contains
+    one of them or vocab.json and merges.txt.
 
-    `literal_specials` are special tokens that shall be encoded as plain text where data spell them out. UserError where the path is
-    missing or unreadable, or a literal token is not a special token of a tokenizer.json.
+    `literal_specials` are special tokens to encode as plain text if they occur in it. Raises
+    UserError if the path is missing or unreadable, or a literal token is not a special token of a
+    tokenizer.json.
     """
     path = Path(path)
     if not path.exists():
         raise UserError(
             f"{path}: no such tokenizer; give a tokenizer.json, a SentencePiece .model or a Hugging Face directory"
         )
-    config = {}
+    config: dict[str, str | None] = {}
     if path.is_dir():
         path, config = _inside_directory(path)
     if path.suffix == ".model":
         if literal_specials:
             raise UserError(
-                f"{path}: SentencePiece never parses special tokens from text; leave --literal-special-tokens out"
+                f"{path}: SentencePiece never parses special tokens from text; leave out --literal-special-tokens"
             )
         return SentencePieceTokenizer(path)
     if path.is_dir():
@@ -187,27 +201,28 @@ def load_tokenizer(path: str | Path, literal_specials: Collection[str] = ()) -> 
 
 
 def _with_literals(path: Path, text: str, config: dict, literals: Collection[str]) -> JsonTokenizer:
-    """The tokenizer without the added tokens `literals`, whose ids and all others' stay what they were."""
-    whole = JsonTokenizer(path, text, config)
-    if unknown := [token for token in literals if token not in whole.special_ids]:
+    """The tokenizer without the added tokens `literals`; no id changes."""
+    complete = JsonTokenizer(path, text, config)
+    if unknown := [token for token in literals if token not in complete.special_ids]:
         raise UserError(
-            f"--literal-special-tokens {unknown[0]}: {path} has no such special token; it has {' '.join(whole.special_ids)}"
+            f"--literal-special-tokens {unknown[0]}: {path} has no such special token; it has {' '.join(complete.special_ids)}"
         )
     spec = json.loads(text)
     spec["added_tokens"] = [token for token in spec["added_tokens"] if token["content"] not in literals]
     tokenizer = JsonTokenizer(path, json.dumps(spec), config)
-    tokenizer._eod, tokenizer.vocab_size, tokenizer.pad = whole._eod, whole.vocab_size, whole.pad
+    tokenizer._eod, tokenizer.vocab_size, tokenizer.pad = complete._eod, complete.vocab_size, complete.pad
     ids = tokenizer._backend.get_vocab(with_added_tokens=True)
-    if any(ids.get(token) != i for token, i in whole.special_ids.items() if token not in literals):
+    if any(ids.get(token) != i for token, i in complete.special_ids.items() if token not in literals):
         raise UserError(
-            f"--literal-special-tokens: in {path} the special tokens follow the vocabulary, and removing one would renumber others"
+            f"--literal-special-tokens: removing one would renumber other special tokens of {path}, which follow the vocabulary; leave it out"
         )
     return tokenizer
 
 
 def _inside_directory(directory: Path) -> tuple[Path, dict]:
-    """The file of a Hugging Face directory to read (or the directory itself), and the names of its special tokens."""
-    config = {}
+    """The file of a Hugging Face directory to read (or the directory itself), and its configuration
+    with special tokens as text."""
+    config: dict[str, Any] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         if (directory / name).is_file():
             try:
@@ -222,14 +237,14 @@ def _inside_directory(directory: Path) -> tuple[Path, dict]:
 
 
 def _from_slow_files(directory: Path) -> str:
-    """tokenizer.json text of a directory that has only a slow tokenizer's files, converted by transformers."""
+    """The text of a tokenizer.json, converted by transformers from a slow tokenizer's files."""
     from transformers import AutoTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(directory, local_files_only=True).backend_tokenizer.to_str()
-    except Exception as error:  # transformers raises many kinds
+    except Exception as error:  # transformers raises many types
         raise UserError(
-            f"{directory}: no tokenizer that can be read ({_first_line(error)}); it needs a tokenizer.json or a tokenizer.model"
+            f"{directory}: no readable tokenizer ({_first_line(error)}); it needs a tokenizer.json or a tokenizer.model"
         ) from error
 
 

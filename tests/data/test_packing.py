@@ -1,4 +1,4 @@
-"""The two orders of packing: what they promise for any lengths, and that greedy is the branch's."""
+"""The two packing orders: their guarantees for any lengths, and that greedy is the mtf branch's."""
 
 import tempfile
 from pathlib import Path
@@ -20,7 +20,7 @@ sides = st.tuples(st.integers(0, 30), st.integers(0, 30))
 
 
 @pytest.mark.parametrize("name, capacity", GOLDEN_SETS)
-def test_greedy_gives_the_branch_s_index(golden, name, capacity):
+def test_greedy_gives_the_index_of_mtf(golden, name, capacity):
     folder = golden / "packed" / f"{name}_s{capacity}"
     documents = TokenizedDocuments(str(folder / "data"))
     index = pack(documents, Packing(0, len(documents), capacity, order="greedy", seed=1234, epochs=5))
@@ -31,7 +31,7 @@ def test_greedy_gives_the_branch_s_index(golden, name, capacity):
 
 
 @pytest.mark.parametrize("name, capacity", GOLDEN_SETS)
-def test_greedy_gives_the_branch_s_samples(golden, tmp_path, name, capacity):
+def test_greedy_gives_the_samples_of_mtf(golden, tmp_path, name, capacity):
     folder = golden / "packed" / f"{name}_s{capacity}"
     args = training_flags(
         "--data-prefix", folder / "data", "--validation-fraction", "0", "--packing", "greedy", "--data-cache-path", tmp_path,
@@ -45,28 +45,28 @@ def test_greedy_gives_the_branch_s_samples(golden, tmp_path, name, capacity):
         np.testing.assert_array_equal(sample.is_inputs, expected["decoder_is_inputs"][i])
 
 
-def greedy_by_hand(lengths, order, capacity):
-    """Rows as lists of documents: what the branch describes, document by document."""
-    rows, row, filled = [], [], 0
+def greedy_reference(lengths, order, capacity):
+    """Sequences as lists of documents, and the incomplete last one: the branch's algorithm."""
+    sequences, current, filled = [], [], 0
     for document in order:
         if filled + lengths[document] > capacity:
-            if row:
-                rows.append(row)
-            row, filled = [], 0
+            if current:
+                sequences.append(current)
+            current, filled = [], 0
         if lengths[document] <= capacity:
-            row.append(int(document))
+            current.append(int(document))
             filled += lengths[document]
-    return rows, row
+    return sequences, current
 
 
 @SETTINGS
 @given(st.lists(st.integers(0, 60), min_size=1, max_size=80), st.integers(1, 50), st.integers(1, 3), st.randoms())
-def test_greedy_rows_are_those_made_by_hand(lengths, capacity, epochs, random):
+def test_greedy_matches_the_reference(lengths, capacity, epochs, random):
     order = [i for _ in range(epochs) for i in random.sample(range(len(lengths)), len(lengths))]
-    rows, unfinished = _packing.greedy(np.array(lengths, np.int32), np.array(order), capacity)
-    by_hand, last = greedy_by_hand(lengths, order, capacity)
-    assert [order[a:b] for a, b in rows] == by_hand
-    assert order[unfinished:] == last
+    bounds, incomplete = _packing.greedy(np.array(lengths, np.int32), np.array(order), capacity)
+    expected, last = greedy_reference(lengths, order, capacity)
+    assert [order[a:b] for a, b in bounds] == expected
+    assert order[incomplete:] == last
 
 
 @SETTINGS
@@ -80,7 +80,7 @@ def test_greedy_rows_are_those_made_by_hand(lengths, capacity, epochs, random):
     overlong=st.sampled_from(["drop", "truncate"]),
     data=st.data(),
 )
-def test_every_document_once_an_epoch_none_split_none_over_length(
+def test_every_document_occurs_once_per_epoch_and_is_not_split(
     lengths, capacity, lookahead, seed, epochs, order, overlong, data
 ):
     start = data.draw(st.integers(0, len(lengths) - 1))
@@ -99,10 +99,10 @@ def test_every_document_once_an_epoch_none_split_none_over_length(
         again = pack(documents, packing)
         more = pack(documents, Packing(**{**vars(packing), "epochs": epochs + 1}))
         full = pack(documents, Packing(**{**vars(packing), "keep_last": False}))
-    rows = [index.documents[a:b].tolist() for a, b in index.bounds]
-    packed = np.concatenate(rows)
+    sequences = [index.documents[a:b].tolist() for a, b in index.bounds]
+    packed = np.concatenate(sequences)
     expected = np.arange(start, stop)[fits]
-    assert all(taken[row].sum() <= capacity and len(row) for row in rows)
+    assert all(taken[sequence].sum() <= capacity and sequence for sequence in sequences)
     assert sorted(packed.tolist()) == sorted(expected.tolist() * epochs)
     epoch_of = packed.reshape(epochs, len(expected))
     assert all(sorted(epoch.tolist()) == expected.tolist() for epoch in epoch_of)
@@ -110,13 +110,13 @@ def test_every_document_once_an_epoch_none_split_none_over_length(
     np.testing.assert_array_equal(index.documents, again.documents)
     np.testing.assert_array_equal(index.bounds, again.bounds)
     assert full.facts["packed_tokens"] == sum(taken[full.documents[a:b]].sum() for a, b in full.bounds)
-    unfinished = 1 if order == "greedy" else 0
-    np.testing.assert_array_equal(more.bounds[: len(rows) - unfinished], index.bounds[: len(rows) - unfinished])
+    complete = len(sequences) - (order == "greedy")
+    np.testing.assert_array_equal(more.bounds[:complete], index.bounds[:complete])
 
 
 @SETTINGS
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=300), st.integers(50, 200), st.integers(0, 2**64 - 1))
-def test_best_fit_leaves_at_most_one_row_half_empty(lengths, capacity, seed):
+def test_best_fit_leaves_at_most_one_sequence_half_empty(lengths, capacity, seed):
     lengths = np.array(lengths, np.int32)
     documents, ends = _packing.best_fit(lengths, capacity, len(lengths), seed)
     filled = np.add.reduceat(lengths[documents], np.concatenate([[0], ends[:-1]]))
@@ -124,14 +124,14 @@ def test_best_fit_leaves_at_most_one_row_half_empty(lengths, capacity, seed):
     assert filled[-1] == filled.min()
 
 
-def test_best_fit_looks_no_further_than_asked_and_mixes_lengths():
+def test_best_fit_respects_the_lookahead_and_mixes_lengths():
     lengths = np.random.default_rng(3).integers(1, 400, 20_000).astype(np.int32)
     documents, ends = _packing.best_fit(lengths, 1024, 64, 7)
     narrow = lengths.sum() / (len(ends) * 1024)
     documents_wide, ends_wide = _packing.best_fit(lengths, 1024, 4096, 7)
     wide = lengths.sum() / (len(ends_wide) * 1024)
     assert 0.95 < narrow < wide and wide > 0.998
-    # Long documents do not all come first: the thirds of an epoch have the same mean length.
+    # Long documents are not all first: the thirds of an epoch have about the same mean length.
     thirds = [lengths[third].mean() for third in np.array_split(documents_wide, 3)]
     assert max(thirds) - min(thirds) < 10
 
@@ -145,12 +145,12 @@ def test_epochs_and_seeds_differ(tmp_path):
         assert not np.array_equal(index.documents, other.documents)
 
 
-def test_best_fit_fills_real_instruction_rows(golden):
+def test_best_fit_fills_sequences_of_real_instructions(golden):
     documents = TokenizedDocuments(str(golden / "packed" / "short_s257" / "data"))
     index = pack(documents, Packing(0, len(documents), 257))
     filled = [index.documents[a:b] for a, b in index.bounds[:-1]]
     sizes = documents.inputs.sizes + documents.targets.sizes
-    assert sum(sizes[row].sum() for row in filled) / (257 * len(filled)) >= 0.995
+    assert sum(sizes[sequence].sum() for sequence in filled) / (257 * len(filled)) >= 0.995
 
 
 @pytest.mark.parametrize("order", ["best-fit", "greedy"])
@@ -159,7 +159,7 @@ def test_best_fit_fills_real_instruction_rows(golden):
     ("truncate", [(1, 40), (0, 33)], "raise --seq-length"),
     ("drop", [(0, 0), (0, 0)], "all 2 documents that fit a packed sequence are empty"),
 ])  # fmt: skip
-def test_a_data_set_without_a_document_that_fits_is_an_error(tmp_path, order, overlong, lengths, message):
+def test_a_dataset_in_which_no_document_fits_is_an_error(tmp_path, order, overlong, lengths, message):
     if overlong == "truncate":
         lengths = [(a + 1, b) for a, b in lengths]
     documents = TokenizedDocuments(write_documents(tmp_path / "set", numbered_documents(lengths)))

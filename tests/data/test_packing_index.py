@@ -1,4 +1,5 @@
-"""The packing index on disk: built once whoever asks, never stale, never half written, elsewhere when the data cannot be written to."""
+"""The packing index on disk: built by one process, never stale or incomplete, elsewhere if the data
+directory is read-only."""
 
 import json
 import multiprocessing
@@ -34,7 +35,7 @@ def prefix(tmp_path) -> str:
     {"start": 1}, {"stop": 39}, {"capacity": 21}, {"order": "greedy"}, {"lookahead": 5}, {"overlong": "truncate"}, {"seed": 2},
     {"epochs": 2}, {"keep_last": True},
 ], ids=str)  # fmt: skip
-def test_every_setting_that_shapes_an_index_has_its_own(prefix, change):
+def test_every_setting_has_its_own_index(prefix, change):
     documents, first = TokenizedDocuments(prefix), Packing(0, 40, 20)
     other = Packing(**{**vars(first), **change})
     for packing in (first, other, first, other):
@@ -47,10 +48,10 @@ def test_every_setting_that_shapes_an_index_has_its_own(prefix, change):
 
 @pytest.mark.parametrize("lengths", [
     [(3, 4)] * 39 + [(4, 3)],
-    [(3, 3)] * 40,  # tokenized again with --no-append-eod: the targets alone are shorter
+    [(3, 3)] * 40,  # tokenized again with --no-append-eod: only the targets are shorter
     [(4, 4)] * 40,
-], ids=["a bound moved", "targets alone", "inputs alone"])  # fmt: skip
-def test_changed_data_get_a_new_index(prefix, lengths):
+], ids=["a bound moved", "only targets", "only inputs"])  # fmt: skip
+def test_changed_data_gets_a_new_index(prefix, lengths):
     packing = Packing(0, 40, 20)
     load_index(TokenizedDocuments(prefix), packing)
     write_documents(prefix, numbered_documents(lengths))
@@ -59,7 +60,7 @@ def test_changed_data_get_a_new_index(prefix, lengths):
     assert len(indices(prefix)) == 2
 
 
-def test_a_damaged_index_is_named(prefix):
+def test_a_damaged_index_is_reported(prefix):
     load_index(TokenizedDocuments(prefix), Packing(0, 40, 20))
     damaged = indices(prefix)[0] / "documents.npy"
     os.truncate(damaged, damaged.stat().st_size - 1)
@@ -67,7 +68,7 @@ def test_a_damaged_index_is_named(prefix):
         load_index(TokenizedDocuments(prefix), Packing(0, 40, 20))
 
 
-def test_flags_that_do_not_shape_the_rows_share_an_index(prefix):
+def test_unrelated_flags_share_an_index(prefix):
     for flags in (["--micro-batch-size", "2"], ["--norm-target-loss"], ["--lr", "1"]):
         sequences_per_epoch(training_flags("--data-prefix", prefix, *flags))
     assert len(indices(prefix)) == 1
@@ -75,22 +76,22 @@ def test_flags_that_do_not_shape_the_rows_share_an_index(prefix):
     assert settings["stop"] == 38 and settings["capacity"] == 33
 
 
-def _ask(directory: Path, log: Path, seconds: float, crash: bool = False) -> None:
+def _build_slowly(directory: Path, log: Path, seconds: float, crash: bool = False) -> None:
     def build(partial: Path) -> None:
         with open(log, "a") as file:
             file.write(f"{os.getpid()}\n")
-        (partial / "content").write_text("half")
+        (partial / "content").write_text("partial")
         time.sleep(seconds)
         if crash:
             os.kill(os.getpid(), signal.SIGKILL)
-        (partial / "content").write_text("whole")
+        (partial / "content").write_text("complete")
 
     build_once(directory, build)
-    assert (directory / "content").read_text() == "whole"
+    assert (directory / "content").read_text() == "complete"
 
 
 def _start(*args) -> multiprocessing.Process:
-    process = context.Process(target=_ask, args=args)
+    process = context.Process(target=_build_slowly, args=args)
     process.start()
     return process
 
@@ -102,15 +103,15 @@ def test_one_process_builds_while_the_others_wait(tmp_path):
         process.join(20)
         assert process.exitcode == 0
     assert len(log.read_text().split()) == 1
-    assert [path.name for path in directory.parent.iterdir()] == ["index"]  # no lock, nothing temporary
+    assert [path.name for path in directory.parent.iterdir()] == ["index"]  # no lock, no temporary directory
 
 
-def test_a_killed_builder_leaves_nothing_that_looks_whole_and_is_followed(tmp_path):
+def test_a_killed_builder_is_replaced(tmp_path):
     directory, log = tmp_path / "packing" / "index", tmp_path / "log"
     first = _start(directory, log, 0.2, True)
     first.join(20)
     assert first.exitcode == -signal.SIGKILL and not directory.exists()
-    assert len(list(directory.parent.iterdir())) == 2  # its lock and its unfinished directory
+    assert len(list(directory.parent.iterdir())) == 2  # its lock and its incomplete directory
     processes = [_start(directory, log, 0.1) for _ in range(3)]
     for process in processes:
         process.join(20)
@@ -119,7 +120,7 @@ def test_a_killed_builder_leaves_nothing_that_looks_whole_and_is_followed(tmp_pa
     assert [path.name for path in directory.parent.iterdir()] == ["index"]
 
 
-def test_a_builder_on_another_node_is_waited_for_as_long_as_it_lives(tmp_path, monkeypatch):
+def test_a_builder_on_another_node_is_waited_for_until_its_heartbeat_stops(tmp_path, monkeypatch):
     monkeypatch.setattr(build_once_module, "STALE_SECONDS", 0.5)
     directory, log = tmp_path / "index", tmp_path / "log"
     lock = tmp_path / "index.lock"
@@ -129,7 +130,7 @@ def test_a_builder_on_another_node_is_waited_for_as_long_as_it_lives(tmp_path, m
         time.sleep(0.15)
         lock.touch()
     assert not log.exists()
-    began = time.monotonic()  # and now it dies
+    began = time.monotonic()  # the heartbeat stops
     waiting.join(20)
     assert waiting.exitcode == 0 and time.monotonic() - began < 5
     assert len(log.read_text().split()) == 1 and not lock.exists()
@@ -137,7 +138,7 @@ def test_a_builder_on_another_node_is_waited_for_as_long_as_it_lives(tmp_path, m
 
 def test_a_failing_build_frees_the_lock(tmp_path):
     def build(partial: Path) -> None:
-        (partial / "content").write_text("half")
+        (partial / "content").write_text("partial")
         raise UserError("no")
 
     for _ in range(2):
@@ -147,7 +148,7 @@ def test_a_failing_build_frees_the_lock(tmp_path):
 
 
 def _read_as_nobody(prefix: str, cache: str | None, answer) -> None:
-    if os.geteuid() == 0:  # root may write everywhere
+    if os.geteuid() == 0:  # root can write everywhere
         os.setuid(65534)
     flags = ["--data-cache-path", cache] if cache else []
     try:
@@ -157,7 +158,7 @@ def _read_as_nobody(prefix: str, cache: str | None, answer) -> None:
         answer.send(str(error))
 
 
-def answer_of_nobody(prefix: str, cache: Path | None) -> int | str:
+def dataset_size_or_error(prefix: str, cache: Path | None) -> int | str:
     ours, theirs = context.Pipe()
     process = context.Process(target=_read_as_nobody, args=(prefix, cache and str(cache), theirs))
     process.start()
@@ -167,7 +168,7 @@ def answer_of_nobody(prefix: str, cache: Path | None) -> int | str:
     return answer
 
 
-def test_the_index_lies_elsewhere_when_the_data_are_read_only():
+def test_the_index_is_elsewhere_if_the_data_directory_is_read_only():
     with tempfile.TemporaryDirectory() as folder:  # pytest's own directories are closed to other users
         data, cache = Path(folder) / "data", Path(folder) / "cache"
         data.mkdir()
@@ -180,15 +181,15 @@ def test_the_index_lies_elsewhere_when_the_data_are_read_only():
             (None, "give a writable directory with --data-cache-path DIR"),
             (cache, 3),
         ):
-            answer = answer_of_nobody(prefix, elsewhere)
+            answer = dataset_size_or_error(prefix, elsewhere)
             assert answer == expected or (elsewhere is None and expected in answer and "\n" not in answer)
         data.chmod(0o755)
         assert [path.name for path in cache.iterdir()] == ["set_packing"]
         assert not Path(f"{prefix}_packing").exists()
-        # Indices that lie beside read-only data already are used from there.
+        # Existing indices next to read-only data are used.
         build_datasets(training_flags("--data-prefix", prefix), train_samples=3, pad=0)
         data.chmod(0o555)
-        assert len(indices(prefix)) == 2 and answer_of_nobody(prefix, None) == 3
+        assert len(indices(prefix)) == 2 and dataset_size_or_error(prefix, None) == 3
 
 
 def test_a_cache_path_that_is_a_file_is_an_error(prefix, tmp_path):

@@ -1,4 +1,5 @@
-"""Reading JSONL: every line once and in order, however files are divided and compressed; broken bytes are bad rows, never crashes or other rows."""
+"""Reading JSONL: every line once and in order, for any shards and compression; malformed lines are
+bad rows with a reason."""
 
 import gzip
 import io
@@ -82,7 +83,7 @@ def test_compressed_files_directories_and_standard_input(tmp_path, monkeypatch):
         ).map(lambda value: json.dumps(value).encode()),
     )
 )
-def test_a_line_of_any_bytes_is_a_row_of_texts_or_a_bad_row_with_a_reason(line):
+def test_any_line_is_a_row_of_texts_or_a_bad_row(line):
     try:
         inputs, outputs = parse_row(line, KEYS)
     except BadRow as reason:
@@ -128,11 +129,11 @@ def test_each_defect_has_its_reason(line, reason):
     assert str(error.value) == reason
 
 
-def test_escaped_surrogate_pairs_are_good():
+def test_escaped_surrogate_pairs_are_accepted():
     assert parse_row(b'{"inputs": "\\ud83d\\ude00", "targets": "b", "outputs": "c"}', KEYS) == ["\U0001f600", "c"]
 
 
-def test_a_line_over_the_limit_is_none_and_the_lines_around_it_stay(tmp_path, monkeypatch):
+def test_a_line_over_the_limit_is_none(tmp_path, monkeypatch):
     monkeypatch.setattr(jsonl, "MAX_LINE_BYTES", 100)
     monkeypatch.setattr(jsonl, "BLOCK_BYTES", 16)
     (tmp_path / "a.jsonl").write_bytes(
@@ -141,7 +142,7 @@ def test_a_line_over_the_limit_is_none_and_the_lines_around_it_stay(tmp_path, mo
     assert lines_of([tmp_path / "a.jsonl"]) == [b"a", b"x" * 100, None, None, b"b", None]
 
 
-def test_files_that_cannot_be_read_end_in_one_line(tmp_path):
+def test_unreadable_files_report_one_line_errors(tmp_path):
     whole = gzip.compress(b'{"a": 1}\n' * 1000)
     (tmp_path / "cut.jsonl.gz").write_bytes(whole[:-9])
     (tmp_path / "wrong.jsonl.gz").write_bytes(b"\x1f\x8bplain text\n")
@@ -165,7 +166,7 @@ def test_files_that_cannot_be_read_end_in_one_line(tmp_path):
         assert "\n" not in str(error.value)
 
 
-def test_files_are_read_by_their_first_bytes_not_their_names(tmp_path):
+def test_compression_is_detected_by_content(tmp_path):
     rows = [b'{"n": 1}', b'{"n": 2}']
     plain = b"\n".join(rows)
     (tmp_path / "plain.jsonl.gz").write_bytes(plain)
@@ -177,7 +178,7 @@ def test_files_are_read_by_their_first_bytes_not_their_names(tmp_path):
 
 
 @pytest.mark.parametrize("pack", [bytes, gzip.compress], ids=["plain", "gzip"])
-def test_a_byte_order_mark_and_blank_lines_are_passed_over(tmp_path, pack):
+def test_a_byte_order_mark_and_blank_lines_are_skipped(tmp_path, pack):
     path = tmp_path / "a.jsonl"
     path.write_bytes(pack(b'\xef\xbb\xbf{"n": 1}\r\n\n  \r\n{"n": 2}\n\n\n'))
     (block,) = read_blocks(open_sources([path]))
@@ -187,7 +188,7 @@ def test_a_byte_order_mark_and_blank_lines_are_passed_over(tmp_path, pack):
     assert parts == [[b'{"n": "\xef\xbb\xbf"}']] * 2
 
 
-def test_a_directory_without_the_programs_own_output(tmp_path, capsys):
+def test_outputs_in_an_input_directory_are_left_out(tmp_path, capsys):
     for name in ("a.jsonl", "b.jsonl", "out.jsonl", "out_rejected.jsonl", "set_made_from.json"):
         (tmp_path / name).write_text('{"n": 1}\n')
     (tmp_path / "link.jsonl").symlink_to("out.jsonl")
@@ -197,7 +198,7 @@ def test_a_directory_without_the_programs_own_output(tmp_path, capsys):
     assert printed == (
         f"{tmp_path}: reading a.jsonl, b.jsonl; leaving out link.jsonl, out.jsonl, out_rejected.jsonl, set_made_from.json\n"
     )
-    assert open_sources([tmp_path / "out_rejected.jsonl"])  # by name it is read
+    assert open_sources([tmp_path / "out_rejected.jsonl"])  # read if named
     for same in ("out.jsonl", "link.jsonl"):
         with pytest.raises(UserError, match="is both input and output"):
             open_sources([tmp_path / "a.jsonl", tmp_path / same], [tmp_path / "out.jsonl"])

@@ -1,4 +1,4 @@
-"""Outputs: whole or not there, through links, into FIFOs, compressed by name, one writer at a time, nothing left by the dead."""
+"""Outputs: complete or absent, through links, into FIFOs, compressed by suffix, one writer each."""
 
 import gzip
 import os
@@ -21,7 +21,7 @@ def write(path, content: bytes = b"new") -> None:
         output.commit()
 
 
-def test_a_link_stays_a_link_and_what_it_points_to_is_replaced(tmp_path):
+def test_a_link_stays_and_its_target_is_replaced(tmp_path):
     (tmp_path / "disk").mkdir()
     (tmp_path / "disk/old").write_bytes(b"old")
     for target in ("old", "not-yet"):
@@ -33,7 +33,7 @@ def test_a_link_stays_a_link_and_what_it_points_to_is_replaced(tmp_path):
     assert sorted(os.listdir(tmp_path / "disk")) == ["not-yet", "old"]
 
 
-def test_what_is_no_regular_file_is_written_as_it_comes(tmp_path):
+def test_a_fifo_is_written_directly(tmp_path):
     os.mkfifo(tmp_path / "fifo")
     (tmp_path / "link").symlink_to("fifo")
     for name in ("fifo", "link"):
@@ -47,15 +47,15 @@ def test_what_is_no_regular_file_is_written_as_it_comes(tmp_path):
         write(tmp_path)
 
 
-def test_names_for_standard_output(tmp_path):
-    for name in ("-", "/dev/stdout"):  # a pipe here: nothing beside it is made or replaced
+def test_names_of_standard_output(tmp_path):
+    for name in ("-", "/dev/stdout"):  # a pipe: no file is created
         code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from megatron_ft.files.output import OutputFile\n"
         code += f"with OutputFile({name!r}) as o: o.write(b'new'); o.commit()"
         done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, check=True)
         assert done.stdout == b"new" and not os.listdir(tmp_path)
 
 
-def test_a_name_that_says_compressed_is_compressed(tmp_path):
+def test_the_suffix_selects_the_compression(tmp_path):
     content = b"abc" * 10_000
     for name, read in (
         ("a.gz", gzip.decompress),
@@ -65,11 +65,11 @@ def test_a_name_that_says_compressed_is_compressed(tmp_path):
         first = (tmp_path / name).read_bytes()
         assert len(first) < 1000 and read(first) == content
         write(tmp_path / name, content)
-        assert (tmp_path / name).read_bytes() == first  # no time in it
+        assert (tmp_path / name).read_bytes() == first  # no timestamp
     assert sorted(os.listdir(tmp_path)) == ["a.gz", "a.zst"]
 
 
-def test_without_a_commit_the_old_file_stays_alone(tmp_path):
+def test_without_a_commit_the_old_file_stays(tmp_path):
     for name in ("a", "a.gz", "a.zst"):
         (tmp_path / name).write_bytes(b"old")
         with pytest.raises(RuntimeError), OutputFile(tmp_path / name) as output:
@@ -79,21 +79,21 @@ def test_without_a_commit_the_old_file_stays_alone(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["a", "a.gz", "a.zst"]
 
 
-def test_of_two_writers_the_second_is_refused_and_leaves_the_first_alone(tmp_path):
+def test_a_second_writer_is_refused_and_does_no_harm(tmp_path):
     with OutputFile(tmp_path / "a") as first:
         first.write(b"first")
-        with pytest.raises(UserError, match="another process is writing this"):
+        with pytest.raises(UserError, match="another process is writing this file"):
             write(tmp_path / "a")
         first.commit()
-        write(tmp_path / "a", b"second")  # once it has its name, another may come
+        write(tmp_path / "a", b"second")  # after the commit another may write
         with OutputFile(tmp_path / "a") as third:
             third.write(b"third")
-            first.__exit__(None, None, None)  # and the end of the first takes nothing of it away
+            first.__exit__(None, None, None)  # does not remove the third's partial file
             third.commit()
     assert (tmp_path / "a").read_bytes() == b"third" and os.listdir(tmp_path) == ["a"]
 
 
-def test_scratch_of_a_killed_process_goes_at_the_next_start_and_of_a_living_one_stays(tmp_path):
+def test_scratch_directories_of_killed_processes_are_removed(tmp_path):
     code = f"import sys, time; sys.path.insert(0, {str(ROOT)!r}); from pathlib import Path\n"
     code += "from megatron_ft.files.output import scratch_directory\n"
     code += f"with scratch_directory(Path({str(tmp_path)!r}), '.x') as d: print(d.name, flush=True); time.sleep(60)"
@@ -114,12 +114,12 @@ def test_scratch_of_a_killed_process_goes_at_the_next_start_and_of_a_living_one_
 
 
 @pytest.mark.parametrize("stop, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_stopped_program_takes_its_spilled_rows_away(tmp_path, stop, status):
+def test_a_stopped_program_removes_its_temporary_files(tmp_path, stop, status):
     command = [sys.executable, ROOT / "dataset/dedup_shuffle.py", "-", "--output", tmp_path / "out.jsonl"]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE)
     process.stdin.write(b'{"inputs": "a", "outputs": "b"}\n')
     process.stdin.flush()
-    while len(os.listdir(tmp_path)) < 2:  # the partial output and the spilled rows
+    while len(os.listdir(tmp_path)) < 2:  # the partial output and the scratch directory
         assert process.poll() is None
     process.send_signal(stop)
     assert process.wait(timeout=30) == status

@@ -1,4 +1,5 @@
-"""Tokenizers: the fast encoder never gives another id than the `tokenizers` library, whatever it is fed, or steps aside and says why."""
+"""Tokenizers: the fast encoder gives the ids of the `tokenizers` library, or is not used, with a
+reason."""
 
 import json
 import random
@@ -44,13 +45,13 @@ GPT2S = pre_tokenizers.ByteLevel(add_prefix_space=False)
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory):
-    """(ours, reference) for StarCoder's pre-tokenisation, GPT-2's, and one whose vocabulary lacks most bytes."""
+    """(ours, reference) for StarCoder's and GPT-2's pre-tokenization, and with few bytes known."""
     directory = tmp_path_factory.mktemp("tokenizers")
     pairs = []
     for name, backend in {
         "starcoder": train(STARCODERS),
         "gpt2": train(GPT2S),
-        "lacking": train(STARCODERS, alphabet=[]),
+        "without-bytes": train(STARCODERS, alphabet=[]),
     }.items():
         backend.save(str(directory / f"{name}.json"))
         ours = load_tokenizer(directory / f"{name}.json")
@@ -65,7 +66,7 @@ def pairs(tmp_path_factory):
 @example("a  1")
 @example("\n\n 2")
 @example("x\u0378y")
-def test_hunt_for_a_different_id(pairs, text):
+def test_fast_bpe_matches_tokenizers_on_random_text(pairs, text):
     for ours, reference in pairs:
         assert ours.encode(text) == reference.encode(text, add_special_tokens=False).ids
 
@@ -85,7 +86,7 @@ def test_hunt_for_a_different_id(pairs, text):
         max_size=6,
     ).map("".join)
 )
-def test_hunt_for_a_different_id_where_long_texts_are_cut(pairs, text):
+def test_fast_bpe_matches_tokenizers_where_long_texts_are_cut(pairs, text):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fast_bpe, "LONG_TEXT", 24)
         patch.setattr(fast_bpe, "WINDOW", 20)
@@ -94,7 +95,7 @@ def test_hunt_for_a_different_id_where_long_texts_are_cut(pairs, text):
             assert ours.encode(text) == reference.encode(text, add_special_tokens=False).ids
 
 
-def test_starcoders_47_vectors(shared_data):
+def test_starcoder_reference_vectors(shared_data):
     tokenizer = load_tokenizer(shared_data / "starcoder-tokenizer.json")
     rows = [json.loads(line) for line in open(shared_data / "starcoder-tokenizer-vectors.jsonl", encoding="utf-8")]
     assert len(rows) == 47
@@ -105,7 +106,7 @@ def test_starcoders_47_vectors(shared_data):
     assert tokenizer.special_ids["<commit_msg>"] == 16 and len(tokenizer.special_ids) == 19
 
 
-def test_real_rows_with_starcoders_tokenizer(shared_data):
+def test_real_rows_with_the_starcoder_tokenizer(shared_data):
     tokenizer = load_tokenizer(shared_data / "starcoder-tokenizer.json")
     reference = Backend.from_file(str(shared_data / "starcoder-tokenizer.json"))
     texts = [
@@ -143,7 +144,7 @@ def test_long_single_pre_tokens_have_the_same_ids(shared_data):
 
 
 def notice_of(backend: Backend | dict, path) -> str:
-    """What the loaded tokenizer says of its way of encoding, having encoded as the reference does."""
+    """The notice of the loaded tokenizer, after it has encoded like the reference."""
     spec = backend if isinstance(backend, dict) else json.loads(backend.to_str())
     path.write_text(json.dumps(spec))
     tokenizer = load_tokenizer(path)
@@ -152,7 +153,7 @@ def notice_of(backend: Backend | dict, path) -> str:
     return tokenizer.notice or ""
 
 
-def test_what_the_fast_encoder_cannot_express_falls_back_with_one_line_that_says_why(tmp_path, monkeypatch):
+def test_unsupported_tokenizers_fall_back_with_a_reason(tmp_path, monkeypatch):
     path = tmp_path / "tokenizer.json"
     good = json.loads(train(STARCODERS).to_str())
     normalizing = train(GPT2S)
@@ -162,7 +163,7 @@ def test_what_the_fast_encoder_cannot_express_falls_back_with_one_line_that_says
     assert "Digits" in notice_of(train(pre_tokenizers.Sequence([pre_tokenizers.Digits(False), GPT2S])), path)
     lower_rank_last = json.loads(json.dumps(good))
     lower_rank_last["model"]["merges"].reverse()
-    assert "encoded alone, is not itself" in notice_of(lower_rank_last, path)
+    assert "is not encoded as that token" in notice_of(lower_rank_last, path)
     stripping = json.loads(json.dumps(good))
     stripping["added_tokens"][0]["lstrip"] = True
     assert "matching rules" in notice_of(stripping, path)
@@ -171,7 +172,7 @@ def test_what_the_fast_encoder_cannot_express_falls_back_with_one_line_that_says
     assert "\n" not in notice_of(good, path)
 
 
-def test_a_difference_on_the_runs_own_data_makes_it_fall_back(tmp_path, monkeypatch):
+def test_a_difference_on_real_data_falls_back(tmp_path, monkeypatch):
     train(STARCODERS).save(str(tmp_path / "tokenizer.json"))
     monkeypatch.setattr(fast_bpe, "HARD_CASES", ["="])
     monkeypatch.setattr(fast_bpe, "DIGITS_BYTE_LEVEL", r"\p{L}|[^\p{L}]+")
@@ -184,7 +185,7 @@ def test_a_difference_on_the_runs_own_data_makes_it_fall_back(tmp_path, monkeypa
     assert tokenizer.encode("return x") == reference.encode("return x").ids
 
 
-def test_literal_special_tokens_are_plain_text_and_others_are_parsed(pairs):
+def test_literal_special_tokens_are_encoded_as_text(pairs):
     path = pairs[0][0].path
     tokenizer = load_tokenizer(path, ["<|endoftext|>"])
     ids = tokenizer.encode("a<|endoftext|>b<fim_pad>")
@@ -216,13 +217,13 @@ def test_sentencepiece_models_load(tmp_path):
 
 def test_hugging_face_directories_load(pairs, tmp_path):
     backend = pairs[1][1]
-    whole, slow = tmp_path / "whole", tmp_path / "slow"
-    whole.mkdir()
-    backend.save(str(whole / "tokenizer.json"))
-    (whole / "tokenizer_config.json").write_text(
+    fast, slow = tmp_path / "fast", tmp_path / "slow"
+    fast.mkdir()
+    backend.save(str(fast / "tokenizer.json"))
+    (fast / "tokenizer_config.json").write_text(
         json.dumps({"eos_token": {"content": "<fim_prefix>"}, "pad_token": "<fim_pad>"})
     )
-    tokenizer = load_tokenizer(whole)
+    tokenizer = load_tokenizer(fast)
     assert (tokenizer.eod, tokenizer.pad) == (0, 2)  # <|endoftext|> is Megatron's end of text wherever it exists
     slow.mkdir()
     backend.model.save(str(slow))
@@ -232,7 +233,7 @@ def test_hugging_face_directories_load(pairs, tmp_path):
     assert load_tokenizer(slow).encode(text) == tokenizer.encode(text) == backend.encode(text).ids
 
 
-def test_unreadable_tokenizers_end_in_one_line(tmp_path):
+def test_unreadable_tokenizers_report_one_line_errors(tmp_path):
     (tmp_path / "broken.json").write_text("{")
     (tmp_path / "binary.json").write_bytes(b"\xff\xfe")
     (tmp_path / "broken.model").write_bytes(b"nothing")

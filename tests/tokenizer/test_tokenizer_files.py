@@ -1,4 +1,5 @@
-"""The tokenizer that a run keeps: conversion finds it wherever the original went, a resume compares it, file or directory."""
+"""The copy of the tokenizer in a save directory: found by conversion, compared on a resume, whether
+file or directory."""
 
 import json
 import shutil
@@ -19,13 +20,13 @@ def inputs(tmp_path) -> str:
 
 
 def run(words: str, save: Path, more: str = "") -> tuple[int | str, str]:
-    """One start on one rank: its status or error line, how it said it started."""
+    """One run on one rank: its exit status or error line, and the lines it logged at the start."""
     [(ended, reasons)] = run_ranks(train, 1, f"{FLAGS} {words} --train-iters 4 --save {save} {more}".split())
     return ended, "\n".join(reasons)
 
 
 def as_directory(tokenizer: Path, directory: Path) -> Path:
-    """A Hugging Face directory of the same tokenizer, with a chat template and files that are no tokenizer's."""
+    """A Hugging Face directory of the same tokenizer, with a chat template and unrelated files."""
     directory.mkdir()
     shutil.copy(tokenizer, directory / "tokenizer.json")
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>", "model_max_length": 64}
@@ -42,25 +43,25 @@ def ids_of(directory: Path) -> list:
     ]
 
 
-def test_conversion_finds_the_kept_file_and_without_any_the_end_of_text(inputs, tmp_path):
+def test_conversion_finds_the_copy_and_without_it_the_end_of_text(inputs, tmp_path):
     tokenizer, save = tmp_path / "data/tokenizer.json", tmp_path / "save"
     assert run(inputs, save)[0] == 0
     content = tokenizer.read_bytes()
-    tokenizer.write_bytes(content.replace(b"Q", b"@", 1))  # somebody else's by now
+    tokenizer.write_bytes(content.replace(b"Q", b"@", 1))  # changed since the run
     convert("reshard", "--load", save, "--save", tmp_path / "tp1", "--tensor-parallel", "1")
     for name, load in {"run": save, "iteration": save / "iter_0000004", "resharded": tmp_path / "tp1"}.items():
         convert("megatron_to_hf", "--load", load, "--output", tmp_path / name)
         assert (tmp_path / name / "tokenizer.json").read_bytes() == content, name
         assert ids_of(tmp_path / name) == [0, 0]
 
-    (save / "tokenizer.json").unlink()  # and the one at its old place is not the run's any more
+    (save / "tokenizer.json").unlink()  # and the original is not the run's any more
     printed = convert("megatron_to_hf", "--load", save, "--output", tmp_path / "bare")
-    assert f"neither beside the checkpoint nor at {tokenizer}" in printed
+    assert f"the checkpoint nor at {tokenizer}" in printed
     assert not (tmp_path / "bare/tokenizer.json").exists()
     assert ids_of(tmp_path / "bare") == [0, 0]
 
 
-def test_a_directory_is_kept_and_its_chat_template_survives(inputs, tmp_path):
+def test_a_directory_is_copied_with_its_chat_template(inputs, tmp_path):
     from transformers import AutoTokenizer
 
     file, save = tmp_path / "data/tokenizer.json", tmp_path / "save"
@@ -75,7 +76,7 @@ def test_a_directory_is_kept_and_its_chat_template_survives(inputs, tmp_path):
     assert tokenizer.model_max_length == 64 and ids_of(tmp_path / "hf") == [0, 0]
 
 
-def test_a_directory_of_other_content_is_refused_on_a_resume(inputs, tmp_path):
+def test_a_resume_refuses_a_directory_with_other_content(inputs, tmp_path):
     file, save = tmp_path / "data/tokenizer.json", tmp_path / "save"
     directory = as_directory(file, tmp_path / "first")
     words = inputs.replace(str(file), str(directory))
@@ -93,12 +94,11 @@ def test_a_directory_of_other_content_is_refused_on_a_resume(inputs, tmp_path):
     assert "tokenizer was directory of tokenizer.json, tokenizer_config.json, chat_template.jinja (sha256 " in refused
     assert "--override-checkpoint-args" in refused
     assert run(other, save, "--override-checkpoint-args")[0] == 0
-    assert tokenizer_files.fingerprint(save / "tokenizer") == tokenizer_files.fingerprint(
-        moved
-    )  # what the last iteration read
+    # the last iteration's tokenizer
+    assert tokenizer_files.fingerprint(save / "tokenizer") == tokenizer_files.fingerprint(moved)
 
 
-def test_a_stale_file_leaves_the_kept_directory(tmp_path):
+def test_a_stale_file_is_removed_from_the_copy(tmp_path):
     first, second, save = (tmp_path / name for name in ("first", "second", "save"))
     for directory, names in ((first, ("vocab.json", "merges.txt")), (second, ("tokenizer.json",)), (save, ())):
         directory.mkdir()

@@ -61,7 +61,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=Help, allow_abbrev=False)
     add = parser.add_argument
     add("input", nargs="*", metavar="INPUT", help="JSONL file (also .gz, .zst), directory of them, or - for stdin")
-    add("--input", dest="more_input", nargs="+", default=[], metavar="INPUT", help="more input, in the form of a flag")
+    add("--input", dest="more_input", nargs="+", metavar="INPUT", help="INPUT as a flag")
     add(
         "--tokenizer-file",
         required=True,
@@ -85,10 +85,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add(
         "--literal-special-tokens",
         nargs="+",
-        default=[],
         metavar="TOKEN",
         help="special tokens to encode as plain text where the data spell them out, such as '<|endoftext|>' in "
-        "source code about tokenizers; all others become special tokens",
+        "source code about tokenizers (default: none, all become special tokens)",
     )
     add("--skip-bad-rows", action="store_true", help="write bad rows to PREFIX_rejected.jsonl instead of stopping")
     add(
@@ -99,7 +98,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add("--workers", type=int, default=len(os.sched_getaffinity(0)), metavar="N", help="encoder threads")
     args = parser.parse_args(argv)
-    args.input += args.more_input
+    args.input += args.more_input or []
+    args.literal_special_tokens = args.literal_special_tokens or []
     args.shard = parse_shard(args.shard)
     if args.workers < 1:
         raise UserError(f"--workers {args.workers}: must be at least 1")

@@ -7,6 +7,7 @@ TYPE_CHECKING.
 import ast
 import functools
 import graphlib
+import importlib.metadata
 import re
 import shutil
 import subprocess
@@ -14,7 +15,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from conftest import ROOT
+
+from megatron_ft import __version__
 
 PACKAGE = "megatron_ft"
 PROGRAMS = ("dataset", "preprocess", "launch", "convert", "evaluation", "bench", "examples")
@@ -22,7 +26,7 @@ PROGRAMS = ("dataset", "preprocess", "launch", "convert", "evaluation", "bench",
 # Rooms of the package, lowest first: a room imports itself and the rooms before it.
 LAYERS = (
     *("errors", "progress", "files", "model", "config", "tokenizer", "commits", "prompts", "data", "weights"),
-    *("evaluation", "checkpoint", "metrics", "engine", "finetune", "launcher"),
+    *("evaluation", "checkpoint", "metrics", "engine", "run", "finetune", "launcher"),
 )
 # Arrows that stay forbidden wherever a room moves in LAYERS.
 FORBIDDEN = {
@@ -278,3 +282,26 @@ def test_readme_shows_the_commands_that_ci_runs():
 def test_readme_links_exist():
     for link in re.findall(r"\]\((?!http)([^)#]+)\)", (ROOT / "README.md").read_text()):
         assert (ROOT / link).exists(), link
+
+
+def constraints() -> dict[str, str]:
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = [line.split("==") for line in lines if line and not line.startswith("#")]
+    return {name.lower(): version for name, version in pins}
+
+
+def test_pre_commit_uses_the_pinned_versions():
+    for repo in yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]:
+        tool = repo["hooks"][0]["id"]
+        if tool in ("ruff", "codespell"):
+            assert repo["rev"] == f"v{constraints()[tool]}"
+
+
+def test_every_direct_dependency_is_pinned():
+    names = {re.match(r"[\w-]+", line)[0].lower() for line in importlib.metadata.requires("megatron-ft")}
+    assert names - set(constraints()) == {"transformer-engine"}  # follows the machine's CUDA
+
+
+def test_citation_names_the_version():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == __version__

@@ -1,21 +1,27 @@
-"""Start a training run: local processes on this machine, or srun's tasks inside a SLURM job. The same command resumes it.
+r"""Start a training run: as local processes, or in a SLURM job as tasks of srun.
 
-    python launch/finetune.py --preset tiny --from-scratch --data-prefix data/commits --tokenizer-file data/tokenizer.json \
-        --train-iters 100 --save runs/first --tensor-model-parallel-size 2
+    python launch/finetune.py --preset tiny --from-scratch --data-prefix data/commits \
+        --tokenizer-file data/tokenizer.json --train-iters 100 --save runs/first \
+        --tensor-model-parallel-size 2
 
-Flags are checked before anything starts. SIGTERM, SIGUSR1, SIGUSR2 and Ctrl-C make every rank save after its step; the status is then 75,
-and the same command line goes on where it stopped.
+The same command resumes the run. Flags are checked before anything starts. On SIGTERM, SIGUSR1,
+SIGUSR2 and Ctrl-C every rank saves after its step, and the exit status is 75.
 """
 
+import argparse
 import os
+import signal
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])  # not this folder: its files would hide others' of the same name
+# Not this folder: its files would hide modules of the same name.
+sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from megatron_ft.config.arguments import parse_args
 from megatron_ft.config.command_line import build_parser
+from megatron_ft.config.config import Config
 from megatron_ft.config.parser import Help, Parser
 from megatron_ft.errors import EXIT_DONE, UserError, run_program
 from megatron_ft.launcher import mtf
@@ -28,32 +34,32 @@ from megatron_ft.launcher.supervise import supervise
 
 
 def launch_parser() -> Parser:
-    """The launcher's own flags; all others go to the training program."""
+    """The launcher's own flags; all others are those of the training program."""
     parser = Parser(prog="launch/finetune.py", description=__doc__, formatter_class=Help, allow_abbrev=False)
     add = parser.add_argument
     add(
         "--num-processes",
         type=int,
         metavar="N",
-        help="local processes, also inside a job; all GPUs, or TP x PP x CP on the CPU, when not given",
+        help="start N local processes, even in a job (default: the number of GPUs; TP x PP x CP on the CPU)",
     )
     add(
         "--engine",
         choices=["megatron-core", "mtf"],
         default="megatron-core",
-        help="mtf drives the branch's checkout at MEGATRON_PATH",
+        help="mtf runs the checkout of BigCode's branch at MEGATRON_PATH",
     )
     add(
         "--check",
         action="store_true",
-        help="check flags, data and the mtf checkout, start nothing; what submission does",
+        help="check flags, data and the mtf checkout, start nothing (used before submission)",
     )
     add("--dry-run", action="store_true", help="print the exact command and environment, start nothing")
     return parser
 
 
 def split_flags(argv: Sequence[str], parser: Parser) -> tuple[list[str], list[str]]:
-    """Words for `parser` and all other words, each in their order."""
+    """The words for `parser` and all other words, each in order."""
     takes_value = {name: action.nargs != 0 for name, action in parser.actions.items()}
     ours: list[str] = []
     theirs: list[str] = []
@@ -70,69 +76,99 @@ def split_flags(argv: Sequence[str], parser: Parser) -> tuple[list[str], list[st
     return ours, theirs
 
 
+@dataclass(frozen=True)
+class Training:
+    """The training program to start: its checked flags and the command line of one rank.
+
+    `stop_signal` is the only signal at which the engine saves, None if any stop signal will do.
+    """
+
+    config: Config
+    command: list[str]
+    stop_signal: signal.Signals | None = None
+
+    @property
+    def logs(self) -> Path | None:
+        """Where ranks above 0 write their logs."""
+        return Path(self.config.checkpoint.save) / "logs" if self.config.checkpoint.save else None
+
+
+def check_training(engine: str, flags: Sequence[str], num_processes: int) -> Training:
+    """Parse and check the training program's flags. Raises UserError."""
+    if engine == "mtf":
+        checkout = mtf.megatron_path()
+        common, branch_only = mtf.split_branch_only(flags, mtf.branch_flags(checkout))
+        config = parse_args(common, world_size=num_processes)
+        return Training(config, mtf.mtf_command(config, common, branch_only, checkout), mtf.STOP_SIGNAL)
+    return Training(parse_args(flags, world_size=num_processes), training_command(flags))
+
+
+def check_files(config: Config) -> None:
+    """Raise UserError for the first file that training needs and that does not exist."""
+    if os.environ.get("MEGATRON_FT_DATA_COMES"):  # an earlier job of a pipeline writes them
+        return
+    for path in needed_files(config):
+        if not os.path.exists(path):
+            raise UserError(f"{path} not found; correct --data-prefix, the split files, --tokenizer-file or --load")
+
+
+def run_in_job(job: Job, training: Training, *, dry_run: bool) -> int:
+    """Run all ranks of a SLURM job; returns the exit status of its batch script."""
+    extra = {"MEGATRON_FT_STOP_SIGNAL": str(int(training.stop_signal))} if training.stop_signal else {}
+    if dry_run:
+        print(
+            f"# job {job.id}: {job.num_tasks} ranks on {', '.join(job.nodes)}; "
+            "launch/rank.py sets RANK, LOCAL_RANK and WORLD_SIZE from srun's variables"
+        )
+        command = ranks_command(job, training.command, training.logs or Path("logs"))
+        print(as_shell({**ranks_environment(job), **extra}, command))
+        return EXIT_DONE
+    return supervise(job, training.config, training.command, extra)
+
+
+def run_locally(training: Training, num_processes: int, gpus: int, *, dry_run: bool) -> int:
+    """Run all ranks on this machine, which has `gpus` GPUs; returns the exit status."""
+    environment = local_environment(num_processes, gpus)
+    if dry_run:
+        print(f"# rank 0 of {num_processes}; the others differ in RANK and LOCAL_RANK")
+        print(as_shell({**environment, **rank_environment(0, num_processes, 0, num_processes)}, training.command))
+        return EXIT_DONE
+    if 0 < gpus < num_processes:
+        raise UserError(
+            f"--num-processes {num_processes}: there are {gpus} GPUs, and each takes one process; give at most {gpus}, "
+            "or type CUDA_VISIBLE_DEVICES= before the command to train on the CPU"
+        )
+    return run_local_ranks(training.command, num_processes, environment, training.logs, training.stop_signal)
+
+
+def print_help(parser: argparse.ArgumentParser) -> None:
+    """The launcher's flags, then the training program's."""
+    print(parser.format_help() + "\nAll other flags go to the training program:\n")
+    print(build_parser().format_help())
+
+
 def main() -> int:
+    """Check the flags, then start the ranks; returns the exit status."""
     parser = launch_parser()
     own, flags = split_flags(sys.argv[1:], parser)
     if "--help" in own or "-h" in own:
-        print(parser.format_help() + "\nAll other flags go to the training program:\n")
-        print(build_parser().format_help())
+        print_help(parser)
         return EXIT_DONE
     launch = parser.parse_args(own)
     job = Job.from_environment() if inside_batch_job() and launch.num_processes is None else None
-    num_processes = job.num_tasks if job else launch.num_processes
     gpus = local_gpus()
+    num_processes = job.num_tasks if job else launch.num_processes
     if num_processes is None:
         num_processes = gpus or model_parallel_size(flags)
     if num_processes < 1:
         raise UserError(f"--num-processes {num_processes}: must be at least 1")
-
-    if launch.engine == "mtf":
-        checkout = mtf.megatron_path()
-        common, branch_only = mtf.split_branch_only(flags, mtf.branch_flags(checkout))
-        config = parse_args(common, world_size=num_processes)
-        command = mtf.mtf_command(config, common, branch_only, checkout)
-        stop_signal = mtf.STOP_SIGNAL
-    else:
-        config = parse_args(flags, world_size=num_processes)
-        command, stop_signal = training_command(flags), None
-
+    training = check_training(launch.engine, flags, num_processes)
     if launch.check:
-        comes = os.environ.get("MEGATRON_FT_DATA_COMES")  # an earlier job of a pipeline writes them
-        for path in filter(lambda path: not comes and not os.path.exists(path), needed_files(config)):
-            raise UserError(f"{path} is not there; correct --data-prefix, the split files, --tokenizer-file or --load")
+        check_files(training.config)
         return EXIT_DONE
     if job:
-        extra = {"MEGATRON_FT_STOP_SIGNAL": str(int(stop_signal))} if stop_signal else {}
-        if launch.dry_run:
-            print(
-                f"# job {job.id}: {job.num_tasks} ranks on {', '.join(job.nodes)}; srun sets RANK, LOCAL_RANK and WORLD_SIZE through launch/rank.py"
-            )
-            print(
-                as_shell(
-                    {**ranks_environment(job), **extra},
-                    ranks_command(job, command, Path(config.checkpoint.save or ".") / "logs"),
-                )
-            )
-            return EXIT_DONE
-        return supervise(job, config, command, extra)
-
-    environment = local_environment(num_processes, gpus)
-    if launch.dry_run:
-        print(f"# rank 0 of {num_processes}; the others differ in RANK and LOCAL_RANK")
-        print(as_shell({**environment, **rank_environment(0, num_processes, 0, num_processes)}, command))
-        return EXIT_DONE
-    if 0 < gpus < num_processes:
-        raise UserError(
-            f"--num-processes {num_processes}: there are {gpus} GPUs here, and each takes one process; give at most {gpus}, "
-            "or type CUDA_VISIBLE_DEVICES= before the command to train on the CPU"
-        )
-    return run_local_ranks(
-        command,
-        num_processes,
-        environment,
-        Path(config.checkpoint.save) / "logs" if config.checkpoint.save else None,
-        stop_signal,
-    )
+        return run_in_job(job, training, dry_run=launch.dry_run)
+    return run_locally(training, num_processes, gpus, dry_run=launch.dry_run)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""The runs under a directory at a glance: job and state, step, loss, speed, time left, restarts, age of the last checkpoint.
+"""Show the runs in a directory: job, state, step, loss, speed, time left, restarts, checkpoint.
 
     python launch/status.py runs
 
-Reads what training writes beside its checkpoints, and asks squeue (and sacct, where the site keeps accounts) for the jobs. Without SLURM the job columns stay empty.
+Reads the logs that training writes next to its checkpoints, and asks squeue (and sacct, if the site
+has accounting) for the states of jobs. Without SLURM these columns are empty.
 """
 
 import json
@@ -11,10 +12,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])  # not this folder: its files would hide others' of the same name
+# Not this folder: its files would hide modules of the same name.
+sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from megatron_ft.config.parser import Help, Parser
 from megatron_ft.errors import UserError, run_program
@@ -24,12 +26,12 @@ from megatron_ft.weights.directory import iteration_directory, list_iterations
 
 METRICS, EVENTS = "metrics.jsonl", "events.jsonl"
 COLUMNS = ("RUN", "JOB", "STATE", "STEP", "LOSS", "TOKENS/S", "ETA", "RESTARTS", "CHECKPOINT")
-TAIL_BYTES = 64 << 10  # the last lines of a long log are enough
+TAIL_BYTES = 64 << 10  # of a metrics file, from its end
 
 
 @dataclass
 class Run:
-    """One run's row, as text."""
+    """One run's line of the table; the fields in the order of COLUMNS."""
 
     name: str
     job: str = ""
@@ -41,34 +43,22 @@ class Run:
     restarts: str = ""
     checkpoint: str = ""
 
-    def row(self) -> tuple[str, ...]:
-        return (
-            self.name,
-            self.job,
-            self.state,
-            self.step,
-            self.loss,
-            self.speed,
-            self.eta,
-            self.restarts,
-            self.checkpoint,
-        )
-
 
 def main() -> None:
+    """Print the table."""
     parser = Parser(description=__doc__, formatter_class=Help, allow_abbrev=False)
     parser.add_argument(
-        "directory", type=Path, nargs="?", default=Path("."), help="directory with runs in it, or one run"
+        "directory", type=Path, nargs="?", default=Path("."), help="directory that contains runs, or one run"
     )
     args = parser.parse_args()
     if not args.directory.is_dir():
-        raise UserError(f"{args.directory} is no directory; expected the one that runs are saved under")
+        raise UserError(f"{args.directory} is not a directory; expected the one that contains runs")
     saves = find_runs(args.directory)
     if not saves:
-        raise UserError(f"{args.directory}: no runs found (no {METRICS} in it or up to three levels below)")
+        raise UserError(f"{args.directory}: no runs found (no {METRICS} up to three levels below it)")
     starts = {save: read_starts(save) for save in saves}
     states = job_states([str(start["job"]) for lines in starts.values() for start in lines[-1:]])
-    rows = [COLUMNS, *(describe(save, args.directory, starts[save], states).row() for save in saves)]
+    rows = [COLUMNS, *(astuple(describe(save, args.directory, starts[save], states)) for save in saves)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(COLUMNS))]
     for row in rows:
         print("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())
@@ -86,7 +76,7 @@ def find_runs(directory: Path) -> list[Path]:
 
 
 def describe(save: Path, root: Path, starts: Sequence[dict], states: dict[str, str]) -> Run:
-    """What the files of one run say."""
+    """The line of the run in `save`; `states` maps jobs to states."""
     run = Run(name=str(save.relative_to(root)) if save != root else save.name)
     total = next((e["train_iters"] for e in reversed(read_lines(save / EVENTS)) if e["event"] == "start"), None)
     if starts:
@@ -111,7 +101,7 @@ def describe(save: Path, root: Path, starts: Sequence[dict], states: dict[str, s
 
 
 def last_steps(path: Path) -> list[dict]:
-    """The last lines of a metrics file; a half-written one is left out."""
+    """The last steps of a metrics file, without truncated lines."""
     if not path.is_file():
         return []
     with open(path, "rb") as file:
@@ -121,7 +111,7 @@ def last_steps(path: Path) -> list[dict]:
 
 
 def job_states(jobs: Sequence[str]) -> dict[str, str]:
-    """State of each job that squeue, or else sacct, still knows."""
+    """{job: state} of the jobs that squeue still lists, or else sacct."""
     states = dict(_lines("squeue", "--noheader", "--states=all", "--format=%i %T"))
     unknown = [job for job in jobs if job not in states]
     if unknown:
@@ -132,20 +122,18 @@ def job_states(jobs: Sequence[str]) -> dict[str, str]:
 
 
 def _lines(*command: str) -> list[tuple[str, str]]:
-    """First two words of each line a command prints; nothing where it is missing or fails."""
+    """The first two words of each line that a command prints; nothing if it is missing or fails."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=30)
     except (FileNotFoundError, subprocess.TimeoutExpired):
         return []
-    return (
-        [(words[0], words[1]) for line in done.stdout.splitlines() if len(words := line.split()) >= 2]
-        if done.returncode == 0
-        else []
-    )
+    if done.returncode:
+        return []
+    return [(words[0], words[1]) for line in done.stdout.splitlines() if len(words := line.split()) >= 2]
 
 
 def duration(seconds: float) -> str:
-    """`45 s`, `12 min`, `3 h 05 min`, `2 d 4 h`."""
+    """`45 s`, `12 min`, `3 h 05 min` or `2 d 4 h`."""
     minutes = int(seconds // 60)
     if minutes < 1:
         return f"{int(seconds)} s"

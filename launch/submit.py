@@ -1,10 +1,12 @@
-"""sbatch with the checks first: the same command line, and what is wrong is said now instead of after the queue.
+"""sbatch with checks: errors are reported before the job is queued.
 
     python launch/submit.py [sbatch options] slurm/finetune_starcoderbase.sh [flags]
-    bash slurm/finetune_starcoderbase.sh [flags]                                       (the same, without sbatch options)
+    bash slurm/finetune_starcoderbase.sh [flags]        (the same, without sbatch options)
 
-Reads slurm/cluster.env for account, partition and the size of a node: a recipe for 8 GPUs a node asks for twice the nodes where a node has 4.
-Then the script's flags are checked against that layout, and the resources by `sbatch --test-only`. MEGATRON_FT_DRY_RUN=1 prints the command instead.
+Reads account, partition and GPUs per node from slurm/cluster.env: a script for nodes of 8 GPUs
+requests twice the nodes where a node has 4. Then the script's flags are checked against that
+layout, and the resources by `sbatch --test-only`. MEGATRON_FT_DRY_RUN=1 prints sbatch's command
+line instead of running it.
 """
 
 import os
@@ -15,7 +17,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])  # not this folder: its files would hide others' of the same name
+# Not this folder: its files would hide modules of the same name.
+sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from megatron_ft.errors import EXIT_DONE, UserError, run_program
 from megatron_ft.launcher.command import ROOT
@@ -31,6 +34,7 @@ SIZES = {
 
 
 def main() -> int:
+    """Check and submit; returns sbatch's exit status."""
     words = sys.argv[1:]
     if not words or words[0] in ("-h", "--help"):
         print(__doc__)
@@ -38,15 +42,15 @@ def main() -> int:
     options, script, arguments = split_command(words)
     if not any(os.access(Path(folder) / "sbatch", os.X_OK) for folder in os.get_exec_path()):
         raise UserError(
-            "sbatch is not on PATH: this is no SLURM login node; without SLURM, use python launch/finetune.py"
+            "sbatch is not on PATH, so this is not a SLURM login node; without SLURM, use python launch/finetune.py"
         )
     site = read_cluster_env()
     header = re.findall(r"^#SBATCH (.+)$", script.read_text(), flags=re.MULTILINE)
-    wanted = sizes([word for line in header for word in shlex.split(line)])
+    requested = sizes([word for line in header for word in shlex.split(line)])
     given = sizes(options)
-    adapted = adapt(wanted, given, site)
-    nodes = (wanted | {k: v for k, v in adapted.items() if k == "nodes"} | given).get("nodes", 1)
-    tasks = (wanted | adapted | given).get("tasks", 1)
+    adapted = adapt(requested, given, site)
+    nodes = (requested | {k: v for k, v in adapted.items() if k == "nodes"} | given).get("nodes", 1)
+    tasks = (requested | adapted | given).get("tasks", 1)
     command = ["sbatch", *as_options(adapted), *options, str(script), *arguments]
     environment = {
         **os.environ,
@@ -60,7 +64,7 @@ def main() -> int:
         text=True,
     )
     if checked.returncode:
-        return checked.returncode  # the script has said what is wrong
+        return checked.returncode  # the script has reported the error
     tested = subprocess.run([command[0], "--test-only", *command[1:]], env=environment, capture_output=True, text=True)
     if tested.returncode:
         raise UserError(f"SLURM refuses {shlex.join(command)}: {' '.join(tested.stderr.split())}")
@@ -71,7 +75,10 @@ def main() -> int:
 
 
 def split_command(words: Sequence[str]) -> tuple[list[str], Path, list[str]]:
-    """sbatch's options, the script (the first word that is a file), and its arguments."""
+    """sbatch's options, the script (the first word that is a file), and its arguments.
+
+    Raises UserError.
+    """
     for i, word in enumerate(words):
         if not word.startswith("-") and Path(word).is_file():
             return list(words[:i]), Path(word).absolute(), list(words[i + 1 :])
@@ -79,10 +86,10 @@ def split_command(words: Sequence[str]) -> tuple[list[str], Path, list[str]]:
 
 
 def read_cluster_env() -> dict[str, str]:
-    """Variables that slurm/cluster.env sets, as bash sees them."""
+    """The environment after bash has sourced slurm/cluster.env. Raises UserError."""
     path = Path(os.environ.get("CLUSTER_ENV") or ROOT / "slurm" / "cluster.env")
     if not path.is_file():
-        raise UserError(f"{path} is not there: cp '{ROOT}/slurm/cluster.env.example' '{path}', and fill it in")
+        raise UserError(f"{path} not found: cp '{ROOT}/slurm/cluster.env.example' '{path}', and fill it in")
     read = subprocess.run(
         ["bash", "-euc", 'set -a; source "$1"; exec env -0', "bash", str(path)],
         env={**os.environ, "MEGATRON_FT": str(ROOT)}, capture_output=True, text=True,
@@ -93,7 +100,11 @@ def read_cluster_env() -> dict[str, str]:
 
 
 def sizes(words: Sequence[str]) -> dict[str, int]:
-    """Nodes, tasks, GPUs a node and cpus a task among sbatch options: `-N 2`, `-N2`, `--nodes=2`, `--gpus-per-node=h100:4`."""
+    """Nodes, tasks and GPUs per node, and CPUs per task in sbatch options.
+
+    >>> sizes(["-N", "2", "-c4", "--gpus-per-node=h100:8"])
+    {'nodes': 2, 'cpus': 4, 'gpus': 8}
+    """
     found: dict[str, int] = {}
     for i, word in enumerate(words):
         name, equals, value = word.partition("=")
@@ -106,28 +117,32 @@ def sizes(words: Sequence[str]) -> dict[str, int]:
     return found
 
 
-def adapt(wanted: dict[str, int], given: dict[str, int], site: dict[str, str]) -> dict[str, int]:
-    """The recipe's GPUs on the site's nodes, where the user says nothing else. Raises UserError when they do not divide."""
+def adapt(requested: dict[str, int], given: dict[str, int], site: dict[str, str]) -> dict[str, int]:
+    """The sizes to override so that the script's GPUs fit the site's nodes.
+
+    Sizes that the user has given stay. Raises UserError if the nodes do not divide the GPUs.
+    """
     adapted: dict[str, int] = {}
     text = site.get("GPUS_PER_NODE") or "0"
     if not text.isdigit():
         raise UserError(f"GPUS_PER_NODE={text} in cluster.env: expected a number, like 8")
     per_node = int(text)
-    if per_node and "gpus" in wanted and not given.keys() & {"nodes", "tasks", "gpus"}:
-        total = wanted.get("nodes", 1) * wanted["gpus"]
-        here = min(per_node, total)
-        if total % here:
+    if per_node and "gpus" in requested and not given.keys() & {"nodes", "tasks", "gpus"}:
+        total = requested.get("nodes", 1) * requested["gpus"]
+        used = min(per_node, total)
+        if total % used:
             raise UserError(
-                f"the script's {total} GPUs cannot be spread over nodes of {per_node}; give --nodes, --ntasks-per-node and --gpus-per-node"
+                f"the script's {total} GPUs cannot be spread over nodes of {per_node}; "
+                "give --nodes, --ntasks-per-node and --gpus-per-node"
             )
-        adapted = {"nodes": total // here, "tasks": here, "gpus": here}
+        adapted = {"nodes": total // used, "tasks": used, "gpus": used}
     if site.get("CPUS_PER_TASK") and "cpus" not in given:
         adapted["cpus"] = int(site["CPUS_PER_TASK"])
     return adapted
 
 
 def as_options(adapted: dict[str, int]) -> list[str]:
-    """The same as sbatch options."""
+    """Sizes as sbatch options."""
     long = {short: name for name, short in SIZES.items() if name.startswith("--")}
     return [f"{long[name]}={value}" for name, value in adapted.items()]
 

@@ -1,4 +1,4 @@
-"""What a rank runs: the training program's command line and the environment it finds, for local ranks and for SLURM alike."""
+"""The training program's command line and environment, the same for local ranks and for SLURM."""
 
 import argparse
 import os
@@ -19,9 +19,9 @@ def training_command(flags: Sequence[str]) -> list[str]:
 
 
 def training_python() -> list[str]:
-    """The Python that trains, in the site's container where cluster.env names one.
+    """Command line of the Python that trains: in the container if cluster.env names one.
 
-    -P: a file called tokenize.py where it is started must not hide Python's own.
+    -P: a file called tokenize.py in the working directory must not hide Python's own.
     """
     container = shlex.split(os.environ.get("CONTAINER_COMMAND", ""))
     python = (os.environ.get("CONTAINER_PYTHON") or "python") if container else sys.executable
@@ -29,24 +29,28 @@ def training_python() -> list[str]:
 
 
 def shared_environment(ranks_on_node: int, gpus: int) -> dict[str, str]:
-    """Variables every rank needs; what the user or the site has set already stays. With `gpus` on a node ranks must not train on the CPU."""
+    """Variables that all ranks have in common; those that the user or the site has set are kept.
+
+    With `gpus` (per node) above 0, ranks must not fall back to the CPU.
+    """
     cores = len(os.sched_getaffinity(0))
     defaults = {
         "OMP_NUM_THREADS": str(max(1, cores // ranks_on_node)),
-        "CUDA_DEVICE_MAX_CONNECTIONS": "1",  # what tensor parallelism needs to overlap on GPUs before Blackwell
+        # tensor parallelism needs it to overlap communication on GPUs before Blackwell
+        "CUDA_DEVICE_MAX_CONNECTIONS": "1",
         "TOKENIZERS_PARALLELISM": "false",
-        "PYTHONUNBUFFERED": "1",  # a log is followed with tail -f
+        "PYTHONUNBUFFERED": "1",  # logs are followed with tail -f
     }
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     return {
         **{name: os.environ.get(name, value) for name, value in defaults.items()},
         "PYTHONPATH": path,
-        "MEGATRON_FT_GPUS": str(gpus),  # for engine/device.py
+        "MEGATRON_FT_GPUS": str(gpus),  # read by engine/device.py
     }
 
 
 def rank_environment(rank: int, world_size: int, local_rank: int, ranks_on_node: int) -> dict[str, str]:
-    """Who a rank is, in torchrun's variable names."""
+    """The variables that identify a rank, under torchrun's names."""
     return {
         "RANK": str(rank),
         "WORLD_SIZE": str(world_size),
@@ -56,7 +60,7 @@ def rank_environment(rank: int, world_size: int, local_rank: int, ranks_on_node:
 
 
 def model_parallel_size(flags: Sequence[str]) -> int:
-    """TP x PP x CP as the flags say it: the fewest processes that can hold the model."""
+    """TP x PP x CP of a command line: the fewest processes that can hold the model."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     names = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
     for name in names:
@@ -64,13 +68,13 @@ def model_parallel_size(flags: Sequence[str]) -> int:
     try:
         sizes = parser.parse_known_args(list(flags))[0]
     except argparse.ArgumentError:
-        return 1  # the full parser says what is wrong
-    tp, pp, cp = (max(1, getattr(sizes, name)) for name in names)
-    return tp * pp * cp
+        return 1  # the full parser reports the error
+    tensor, pipeline, context = (max(1, getattr(sizes, name)) for name in names)
+    return tensor * pipeline * context
 
 
 def local_gpus() -> int:
-    """GPUs of this machine that a process may use, without the seconds that importing torch takes."""
+    """GPUs of this machine that a process may use, found without importing torch (seconds)."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         return len([device for device in visible.split(",") if device.strip() not in ("", "-1", "NoDevFiles")])
@@ -81,8 +85,11 @@ def local_gpus() -> int:
 
 
 def free_port(first: int) -> int:
-    """The first port from `first` on that nobody listens on here. Choose `first` below 32768: the kernel lends those above to
-    connections, and may lend this one before a rank listens on it."""
+    """The first port from `first` on that nothing on this machine is bound to. Raises OSError.
+
+    Choose `first` below the ephemeral range (32768 and up), so that no outgoing connection takes
+    the port before a rank listens on it.
+    """
     for port in range(first, first + 1000):
         with socket.socket() as s:
             try:
@@ -90,11 +97,11 @@ def free_port(first: int) -> int:
             except OSError:
                 continue
             return port
-    raise OSError(f"no free port from {first} on")
+    raise OSError(f"no free port among the 1000 from {first}")
 
 
 def as_shell(environment: Mapping[str, str], command: Sequence[str]) -> str:
-    """The same, to be pasted into a shell."""
+    """The environment and the command as text that can be pasted into a shell."""
     return " \\\n  ".join(
         [*(f"{name}={shlex.quote(value)}" for name, value in environment.items()), shlex.join(command)]
     )

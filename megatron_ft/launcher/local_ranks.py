@@ -1,9 +1,11 @@
 """Ranks on this machine: started together, ended together, one exit status.
 
-Rank 0 has the terminal to itself; the others write into files of their own. Signals that ask for a stop are passed on,
-and every rank answers them by saving after its current step. When one rank fails the rest are ended, and the failure is the last thing printed.
+Only rank 0 writes to the terminal; the others write to log files. Signals that ask for a stop are
+forwarded, and every rank answers them by saving after its current step. When one rank fails, the
+others are ended, and the failure is the last thing printed.
 """
 
+import contextlib
 import os
 import queue
 import re
@@ -13,24 +15,60 @@ import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from megatron_ft.errors import EXIT_DONE, EXIT_RESUME, EXIT_USER_ERROR
 from megatron_ft.launcher.command import free_port, rank_environment, shared_environment
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
-_TRACEBACK = re.compile(
-    r"(\[rank\d+\]: )?Traceback \(most recent"
-)  # torch names the rank once there is a process group
-SECONDS_TO_END = (
-    10  # what a rank whose peer failed gets between SIGTERM and SIGKILL: it mostly waits in a collective for ever
-)
+# With a process group, torch puts the rank in front.
+_TRACEBACK = re.compile(r"(\[rank\d+\]: )?Traceback \(most recent")
+# What ranks get to end after another has failed, and when in that time they get SIGTERM: most are
+# waiting in a collective and would stay there.
+SECONDS_TO_END = 10
+SECONDS_TO_SIGTERM = 2
 
 
 def local_environment(num_processes: int, gpus: int) -> dict[str, str]:
-    """What all local ranks share, the meeting point included; `gpus` is how many this machine has."""
-    port = free_port(10000 + os.getpid() % 10000)  # another start at the same moment begins elsewhere
+    """What all local ranks have in common, with the rendezvous address.
+
+    `gpus` is how many this machine has.
+    """
+    port = free_port(10000 + os.getpid() % 10000)  # runs that start at the same time search from different ports
     return {**shared_environment(num_processes, gpus), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+
+
+@dataclass(frozen=True)
+class RankLog:
+    """The log file of a rank above 0, and the size it had when this run began; None: no file."""
+
+    rank: int
+    path: Path | None
+    start: int = 0
+
+    @classmethod
+    def prepare(cls, rank: int, directory: Path | None) -> "RankLog":
+        """The log of a rank in `directory`, which is created."""
+        if directory is None or rank == 0:
+            return cls(rank, None)
+        directory.mkdir(parents=True, exist_ok=True)
+        path = directory / f"rank-{rank:03d}.log"
+        return cls(rank, path, path.stat().st_size if path.exists() else 0)
+
+    def print_end(self) -> None:
+        """Print how the rank ended: its last traceback, or its last 20 lines.
+
+        Called last, so that it is the first thing a user sees.
+        """
+        print(f"\n--- rank {self.rank} failed first" + (f"; end of {self.path}" if self.path else ""), file=sys.stderr)
+        if self.path and self.path.exists():
+            with open(self.path, "rb") as file:
+                file.seek(self.start)
+                lines = file.read().decode(errors="replace").splitlines()
+            begin = max((i for i, line in enumerate(lines) if _TRACEBACK.match(line)), default=len(lines) - 20)
+            print(*lines[max(begin, len(lines) - 100, 0) :], sep="\n", file=sys.stderr, flush=True)
 
 
 def run_local_ranks(
@@ -40,78 +78,67 @@ def run_local_ranks(
     log_dir: Path | None,
     stop_signal: signal.Signals | None = None,
 ) -> int:
-    """Run `command` on `num_processes` ranks and return the status the whole ended with (EXIT_DONE, EXIT_RESUME, or the first failure's).
+    """Run `command` on `num_processes` ranks.
 
-    Ranks above 0 append to `log_dir`/rank-NNN.log, or say nothing without a directory. An engine that saves at `stop_signal` alone
-    (and then ends with 0) gets that one whatever came.
+    Returns EXIT_DONE, EXIT_RESUME, or the status of the rank that failed first (128 + N when signal
+    N ended it). Ranks above 0 append to `log_dir`/rank-NNN.log; without a directory their output is
+    dropped. An engine that saves only at `stop_signal`, and then ends with 0, is sent that signal
+    in place of any other.
     """
     stop = _StopRequests(stop_signal)
     ranks: list[subprocess.Popen] = []
-    logs = [log_dir / f"rank-{rank:03d}.log" if log_dir and rank else None for rank in range(num_processes)]
-    ends = [start_log(log) if log else 0 for log in logs]
+    logs = [RankLog.prepare(rank, log_dir) for rank in range(num_processes)]
     try:
         for rank, log in enumerate(logs):
-            output = None if rank == 0 else open(log, "ab") if log else subprocess.DEVNULL  # noqa: SIM115
-            ranks.append(
-                subprocess.Popen(
-                    command,
-                    env={**os.environ, **environment, **rank_environment(rank, num_processes, rank, num_processes)},
-                    stdin=subprocess.DEVNULL if rank else None,
-                    stdout=output,
-                    stderr=output,
-                    start_new_session=True,  # Ctrl-C comes here alone, and is passed on as a wish to save
-                )
-            )
-            if log:
-                output.close()
+            variables = rank_environment(rank, num_processes, local_rank=rank, ranks_on_node=num_processes)
+            ranks.append(_start(command, {**environment, **variables}, log))
         failed = _wait(ranks, stop)
         if failed is None:
-            resume = any(rank.returncode == EXIT_RESUME for rank in ranks) or (stop_signal and stop.passed_on)
+            resume = any(rank.returncode == EXIT_RESUME for rank in ranks) or (stop_signal and stop.forwarded)
             return EXIT_RESUME if resume else EXIT_DONE
         status = ranks[failed].returncode
         _end(ranks)
     finally:
-        for rank in ranks:
-            if rank.poll() is None:
-                rank.kill()
-                rank.wait()
+        for process in ranks:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
         stop.restore()
-    if failed and not (status == EXIT_USER_ERROR == ranks[0].returncode):  # rank 0 has said the same mistake already
-        print_end_of_log(failed, logs[failed], ends[failed])
+    if failed and not (status == EXIT_USER_ERROR == ranks[0].returncode):  # rank 0 has reported the same error
+        logs[failed].print_end()
     if status < 0:
         print(f"rank {failed} was ended by {signal.Signals(-status).name}", file=sys.stderr)
     return 128 - status if status < 0 else status
 
 
-def start_log(log: Path) -> int:
-    """Make the log's folder; returns where this start's lines will begin."""
-    log.parent.mkdir(parents=True, exist_ok=True)
-    return log.stat().st_size if log.exists() else 0
-
-
-def print_end_of_log(rank: int, log: Path | None, start: int = 0) -> None:
-    """Show how a rank ended: its traceback, or its last lines when it left none. Printed last, so it is what one sees first."""
-    print(f"\n--- rank {rank} failed first" + (f"; from the end of {log}" if log else ""), file=sys.stderr)
-    if log and log.exists():
-        with open(log, "rb") as file:
-            file.seek(start)
-            lines = file.read().decode(errors="replace").splitlines()
-        begin = max((i for i, line in enumerate(lines) if _TRACEBACK.match(line)), default=len(lines) - 20)
-        print(*lines[max(begin, len(lines) - 100, 0) :], sep="\n", file=sys.stderr, flush=True)
+def _start(command: Sequence[str], environment: Mapping[str, str], log: RankLog) -> subprocess.Popen:
+    """Start one rank: rank 0 on the terminal, the others on their log."""
+    with contextlib.ExitStack() as stack:
+        output: IO[bytes] | int | None = None if log.rank == 0 else subprocess.DEVNULL
+        if log.path:
+            output = stack.enter_context(open(log.path, "ab"))
+        return subprocess.Popen(
+            command,
+            env={**os.environ, **environment},
+            stdin=subprocess.DEVNULL if log.rank else None,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,  # Ctrl-C reaches only this process, which forwards it as a save request
+        )
 
 
 class _StopRequests:
-    """Signals caught since the start, in order, until `restore` gives the old handlers back."""
+    """Signals received since the start, in order, until `restore` reinstates the old handlers."""
 
-    def __init__(self, passed_on_as: signal.Signals | None) -> None:
-        self.caught: list[int] = []
-        self.passed_on_as = passed_on_as
-        self.passed_on = False
+    def __init__(self, forwarded_as: signal.Signals | None) -> None:
+        self.received: list[int] = []
+        self.forwarded_as = forwarded_as
+        self.forwarded = False
         self._old = {
-            number: signal.signal(number, lambda number, _: self.caught.append(number))
+            number: signal.signal(number, lambda number, _: self.received.append(number))
             for number in STOP_SIGNALS
-            if number != signal.SIGHUP
-            or signal.getsignal(number) != signal.SIG_IGN  # nohup: a closed terminal is no wish
+            # under nohup, a closed terminal is not a request to stop
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN
         }
 
     def restore(self) -> None:
@@ -120,29 +147,34 @@ class _StopRequests:
 
 
 def _wait(ranks: list[subprocess.Popen], stop: _StopRequests) -> int | None:
-    """Wait until all ranks have ended well (None), or one has not (its number), passing signals on meanwhile.
+    """Wait until a rank fails and return its number, or None once all have ended well.
 
-    A thread waits for each rank, so that they are heard in the order they end: a peer that fails because of the first follows it
-    by milliseconds.
+    Forwards signals meanwhile. A thread waits for each rank, so that they are seen in the order in
+    which they end: a rank that fails because of the first does so within milliseconds.
     """
     ended: queue.SimpleQueue[int] = queue.SimpleQueue()
-    for number, rank in enumerate(ranks):
-        threading.Thread(target=lambda n=number, r=rank: (r.wait(), ended.put(n)), daemon=True).start()
+
+    def wait_for(number: int) -> None:
+        ranks[number].wait()
+        ended.put(number)
+
+    for number in range(len(ranks)):
+        threading.Thread(target=wait_for, args=(number,), daemon=True).start()
     running, interrupted = len(ranks), False
     while running:
-        while stop.caught:
-            number = stop.caught.pop(0)
-            if number == signal.SIGINT:
+        while stop.received:
+            received = stop.received.pop(0)
+            if received == signal.SIGINT:
                 if interrupted:
                     raise KeyboardInterrupt
-                interrupted, number = True, signal.SIGTERM
+                interrupted, received = True, signal.SIGTERM
                 print("\nstopping: every rank saves after this step (Ctrl-C again ends them at once)", file=sys.stderr)
-            if number == signal.SIGHUP:
-                number = signal.SIGTERM
-            stop.passed_on = True
+            if received == signal.SIGHUP:
+                received = signal.SIGTERM
+            stop.forwarded = True
             for rank in ranks:
                 if rank.poll() is None:
-                    rank.send_signal(stop.passed_on_as or number)
+                    rank.send_signal(stop.forwarded_as or received)
         try:
             number = ended.get(timeout=0.05)
         except queue.Empty:
@@ -154,10 +186,13 @@ def _wait(ranks: list[subprocess.Popen], stop: _StopRequests) -> int | None:
 
 
 def _end(ranks: list[subprocess.Popen]) -> None:
-    """End what is left after a failure. Rank 0 first gets a moment to fail by itself, and so to say why on the terminal."""
-    deadline = time.monotonic() + SECONDS_TO_END
-    while time.monotonic() < deadline and any(rank.poll() is None for rank in ranks):
-        if time.monotonic() > deadline - SECONDS_TO_END + 2:
+    """End the other ranks after a failure.
+
+    Rank 0 first gets a moment to fail by itself, and so to print the reason on the terminal.
+    """
+    started = time.monotonic()
+    while time.monotonic() < started + SECONDS_TO_END and any(rank.poll() is None for rank in ranks):
+        if time.monotonic() > started + SECONDS_TO_SIGTERM:
             for rank in ranks:
                 if rank.poll() is None:
                     rank.terminate()

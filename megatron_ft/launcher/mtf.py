@@ -1,7 +1,9 @@
-"""The second engine: BigCode's Megatron-LM, branch `mtf`, driven through its own `finetune_mtf.py`.
+"""The second engine: BigCode's Megatron-LM, branch `mtf`, run through its own `finetune_mtf.py`.
 
-The checkout is at MEGATRON_PATH. The same flags as for Megatron-Core are checked the same way and then written in the branch's spellings; flags that only
-the branch knows are passed on as they are. Reset or resume is chosen by looking at the save directory, where its README has people edit flags by hand.
+MEGATRON_PATH is its checkout. Megatron-Core's flags are accepted, checked in the same way, and
+translated to the branch's spellings; flags that only the branch knows are passed through. Whether
+to reset or resume, for which its README has users edit flags by hand, follows from the contents of
+the save directory.
 """
 
 import ast
@@ -20,27 +22,33 @@ from megatron_ft.data.splits import groups_of
 from megatron_ft.errors import UserError
 from megatron_ft.weights.directory import iteration_directory, read_tracker
 
-STOP_SIGNAL = signal.SIGTERM  # the only one the branch saves at, and it then ends with status 0
+# The only signal at which the branch saves; it then ends with status 0.
+STOP_SIGNAL = signal.SIGTERM
 
 
 def megatron_path() -> Path:
-    """The branch's checkout. Raises UserError when MEGATRON_PATH is not set or holds something else."""
+    """The branch's checkout. Raises UserError if MEGATRON_PATH is not set or is another project."""
     text = os.environ.get("MEGATRON_PATH")
     if not text:
         raise UserError(
-            "--engine mtf needs MEGATRON_PATH, the checkout of bigcode-project/Megatron-LM, branch mtf; export MEGATRON_PATH=DIR"
+            "--engine mtf needs MEGATRON_PATH, a checkout of bigcode-project/Megatron-LM, branch mtf; "
+            "export MEGATRON_PATH=DIR"
         )
     path = Path(text)
     for needed in ("finetune_mtf.py", "megatron/arguments.py"):
         if not (path / needed).is_file():
             raise UserError(
-                f"MEGATRON_PATH={path}: no {needed} there; check out branch mtf of bigcode-project/Megatron-LM (git checkout mtf)"
+                f"MEGATRON_PATH={path} contains no {needed}; "
+                "check out branch mtf of bigcode-project/Megatron-LM (git checkout mtf)"
             )
     return path
 
 
 def branch_flags(path: Path) -> set[str]:
-    """Option strings of a checkout's parser, read from its source: importing it would need apex and a GPU."""
+    """Option strings of a checkout's parser.
+
+    Read from its source, since importing it needs apex and a GPU.
+    """
     tree = ast.parse((path / "megatron" / "arguments.py").read_text())
     calls = [
         node
@@ -51,12 +59,16 @@ def branch_flags(path: Path) -> set[str]:
         arg.value
         for call in calls
         for arg in call.args
-        if isinstance(arg, ast.Constant) and str(arg.value).startswith("--")
+        if isinstance(arg, ast.Constant) and isinstance(arg.value, str) and arg.value.startswith("--")
     }
 
 
 def split_branch_only(flags: Sequence[str], branch: set[str]) -> tuple[list[str], list[str]]:
-    """Words of flags that both engines know or none does, and words of flags that only the branch knows."""
+    """A command line's words in two lists, each in order.
+
+    First the flags that both engines know or neither does, then those that only the branch knows,
+    in its spelling.
+    """
     ours = option_strings()
     common: list[str] = []
     branch_only: list[str] = []
@@ -66,14 +78,19 @@ def split_branch_only(flags: Sequence[str], branch: set[str]) -> tuple[list[str]
             name = word.partition("=")[0]
             known = name.replace("_", "-") in ours
             spelling = next((n for n in (name, name.replace("_", "-")) if n in branch), None)
-            target = common if known or spelling is None else branch_only
-            word = spelling + word[len(name) :] if target is branch_only else word
+            if known or spelling is None:
+                target = common
+            else:
+                target, word = branch_only, spelling + word[len(name) :]
         target.append(word)
     return common, branch_only
 
 
 def mtf_command(config: Config, common: Sequence[str], branch_only: Sequence[str], path: Path) -> list[str]:
-    """Command line of one rank. `config` are the checked flags of `common`. Raises UserError for what the branch cannot do."""
+    """Command line of one rank. `config` is what `common` parses to.
+
+    Raises UserError for flags that the branch does not support.
+    """
     _check(config, common)
     command = [sys.executable, str(path / "finetune_mtf.py"), *mtf_flags(config)]
     given = {word.partition("=")[0] for word in branch_only}
@@ -84,13 +101,14 @@ def mtf_command(config: Config, common: Sequence[str], branch_only: Sequence[str
     unknown = sorted({word.partition("=")[0] for word in command if word.startswith("--")} - branch_flags(path))
     if unknown:
         raise UserError(
-            f"MEGATRON_PATH={path} does not know {', '.join(unknown)}: it is another branch; check out mtf (git checkout mtf)"
+            f"MEGATRON_PATH={path} does not have {', '.join(unknown)}: it is another branch; "
+            "check out mtf (git checkout mtf)"
         )
     return command
 
 
 def mtf_flags(config: Config) -> list[str]:
-    """The checked flags in the branch's spelling."""
+    """A checked command line in the branch's spelling. Raises UserError."""
     assert config.shape is not None
     words: list[str] = []
     for field in fields(config.shape):
@@ -118,14 +136,18 @@ def mtf_flags(config: Config) -> list[str]:
         ]
         if any(" " in part.prefix for group in groups_of(config, split) for part in group.parts):
             raise UserError(
-                f"--engine mtf cannot read data paths with spaces ({groups[0]}); move or link the data to a path without"
+                f"--engine mtf cannot read data paths with spaces ({groups[0]}); "
+                "move or link the data to a path without spaces"
             )
         words += [f"--{split}-weighted-split-paths", *groups] if groups else []
     return words + start_flags(config)
 
 
 def start_flags(config: Config) -> list[str]:
-    """Resume from `--save` where it holds a checkpoint, else start from the weights of `--load`, at iteration 0. Raises UserError."""
+    """Flags that resume from --save if it contains a checkpoint, else start from --load at step 0.
+
+    Raises UserError if neither is possible.
+    """
     if not config.checkpoint.save:
         raise UserError("--engine mtf needs --save DIR")
     save = Path(config.checkpoint.save).resolve()
@@ -145,29 +167,34 @@ def start_flags(config: Config) -> list[str]:
         ]
     if not config.checkpoint.from_scratch:
         raise UserError(
-            f"--save {config.checkpoint.save} holds no checkpoint and no --load is given; add --load DIR, or --from-scratch for random weights"
+            f"--save {config.checkpoint.save} contains no checkpoint and --load is missing; "
+            "add --load DIR, or --from-scratch for random weights"
         )
     return words
 
 
 def _check_legacy(directory: Path, flag: str) -> None:
+    """Raise UserError if `directory`, the value of `flag`, is not a checkpoint of the branch."""
     iteration = read_tracker(directory)
     if not iteration:
         raise UserError(
-            f"{flag} {directory}: no latest_checkpointed_iteration.txt; --engine mtf starts from a Megatron checkpoint of the branch"
+            f"{flag} {directory}: no latest_checkpointed_iteration.txt; "
+            "--engine mtf starts from a Megatron checkpoint of the branch"
         )
     folder = iteration_directory(directory, int(iteration)) if iteration.isdigit() else directory / iteration
     if not any(folder.glob("mp_rank_*")):
         raise UserError(
-            f"{flag} {directory}: {folder.name} is no checkpoint of the branch (no mp_rank_*); use --engine megatron-core, or another directory"
+            f"{flag} {directory}: {folder.name} is not a checkpoint of the branch (no mp_rank_*); "
+            "use --engine megatron-core, or another directory"
         )
 
 
 def _check(config: Config, common: Sequence[str]) -> None:
-    """Raise UserError for flags the branch has no counterpart of, and for values it does not take."""
+    """Raise UserError for flags and values that the branch does not have."""
     if config.shape is None:
         raise UserError(
-            "--engine mtf needs the model's shape: give --preset, or --num-layers, --hidden-size and --num-attention-heads"
+            "--engine mtf needs the model's shape: "
+            "give --preset, or --num-layers, --hidden-size and --num-attention-heads"
         )
     given = {word.partition("=")[0].replace("_", "-") for word in common}
     for option, entry in option_strings().items():
@@ -177,13 +204,13 @@ def _check(config: Config, common: Sequence[str]) -> None:
             )
     if config.training.train_epochs is not None:
         raise UserError(
-            "--train-epochs: the mtf branch counts steps or rows; add --train-iters or --train-samples after it"
+            "--train-epochs: the mtf branch counts steps or sequences; add --train-iters or --train-samples after it"
         )
     if config.validation.iters == "full":
-        raise UserError("--eval-iters full: the mtf branch takes a number")
+        raise UserError("--eval-iters full: the mtf branch needs a number")
     if config.schedule.decay_style not in ("constant", "linear", "cosine"):
         raise UserError(
-            f"--lr-decay-style {config.schedule.decay_style}: the mtf branch knows constant, linear and cosine"
+            f"--lr-decay-style {config.schedule.decay_style}: the mtf branch has constant, linear and cosine"
         )
     if config.data.overlong != "drop":
         raise UserError("--overlong truncate: the mtf branch always drops")

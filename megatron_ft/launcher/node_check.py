@@ -1,4 +1,8 @@
-"""Check the nodes of a job before a run starts on them: data and checkpoints visible, the same software everywhere, GPUs usable, disk space free."""
+"""Check the nodes of a job before its ranks start, one process per node.
+
+Each must see the data, the weights and the save directory, have usable GPUs, enough free disk space
+and the same software as the others.
+"""
 
 import hashlib
 import json
@@ -9,6 +13,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 
@@ -22,18 +27,34 @@ from megatron_ft.launcher.slurm_ranks import srun_command
 from megatron_ft.model.cost import checkpoint_bytes
 from megatron_ft.model.shape import padded_vocab_size
 
-SECONDS = 90  # a node that has not answered by then counts as lost
-TORCH_SECONDS = 60  # of these, for starting the training program's Python
+SECONDS = 90  # a node that has not answered by then is unresponsive
+TORCH_SECONDS = 60  # of these, for the training program's Python to import torch
 PACKAGES = ("torch", "megatron-core", "numpy", "transformer-engine")
 
 
+@dataclass(frozen=True)
+class NodeReport:
+    """What launch/preflight.py finds on one node."""
+
+    node: str
+    problems: list[str]
+    software: str  # versions and a digest of the checkout, to compare nodes
+
+    def to_json(self) -> str:
+        """One line."""
+        return json.dumps(asdict(self))
+
+
 def check_nodes(job: Job, config: Config) -> dict[str, str]:
-    """Nodes that cannot take part, each with the reason. Raises UserError when none can: then the cause is not a node."""
-    command = [
-        sys.executable, "-P", str(ROOT / "launch" / "preflight.py"),
-        "--gpus", str(job.tasks_per_node if expects_gpus() else 0), "--need-gb", f"{checkpoint_gigabytes(config):.3f}",
-        *(["--save", config.checkpoint.save] if config.checkpoint.save else []), *needed_files(config),
-    ]  # fmt: skip
+    """Nodes that cannot take part, each with the reason.
+
+    Raises UserError if no node can: then no single node is at fault.
+    """
+    command = [sys.executable, "-P", str(ROOT / "launch" / "preflight.py")]
+    command += ["--gpus", str(job.tasks_per_node if expects_gpus() else 0)]
+    command += ["--need-gb", f"{checkpoint_gigabytes(config):.3f}"]
+    command += ["--save", config.checkpoint.save] if config.checkpoint.save else []
+    command += needed_files(config)
     srun = srun_command(job, command, tasks_per_node=1, options=["--job-name=preflight", "--kill-on-bad-exit=0"])
     process = subprocess.Popen(
         srun, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, stdin=subprocess.DEVNULL
@@ -43,30 +64,31 @@ def check_nodes(job: Job, config: Config) -> dict[str, str]:
     except subprocess.TimeoutExpired:
         process.kill()
         out, err = process.communicate()
-    seen = {
-        found["node"]: found for found in map(json.loads, filter(lambda line: line.startswith("{"), out.splitlines()))
-    }
-    bad = {node: "does not answer" for node in job.nodes if node not in seen}
-    for node in bad:
-        said = [line.split(": ", 2)[-1] for line in err.splitlines() if node in line and "error" in line]
-        bad[node] += f" ({said[0]})" if said else ""
-    bad.update({node: "; ".join(found["problems"]) for node, found in seen.items() if found["problems"]})
-    software = Counter(found["software"] for found in seen.values())
-    for node, found in seen.items():
+    reports = [NodeReport(**json.loads(line)) for line in out.splitlines() if line.startswith("{")]
+    return _unusable_nodes(job.nodes, {report.node: report for report in reports}, err)
+
+
+def _unusable_nodes(nodes: Sequence[str], reports: dict[str, NodeReport], err: str) -> dict[str, str]:
+    """What `check_nodes` returns; `err` is what srun wrote to stderr."""
+    unusable = {node: "does not answer" for node in nodes if node not in reports}
+    for node in unusable:
+        messages = [line.split(": ", 2)[-1] for line in err.splitlines() if node in line and "error" in line]
+        unusable[node] += f" ({messages[0]})" if messages else ""
+    unusable.update({node: "; ".join(report.problems) for node, report in reports.items() if report.problems})
+    software = Counter(report.software for report in reports.values())
+    for node, report in reports.items():
         usual = software.most_common(1)[0][0]
-        if found["software"] != usual and node not in bad:
-            bad[node] = f"other software than the rest: {found['software']}, the rest have {usual}"
-    if len(bad) == len(job.nodes):
-        node, reason = next(iter(bad.items()))
-        raise UserError(
-            f"no node of the job can run this; {node}: {reason}"
-            + (f" ({err.strip().splitlines()[-1]})" if not seen and err.strip() else "")
-        )
-    return bad
+        if report.software != usual and node not in unusable:
+            unusable[node] = f"other software than the rest: {report.software}, the rest have {usual}"
+    if len(unusable) == len(nodes):
+        node, reason = next(iter(unusable.items()))
+        cause = f" ({err.strip().splitlines()[-1]})" if not reports and err.strip() else ""
+        raise UserError(f"no node of the job can run this; {node}: {reason}{cause}")
+    return unusable
 
 
 def needed_files(config: Config) -> list[str]:
-    """Files and directories every node must see: both fields of every data set, the tokenizer, the weights to start from."""
+    """Absolute paths that every node must see: data, tokenizer, weights to start from."""
     prefixes = {
         part.prefix: None
         for split in ("train", "valid", "test")
@@ -86,7 +108,7 @@ def needed_files(config: Config) -> list[str]:
 
 
 def checkpoint_gigabytes(config: Config) -> float:
-    """Room one checkpoint takes: the adapters' alone with LoRA, none with --skip-train."""
+    """Size of one checkpoint in GB (10^9 bytes); 0 with --skip-train."""
     if config.shape is None or config.validation.skip_train:
         return 0.0
     padded = padded_vocab_size(
@@ -95,13 +117,13 @@ def checkpoint_gigabytes(config: Config) -> float:
     return checkpoint_bytes(config.shape, padded, config.layout()) / 1e9
 
 
-def look(save: Path | None, files: Sequence[Path], gpus: int, need_gb: float) -> dict:
-    """What this node has, and what is wrong with that."""
-    problems = [f"{path} is not there" for path in files if not path.exists()]
+def check_this_node(save: Path | None, files: Sequence[Path], gpus: int, need_gb: float) -> NodeReport:
+    """Check this node: `gpus` GPUs, readable `files`, `need_gb` GB free in `save`."""
+    problems = [f"{path} not found" for path in files if not path.exists()]
     problems += [f"{path} cannot be read" for path in files if path.exists() and not os.access(path, os.R_OK)]
     found = local_gpus()
     if found < gpus:
-        problems.append(f"{found} usable GPUs, {gpus} are needed (cluster.env: GPUS_PER_NODE=0 for a run on the CPU)")
+        problems.append(f"{found} usable GPUs, {gpus} needed (cluster.env: GPUS_PER_NODE=0 for a run on the CPU)")
     elif gpus:
         problems += _torch_problems(gpus)
     if save:
@@ -111,29 +133,33 @@ def look(save: Path | None, files: Sequence[Path], gpus: int, need_gb: float) ->
             problems.append(f"--save {save}: {existing} cannot be written")
         if free < need_gb:
             problems.append(f"--save {save}: {free:.1f} GB free, one checkpoint takes {need_gb:.1f} GB")
-    return {
-        "node": os.environ.get("SLURMD_NODENAME", platform.node()),
-        "problems": problems,
-        "software": f"Python {platform.python_version()}, {_versions()}, checkout {_source_digest()}",
-    }
+    return NodeReport(
+        node=os.environ.get("SLURMD_NODENAME", platform.node()),
+        problems=problems,
+        software=f"Python {platform.python_version()}, {_versions()}, checkout {_source_digest()}",
+    )
 
 
 def _torch_problems(gpus: int) -> list[str]:
-    """What keeps the training program's torch from using `gpus` GPUs; nothing where it does not say in time, since each rank looks again."""
+    """Why the training program's torch cannot use `gpus` GPUs.
+
+    Nothing if it does not answer in time: each rank checks again.
+    """
     python = training_python()
-    ask = [*python, "-c", "import torch; print('GPUS', torch.cuda.device_count())"]
+    count = [*python, "-c", "import torch; print('GPUS', torch.cuda.device_count())"]
     try:
-        said = subprocess.run(ask, capture_output=True, text=True, timeout=TORCH_SECONDS, stdin=subprocess.DEVNULL)
+        done = subprocess.run(count, capture_output=True, text=True, timeout=TORCH_SECONDS, stdin=subprocess.DEVNULL)
     except subprocess.TimeoutExpired:
         return []
     except OSError as error:
         return [f"{python[0]} cannot be started: {error.strerror}"]
-    counted = [int(line.split()[1]) for line in said.stdout.splitlines() if line.startswith("GPUS ")]
+    counted = [int(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("GPUS ")]
     if not counted:
-        return [f"{shlex.join(python)} cannot import torch: {(said.stderr.strip().splitlines() or ['no word'])[-1]}"]
+        reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        return [f"{shlex.join(python)} cannot import torch: {reason}"]
     if counted[-1] < gpus:
         causes = "a build without CUDA, an old driver, or a container without --nv"
-        return [f"torch can use {counted[-1]} GPUs, {gpus} are needed ({causes})"]
+        return [f"torch can use {counted[-1]} GPUs, {gpus} needed ({causes})"]
     return []
 
 
@@ -148,7 +174,7 @@ def _versions() -> str:
 
 
 def _source_digest() -> str:
-    """Short fingerprint of the package's Python files, so that a node with a stale copy of the checkout is found."""
+    """Short digest of the package's Python files, which tells a node with an old checkout."""
     digest = hashlib.sha256()
     for path in sorted((ROOT / "megatron_ft").rglob("*.py")):
         digest.update(path.read_bytes())

@@ -1,4 +1,4 @@
-"""launch/finetune.py outside SLURM: what it checks, what it starts, how a stop and a failure reach the user."""
+"""launch/finetune.py outside SLURM: what it checks, what it starts, how it reports failures."""
 
 import json
 import os
@@ -35,7 +35,7 @@ def flags(tmp_path) -> list[str]:
 
 
 class Launched:
-    """Two ranks that run `code`, started by the launcher in a process of its own."""
+    """Two ranks that run `code`, started by the launcher in a separate process."""
 
     def __init__(self, directory: Path, code: str, gpus: int = 0) -> None:
         (directory / "ranks.py").write_text("import os, signal, sys, time\nrank = int(os.environ['RANK'])\n" + code)
@@ -52,7 +52,7 @@ class Launched:
         return self.process.returncode, out
 
 
-def test_dry_run_prints_a_command_that_runs_as_printed(flags, tmp_path):
+def test_the_command_that_dry_run_prints_runs_as_printed(flags, tmp_path):
     shown = run_program("launch/finetune.py", "--dry-run", "--tensor_model_parallel_size=2", *flags).stdout
     assert "WORLD_SIZE=2" in shown and "RANK=0" in shown and "--tensor_model_parallel_size=2" in shown
     assert "--dry-run" not in shown
@@ -66,7 +66,7 @@ def test_dry_run_prints_a_command_that_runs_as_printed(flags, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("wrong", "said"),
+    ("wrong", "message"),
     [
         (["--num-processes", "3", "--tensor-model-parallel-size", "2"], "3 processes cannot be split"),
         (["--num-processes", "0"], "--num-processes 0: must be at least 1"),
@@ -74,8 +74,8 @@ def test_dry_run_prints_a_command_that_runs_as_printed(flags, tmp_path):
         (["--learning-rate", "1"], "unknown flag --learning-rate"),
     ],
 )
-def test_wrong_flags_end_in_one_line_before_anything_starts(flags, wrong, said):
-    assert said in one_error_line(run_program("launch/finetune.py", *flags, *wrong, ok=False))
+def test_wrong_flags_are_reported_before_anything_starts(flags, wrong, message):
+    assert message in one_error_line(run_program("launch/finetune.py", *flags, *wrong, ok=False))
 
 
 NO_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="torch can use CUDA here")
@@ -88,14 +88,14 @@ def test_a_gpu_run_does_not_train_on_the_cpu_instead(flags):
     assert "cannot use one" in line and "CUDA_VISIBLE_DEVICES= before the command" in line
 
 
-def test_more_processes_than_gpus_end_before_anything_starts(flags):
+def test_more_processes_than_gpus_are_refused_before_anything_starts(flags):
     two = {**os.environ, "CUDA_VISIBLE_DEVICES": "0,1"}
     line = one_error_line(run_program("launch/finetune.py", *flags, "--num-processes", "3", ok=False, env=two))
-    assert "--num-processes 3: there are 2 GPUs here" in line
+    assert "--num-processes 3: there are 2 GPUs" in line
 
 
 @pytest.mark.parametrize(("gpus", "local_rank", "device"), [(2, 1, 1), (1, 3, 0), (2, 2, None)])
-def test_each_rank_takes_a_gpu_of_its_own(monkeypatch, gpus, local_rank, device):
+def test_each_rank_uses_a_different_gpu(monkeypatch, gpus, local_rank, device):
     from megatron_ft.engine.device import set_up_device
 
     monkeypatch.setenv("LOCAL_RANK", str(local_rank))
@@ -113,14 +113,14 @@ def test_each_rank_takes_a_gpu_of_its_own(monkeypatch, gpus, local_rank, device)
     assert len(config.notices) == (gpus == 1)
 
 
-def test_first_rank_has_the_terminal_and_the_others_have_files(tmp_path):
+def test_only_rank_0_writes_to_the_terminal(tmp_path):
     launched = Launched(tmp_path, "print('hello from', rank, os.environ['MASTER_PORT'].isdigit())")
     assert launched.end() == (0, "hello from 0 True\n")
     assert launched.log.read_text() == "hello from 1 True\n"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2])
-def test_a_stop_signal_reaches_every_rank_and_the_status_says_resume(tmp_path, number):
+def test_a_stop_signal_reaches_every_rank_and_the_status_is_resume(tmp_path, number):
     code = """
 def stop(number, frame):
     print('rank', rank, 'saves', flush=True)
@@ -139,7 +139,7 @@ time.sleep(30)
     assert "rank 1 saves" in launched.log.read_text()
 
 
-def test_a_failed_rank_ends_all_and_its_traceback_is_last(tmp_path):
+def test_a_failed_rank_ends_all_and_its_traceback_is_printed_last(tmp_path):
     code = """
 if rank == 1:
     print('noise before')
@@ -158,13 +158,13 @@ time.sleep(60)
         os.kill(int(re.search(r"pid (\d+)", out)[1]), 0)
 
 
-def test_a_killed_rank_gives_the_shells_status_for_its_signal(tmp_path):
+def test_the_status_of_a_killed_rank_is_128_plus_its_signal(tmp_path):
     status, out = Launched(tmp_path, "if rank == 1: os.kill(os.getpid(), 9)\ntime.sleep(60)").end()
     assert status == 128 + 9
     assert out.rstrip().endswith("rank 1 was ended by SIGKILL")
 
 
-def test_a_mistake_every_rank_notices_is_said_once(tmp_path):
+def test_an_error_that_every_rank_notices_is_reported_once(tmp_path):
     status, out = Launched(tmp_path, "time.sleep(0.3 * (1 - rank))\nprint('error: no such file')\nsys.exit(2)").end()
     assert (status, out) == (2, "error: no such file\n")
 
@@ -187,7 +187,10 @@ finetune.run_rank()
 
 @pytest.fixture
 def broken_training(golden, tmp_path):
-    """Two ranks of real training, one of which raises `error` in its first step: (status, output, rank 1's log, seconds from then on)."""
+    """Two ranks of real training, one of which raises `error` in its first step.
+
+    Returns (status, output, log of rank 1, seconds from the error to the end).
+    """
 
     def launch(rank: int, error: str, more: str = "") -> tuple[int, str, str, float]:
         flags = [
@@ -205,16 +208,16 @@ def broken_training(golden, tmp_path):
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_rank_that_breaks_ends_at_once_and_is_named(broken_training, tmp_path, rank):
+def test_a_rank_that_raises_ends_the_run_at_once_and_is_named(broken_training, tmp_path, rank):
     status, out, _, seconds = broken_training(rank, "RuntimeError('the rank breaks')")
     assert status == 1 and seconds < 15
     assert ("rank 1 failed first" in out) == (rank == 1)
     assert "RuntimeError: the rank breaks" in out
     assert rank == 0 or out.rstrip().endswith("RuntimeError: the rank breaks")
-    assert '"event": "start"' in (tmp_path / "run/events.jsonl").read_text(), "what was logged is on the disk"
+    assert '"event": "start"' in (tmp_path / "run/events.jsonl").read_text(), "the log was written to disk"
 
 
-def test_out_of_gpu_memory_ends_in_one_line_with_what_helps(broken_training):
+def test_out_of_gpu_memory_is_one_line_with_flags_to_try(broken_training):
     error = "train.torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 1 MiB free.')"
     flags = "--micro-batch-size 4 --global-batch-size 4 --tensor-model-parallel-size 2 --recompute-granularity full"
     status, out, log, seconds = broken_training(1, error, flags)
@@ -227,15 +230,15 @@ def test_out_of_gpu_memory_ends_in_one_line_with_what_helps(broken_training):
 
 
 @NO_CUDA
-def test_preflight_asks_the_torch_that_trains():
+def test_preflight_checks_the_torch_that_trains():
     def problems(**variables: str) -> list[str]:
         env = {**os.environ, "CUDA_VISIBLE_DEVICES": "0,1", **variables}
         return json.loads(run_program("launch/preflight.py", "--gpus", "2", env=env).stdout)["problems"]
 
     (problem,) = problems()
-    assert problem.startswith("torch can use 0 GPUs, 2 are needed")
-    says_two = shlex.join([sys.executable, "-c", "print('GPUS 2')"])
-    assert problems(CONTAINER_COMMAND=says_two) == []
+    assert problem.startswith("torch can use 0 GPUs, 2 needed")
+    prints_two = shlex.join([sys.executable, "-c", "print('GPUS 2')"])
+    assert problems(CONTAINER_COMMAND=prints_two) == []
     assert "cannot be started" in problems(CONTAINER_COMMAND="/not/there")[0]
 
 
@@ -254,7 +257,7 @@ def test_preflight_names_what_a_node_lacks(tmp_path):
     )
     found = json.loads(run_program(*command).stdout)
     missing, gpus, space = found["problems"]
-    assert missing == f"{tmp_path}/gone is not there"
-    assert "usable GPUs, 9 are needed" in gpus
+    assert missing == f"{tmp_path}/gone not found"
+    assert "usable GPUs, 9 needed" in gpus
     assert "GB free, one checkpoint takes 1000000000.0 GB" in space
     assert "torch" in found["software"] and "checkout" in found["software"]

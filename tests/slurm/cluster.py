@@ -1,7 +1,8 @@
-"""A real SLURM on this machine: one slurmctld and three slurmd in a private directory, without systemd and without root's files.
+"""A real SLURM on this machine: slurmctld and three slurmd in a private directory, without systemd.
 
-Nodes are named 127.x.y.1 ..., which resolve by themselves, on ports of their own; each claims 8 GPUs (links to /dev/null), so that the scripts' own headers are accepted.
-Partitions: main (preempted by requeue at once), grace (the same after ten seconds), high (preempts both).
+Nodes are named 127.x.y.1 ..., which resolve without /etc/hosts, each on its own port. Each claims 8
+GPUs (links to /dev/null), so that the scripts' own headers are accepted. Partitions: main
+(preempted by requeue at once), grace (the same after ten seconds), high (preempts both).
 """
 
 import os
@@ -78,15 +79,15 @@ def free_ports(number: int) -> list[int]:
     return sorted(ports)
 
 
-def wait_for(what: Callable[[], object], seconds: float, said: str | Callable[[], str]):
-    """Poll until `what()` is true and return it; fail with `said` after `seconds`."""
+def wait_for(what: Callable[[], object], seconds: float, message: str | Callable[[], str]):
+    """Poll until `what()` is true and return it; fail with `message` after `seconds`."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         found = what()
         if found:
             return found
         time.sleep(0.2)
-    raise AssertionError(f"after {seconds} s: {said() if callable(said) else said}")
+    raise AssertionError(f"after {seconds} s: {message() if callable(message) else message}")
 
 
 class Cluster:
@@ -158,7 +159,7 @@ class Cluster:
         return int(self.run("sbatch", "--parsable", *command, **kwargs).stdout)
 
     def job(self, job: int | str) -> dict[str, str]:
-        """scontrol's fields of a job; {} when it has been forgotten."""
+        """scontrol's fields of a job; {} once SLURM has forgotten it."""
         shown = self.run("scontrol", "-o", "show", "job", str(job), ok=False).stdout
         return dict(field.split("=", 1) for field in shown.split() if "=" in field)
 
@@ -170,7 +171,7 @@ class Cluster:
         return set(self.run("scontrol", "show", "hostnames", self.job(job)["ExcNodeList"]).stdout.split())
 
     def wait_job(self, job: int, *states: str, seconds: float = 120, log: Path | None = None) -> dict[str, str]:
-        """Wait until the job is in one of `states` (default: any it can end in)."""
+        """Wait until the job is in one of `states` (default: any final one)."""
         wanted = states or ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED")
         return wait_for(
             lambda: (self.state(job) in wanted) and self.job(job),
@@ -191,12 +192,12 @@ class Cluster:
         return found
 
     def kill_node(self, node: str) -> None:
-        """The daemon dies; what it started lives on, as on a node that has lost the network."""
+        """Kill the daemon but not what it started, as on a node that has lost the network."""
         self.daemons[node].kill()
         self.daemons.pop(node).wait()
 
     def crash_node(self, node: str) -> None:
-        """The daemon and everything it started die at once."""
+        """Kill the daemon and everything it started."""
         self.kill_node(node)
         for process in psutil.process_iter():
             try:
@@ -208,7 +209,7 @@ class Cluster:
                 continue
 
     def start_node(self, node: str, hide: Path | None = None) -> None:
-        """Start its daemon; `hide` is a directory that this node alone does not see (as root)."""
+        """Start its daemon; `hide` is a directory that only this node does not see (as root)."""
         covered = ("unshare", "--mount", "sh", "-c", 'mount -t tmpfs none "$0" && exec "$@"', str(hide)) if hide else ()
         self._daemon("slurmd", "-N", node, prefix=covered)
         wait_for(
@@ -226,7 +227,7 @@ class Cluster:
         return self.run("sinfo", "-h", "-n", node, "-p", "main", "-o", "%t").stdout.strip()
 
     def _is_step_of(self, process: psutil.Process, node: str) -> bool:
-        """A slurmstepd is known by the log it keeps open: its title has overwritten its environment."""
+        """Found by the log it keeps open: slurmstepd's title overwrites its environment."""
         return process.name() == "slurmstepd" and any(
             str(self.dir / f"slurmd-{node}.log") == file.path or str(self.dir / "spool" / node) in file.path
             for file in process.open_files()
@@ -236,7 +237,7 @@ class Cluster:
         return process.environ().get("SLURM_CONF") == self.env["SLURM_CONF"]
 
     def free(self) -> None:
-        """No jobs left: what a test leaves behind must not meet the next one."""
+        """End all jobs, so that none is left for the next test."""
         self.run("scancel", "--signal=KILL", "--full", "--state=RUNNING", "--user", self._user(), ok=False)
         self.run("scancel", "--user", self._user(), ok=False)
         wait_for(lambda: not self.run("squeue", "-h").stdout.strip(), 30, lambda: self.run("squeue").stdout)
@@ -277,7 +278,7 @@ def _listens(port: int) -> bool:
 
 
 def missing() -> str | None:
-    """Why no cluster can be started here, or None."""
+    """Why no cluster can be started, or None."""
     path = os.environ["PATH"] + ":/usr/sbin"
     absent = [name for name in ("slurmctld", "slurmd", "srun", "sbatch") if not shutil.which(name, path=path)]
     return f"SLURM is not installed ({', '.join(absent)} missing); .ci/install-slurm installs it" if absent else None
@@ -285,7 +286,7 @@ def missing() -> str | None:
 
 @pytest.fixture(scope="module", name="cluster")
 def running_cluster() -> Iterator[Cluster]:
-    """A running cluster; the test is skipped with the reason where SLURM is not installed."""
+    """A running cluster; without SLURM the test is skipped, with the reason."""
     reason = missing()
     if reason:
         pytest.skip(reason)

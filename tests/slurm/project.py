@@ -1,4 +1,4 @@
-"""A user's project beside a running cluster: a checkout, data, a cluster.env and jobs, with spaces in every path."""
+"""A project on a running cluster: checkout, data, cluster.env, jobs; spaces in every path."""
 
 import json
 import shlex
@@ -11,7 +11,7 @@ from conftest import ROOT
 
 
 class Project:
-    """Submits `slurm/finetune_starcoderbase.sh` of its checkout for the tiny model on two nodes; `ranks` replaces training by a small program."""
+    """Submits its checkout's `slurm/finetune_starcoderbase.sh` with the tiny model on two nodes."""
 
     def __init__(self, cluster: Cluster, directory: Path) -> None:
         self.cluster = cluster
@@ -27,7 +27,10 @@ class Project:
         self.configure()
 
     def configure(self, **variables: str | Path) -> None:
-        """Write the checkout's cluster.env: a CPU cluster, and `variables`; what the environment says wins."""
+        """Write the checkout's cluster.env: a CPU cluster, and `variables`.
+
+        The environment takes precedence.
+        """
         variables = {
             "GPUS_PER_NODE": "0",
             "VENV": sys.prefix,

@@ -1,4 +1,7 @@
-"""How a job lives and ends on a real cluster: signals, limits, lost nodes, exit statuses. Ranks are small programs here, not training."""
+"""How a job runs and ends on a real cluster: signals, limits, lost nodes, exit statuses.
+
+Ranks are small programs, not training.
+"""
 
 import os
 import re
@@ -16,13 +19,14 @@ from conftest import ROOT
 from project import Project
 
 from megatron_ft.config.arguments import parse_args
-from megatron_ft.launcher.slurm_job import Job, _fields
+from megatron_ft.launcher.node_check import checkpoint_gigabytes
+from megatron_ft.launcher.slurm_job import Job, parse_fields
 
 START = """
 import os, signal, sys, time
 from pathlib import Path
 save, rank = Path(os.environ["RUN"]), int(os.environ["RANK"])
-life = int(os.environ.get("SLURM_RESTART_COUNT", 0)) + int(os.environ.get("MEGATRON_FT_RESUBMITTED", 0))
+run = int(os.environ.get("SLURM_RESTART_COUNT", 0)) + int(os.environ.get("MEGATRON_FT_RESUBMITTED", 0))
 tracker = save / "latest_checkpointed_iteration.txt"
 start = int(tracker.read_text()) if tracker.exists() else 0
 stop = []
@@ -44,7 +48,7 @@ def until_stopped(seconds=60):
 
 
 class SmallProject(Project):
-    """Its ranks are a small program; the data only have to be there."""
+    """Its ranks are a small program; the data files only have to exist."""
 
     def __init__(self, cluster: Cluster, directory: Path) -> None:
         super().__init__(cluster, directory)
@@ -83,13 +87,13 @@ SHOWN = """JobId=7 JobName=my run
 """  # of scontrol 22.05
 
 
-def test_a_job_is_submitted_again_with_all_it_was_given(tmp_path, monkeypatch):
+def test_a_resubmitted_job_keeps_its_script_arguments_and_resources(tmp_path, monkeypatch):
     for name in [name for name in os.environ if name.startswith(("SLURM_", "MEGATRON_FT_"))]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("SLURM_GPUS_PER_NODE", "h100:8")
     script = tmp_path / "my train.sh"
     script.touch()
-    job = Job("7", "my run", ("node1", "node2"), 8, 12, 0, _fields(SHOWN.format(script=script)))
+    job = Job("7", "my run", ("node1", "node2"), 8, 12, 0, parse_fields(SHOWN.format(script=script)))
     assert job.resubmission(["node2"]) == [
         "sbatch", "--parsable", "--dependency=afterany:7", "--job-name=my run", "--chdir=/home/ada/my project",
         "--output=/home/ada/my project/my run-7.log", "--open-mode=append", "--partition=main", "--nodes=2", "--ntasks-per-node=8",
@@ -99,10 +103,7 @@ def test_a_job_is_submitted_again_with_all_it_was_given(tmp_path, monkeypatch):
     assert "--exclude=node[3-4]" in job.resubmission()
 
 
-def test_a_node_needs_room_for_what_the_run_will_save(monkeypatch):
-    monkeypatch.setattr(sys, "path", list(sys.path))  # the program puts its own first
-    from megatron_ft.launcher.node_check import checkpoint_gigabytes
-
+def test_a_node_needs_free_space_for_one_checkpoint_of_what_is_trained():
     parameters, per_layer = 15.517e9, 16 * ((6144 + 6400) + 2 * 6144 + 2 * (6144 + 24576))
     for more, count in (("", parameters), ("--lora-rank 16", 40 * per_layer), ("--skip-train", 0)):
         flags = f"--preset starcoderbase --bf16 --data-prefix data --tokenizer-file {__file__} --train-iters 1 {more}"
@@ -112,9 +113,9 @@ def test_a_node_needs_room_for_what_the_run_will_save(monkeypatch):
 @pytest.mark.parametrize(
     ("visible", "local_rank"),
     [(None, "3"), ("0,1,2,3", "3"), ("3", "0")],
-    ids=["nothing said", "every GPU shown", "one GPU shown"],
+    ids=["no variable", "all GPUs visible", "one GPU visible"],
 )
-def test_a_rank_takes_its_gpu_whether_the_site_binds_tasks_or_not(tmp_path, visible, local_rank):
+def test_a_rank_takes_its_gpu_whether_or_not_the_site_binds_tasks(tmp_path, visible, local_rank):
     env = {
         "SLURM_PROCID": "11", "SLURM_LOCALID": "3", "SLURM_NTASKS": "16", "SLURM_JOB_ID": "7", "SLURMD_NODENAME": "node2",
         "MEGATRON_FT_RANKS_ON_NODE": "8", **({} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}),
@@ -133,7 +134,7 @@ def test_a_failed_rank_ends_the_job_with_its_status_and_its_traceback_last(proje
     assert project.text().rstrip().endswith("ZeroDivisionError: rank one divides by nothing")
     assert "rank 1 on 127." in project.text() and project.cluster.processes(job) == []
     assert "up 1" in (project.save / "logs" / "rank-001.log").read_text()
-    assert "up 1" not in project.text(), "the main log is rank 0's alone"
+    assert "up 1" not in project.text(), "only rank 0 writes to the main log"
     assert len(project.starts()) == 1
 
     job = project.submit(
@@ -145,9 +146,8 @@ def test_a_failed_rank_ends_the_job_with_its_status_and_its_traceback_last(proje
 
 @pytest.mark.parametrize("binding", ["--gpus-per-task=1", "--gpu-bind=single:1"])
 def test_every_rank_sees_all_gpus_of_its_node(project, binding):
-    container = (
-        project.directory / "container.sh"
-    )  # stands for a torch that can use the cluster's GPUs, which are made up
+    # in place of a torch that can use the cluster's GPUs, which are made up
+    container = project.directory / "container.sh"
     container.write_text(
         f'case "$*" in *device_count*) echo GPUS 8;; *) exec {shlex.quote(sys.executable)} "$0";; esac\n'
     )
@@ -173,19 +173,19 @@ def test_dry_run_in_a_job_prints_what_srun_would_start(project):
 
 
 @pytest.mark.slow
-def test_a_warned_job_saves_and_comes_back_until_it_is_finished(project):
-    code = "save_at(start + 10) if until_stopped(60 if life < 2 else 0) else None\nsys.exit(75 if life < 2 else save_at(30))\n"
+def test_a_warned_job_saves_and_requeues_itself_until_it_has_finished(project):
+    code = "save_at(start + 10) if until_stopped(60 if run < 2 else 0) else None\nsys.exit(75 if run < 2 else save_at(30))\n"
     job = project.submit(code)
-    for life in range(2):
-        project.wait_text("up 0", 40, times=life + 1)
+    for run in range(2):
+        project.wait_text("up 0", 40, times=run + 1)
         project.cluster.run("scancel", "--batch", "--signal=USR2", str(job))
-        project.wait_text(f"saved {10 * (life + 1)}", 45)
+        project.wait_text(f"saved {10 * (run + 1)}", 45)
     assert project.end(job)["JobState"] == "COMPLETED"
     assert [start["iteration"] for start in project.starts()] == [0, 10, 20]
     assert project.text().count("warned by SIGUSR2") == 2 and "finished at iteration 30" in project.text()
     assert project.cluster.job(job)["Restarts"] == "2"
     ports = set(re.findall(r"up 0 \S+ (\d+)", project.text()))
-    assert len(ports) == 3, "a stale rank of an earlier life must not find the new rendezvous"
+    assert len(ports) == 3, "a stale rank of the job before the requeue must not find the new rendezvous"
 
 
 @pytest.mark.slow
@@ -210,7 +210,7 @@ def test_the_mtf_engine_is_stopped_with_its_own_signal_and_resumes(project):
     )
     project.configure(MEGATRON_PATH=checkout, RUN=project.save)
     plain = project.directory / "plain"
-    link = project.directory.parent / "data"  # the branch reads no paths with spaces
+    link = project.directory.parent / "data"  # the branch cannot read paths with spaces
     link.mkdir()
     for file in project.directory.glob("data_*"):
         shutil.copy(file, link)
@@ -223,7 +223,7 @@ def test_the_mtf_engine_is_stopped_with_its_own_signal_and_resumes(project):
 
 
 @pytest.mark.slow
-def test_no_progress_and_too_many_requeues_end_the_loop(project):
+def test_no_progress_or_too_many_requeues_end_the_job(project):
     idle = project.submit("until_stopped()\nsys.exit(75)\n")
     project.wait_text("up 0")
     project.cluster.run("scancel", "--batch", "--signal=USR2", str(idle))
@@ -240,9 +240,9 @@ def test_no_progress_and_too_many_requeues_end_the_loop(project):
 
 
 @pytest.mark.slow
-def test_where_requeueing_is_forbidden_the_job_is_submitted_again(project):
-    code = "if life == 0 and until_stopped():\n    save_at(10); sys.exit(75)\nsave_at(30)\nprint('saw', os.environ.get('COLOUR'))\n"
-    job = project.submit(code, "--no-requeue", "--export=ALL,COLOUR=blue", flags=("--wandb-run-name", "two words"))
+def test_where_requeueing_is_forbidden_the_job_resubmits_itself(project):
+    code = "if run == 0 and until_stopped():\n    save_at(10); sys.exit(75)\nsave_at(30)\nprint('saw', os.environ.get('COLOR'))\n"
+    job = project.submit(code, "--no-requeue", "--export=ALL,COLOR=blue", flags=("--wandb-run-name", "two words"))
     waiting = project.cluster.sbatch(
         f"--dependency=afterok:{job}",
         "--kill-on-invalid-dep=yes",
@@ -251,8 +251,8 @@ def test_where_requeueing_is_forbidden_the_job_is_submitted_again(project):
     )
     project.wait_text("up 0")
     project.cluster.run("scancel", "--batch", "--signal=USR2", str(job))
-    project.wait_text("submitted again as job")
-    again = int(re.search(r"submitted again as job (\d+)", project.text())[1])
+    project.wait_text("resubmitted as job")
+    again = int(re.search(r"resubmitted as job (\d+)", project.text())[1])
     assert project.end(again)["JobState"] == "COMPLETED", project.text()
     assert [start["job"] for start in project.starts()] == [str(job), str(again)]
     assert "saw blue" in project.text()
@@ -261,7 +261,7 @@ def test_where_requeueing_is_forbidden_the_job_is_submitted_again(project):
 
 
 @pytest.mark.slow
-def test_a_cancelled_job_saves_and_stays_cancelled(project):
+def test_a_canceled_job_saves_and_stays_canceled(project):
     job = project.submit("if until_stopped():\n    save_at(10)\n    sys.exit(75)\n")
     project.wait_text("up 0")
     project.cluster.run("scancel", str(job))
@@ -273,8 +273,8 @@ def test_a_cancelled_job_saves_and_stays_cancelled(project):
 
 
 @pytest.mark.slow
-def test_a_dead_node_ends_the_step_and_the_job_comes_back_without_it(project):
-    code = "if life == 0:\n    until_stopped(3)\n    if rank == 0:\n        time.sleep(12); sys.exit('peer is gone')\n    until_stopped()\nsave_at(30)\n"
+def test_a_dead_node_ends_the_step_and_the_job_is_requeued_without_it(project):
+    code = "if run == 0:\n    until_stopped(3)\n    if rank == 0:\n        time.sleep(12); sys.exit('peer is gone')\n    until_stopped()\nsave_at(30)\n"
     cluster = project.cluster
     job = project.submit(code, "--nodelist=" + ",".join(cluster.nodes[:2]))
     project.wait_text("up 0")
@@ -282,11 +282,12 @@ def test_a_dead_node_ends_the_step_and_the_job_comes_back_without_it(project):
     dead = cluster.nodes[1]
     cluster.crash_node(dead)
     try:
-        # Whoever notices first: the launcher, whose step ended and who calls the roll, or SLURM, after SlurmdTimeout.
+        # Whichever notices first: the launcher, whose step ends and which probes the nodes, or
+        # SLURM, after SlurmdTimeout.
         noticed = (f"node {dead} is lost", "DUE TO NODE FAILURE")
         wait_for(lambda: any(words in project.text() for words in noticed), 60, project.text)
         cluster.wait_job(job, "PENDING", seconds=60)
-        cluster.run("scontrol", "update", f"JobId={job}", "ReqNodeList=")  # the test's own demand for the node
+        cluster.run("scontrol", "update", f"JobId={job}", "ReqNodeList=")  # the test itself asked for the node
         assert project.end(job, seconds=120)["JobState"] == "COMPLETED", project.text()
         assert time.monotonic() - started < 100
         assert [dead in start["nodes"] for start in project.starts()] == [True, False]
@@ -296,7 +297,7 @@ def test_a_dead_node_ends_the_step_and_the_job_comes_back_without_it(project):
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.getuid() != 0, reason="hiding a directory from one node takes root")
-def test_a_node_that_does_not_see_the_data_is_named_and_left_out(project):
+def test_a_node_that_does_not_see_the_data_is_named_and_excluded(project):
     cluster = project.cluster
     blind = cluster.nodes[0]
     (project.directory / "sub").mkdir()
@@ -308,19 +309,18 @@ def test_a_node_that_does_not_see_the_data_is_named_and_left_out(project):
         job = project.submit("save_at(30)\n", *where, flags=("--data-prefix=sub/data",))
         project.wait_text(f"node {blind} cannot take part")
         cluster.wait_job(job, "PENDING")
-        barred = {blind, cluster.nodes[2]}  # what the user excluded stays excluded
-        wait_for(lambda: cluster.excluded(job) == barred, 10, lambda: str(cluster.job(job)))
-        cluster.run(
-            "scontrol", "update", f"JobId={job}", "ReqNodeList=", f"ExcNodeList={blind}"
-        )  # the test's own demands
+        excluded = {blind, cluster.nodes[2]}  # what the user excluded stays excluded
+        wait_for(lambda: cluster.excluded(job) == excluded, 10, lambda: str(cluster.job(job)))
+        # the test itself asked for these nodes
+        cluster.run("scontrol", "update", f"JobId={job}", "ReqNodeList=", f"ExcNodeList={blind}")
         assert project.end(job)["JobState"] == "COMPLETED", project.text()
-        assert "sub/data_inputs_document.bin is not there" in project.text()
+        assert "sub/data_inputs_document.bin not found" in project.text()
         assert blind not in project.starts()[1]["nodes"]
     finally:
         cluster.restart_node(blind)
 
 
-def test_every_script_is_accepted_with_its_own_header(cluster, tmp_path):
+def test_sbatch_accepts_the_header_of_every_training_script(cluster, tmp_path):
     for script in sorted((ROOT / "slurm").glob("finetune_*.sh")):
         nodes = min(3, int(re.search(r"--nodes=(\d+)", script.read_text())[1]))  # as many as the cluster has
         cluster.run("sbatch", "--test-only", f"--nodes={nodes}", script, cwd=tmp_path)

@@ -1,4 +1,4 @@
-"""--engine mtf: the branch's own spellings, and reset or resume by looking at the save directory."""
+"""--engine mtf: the branch's spellings; reset or resume, depending on the save directory."""
 
 import os
 import shlex
@@ -15,7 +15,7 @@ from megatron_ft.config.flag import Mtf
 RECORDED = [
     line for line in (Path(__file__).with_name("mtf_flags.txt")).read_text().splitlines() if line.startswith("--")
 ]
-# Runs the branch's own parser: its package is replaced by what arguments.py imports from it, read from the checkout's files.
+# Runs the branch's own parser; of its package, only what arguments.py imports is loaded.
 PARSE = """
 import importlib.util, sys, types, enum
 root = sys.argv.pop(1)
@@ -35,7 +35,7 @@ print("RESULT", args.tensor_model_parallel_size, args.train_iters, args.lr, args
 
 @pytest.fixture
 def checkout(tmp_path) -> Path:
-    """The real checkout where MEGATRON_PATH names one, else a directory whose parser has the recorded flags."""
+    """MEGATRON_PATH if set, else a directory whose parser has the recorded flags."""
     if os.environ.get("MEGATRON_PATH"):
         return Path(os.environ["MEGATRON_PATH"])
     path = tmp_path / "Megatron-LM"
@@ -71,7 +71,7 @@ def checkpoint(directory: Path) -> Path:
     return directory
 
 
-def test_every_composed_flag_is_one_of_the_branch(flags, checkout, tmp_path):
+def test_every_flag_of_the_command_is_one_of_the_branch(flags, checkout, tmp_path):
     composed = words(
         compose(
             flags,
@@ -96,16 +96,16 @@ def test_every_composed_flag_is_one_of_the_branch(flags, checkout, tmp_path):
     assert composed[composed.index("--distributed-timeout") + 1] == "600"
 
 
-def test_no_flag_of_the_branch_that_the_parser_knows_is_refused(flags, checkout):
+def test_flags_that_both_parsers_have_are_not_refused(flags, checkout):
     recorded = {flag.replace("_", "-") for flag in RECORDED}
     shared = {option: entry.flag for option, entry in option_strings().items() if option in recorded}
     assert {"--lr", "--position-embedding-type"} <= set(shared)
     assert [option for option, flag in shared.items() if flag.mtf is Mtf.UNKNOWN] == []
     composed = words(compose(flags, checkout, "--from-scratch", "--position-embedding-type", "absolute"))
-    assert "--position-embedding-type" not in composed, "learned positions are what the branch does anyway"
+    assert "--position-embedding-type" not in composed, "the branch always learns positions"
 
 
-def test_a_length_in_tokens_is_told_in_rows(flags, checkout):
+def test_a_length_in_tokens_is_translated_to_sequences(flags, checkout):
     at = flags.index("--train-iters")
     tokens = flags[:at] + flags[at + 2 :]
     composed = words(compose(tokens, checkout, "--from-scratch", "--train-tokens", str(10 * 8192)))
@@ -125,22 +125,22 @@ def test_the_first_start_resets_and_a_later_one_resumes(flags, checkout, tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("more", "said"),
+    ("more", "message"),
     [
-        ([], "holds no checkpoint and no --load is given"),
+        ([], "contains no checkpoint and --load is missing"),
         (["--from-scratch", "--lora-rank", "8"], "--lora-rank has no counterpart in the mtf branch"),
-        (["--from-scratch", "--eval-iters", "full"], "--eval-iters full: the mtf branch takes a number"),
-        (["--from-scratch", "--lr-decay-style", "WSD"], "the mtf branch knows constant, linear and cosine"),
-        (["--from-scratch", "--train-epochs", "2"], "the mtf branch counts steps or rows; add --train-iters"),
+        (["--from-scratch", "--eval-iters", "full"], "--eval-iters full: the mtf branch needs a number"),
+        (["--from-scratch", "--lr-decay-style", "WSD"], "the mtf branch has constant, linear and cosine"),
+        (["--from-scratch", "--train-epochs", "2"], "the mtf branch counts steps or sequences; add --train-iters"),
         (["--from-scratch", "--no-such-flag"], "unknown flag --no-such-flag"),
     ],
 )
-def test_what_the_branch_cannot_do_is_said(flags, checkout, more, said):
-    assert said in one_error_line(compose(flags, checkout, *more, ok=False))
+def test_flags_that_the_branch_does_not_support_are_refused(flags, checkout, more, message):
+    assert message in one_error_line(compose(flags, checkout, *more, ok=False))
 
 
-def test_another_branch_or_no_checkout_is_said(flags, tmp_path):
-    assert "no finetune_mtf.py there; check out branch mtf" in one_error_line(
+def test_another_branch_or_no_checkout_is_reported(flags, tmp_path):
+    assert "contains no finetune_mtf.py; check out branch mtf" in one_error_line(
         compose(flags, tmp_path, "--from-scratch", ok=False)
     )
     (tmp_path / "megatron").mkdir()
@@ -151,9 +151,9 @@ def test_another_branch_or_no_checkout_is_said(flags, tmp_path):
 
 @pytest.mark.skipif(
     not os.environ.get("MEGATRON_PATH"),
-    reason="MEGATRON_PATH names no checkout of the branch; the recorded flags are checked instead",
+    reason="MEGATRON_PATH is not set; the recorded flags are checked instead",
 )
-def test_the_branchs_own_parser_takes_the_command(flags, checkout, tmp_path):
+def test_the_parser_of_the_branch_accepts_the_command(flags, checkout, tmp_path):
     for more in (["--load", str(checkpoint(tmp_path / "base"))], ["--load", str(checkpoint(tmp_path / "run"))]):
         composed = words(compose(flags, checkout, *more))
         env = {**os.environ, "WORLD_SIZE": "2", "RANK": "0"}

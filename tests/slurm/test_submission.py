@@ -1,4 +1,4 @@
-"""From the login node: what is said before the queue, preprocessing as a job array, the chain of all steps, and the status of runs."""
+"""On the login node: checks before submission, job arrays, the chain of all steps, run status."""
 
 import json
 import os
@@ -34,7 +34,7 @@ def project(cluster, golden, tmp_path) -> Iterator[Project]:
 
 
 def login(project: Project, *command: str | Path, **env: str) -> subprocess.CompletedProcess:
-    """Run a command in the project as a person on the login node does."""
+    """Run a command in the project as a user on the login node does."""
     return project.cluster.run(
         *command,
         ok=False,
@@ -51,7 +51,7 @@ def script(project: Project, name: str) -> Path:
     return project.checkout / "slurm" / name
 
 
-def test_scripts_are_clean():
+def test_shellcheck_finds_nothing():
     if not shutil.which("shellcheck"):
         pytest.skip("shellcheck is not installed; .ci/install-slurm installs it")
     scripts = [*sorted((ROOT / "slurm").glob("*.sh")), ROOT / "launch" / "job.sh", ROOT / ".ci" / "install-slurm"]
@@ -63,7 +63,7 @@ RECIPES = sorted(path.name for path in (ROOT / "slurm").glob("finetune_*.sh"))
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_flags_after_a_recipe_win_over_those_that_mean_the_same(name, tmp_path):
+def test_flags_after_a_script_override_those_that_set_the_same(name, tmp_path):
     (tmp_path / "tokenizer.json").touch()
     (tmp_path / "cluster.env").write_text(f"VENV={shlex.quote(sys.prefix)}\nSCRATCH=.\n")
     environment = {**os.environ, "CLUSTER_ENV": str(tmp_path / "cluster.env"), "MEGATRON_FT_CHECK": "64"}
@@ -87,13 +87,13 @@ def test_flags_after_a_recipe_win_over_those_that_mean_the_same(name, tmp_path):
     assert "--train-iterss; did you mean --train-iters" in one_error_line(check("--train-iterss", "500"))
 
 
-def test_mistakes_are_said_before_the_queue(project):
+def test_errors_are_reported_before_the_job_is_queued(project):
     train = str(script(project, "finetune_starcoderbase_1b.sh"))
     data = ["--data-prefix=data", "--tokenizer-file=tokenizer.json", "--save=run"]
     two = ["--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1"]
     mistakes = [
         ([*two, train, *TINY, *data, "--lrr", "1"], {}, "unknown flag --lrr; did you mean --lr?"),
-        ([*two, train, *TINY, *data, "--data-prefix=nowhere"], {}, "nowhere_inputs_document.bin is not there"),
+        ([*two, train, *TINY, *data, "--data-prefix=nowhere"], {}, "nowhere_inputs_document.bin not found"),
         (
             ["--nodes=3", *two[1:], train, *TINY, *data],
             {},
@@ -110,20 +110,20 @@ def test_mistakes_are_said_before_the_queue(project):
             {"MEGATRON_PATH": str(project.directory)},
             "check out branch mtf",
         ),
-        ([*two, train, *TINY, *data], {"CLUSTER_ENV": "/none/cluster.env"}, "/none/cluster.env is not there: cp"),
+        ([*two, train, *TINY, *data], {"CLUSTER_ENV": "/none/cluster.env"}, "/none/cluster.env not found: cp"),
         (["finetune.sh"], {}, "no script among"),
     ]
-    for words, env, said in mistakes:
-        assert said in one_error_line(submit(project, *words, **env))
+    for words, env, message in mistakes:
+        assert message in one_error_line(submit(project, *words, **env))
     assert not project.cluster.run("squeue", "-h").stdout
     job = project.cluster.sbatch(
         "--output=early.txt", train, cwd=project.directory, env={"CLUSTER_ENV": "/none/cluster.env"}
     )
     assert project.end(job)["JobState"] == "FAILED"
-    assert "/none/cluster.env is not there: cp" in (project.directory / "early.txt").read_text()
+    assert "/none/cluster.env not found: cp" in (project.directory / "early.txt").read_text()
 
 
-def test_a_recipe_takes_as_many_nodes_as_the_site_needs(project):
+def test_a_script_requests_as_many_nodes_as_its_gpus_need(project):
     project.configure(GPUS_PER_NODE="4", CPUS_PER_TASK="3", SBATCH_PARTITION="grace")
     train = str(script(project, "finetune_starcoderbase_1b.sh"))
     data = ["--data-prefix=data", "--tokenizer-file=tokenizer.json", "--from-scratch"]
@@ -134,7 +134,7 @@ def test_a_recipe_takes_as_many_nodes_as_the_site_needs(project):
 
 
 @pytest.mark.slow
-def test_array_preprocessing_with_a_failed_shard_submitted_again(project):
+def test_only_the_failed_shard_of_an_array_is_submitted_again(project):
     rows = project.directory / "my rows.jsonl"
     good = (project.directory / "commits.jsonl").read_text()
     rows.write_text(good[:-2] + "!\n")  # the last row's closing brace: the shards begin where they would
@@ -166,7 +166,7 @@ def test_array_preprocessing_with_a_failed_shard_submitted_again(project):
 
 
 @pytest.mark.slow
-def test_the_chain_from_rows_to_a_hugging_face_directory(project):
+def test_the_chain_runs_from_rows_to_a_hugging_face_directory(project):
     settings = {
         "SHARDS": "1", "TOKENIZER_FILE": "tokenizer.json", "OUTPUT_PREFIX": "out/rows", "SAVE": "run 1", "OUTPUT": "run 1 hf",
         "SBATCH_OPTIONS": "--cpus-per-task=1", "TRAIN_OPTIONS": "--nodes=2 --ntasks-per-node=1 --gpus-per-node=1",
@@ -185,7 +185,7 @@ def test_the_chain_from_rows_to_a_hugging_face_directory(project):
     assert json.loads((project.directory / "run 1 hf" / "config.json").read_text())["model_type"] == "gpt_bigcode"
     evaluation = {"LOAD": "run 1", "SAVE": "run 1 evaluation", "PRESET": "tiny", "DATA_PREFIX": "out/rows"}
     one_rank = ("--nodes=1", "--ntasks-per-node=1", "--gpus-per-node=1", "--cpus-per-task=1")
-    evaluate = [*one_rank, script(project, "evaluate_validation.sh"), *TINY, "--tensor-model-parallel-size=1"]
+    evaluate = [*one_rank, script(project, "validate.sh"), *TINY, "--tensor-model-parallel-size=1"]
     submitted = submit(project, *map(str, evaluate), **settings | evaluation)
     (job,) = map(int, re.findall(r"job (\d+)", submitted.stdout))
     assert project.end(job, 120)["JobState"] == "COMPLETED", submitted.stdout + submitted.stderr
@@ -217,5 +217,5 @@ def test_status_shows_every_run_without_slurm(tmp_path):
     assert "no runs found" in one_error_line(run_program("launch/status.py", tmp_path / "a" / "iter_0000003", ok=False))
 
 
-def test_the_page_on_slurm_shows_commands_that_run(tmp_path):
+def test_commands_in_slurm_md_run(tmp_path):
     assert "WORLD_SIZE=2" in run_page("slurm.md", tmp_path)

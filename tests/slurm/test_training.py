@@ -1,4 +1,7 @@
-"""Real training of the tiny model on two nodes of a real cluster, stopped in every way a site stops it: the weights come out the same."""
+"""Training of the tiny model on two nodes of a real cluster, stopped in every way a site does it.
+
+The final weights are always those of the uninterrupted run.
+"""
 
 import json
 import shutil
@@ -66,7 +69,10 @@ def project(cluster, golden, tmp_path) -> Iterator[TrainingProject]:
 def assert_as_uninterrupted(
     project: TrainingProject, job: int, uninterrupted: dict[str, torch.Tensor], starts: int, seconds: float = 20
 ) -> None:
-    """The job is over, and was restarted as often as expected, without a trace in the weights or, after `seconds`, a process left."""
+    """The job has ended after `starts` starts, with the weights of the uninterrupted run.
+
+    After `seconds` none of its processes is left.
+    """
     assert project.end(job, 120)["JobState"] == "COMPLETED", project.text()
     assert len(project.starts()) == starts, project.text()
     assert project.steps() == list(range(1, STEPS + 1)), "every step is in the metrics once"
@@ -77,19 +83,19 @@ def assert_as_uninterrupted(
 
 
 def training_processes(cluster: Cluster, job: int) -> list[psutil.Process]:
-    """The ranks themselves, not what started them."""
+    """The ranks themselves, not their launchers."""
     return [
         process for process in cluster.processes(job) if process.cmdline()[1:4] == ["-P", "-m", "megatron_ft.finetune"]
     ]
 
 
-def test_a_time_limit_reached_twice(project, uninterrupted):
+def test_a_run_that_reaches_its_time_limit_twice_ends_with_the_same_weights(project, uninterrupted):
     cluster = project.cluster
     job = project.submit("--signal=B:USR2@60")
     project.wait_step(3)
     ranks = training_processes(cluster, job)
     assert len(ranks) == 2
-    for rank in ranks:  # the controller looks at limits every 30 s: training must not be over by then
+    for rank in ranks:  # slurmctld checks limits every 30 s: training must not have finished by then
         rank.send_signal(signal.SIGSTOP)
     end = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(time.time() + 65))
     cluster.run("scontrol", "update", f"JobId={job}", f"EndTime={end}")
@@ -106,7 +112,7 @@ def test_a_time_limit_reached_twice(project, uninterrupted):
     assert_as_uninterrupted(project, job, uninterrupted, starts=3)
 
 
-def test_preempted_with_and_without_grace(project, uninterrupted):
+def test_a_preempted_run_ends_with_the_same_weights_with_and_without_grace(project, uninterrupted):
     cluster = project.cluster
     job = project.submit("--partition=grace", "--nodelist=" + ",".join(cluster.nodes[:2]))
     for partition in ("grace", "main"):
@@ -122,19 +128,22 @@ def test_preempted_with_and_without_grace(project, uninterrupted):
     assert_as_uninterrupted(project, job, uninterrupted, starts=3)
 
 
-def test_a_cancelled_job_stays_cancelled_and_the_same_command_resumes_it(project, uninterrupted):
+def test_a_canceled_job_stays_canceled_and_the_same_command_resumes_it(project, uninterrupted):
     job = project.submit()
     project.wait_step(4)
     project.cluster.run("scancel", str(job))
-    wait_for(lambda: not project.cluster.processes(job), 20, "the cancelled job has processes")
+    wait_for(lambda: not project.cluster.processes(job), 20, "the canceled job has processes")
     project.cluster.wait_job(job, "CANCELLED", seconds=20)
     assert_as_uninterrupted(project, project.submit(), uninterrupted, starts=2)
     assert project.cluster.state(job) == "CANCELLED"
 
 
-def test_a_node_whose_daemon_is_killed(project, uninterrupted):
-    """Its rank lives on, stale, and must not write into the next life's checkpoints. It ends when it notices that its peer is gone, at the
-    latest when a collective times out."""
+def test_a_stale_rank_on_a_lost_node_does_not_write_checkpoints(project, uninterrupted):
+    """Its daemon is killed, its rank keeps running while the job runs again elsewhere.
+
+    The rank ends when it notices that the others are gone, at the latest when a collective times
+    out.
+    """
     cluster = project.cluster
     job = project.submit("--nodelist=" + ",".join(cluster.nodes[:2]), flags=("--distributed-timeout-minutes=1",))
     project.wait_step(2)
@@ -148,7 +157,7 @@ def test_a_node_whose_daemon_is_killed(project, uninterrupted):
         cluster.run("scontrol", "update", f"JobId={job}", "ReqNodeList=")
         project.wait_text("start 2", 60)
         if stale[0].is_running():
-            stale[0].send_signal(signal.SIGCONT)  # it wakes up beside the new run
+            stale[0].send_signal(signal.SIGCONT)  # it continues while the new run is active
         assert project.end(job, 120)["JobState"] == "COMPLETED", project.text()
         assert lost not in project.starts()[1]["nodes"]
     finally:

@@ -114,7 +114,7 @@ def main() -> None:
         preset="tiny",
         from_scratch=True,
         data_prefix=data,
-        validation_share=0.05,
+        validation_fraction=0.05,
         tokenizer_file=tokenizer,
         tensor_model_parallel_size=2,
         sequence_parallel=True,

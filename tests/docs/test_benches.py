@@ -13,19 +13,20 @@ def first_losses():
 
     sys.path.insert(0, str(ROOT))
     sys.path.insert(0, str(ROOT / "bench"))
+    from megatron_ft.model.shape import PRESETS
+
+    PRESETS["starcoderbase-test"] = PRESETS["tiny"]  # before the flags read the presets
     import train_gpu
 
     from megatron_ft.engine import parallel
-    from megatron_ft.model.shape import PRESETS
 
-    PRESETS["starcoderbase-test"] = PRESETS["tiny"]
     flags = Namespace(seq_length=128, micro_batches=2, steps=1, document_tokens=40)
     results = []
     for path in ("packed", "dense mask, fused", "dense mask, plain", "packed, full recompute"):
         result = train_gpu.measure("starcoderbase-test", path, flags)
         parallel.destroy()
         results.append(result)
-    train_gpu.print_table(results, ["a note"], train_gpu.memory.GPUS["h100-80gb"])
+    train_gpu.print_table(results, ["a note"], train_gpu.cost.GPUS["h100-80gb"])
     return [(r.loss, r.tokens, r.flops) for r in results]
 
 

@@ -1,4 +1,4 @@
-"""docs/training.md: its commands run as printed, its table of flags is the program's."""
+"""The commands of docs/training.md run as printed, and its table of flags is up to date."""
 
 import pytest
 from conftest import ROOT
@@ -14,7 +14,7 @@ def test_commands_train_and_then_find_nothing_left(tmp_path):
     assert (tmp_path / "run/report.html").exists()
 
 
-def test_the_table_of_flags_is_current():
+def test_flag_table_is_up_to_date():
     page = (ROOT / "docs/training.md").read_text()
     command = "python -m megatron_ft.config.table docs/training.md"
     assert page == page_with_table(page, "docs/training.md"), f"the flags have changed; run `{command}`"

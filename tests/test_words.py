@@ -121,6 +121,7 @@ EXCEPTIONS: dict[str, dict[str, str]] = {
         "validation_share": "the old name of --validation-fraction, still accepted",
         "CANCELLED": "the name of SLURM's job state",
     },
+    "pyproject.toml": {"cancelled": "what codespell has to accept for that name"},
 }
 
 FOLDERS = (

@@ -1,7 +1,6 @@
-"""One training run, from settled flags to its exit status: data, model, checkpoints, log, and the loop."""
+"""One training run on one rank: prepare data and length, start or resume, open the log, train."""
 
-import functools
-from collections.abc import Callable
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,40 +36,68 @@ from megatron_ft.tokenizer.tokenizer import Tokenizer, load_tokenizer
 
 
 def run(config: Config, device: torch.device, started: float) -> int:
-    """Train as `config` asks; process groups exist already. Returns the exit status."""
+    """Train with the flags of `config` and return the exit status.
+
+    The process groups exist already; `started` is time.monotonic() when the program started. Raises
+    UserError.
+    """
     if config.optimizer.cpu_offload and device.type == "cpu":
         raise UserError(
-            "--optimizer-cpu-offload moves optimizer state from the GPU to the host; there is no GPU here, leave it out"
+            "--optimizer-cpu-offload moves the optimizer state from GPU to host memory, but no GPU is used; leave it out"
         )
     config = with_model(config)
-    prepared = prepare(config)
-    state, reasons = start(prepared)
-    log = open_log(prepared, state, reasons, device)
+    state = None
     try:
-        return train_to_end(prepared, state, log, device, started)
+        prepared = prepare(config)
+        state, reasons = start(prepared)
+        with contextlib.closing(open_log(prepared, state, reasons, device)) as log:
+            return train_to_end(prepared, state, log, device, started)
     except torch.OutOfMemoryError as error:
-        raise out_of_memory(config, error, f"after {state.iteration} iterations") from error
-    finally:
-        log.close()
+        when = f"after {state.iteration} iterations" if state else "before the first step"
+        raise out_of_memory(config, error, when) from error
+
+
+def with_model(config: Config) -> Config:
+    """`config` with the model's shape and the sequence length.
+
+    Unless flags give them, they come from the checkpoint to resume or to start from. Raises
+    UserError.
+    """
+    if config.shape is not None:
+        return config
+    found = starting_shape(config)
+    if found is None:
+        raise UserError(
+            f"no model: --save {config.checkpoint.save} contains no checkpoint yet; "
+            f"give --preset (one of {', '.join(sorted(PRESETS))}) or --load DIR"
+        )
+    config = with_shape(config, shape_from_flags(config, found))
+    validate(config)
+    return config
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a run reads and how long it is, before a model is built."""
+    """The inputs and the length of a run, known before the model is built.
+
+    `shape` includes the tokenizer's vocabulary. `fill_rate` is measured only for --train-tokens,
+    else 1. `sequences_per_epoch` is 0 with --skip-train. `done` is the progress of the checkpoint
+    to resume, `length` is that of the entire run.
+    """
 
     config: Config
-    shape: ModelShape  # with the tokenizer's vocabulary
+    shape: ModelShape
     tokenizer: Tokenizer
     checkpointer: Checkpointer
     datasets: Datasets
-    sequences_per_epoch: int  # 0 with --skip-train
-    done: Length  # what the checkpoint to resume has done
-    length: Length  # of the entire run
-    plan_length: Callable[..., Length]  # the same from another `done`
+    fill_rate: float
+    sequences_per_epoch: int
+    done: Length
+    length: Length
 
 
 def prepare(config: Config) -> Prepared:
-    """Open tokenizer, checkpoints and data, and settle the length. `config.shape` is known."""
+    """Open tokenizer, checkpoints and data, and determine the length; `config.shape` is known."""
     assert config.shape is not None
     skip_train, train_tokens = config.validation.skip_train, config.training.train_tokens
     tokenizer = load_tokenizer(config.data.tokenizer_file)
@@ -78,9 +105,8 @@ def prepare(config: Config) -> Prepared:
     epoch = 0 if skip_train else sequences_per_epoch(config)
     checkpointer = Checkpointer(config, shape, tokenizer.config_ids, sequences_per_epoch=epoch)
     fill_rate = training_fill_rate(config) if train_tokens else 1.0
-    length_from = functools.partial(plan_length, config, epoch, fill_rate=fill_rate)
     done = Length(*checkpointer.progress())
-    length = length_from(done=done)
+    length = plan_length(config, epoch, fill_rate=fill_rate, done=done)
     if train_tokens:
         config.notices.append(
             f"--train-tokens {train_tokens:,}: {length.samples:,} sequences of "
@@ -93,15 +119,33 @@ def prepare(config: Config) -> Prepared:
         vocab_size=tokenizer.vocab_size,
     )
     check_groups(config, datasets)
-    return Prepared(config, shape, tokenizer, checkpointer, datasets, epoch, done, length, length_from)
+    return Prepared(config, shape, tokenizer, checkpointer, datasets, fill_rate, epoch, done, length)
+
+
+def check_groups(config: Config, datasets: Datasets) -> None:
+    """Raise UserError for flags about validation if the groups they need do not exist."""
+    remedy = "give --valid-weighted-split-paths-path FILE, or a --validation-fraction above 0"
+    if config.validation.best_group and config.validation.best_group not in datasets.valid:
+        raise UserError(
+            f"--best-group {config.validation.best_group} is not a validation group; "
+            f"the groups are: {', '.join(datasets.valid) or 'none'}"
+        )
+    if config.validation.skip_train and not (datasets.valid or datasets.test):
+        raise UserError(f"--skip-train has nothing to evaluate: {remedy}")
+    if config.validation.at_start and not datasets.valid:
+        raise UserError(f"--eval-at-start needs a validation group: {remedy}")
+    if config.validation.early_stop_patience and not (datasets.valid and config.validation.interval):
+        raise UserError("--early-stop-patience needs a validation group and --eval-interval above 0")
 
 
 def start(prepared: Prepared) -> tuple[TrainState, list[str]]:
-    """Model and optimizer with the weights of the checkpoint, and lines on where they came from."""
+    """Model and optimizer, resumed or with the weights to start from, and lines that report how."""
     config = prepared.config
     state = build_state(config, prepared.shape, prepared.length, prepared.done)
     start = prepared.checkpointer.start(state)
-    if prepared.plan_length(done=Length(state.iteration, state.consumed_samples)) != prepared.length:
+    resumed = Length(state.iteration, state.consumed_samples)
+    length = plan_length(config, prepared.sequences_per_epoch, fill_rate=prepared.fill_rate, done=resumed)
+    if length != prepared.length:
         raise UserError(
             f"--save {config.checkpoint.save}: its newest checkpoint is damaged and was moved aside, and from the previous "
             f"one the run has another length with --global-batch-size {config.training.global_batch_size}; "
@@ -110,8 +154,22 @@ def start(prepared: Prepared) -> tuple[TrainState, list[str]]:
     return state, start.reasons
 
 
+def build_state(config: Config, shape: ModelShape, length: Length, done: Length) -> TrainState:
+    """A random model with optimizer and scheduler, for a run of `length` of which `done` is in a
+    checkpoint."""
+    padded_vocab = padded_vocab_size(
+        shape.vocab_size, config.model.make_vocab_size_divisible_by, config.parallel.tensor
+    )
+    chunks = build_model(config, shape, padded_vocab)
+    if config.lora.rank:
+        add_lora(chunks, config)
+    model = wrap_for_data_parallel(config, chunks)
+    optimizer = build_optimizer(config, model)
+    return TrainState(model, optimizer, build_scheduler(config, optimizer, length, done))
+
+
 def open_log(prepared: Prepared, state: TrainState, reasons: list[str], device: torch.device) -> MetricsLog:
-    """The run's log, with the banner and the notices of everything that was set up."""
+    """The run's log, beginning with the banner and all notices."""
     config, datasets, epoch = prepared.config, prepared.datasets, prepared.sequences_per_epoch
     plan = RunPlan(
         train_iters=prepared.length.iterations,
@@ -131,12 +189,19 @@ def open_log(prepared: Prepared, state: TrainState, reasons: list[str], device: 
     return log
 
 
+def attention_notices(config: Config, shape: ModelShape, device: torch.device) -> list[str]:
+    """A line for the log if this GPU has no fast kernel for attention with dropout."""
+    if device.type != "cuda" or uses_transformer_engine(config):
+        return []
+    notice = slow_with_dropout(shape.attention_dropout, compute_dtype(config), shape.kv_channels, device)
+    return [notice] if notice else []
+
+
 def train_to_end(prepared: Prepared, state: TrainState, log: MetricsLog, device: torch.device, started: float) -> int:
     """Train until the run ends or is stopped; returns the exit status."""
     config, datasets = prepared.config, prepared.datasets
-    save = config.checkpoint.save
 
-    def reader(dataset: PackedDataset, drop_incomplete: bool = False) -> BatchReader:
+    def reader(dataset: PackedDataset, *, once: bool = True) -> BatchReader:
         return BatchReader(
             dataset,
             config,
@@ -144,12 +209,11 @@ def train_to_end(prepared: Prepared, state: TrainState, log: MetricsLog, device:
             device,
             data_parallel_rank=parallel.data_parallel_rank(),
             data_parallel_size=parallel.data_parallel_size(),
-            once=not drop_incomplete,
+            once=once,
         )
 
-    watchdog = signals.Watchdog(
-        config.logging.watchdog_mins, dist.get_rank(), Path(save) / "watchdog" if save else None
-    )
+    folder = Path(config.checkpoint.save) / "watchdog" if config.checkpoint.save else None
+    watchdog = signals.Watchdog(config.logging.watchdog_mins, dist.get_rank(), folder)
     training = Run(
         config=config,
         vocab_size=None if config.loss.softmax_over_padding else prepared.shape.vocab_size,
@@ -158,7 +222,7 @@ def train_to_end(prepared: Prepared, state: TrainState, log: MetricsLog, device:
         checkpointer=prepared.checkpointer,
         log=log,
         watchdog=watchdog,
-        train_batches=reader(datasets.train, drop_incomplete=True) if datasets.train else None,
+        train_batches=reader(datasets.train, once=False) if datasets.train else None,
         valid_batches={name: reader(dataset) for name, dataset in datasets.valid.items()},
         test_batches={name: reader(dataset) for name, dataset in datasets.test.items()},
         started=started,
@@ -172,60 +236,3 @@ def train_to_end(prepared: Prepared, state: TrainState, log: MetricsLog, device:
         return status
     finally:
         watchdog.stop()
-
-
-def build_state(config: Config, shape: ModelShape, length: Length, done: Length) -> TrainState:
-    """TrainState of a random start: model, optimizer, scheduler of a run of `length`, of which `done` is
-    in a checkpoint."""
-    padded_vocab = padded_vocab_size(
-        shape.vocab_size, config.model.make_vocab_size_divisible_by, config.parallel.tensor
-    )
-    chunks = build_model(config, shape, padded_vocab)
-    if config.lora.rank:
-        add_lora(chunks, config)
-    model = wrap_for_data_parallel(config, chunks)
-    optimizer = build_optimizer(config, model)
-    return TrainState(model, optimizer, build_scheduler(config, optimizer, length, done))
-
-
-def attention_notices(config: Config, shape: ModelShape, device: torch.device) -> list[str]:
-    """A line for the log when this GPU has no fast kernel for the attention that was asked for."""
-
-    if device.type != "cuda" or uses_transformer_engine(config):
-        return []
-    notice = slow_with_dropout(shape.attention_dropout, compute_dtype(config), shape.kv_channels, device)
-    return [notice] if notice else []
-
-
-def with_model(config: Config) -> Config:
-    """`config` with the model's shape and the sequence length, which the checkpoint to resume or start
-    from tells where the flags do not. Raises UserError."""
-    if config.shape is not None:
-        return config
-    found = starting_shape(config)
-    if found is None:
-        raise UserError(
-            f"no model: --save {config.checkpoint.save} holds no checkpoint yet; "
-            f"give --preset (one of {', '.join(sorted(PRESETS))}) or --load DIR"
-        )
-    config = with_shape(config, shape_from_flags(config, found))
-    validate(config)
-    return config
-
-
-def check_groups(config: Config, datasets: Datasets) -> None:
-    """Raise UserError where flags about validation have no group to be about."""
-    if config.validation.best_group and config.validation.best_group not in datasets.valid:
-        raise UserError(
-            f"--best-group {config.validation.best_group} is not a validation group; there are {', '.join(datasets.valid) or 'none'}"
-        )
-    if config.validation.skip_train and not (datasets.valid or datasets.test):
-        raise UserError(
-            "--skip-train has nothing to evaluate: give --valid-weighted-split-paths-path FILE, or a --validation-fraction above 0"
-        )
-    if config.validation.at_start and not datasets.valid:
-        raise UserError(
-            "--eval-at-start needs a validation group: give --valid-weighted-split-paths-path FILE, or a --validation-fraction above 0"
-        )
-    if config.validation.early_stop_patience and not (datasets.valid and config.validation.interval):
-        raise UserError("--early-stop-patience needs a validation group and --eval-interval above 0")

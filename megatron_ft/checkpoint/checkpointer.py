@@ -21,7 +21,7 @@ from megatron_ft.checkpoint.collective import Together
 from megatron_ft.checkpoint.lease import SaveDirectoryLease
 from megatron_ft.checkpoint.load_weights import known_tokens, load_adapters, load_weights
 from megatron_ft.checkpoint.rank_files import RankWriter
-from megatron_ft.checkpoint.train_state import TrainState, describe, restore, tensors_to_save
+from megatron_ft.checkpoint.train_state import BestCheckpoint, TrainState, describe, restore, tensors_to_save
 from megatron_ft.config.config import Config
 from megatron_ft.errors import UserError
 from megatron_ft.files.atomic import replace_file
@@ -303,15 +303,16 @@ class Checkpointer:
             )
         self.ranks.on_rank_0(lambda: self.lease.release() if self.lease else None)
 
-    def saved_best(self) -> dict | None:
+    def saved_best(self) -> BestCheckpoint | None:
         """`best` of the state in the best checkpoint on disk, a save in the background included; None when there is none."""
         self.wait()
 
-        def read() -> dict | None:
+        def read() -> BestCheckpoint | None:
             best = directory.read_best(self.save_directory) if self.save_directory else None
             if best is not None:
                 with contextlib.suppress(Damaged):
-                    return read_manifest(directory.iteration_directory(self.save_directory, best)).state["best"]
+                    state = read_manifest(directory.iteration_directory(self.save_directory, best)).state
+                    return BestCheckpoint.from_dict(state["best"]) if state["best"] else None
             return None
 
         return self.ranks.on_rank_0(read)
@@ -367,7 +368,7 @@ class Checkpointer:
         where = directory.iteration_directory(self.save_directory, state.iteration)
         with self.lease.writing():
             manifest = read_manifest(where)
-            manifest.state["best"] = state.best
+            manifest.state["best"] = state.best.to_dict() if state.best else None
             manifest.write(where)
             replace_file(self.save_directory / directory.BEST, str(state.iteration).encode())
 

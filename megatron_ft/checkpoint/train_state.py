@@ -1,13 +1,13 @@
 """What of a run goes into a checkpoint and comes back: the model, the optimizer, counters."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.mapping import ShardedObject
-from torch import nn
+from megatron.core.distributed import DistributedDataParallel
 
 from megatron_ft.checkpoint import optimizer_state, sharded_state
 from megatron_ft.checkpoint.rank_files import read_tensors
@@ -18,21 +18,84 @@ from megatron_ft.weights.manifest import Manifest, git_revision, now, versions
 from megatron_ft.weights.torch_dist_metadata import read_metadata
 
 
+@dataclass(frozen=True)
+class ValidationData:
+    """What a validation loss was measured on; losses measured on other data are not comparable.
+
+    `group`: the validation group. `sequences`: packed sequences evaluated. `tokens`: tokens of the
+    group. Checkpoints of older versions have no `sequences` and `tokens`: None.
+    """
+
+    group: str
+    sequences: int | None = None
+    tokens: int | None = None
+
+    def comparable(self, other: "ValidationData") -> bool:
+        """Whether both are the same data, as far as both are known."""
+        pairs = ((self.group, other.group), (self.sequences, other.sequences), (self.tokens, other.tokens))
+        return all(ours == theirs for ours, theirs in pairs if ours is not None and theirs is not None)
+
+    def __str__(self) -> str:
+        return f"group {self.group} ({self.sequences} sequences of a group of {self.tokens} tokens)"
+
+
+@dataclass(frozen=True, kw_only=True)
+class BestCheckpoint:
+    """The checkpoint with the lowest validation loss so far.
+
+    `data`: what the loss was measured on. `waited`: validations since then without improvement.
+    `validated`: iteration of the last validation.
+    """
+
+    data: ValidationData
+    loss: float
+    iteration: int
+    waited: int = 0
+    validated: int
+
+    def not_improved(self, iteration: int) -> "BestCheckpoint":
+        """The same after a validation at `iteration` without a lower loss."""
+        return replace(self, waited=self.waited + 1, validated=iteration)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The `best` of a manifest's `state`."""
+        data = {"group": self.data.group, "rows": self.data.sequences, "tokens": self.data.tokens}
+        return {
+            **{name: value for name, value in data.items() if value is not None},
+            "loss": self.loss,
+            "iteration": self.iteration,
+            "waited": self.waited,
+            "validated": self.validated,
+        }
+
+    @classmethod
+    def from_dict(cls, best: dict[str, Any]) -> "BestCheckpoint":
+        """The inverse of `to_dict`."""
+        return cls(
+            data=ValidationData(best["group"], best.get("rows"), best.get("tokens")),
+            loss=best["loss"],
+            iteration=best["iteration"],
+            waited=best["waited"],
+            validated=best["validated"],
+        )
+
+
 @dataclass
 class TrainState:
-    """What a run is made of, and how far it is. `model` holds DDP-wrapped chunks; `best` is {"iteration", "group", "loss", ...}."""
+    """What a training step changes: the model in DDP-wrapped chunks, the optimizer, the schedule,
+    and the counters."""
 
-    model: list[nn.Module]
+    model: list[DistributedDataParallel]
     optimizer: Any
     scheduler: Any
     iteration: int = 0
     consumed_samples: int = 0
     consumed_tokens: int = 0
-    best: dict | None = None
+    best: BestCheckpoint | None = None
     skipped_iterations: int = 0
 
 
-COUNTERS = ("iteration", "consumed_samples", "consumed_tokens", "best", "skipped_iterations")
+COUNTERS = ("iteration", "consumed_samples", "consumed_tokens", "skipped_iterations")
 
 
 def tensors_to_save(state: TrainState, *, adapters_only: bool) -> list[ShardedTensor | ShardedObject]:
@@ -56,7 +119,7 @@ def describe(
         },
         state={
             **counters,
-            "best": dict(state.best) if state.best else None,
+            "best": state.best.to_dict() if state.best else None,
             "scheduler_steps": state.scheduler.num_steps,
             "optimizer_step": optimizer_state.get_step(state.optimizer),
             "loss_scaler": optimizer_state.get_scaler(state.optimizer),
@@ -87,5 +150,6 @@ def restore(state: TrainState, where: Path, manifest: Manifest) -> None:
     optimizer_state.set_scaler(state.optimizer, saved["loss_scaler"])
     for name in COUNTERS:
         setattr(state, name, saved[name])
+    state.best = BestCheckpoint.from_dict(saved["best"]) if saved["best"] else None
     state.scheduler.num_steps = saved["scheduler_steps"]
     state.scheduler.step(0)  # the rate of this command line's schedule at that point

@@ -1,6 +1,6 @@
-"""Micro-batches through the model by Megatron-Core's pipeline schedule, for training and validation alike."""
+"""Micro-batches through the model by Megatron-Core's pipeline schedule."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
@@ -19,11 +19,15 @@ def run_micro_batches(
     *,
     forward_only: bool = False,
 ) -> Tensor | None:
-    """Forward, and backward unless `forward_only`. `loss_of(micro_batch, logits [1, t, vocabulary / TP])` gives the loss to
-    differentiate and what to report of it, [...]; returns the reports stacked, [micro-batches, ...], None off the last stage."""
+    """Run the forward pass, and the backward pass unless `forward_only`.
 
-    def forward(rows, chunk):
-        micro = next(rows)
+    `loss_of(micro_batch, logits)`, with logits [1, t, vocabulary / TP], returns the loss to
+    differentiate and what to report, [...]. Returns the reports [micro-batches, ...] on the last
+    pipeline stage, None on the others.
+    """
+
+    def forward(batches: Iterator[MicroBatch], chunk: nn.Module) -> tuple[Tensor, Callable]:
+        micro = next(batches)
         logits = chunk(micro.tokens, micro.position_ids, None, packed_seq_params=micro.packed_seq_params)
         return logits, partial(loss_of, micro)
 
@@ -32,8 +36,8 @@ def run_micro_batches(
         data_iterator=iter(micro_batches),
         model=model if len(model) > 1 else model[0],
         num_microbatches=len(micro_batches),
-        seq_length=config.data.seq_length
-        * config.training.micro_batch_size,  # a micro-batch's rows lie end to end in one
+        # The sequences of a micro-batch are concatenated to one.
+        seq_length=config.data.seq_length * config.training.micro_batch_size,
         micro_batch_size=1,
         forward_only=forward_only,
     )

@@ -1,21 +1,24 @@
-"""The training loop: steps, validation, checkpoints, and all the ways a run ends."""
+"""The training loop: steps, validation, checkpoints, and every way a run ends."""
 
 import contextlib
-import json
 import math
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
 
-from megatron_ft.checkpoint.checkpointer import Checkpointer, TrainState
+from megatron_ft.checkpoint.checkpointer import Checkpointer
+from megatron_ft.checkpoint.train_state import BestCheckpoint, TrainState, ValidationData
 from megatron_ft.config.arguments import LENGTHS
 from megatron_ft.config.config import Config
 from megatron_ft.engine import parallel, signals
 from megatron_ft.engine.batches import BatchReader, MicroBatch
 from megatron_ft.engine.loss import token_losses
+from megatron_ft.engine.nonfinite_loss import write_provenance
 from megatron_ft.engine.optimizer import learning_rate
 from megatron_ft.engine.pipeline import run_micro_batches
 from megatron_ft.engine.schedule import Length, changed_rate, global_batch_at
@@ -27,94 +30,107 @@ from megatron_ft.metrics.metrics import MetricsLog
 
 @dataclass
 class Run:
-    """Everything a training run is made of; built by finetune.py."""
+    """The parts of a training run; run.py builds them.
+
+    `vocab_size`: columns of the logits that take part in the softmax; None: all, padding included.
+    `train_batches`: None with --skip-train. `started`: time.monotonic() when the program started.
+    """
 
     config: Config
-    vocab_size: int | None  # columns of the logits that take part in the softmax; None: all, padding too
+    vocab_size: int | None
     length: Length
     state: TrainState
     checkpointer: Checkpointer
     log: MetricsLog
     watchdog: signals.Watchdog
-    train_batches: BatchReader | None  # None with --skip-train
+    train_batches: BatchReader | None
     valid_batches: dict[str, BatchReader]
     test_batches: dict[str, BatchReader]
-    started: float = 0.0  # time.monotonic() at the program's start
+    started: float = 0.0
 
 
 def train(run: Run) -> int:
-    """Train to the end, or to whatever stops the run first; returns the exit status. The state is saved in every case but an error."""
+    """Train to the end, or until something stops the run; returns the exit status.
+
+    The state is saved unless the run ends with an error.
+    """
     config, state = run.config, run.state
     if config.validation.skip_train:
         return _evaluate_only(run)
     _forget_best_of_other_data(run)
-    _say_how_it_goes_on(run)
-    stop = _validate_at_start(run)
-    if stop is None:
-        stop = _validate_if_due(run)  # a run stopped during a validation does it again
+    _log_how_the_run_resumes(run)
+    # A run that was stopped during a validation repeats it.
+    stop = _validate_at_start(run) or _validate_if_due(run)
     while stop is None and state.iteration < run.length.iterations and not _stopped_early(run):
-        stop = step(run)
-        if stop is None:
-            stop = _validate_if_due(run)
-        if stop is None and config.logging.exit_interval and state.iteration % config.logging.exit_interval == 0:
-            stop = (
-                f"--exit-interval {config.logging.exit_interval}" if state.iteration < run.length.iterations else None
-            )
+        stop = step(run) or _validate_if_due(run) or _exit_interval(run)
         if stop is None and run.checkpointer.due(state):
-            with _weights_in_place(run):
+            with _gathered_weights(run):
                 run.checkpointer.save(state)
         run.watchdog.alive()
     if stop is not None:
-        with _weights_in_place(run):
+        with _gathered_weights(run):
             run.checkpointer.save(state)
-        run.log.event(f"stopped by {stop} at iteration {state.iteration}; start the same command again to go on")
+        run.log.event(f"stopped by {stop} at iteration {state.iteration}; start the same command again to resume")
         return EXIT_RESUME
     return _finish(run)
 
 
-def _say_how_it_goes_on(run: Run) -> None:
-    """What a resumed run should know before its first step: nothing is left, it was stopped early, or its learning rate jumps."""
+def _log_how_the_run_resumes(run: Run) -> None:
+    """Log if no steps are left, if the run was stopped early, or if the learning rate jumps."""
     config, state, last = run.config, run.state, run.log.last_step
     if state.iteration >= run.length.iterations:
         flag = next(f"--train-{unit}" for unit in LENGTHS if config.value(f"train_{unit}") is not None)
         run.log.event(
-            f"nothing to do: {state.iteration} of {run.length.iterations} steps are done; raise {flag} to go on"
+            f"nothing to do: {state.iteration} of {run.length.iterations} steps are done; raise {flag} to continue"
         )
     elif _stopped_early(run):
-        run.log.event(f"was stopped early at {state.iteration}; raise --early-stop-patience, or leave it out, to go on")
+        run.log.event(f"stopped early at {state.iteration}; raise --early-stop-patience, or leave it out, to continue")
     elif last and last["iteration"] == state.iteration:
         if changed_rate(state.scheduler, last["global_batch_size"], last["lr"]):
             rate = learning_rate(state.optimizer)
-            run.log.event(f"learning rate goes on at {rate:.3e} (the last step used {last['lr']:.3e})")
+            run.log.event(f"learning rate continues at {rate:.3e} (the last step used {last['lr']:.3e})")
+
+
+def _exit_interval(run: Run) -> str | None:
+    """`--exit-interval N` if it stops the run after this step, else None."""
+    interval, iteration = run.config.logging.exit_interval, run.state.iteration
+    due = interval and iteration % interval == 0 and iteration < run.length.iterations
+    return f"--exit-interval {interval}" if due else None
+
+
+# --- a step ---
 
 
 def step(run: Run) -> str | None:
-    """One optimizer step; returns what asks the run to stop (a signal, the time limit), the same on all ranks, or None."""
-    config, state = run.config, run.state
+    """One optimizer step; returns what stops the run (a signal, the time limit), the same on all
+    ranks, or None."""
+    config, state, reader = run.config, run.state, run.train_batches
+    assert reader is not None  # only --skip-train has none
     begun = time.perf_counter()
-    batch = global_batch_at(config, state.consumed_samples)
-    following = state.consumed_samples + batch
-    next_batch = global_batch_at(config, following) if following < run.length.samples else 0
-    micro_batches = run.train_batches.read(state.consumed_samples, batch, next_batch)
+    batch_size = global_batch_at(config, state.consumed_samples)
+    following = state.consumed_samples + batch_size
+    next_batch_size = global_batch_at(config, following) if following < run.length.samples else 0
+    micro_batches = reader.read(state.consumed_samples, batch_size, next_batch_size)
     sums = ("weight", "loss_tokens", "document_tokens", "squared_lengths")
     weight, loss_tokens, tokens, squared_lengths = parallel.sum_over_data_parallel(
-        [sum(getattr(m, name) for m in micro_batches) for name in sums]
+        [sum(getattr(micro, name) for micro in micro_batches) for name in sums]
     )
     parallel.seed_step(config.training.seed, state.iteration)
     losses = forward_backward(config, state.model, state.optimizer, micro_batches, weight, run.vocab_size)
-    loss, stop = _share(run, losses)
+    loss, stop = _agree(run, losses)
     if not math.isfinite(loss):
-        _end_with_provenance(run, f"loss is {loss}", micro_batches, losses)
+        _end_nonfinite(run, f"non-finite loss ({loss})", reader, micro_batches, losses)
     lr = learning_rate(state.optimizer)
     updated, grad_norm, _ = state.optimizer.step()
     if updated:
-        state.scheduler.step(increment=batch)
+        state.scheduler.step(increment=batch_size)
         if not math.isfinite(grad_norm):
-            _end_with_provenance(run, f"gradient norm is {grad_norm}", micro_batches, [math.nan] * len(micro_batches))
+            every = [math.nan] * len(micro_batches)
+            _end_nonfinite(run, f"non-finite gradient norm ({grad_norm})", reader, micro_batches, every)
     else:
         state.skipped_iterations += 1
     state.iteration += 1
-    state.consumed_samples += batch
+    state.consumed_samples += batch_size
     state.consumed_tokens += int(tokens)
     run.log.step(
         {
@@ -125,9 +141,9 @@ def step(run: Run) -> str | None:
             "lr": lr,
             "grad_norm": grad_norm if updated else None,
             "loss_scale": float(state.optimizer.get_loss_scale()) if config.precision.fp16 else 1.0,
-            "global_batch_size": batch,
+            "global_batch_size": batch_size,
             "loss_tokens": int(loss_tokens),
-            "fill_rate": tokens / (batch * config.data.seq_length),
+            "fill_rate": tokens / (batch_size * config.data.seq_length),
             "skipped_iterations": state.skipped_iterations,
             "squared_lengths": squared_lengths,
             "memory_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
@@ -145,10 +161,14 @@ def forward_backward(
     weight: float,
     vocab_size: int | None,
 ) -> list[float]:
-    """Gradients of the step's mean loss into the DDP buffers; returns each micro-batch's share of the loss (empty off the last stage).
+    """Accumulate the gradients of the step's mean loss in the DDP buffers.
 
-    `weight` is the sum of loss weights over the global batch. Megatron's schedule divides a micro-batch's loss by their number
-    and its DDP averages over data-parallel ranks; both are multiplied back, since the shares already add up to the mean.
+    `weight` is the sum of the loss weights over the global batch. Returns what each micro-batch
+    contributes to the mean; empty except on the last pipeline stage.
+
+    Megatron's schedule divides a micro-batch's loss by their number, and its DDP averages over
+    data-parallel ranks. Both are undone by `scale`, because the contributions already add up to the
+    mean.
     """
     for chunk in model:
         chunk.zero_grad_buffer()
@@ -157,133 +177,175 @@ def forward_backward(
 
     def loss_of(micro: MicroBatch, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         losses = token_losses(logits, micro.labels, vocab_size)
-        share = (losses * micro.weights).sum() / (weight or 1.0)
-        return share * scale, share.detach().clone()
+        contribution = (losses * micro.weights).sum() / (weight or 1.0)
+        return contribution * scale, contribution.detach().clone()
 
-    shares = run_micro_batches(config, model, micro_batches, loss_of)
-    return [] if shares is None else shares.tolist()
+    contributions = run_micro_batches(config, model, micro_batches, loss_of)
+    return [] if contributions is None else contributions.tolist()
 
 
-def _share(run: Run, losses: list[float]) -> tuple[float, str | None]:
-    """The step's loss and what asks to stop, agreed on by all ranks in one small sum."""
+def _agree(run: Run, losses: list[float]) -> tuple[float, str | None]:
+    """The step's loss and what stops the run, the same on all ranks, by one small all-reduce."""
     minutes = run.config.logging.exit_duration_in_mins
     overtime = minutes is not None and time.monotonic() - run.started > minutes * 60
-    loss = math.fsum(losses) if all(map(math.isfinite, losses)) else math.nan
-    loss, signalled, overtime = parallel.sum_over_all(
-        [loss if parallel.counts_here() else 0.0, float(signals.received() is not None), float(overtime)]
+    local_loss = math.fsum(losses) if all(map(math.isfinite, losses)) else math.nan
+    loss, signaled, any_overtime = parallel.sum_over_all(
+        [local_loss if parallel.counts_here() else 0.0, float(signals.received() is not None), float(overtime)]
     )
-    if signalled:
-        return loss, signals.received() or "a signal to another rank"
-    return loss, f"--exit-duration-in-mins {minutes:g}" if overtime else None
+    if signaled:
+        return loss, _signal()
+    return loss, f"--exit-duration-in-mins {minutes:g}" if any_overtime else None
 
 
-def _end_with_provenance(run: Run, what: str, micro_batches: list[MicroBatch], losses: list[float]) -> None:
-    """Write which rows, documents and files made the loss no number, and end without saving."""
-    state = run.state
-    ours = [
-        {
-            "data_parallel_rank": parallel.data_parallel_rank(),
-            "micro_batch": number,
-            "rows": [{"sample": i, **run.train_batches.dataset.provenance(i)} for i in micro.samples],
-        }
-        for number, (micro, loss) in enumerate(zip(micro_batches, losses, strict=False))
-        if parallel.counts_here() and not math.isfinite(loss)
-    ]
-    everyone: list = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, ours)
-    path = Path(run.config.checkpoint.save or ".") / f"nonfinite_loss_iteration_{state.iteration + 1:07d}.json"
-    if dist.get_rank() == 0:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        record = {
-            "iteration": state.iteration + 1,
-            "consumed_samples": state.consumed_samples,
-            "what": what,
-            "micro_batches": [entry for entries in everyone for entry in entries],
-        }
-        path.write_text(json.dumps(record, indent=2) + "\n")
-    run.log.event(f"{what} at iteration {state.iteration + 1}; rows and documents in {path}")
+def _signal() -> str:
+    return signals.received() or "a signal to another rank"
+
+
+def _end_nonfinite(
+    run: Run, what: str, reader: BatchReader, micro_batches: list[MicroBatch], losses: list[float]
+) -> NoReturn:
+    """End without saving; what led to the non-finite loss or gradient norm is written to a file."""
+    iteration = run.state.iteration + 1
+    path = write_provenance(
+        Path(run.config.checkpoint.save or "."),
+        what,
+        iteration=iteration,
+        consumed_samples=run.state.consumed_samples,
+        reader=reader,
+        micro_batches=micro_batches,
+        losses=losses,
+    )
+    found = f"{what} at iteration {iteration}; its sequences and documents are in {path}"
+    run.log.event(found)
     run.log.close()
     raise UserError(
-        f"{what} at iteration {state.iteration + 1}; its rows and documents are in {path}, and the checkpoints are from before: "
-        "lower --lr, take those documents out, or use --bf16 instead of --fp16"
+        f"{found}, and the newest checkpoint is from before it: "
+        "lower --lr, remove those documents, or use --bf16 instead of --fp16"
     )
+
+
+# --- validation and the best checkpoint ---
 
 
 def _validate_at_start(run: Run) -> str | None:
-    """The validation of --eval-at-start: what training starts from, to compare with. It is never the best, and a resumed run has done it."""
+    """The validation of --eval-at-start, a baseline before the first step; it is never the best.
+
+    Returns a signal's name if one stopped it.
+    """
     if not run.config.validation.at_start or run.state.iteration:
         return None
     records = _evaluate_groups(run, run.valid_batches)
     if records is None:
-        return signals.received() or "a signal to another rank"
+        return _signal()
     _log_validations(run, records)
     return None
 
 
 def _validate_if_due(run: Run) -> str | None:
-    """Validate every group where --eval-interval says so; returns a signal's name if one came meanwhile."""
-    config, state = run.config, run.state
-    if (
-        not run.valid_batches
-        or not config.validation.interval
-        or state.iteration == 0
-        or state.iteration % config.validation.interval
-    ):
+    """Validate every group if --eval-interval asks for it; returns the signal that stopped it."""
+    state, interval = run.state, run.config.validation.interval
+    if not run.valid_batches or not interval or state.iteration == 0 or state.iteration % interval:
         return None
-    if state.best and state.best["validated"] == state.iteration:
-        return None
-    return _validate(run)
+    return None if _validated(state) else _validate(run)
+
+
+def _validated(state: TrainState) -> bool:
+    """Whether the model of this iteration was validated already."""
+    return state.best is not None and state.best.validated == state.iteration
 
 
 def _validate(run: Run) -> str | None:
-    config, state = run.config, run.state
+    """Validate every group, and save the model if it is the best so far."""
+    state = run.state
     records = _evaluate_groups(run, run.valid_batches)
     if records is None:
-        return signals.received() or "a signal to another rank"
+        return _signal()
     _log_validations(run, records)
-    group = _measured_on(run)["group"]
-    loss = records[group]["loss"]
-    loss = loss if math.isfinite(loss) else math.inf  # a group without output tokens has none
+    data = _validation_data(run)
+    loss = records[data.group]["loss"]
+    loss = loss if math.isfinite(loss) else math.inf  # a group without target tokens has none
     earlier = state.best
-    better = earlier is None or loss < earlier["loss"]
-    if better:
-        state.best = {**_measured_on(run), "loss": loss, "iteration": state.iteration, "waited": 0}
+    if earlier is not None and loss >= earlier.loss:
+        state.best = earlier.not_improved(state.iteration)
     else:
-        state.best["waited"] += 1
-    state.best["validated"] = state.iteration
-    if better and config.checkpoint.save:
-        with _weights_in_place(run):
-            saved = run.checkpointer.save(state, best=True)
-        if not saved:  # what is not on the disk is nothing that a later model has to beat
-            lost = {**state.best, "loss": math.inf}
-            state.best = {**(earlier or lost), "waited": 0, "validated": state.iteration}
+        state.best = best = BestCheckpoint(data=data, loss=loss, iteration=state.iteration, validated=state.iteration)
+        if run.config.checkpoint.save:
+            with _gathered_weights(run):
+                saved = run.checkpointer.save(state, best=True)
+            if not saved:  # later models need not beat one that is not on disk
+                on_disk = earlier or replace(best, loss=math.inf)
+                state.best = replace(on_disk, waited=0, validated=state.iteration)
     if _stopped_early(run):
         run.log.event(
-            f"early stop: {group} has not improved for {state.best['waited']} validations; best {state.best['loss']:.6f} "
-            f"at iteration {state.best['iteration']}"
+            f"early stop: {data.group} has not improved for {state.best.waited} validations; "
+            f"best {state.best.loss:.6f} at iteration {state.best.iteration}"
         )
     return None
 
 
-def _evaluate_groups(run: Run, groups: dict[str, BatchReader]) -> dict[str, dict] | None:
-    """Loss, perplexity and accuracy of every group, or None when a signal came in between."""
+def _evaluate_groups(run: Run, groups: dict[str, BatchReader]) -> dict[str, dict[str, float]] | None:
+    """Loss, perplexity and accuracy of every group, or None after a signal."""
     records = {}
-    with _weights_in_place(run):
-        for group, rows in groups.items():
-            records[group] = evaluate(run.config, run.state.model, rows, run.vocab_size, run.watchdog)
-            if records[group] is None:
+    with _gathered_weights(run):
+        for group, reader in groups.items():
+            record = evaluate(run.config, run.state.model, reader, run.vocab_size, run.watchdog)
+            if record is None:
                 return None
+            records[group] = record
     return records
 
 
-def _log_validations(run: Run, records: dict[str, dict]) -> None:
+def _log_validations(run: Run, records: dict[str, dict[str, float]]) -> None:
     for group, record in records.items():
         run.log.validation(run.state.iteration, group, record)
 
 
+def _validation_data(run: Run) -> ValidationData:
+    """The data whose loss decides on the best checkpoint."""
+    group = run.config.validation.best_group or next(iter(run.valid_batches))
+    reader = run.valid_batches[group]
+    tokens = round(reader.dataset.fill_rate * len(reader.dataset) * (run.config.data.seq_length + 1))
+    return ValidationData(group, sequences_to_evaluate(run.config, reader), tokens)
+
+
+def _forget_best_of_other_data(run: Run) -> None:
+    best = run.state.best
+    if not best or not run.valid_batches:
+        return
+    was, now = best.data, _validation_data(run)
+    if not was.comparable(now):
+        run.state.best = None
+        run.log.event(
+            f"best loss {best.loss:.6f} at iteration {best.iteration} was measured on {was}, validation now uses {now}: "
+            "the search for the best checkpoint starts again"
+        )
+
+
+def _stopped_early(run: Run) -> bool:
+    patience, best = run.config.validation.early_stop_patience, run.state.best
+    return patience is not None and best is not None and best.waited >= patience
+
+
+@contextlib.contextmanager
+def _gathered_weights(run: Run) -> Iterator[None]:
+    """--overlap-param-gather gathers weights during the next forward pass; within this context they
+    are complete."""
+    if not run.config.parallel.overlap_param_gather:
+        yield
+        return
+    for chunk in run.state.model:
+        chunk.disable_forward_pre_hook()
+    yield
+    for chunk in run.state.model:
+        chunk.enable_forward_pre_hook()
+
+
+# --- the end ---
+
+
 def _evaluate_only(run: Run) -> int:
-    """Every validation and test group once, for --skip-train; the state stays as it was loaded."""
-    groups = {**run.valid_batches, **{f"test {name}": rows for name, rows in run.test_batches.items()}}
+    """--skip-train: evaluate every validation and test group once; the state does not change."""
+    groups = {**run.valid_batches, **{f"test {name}": reader for name, reader in run.test_batches.items()}}
     records = _evaluate_groups(run, groups)
     if records is None:
         run.log.event("stopped by a signal; start the same command again")
@@ -293,76 +355,38 @@ def _evaluate_only(run: Run) -> int:
     return EXIT_DONE
 
 
-def _measured_on(run: Run) -> dict:
-    """What the loss that decides on the best checkpoint is of: losses of other rows or tokens are not compared with it."""
-    group = run.config.validation.best_group or next(iter(run.valid_batches))
-    dataset = run.valid_batches[group].dataset
-    tokens = round(dataset.fill_rate * len(dataset) * (run.config.data.seq_length + 1))
-    return {"group": group, "rows": sequences_to_evaluate(run.config, run.valid_batches[group]), "tokens": tokens}
-
-
-def _forget_best_of_other_data(run: Run) -> None:
-    best = run.state.best
-    if not best or not run.valid_batches:
-        return
-    now = _measured_on(run)
-    was = {name: best.get(name, value) for name, value in now.items()}
-    if was != now:
-        run.state.best = None
-        of = "group {group} ({rows} rows of a group of {tokens} tokens)"
-        run.log.event(
-            f"best loss {best['loss']:.6f} at iteration {best['iteration']} is of {of.format(**was)}, validation is now of "
-            f"{of.format(**now)}: the best is looked for anew"
-        )
-
-
-def _stopped_early(run: Run) -> bool:
-    patience, best = run.config.validation.early_stop_patience, run.state.best
-    return patience is not None and best is not None and best["waited"] >= patience
-
-
 def _finish(run: Run) -> int:
-    """Last checkpoint, last validation, test groups."""
-    config, state = run.config, run.state
+    """After the last step: the last checkpoint, the last validation, the test groups."""
+    state = run.state
     stop = None
-    with _weights_in_place(run):
+    with _gathered_weights(run):
         run.checkpointer.save(state)
-    validated = bool(state.best and state.best["validated"] == state.iteration)
-    if config.validation.interval and not validated and not _logged(run, list(run.valid_batches)):
+    if run.config.validation.interval and not _validated(state) and not _logged(run, list(run.valid_batches)):
         stop = _validate(run)
     if stop is None and not _logged(run, [f"test {group}" for group in run.test_batches]):
         records = _evaluate_groups(run, run.test_batches)
-        stop = None if records is not None else signals.received() or "a signal to another rank"
+        stop = _signal() if records is None else None
         _log_validations(run, {f"test {group}": record for group, record in (records or {}).items()})
     if stop is not None:
-        run.log.event(f"stopped by {stop} after the last step; start the same command again for what is left")
+        run.log.event(f"stopped by {stop} after the last step; start the same command again to finish")
         return EXIT_RESUME
-    run.log.event(f"done: {state.iteration} iterations, {state.consumed_samples} rows, {state.consumed_tokens} tokens")
+    run.log.event(
+        f"done: {state.iteration} iterations, {state.consumed_samples} sequences, {state.consumed_tokens} tokens"
+    )
     if best := run.checkpointer.saved_best():
         run.log.event(
-            f"best: iteration {best['iteration']} ({best['group']} loss {best['loss']:.6f}); convert it with --iteration best"
+            f"best: iteration {best.iteration} ({best.data.group} loss {best.loss:.6f}); "
+            "convert it with --iteration best"
         )
     return EXIT_DONE
 
 
 def _logged(run: Run, groups: list[str]) -> bool:
-    """Whether there is nothing to evaluate: no groups, or an earlier start of this finished run has done it."""
+    """Whether these groups need no evaluation: there are none, or an earlier start of this finished
+    run has logged it."""
     done = [not groups]
     if groups and run.config.checkpoint.save and dist.get_rank() == 0:
         lines = read_lines(Path(run.config.checkpoint.save) / "validation.jsonl")
         done = [any(line["group"] in groups and line["iteration"] == run.state.iteration for line in lines)]
     dist.broadcast_object_list(done, src=0)
     return done[0]
-
-
-@contextlib.contextmanager
-def _weights_in_place(run: Run):
-    """With --overlap-param-gather the weights are gathered as the next forward pass needs them; here, at once."""
-    if not run.config.parallel.overlap_param_gather:
-        yield
-        return
-    for chunk in run.state.model:
-        chunk.disable_forward_pre_hook()
-    yield
-    for chunk in run.state.model:
-        chunk.enable_forward_pre_hook()

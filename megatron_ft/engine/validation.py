@@ -1,4 +1,4 @@
-"""Validation of one group: loss as in training, perplexity, and the share of output tokens that are the model's first choice."""
+"""Validation of one group: the training loss, perplexity, and next-token accuracy."""
 
 import math
 
@@ -15,28 +15,28 @@ from megatron_ft.engine.pipeline import run_micro_batches
 def evaluate(
     config: Config,
     model: list[nn.Module],
-    rows: BatchReader,
+    reader: BatchReader,
     vocab_size: int | None,
     watchdog: signals.Watchdog | None = None,
-) -> dict | None:
-    """Evaluate --eval-iters global batches of `rows` from the start, or the whole range once; None when a stop signal came.
+) -> dict[str, float] | None:
+    """Evaluate the first --eval-iters global batches of `reader`, or all sequences once.
 
-    `loss` weighs tokens as training does; `perplexity` is exp of it; `token_accuracy` counts every token of the loss mask alike.
-    Rows past the range's end fill the last batch and weigh nothing.
+    `loss` weighs tokens as in training, `perplexity` is exp(loss), `token_accuracy` is the fraction
+    of tokens with loss that are the model's first choice. Returns None after a stop signal.
     """
-    limit = sequences_to_evaluate(config, rows)
+    count, batch_size = sequences_to_evaluate(config, reader), config.training.global_batch_size
     sums = [0.0] * 4
     for chunk in model:
         chunk.eval()
     try:
-        for first in range(0, limit, config.training.global_batch_size):
-            following = config.training.global_batch_size if first + config.training.global_batch_size < limit else 0
-            micro_batches = rows.read(first, config.training.global_batch_size, following)
+        for first in range(0, count, batch_size):
+            next_batch_size = batch_size if first + batch_size < count else 0
+            micro_batches = reader.read(first, batch_size, next_batch_size)
             counted = _count(config, model, micro_batches, vocab_size)
-            *totals, signalled = parallel.sum_over_all(
+            *totals, signaled = parallel.sum_over_all(
                 [*(counted if parallel.counts_here() else [0.0] * 4), float(signals.received() is not None)]
             )
-            if signalled:
+            if signaled:
                 return None
             sums = [old + new for old, new in zip(sums, totals, strict=True)]
             if watchdog:
@@ -48,28 +48,27 @@ def evaluate(
     loss = loss_sum / weight if weight else math.nan
     return {
         "loss": loss,
-        "perplexity": math.exp(min(loss, 700.0)),
+        "perplexity": math.exp(min(loss, 700.0)),  # exp overflows float64 at 709
         "token_accuracy": hits / tokens if tokens else math.nan,
         "tokens": int(tokens),
-        "rows": limit,
+        "rows": count,
     }
 
 
-def sequences_to_evaluate(config: Config, rows: BatchReader) -> int:
-    """How many of a group's rows --eval-iters takes."""
-    every = len(rows.dataset)
-    return (
-        every
-        if config.validation.iters == "full"
-        else min(every, int(config.validation.iters) * config.training.global_batch_size)
-    )
+def sequences_to_evaluate(config: Config, reader: BatchReader) -> int:
+    """Sequences of a group that --eval-iters covers."""
+    available = len(reader.dataset)
+    if config.validation.iters == "full":
+        return available
+    return min(available, int(config.validation.iters) * config.training.global_batch_size)
 
 
 @torch.no_grad()
 def _count(
     config: Config, model: list[nn.Module], micro_batches: list[MicroBatch], vocab_size: int | None
 ) -> list[float]:
-    """[sum of weighted losses, sum of weights, hits, tokens] over this rank's micro-batches; empty off the last stage."""
+    """Over this rank's micro-batches: [sum of weighted losses, sum of weights, hits, tokens with
+    loss]; empty except on the last pipeline stage."""
 
     def counts_of(micro: MicroBatch, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         counted = (micro.loss_mask > 0).double()

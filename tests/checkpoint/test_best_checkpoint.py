@@ -29,6 +29,8 @@ def marks(save: Path) -> list[str | None]:
 
 def save_some(words, steps):
     """Start, and save at each (iteration, loss or None where nothing was validated, whether the disk takes it); what is best on disk."""
+    from megatron_ft.checkpoint.train_state import BestCheckpoint, ValidationData
+
     _, state, checkpointer = state_and_checkpointer(words)
     said: list[str] = []
     checkpointer.log = said.append
@@ -37,7 +39,8 @@ def save_some(words, steps):
     for iteration, loss, possible in steps:
         state.iteration = iteration
         if loss is not None:
-            state.best = {"group": "valid", "loss": loss, "iteration": iteration}
+            data = ValidationData("valid")
+            state.best = BestCheckpoint(data=data, loss=loss, iteration=iteration, validated=iteration)
         if not possible:  # as under a quota
             resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limit[1]))
         checkpointer.save(state, best=loss is not None)
@@ -45,7 +48,7 @@ def save_some(words, steps):
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     best = checkpointer.saved_best()
     checkpointer.finish()
-    return best, said
+    return best and best.to_dict(), said
 
 
 @pytest.mark.parametrize("flags", ["", "--async-save"])
@@ -137,7 +140,7 @@ def test_best_is_taken_wherever_an_iteration_is(trained, inputs, tmp_path):
     shutil.rmtree(unknown / "iter_0000004")
     assert f"{BEST} names iteration 4; there are iter_0000002, iter_0000006" in refusal(*back, "best")
     (unknown / BEST).unlink()
-    assert "no best checkpoint is known here" in refusal(*back, "best")
+    assert "so the best checkpoint is unknown" in refusal(*back, "best")
     assert "neither a number, 'release', 'best' nor 'latest'" in refusal(*back, "worst")
 
 
@@ -147,10 +150,10 @@ def test_readers_take_the_newest_whole_one_where_the_tracker_is_wrong(trained, i
     (save / TRACKER).write_text("8")
     os.truncate(save / "iter_0000006/__0_0.distcp", 1000)
     printed = convert("megatron_to_hf", "--load", save, "--output", tmp_path / "hf")
-    assert f"{TRACKER} names 8, which is not there; the newest whole checkpoint is taken, iteration 4" in printed
+    assert f"{TRACKER} names 8, which does not exist; using the newest intact checkpoint, iteration 4" in printed
     convert("verify", trained, tmp_path / "hf", "--iteration-a", "4")
     status, said = run(inputs, tmp_path / "next", f"--load {save} --train-iters 1")
-    assert status == 0 and "the newest whole checkpoint is taken, iteration 4" in said
+    assert status == 0 and "using the newest intact checkpoint, iteration 4" in said
     (save / TRACKER).unlink()
-    assert "is missing; the newest whole checkpoint is taken, iteration 4" in convert("verify", save, tmp_path / "hf")
+    assert "is missing; using the newest intact checkpoint, iteration 4" in convert("verify", save, tmp_path / "hf")
     assert "iteration 8 was asked for" in refusal("verify", save, tmp_path / "hf", "--iteration-a", "8")

@@ -306,7 +306,7 @@ def test_early_stop_keeps_and_marks_the_best(runs):
     assert sorted(path.name for path in save.glob("iter_*")) == ["iter_0000004", "iter_0000008"]
     assert runs("early", flags) == [EXIT_DONE]
     assert len(runs.validations("early")) == 4, "a run stopped early stays stopped"
-    assert "was stopped early at 8; raise --early-stop-patience, or leave it out, to go on" in runs.events("early")
+    assert "stopped early at 8; raise --early-stop-patience, or leave it out, to continue" in runs.events("early")
     assert runs("early", flags.replace("patience 2", "patience 3")) == [EXIT_DONE]
     assert len(runs.validations("early")) == 5, "more patience goes on"
 
@@ -316,7 +316,7 @@ def test_losses_of_other_rows_do_not_compete_for_the_best(runs):
     runs("other", f"{flags} --eval-iters full --exit-interval 2")
     assert runs("other", f"{flags} --eval-iters 1") == [EXIT_DONE]
     (line,) = [event for event in runs.events("other") if event.startswith("best loss")]
-    assert "of group valid (6 rows" in line and "now of group valid (2 rows" in line
+    assert "on group valid (6 sequences" in line and "now uses group valid (2 sequences" in line
     assert column(runs.lines("other", "validation.jsonl"), "rows") == [2, 2], (
         "validated again, in the first one's place"
     )
@@ -355,12 +355,12 @@ def test_a_finished_run_says_how_it_goes_on_and_survives_a_torn_line(runs):
     assert runs("done", f"{flags} --train-iters 4", 1, "tear-in-step 2") == [EXIT_DONE]
     assert (runs.tmp_path / "done/iter_0000004").is_dir()
     assert runs("done", f"{flags} --train-iters 2") == [EXIT_DONE]
-    assert "nothing to do: 4 of 2 steps are done; raise --train-iters to go on" in runs.events("done")
-    assert not any(event.startswith("learning rate goes on") for event in runs.events("done"))
+    assert "nothing to do: 4 of 2 steps are done; raise --train-iters to continue" in runs.events("done")
+    assert not any(event.startswith("learning rate continues") for event in runs.events("done"))
     assert runs("done", f"{flags} --train-iters 6 --lr 5e-3") == [EXIT_DONE]
-    (line,) = [event for event in runs.events("done") if event.startswith("learning rate goes on")]
+    (line,) = [event for event in runs.events("done") if event.startswith("learning rate continues")]
     last, following = column(runs.steps("done"), "lr")[3:5]
-    assert line == f"learning rate goes on at {following:.3e} (the last step used {last:.3e})"
+    assert line == f"learning rate continues at {following:.3e} (the last step used {last:.3e})"
 
 
 def test_a_closed_terminal_stops_a_run_as_sigterm_does(runs):

@@ -82,7 +82,7 @@ class Data:
 
     prefix: str | None = flag(
         "--data-prefix", None,
-        "one tokenized dataset (PREFIX_inputs_document.bin ...); its last documents validate", metavar="PREFIX",
+        "one tokenized dataset (PREFIX_inputs_document.bin ...); its last documents are held out for validation", metavar="PREFIX",
         mtf=TRANSLATED
     )
     validation_fraction: float | None = flag(

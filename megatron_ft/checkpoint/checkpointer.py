@@ -234,7 +234,7 @@ class Checkpointer:
     def _check_free_space(self, state: TrainState) -> None:
         """Say at once when the next save cannot fit, and when those that lie there at once later in the run cannot."""
         needed = self.ranks.total(sharded_state.bytes_to_save(state.model, state.optimizer, bool(self._base)))
-        self.ranks.on_rank_0(lambda: retention.check_room(self.save_directory, needed, self.config, self.log))
+        self.ranks.on_rank_0(lambda: retention.check_free_space(self.save_directory, needed, self.config, self.log))
 
     # ---- save --------------------------------------------------------------------------------------------------------
 

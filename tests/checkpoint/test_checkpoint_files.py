@@ -32,7 +32,7 @@ from ranks import run_ranks
 from megatron_ft.checkpoint import lease as save_lease
 from megatron_ft.checkpoint.lease import SaveDirectoryLease
 from megatron_ft.checkpoint.optimizer_state import boxes
-from megatron_ft.checkpoint.retention import most_at_once, superseded
+from megatron_ft.checkpoint.retention import Retention, most_at_once, superseded
 from megatron_ft.errors import UserError
 from megatron_ft.files.checksum import describe_file
 from megatron_ft.weights.directory import read_tracker
@@ -288,23 +288,23 @@ def test_a_disk_that_one_checkpoint_fits_and_the_run_does_not_is_warned_of(input
 
 
 @pytest.mark.parametrize(
-    "there, until, flags, most",
+    "existing, until, flags, most",
     [
         ([], 100, {}, 4),  # two kept, the best, one being written
-        ([], 100, {"best": False}, 3),
+        ([], 100, {"tracks_best": False}, 3),
         ([], 20, {}, 2),
         ([], None, {}, 4),
         ([], None, {"save_interval": None}, 4),
-        ([80, 90], 100, {"best": False}, 3),
+        ([80, 90], 100, {"tracks_best": False}, 3),
         ([90, 100], 100, {}, 2),
         ([], 100, {"keep_last": 0}, 10),
-        ([], 100, {"keep_every": 30, "best": False}, 5),  # 30, 60, 80, 90 and 100
+        ([], 100, {"keep_every": 30, "tracks_best": False}, 5),  # 30, 60, 80, 90 and 100
         ([], 95, {"save_interval": None}, 1),
     ],
 )
-def test_most_checkpoints_that_lie_in_a_directory_at_once(there, until, flags, most):
-    usual = {"save_interval": 10, "keep_last": 2, "keep_every": None, "best": True}
-    assert most_at_once(there, until, **{**usual, **flags}) == most
+def test_most_checkpoints_on_disk_at_once(existing, until, flags, most):
+    usual = {"save_interval": 10, "keep_last": 2, "keep_every": None, "tracks_best": True}
+    assert most_at_once(existing, until, Retention(**{**usual, **flags})) == most
 
 
 # ---- pickles ----------------------------------------------------------------------------------------------------------
@@ -423,9 +423,13 @@ def test_save_interval_in_minutes_follows_one_clock(inputs, tmp_path):
     assert run_ranks(saves_by_the_clock, 2, words) == [[False, False, True, False]] * 2
 
 
-def test_what_is_superseded():
+def test_the_newest_the_best_and_every_nth_checkpoint_are_never_superseded():
+    def old(iterations: list[int], keep_last: int, keep_every: int | None = None, best: int | None = None) -> list[int]:
+        retention = Retention(save_interval=10, keep_last=keep_last, keep_every=keep_every, tracks_best=True)
+        return superseded(iterations, retention, best=best)
+
     iterations = [60, 50, 40, 30, 20, 10]
-    assert superseded(iterations, keep_last=2, keep_every=30, best=10) == [40, 20]
-    assert superseded(iterations, keep_last=0, keep_every=None, best=None) == []
-    assert superseded(iterations, keep_last=1, keep_every=None, best=None) == [50, 40, 30, 20, 10]
-    assert superseded([60], keep_last=-1, keep_every=None, best=None) == [], "the newest is never superseded"
+    assert old(iterations, 2, keep_every=30, best=10) == [40, 20]
+    assert old(iterations, 0) == []
+    assert old(iterations, 1) == [50, 40, 30, 20, 10]
+    assert old([60], -1) == []

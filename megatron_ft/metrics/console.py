@@ -1,9 +1,15 @@
-"""What a run prints: a banner of what is about to happen, a line every --log-interval steps, and on a terminal a progress bar below them."""
+"""Console output of a run: a banner, one line per --log-interval steps, and a progress bar.
+
+The bar is shown only on a terminal, below the lines.
+"""
 
 import contextlib
 import os
 import sys
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+
+from tqdm import tqdm
 
 from megatron_ft.config.config import Config
 from megatron_ft.model import cost
@@ -12,17 +18,20 @@ from megatron_ft.model.shape import ModelShape, padded_vocab_size
 
 @dataclass(frozen=True, kw_only=True)
 class RunPlan:
-    """How long the run is and where this start begins; what the log needs for ETA, cutting back and the banner."""
+    """The length of a run and the iteration it starts or resumes from.
+
+    `device_name`: torch.cuda.get_device_name(), None on a CPU.
+    """
 
     train_iters: int
     start_iteration: int = 0
     train_samples: int | None = None
     sequences_per_epoch: int | None = None
-    device_name: str | None = None  # torch.cuda.get_device_name(), None on a CPU
+    device_name: str | None = None
 
 
 class Console:
-    """Prints for the rank that has one. `gpu` is None on a CPU and for a device that is not known."""
+    """Prints on the rank that logs. `gpu` is None on a CPU and for an unknown device."""
 
     def __init__(
         self,
@@ -34,10 +43,13 @@ class Console:
     ) -> None:
         self.config, self.shape, self.plan, self.layout, self.gpu = config, shape, plan, layout, gpu
         self._interval: list[dict] = []
-        self._bar = None
+        self._bar: tqdm | None = None
 
-    def banner(self, part: int, facts: dict[str, str]) -> None:
-        """Print model, layout, device, memory, length and `facts`, each of one line or several; begin the progress bar. `part` counts resumes."""
+    def banner(self, part: int, facts: Mapping[str, str]) -> None:
+        """Print model, layout, device, memory, length and `facts`, and start the progress bar.
+
+        Each fact has one or more lines. `part` counts resumes.
+        """
         lines = [("model", self._model()), ("layout", str(self.layout)), ("precision", self._precision())]
         lines += [
             ("device", self.plan.device_name or "CPU"),
@@ -50,8 +62,6 @@ class Console:
             for number, line in enumerate(text.split("\n")):
                 self.print(f"{'' if number else name:>{width}} | {line}")
         if sys.stderr.isatty() and not self.config.validation.skip_train:
-            from tqdm import tqdm
-
             self._bar = tqdm(
                 total=self.plan.train_iters,
                 initial=self.plan.start_iteration,
@@ -61,7 +71,7 @@ class Console:
             )
 
     def step(self, record: dict) -> None:
-        """Take a step's whole record (the keys of metrics.jsonl); print the interval's line when it is full."""
+        """Add a step's record, with the keys of metrics.jsonl; print a line per interval."""
         self._interval.append(record)
         if self._bar is not None:
             loss = "none" if record["loss"] is None else f"{record['loss']:.4f}"
@@ -73,7 +83,7 @@ class Console:
             self._interval.clear()
 
     def print(self, text: str) -> None:
-        """Print a line, above the bar where there is one."""
+        """Print a line, above the bar if there is one."""
         with self._terminal():
             if self._bar is not None:
                 self._bar.write(text)
@@ -81,15 +91,16 @@ class Console:
                 print(text, flush=True)
 
     def close(self) -> None:
-        """End the bar."""
+        """Finish the bar."""
         with self._terminal():
             if self._bar is not None:
                 self._bar.close()
                 self._bar = None
 
     @contextlib.contextmanager
-    def _terminal(self):
-        """A terminal that was closed, or a pipe whose reader has gone, ends no run: what is printed stands in its files too."""
+    def _terminal(self) -> Iterator[None]:
+        """Let the run continue without output after its terminal or pipe was closed; the log files
+        contain the same."""
         try:
             yield
         except OSError:
@@ -112,9 +123,9 @@ class Console:
         line = f"{self.config.model.preset or 'GPTBigCode'}: {parameters:,} parameters, {shape.num_layers} layers x {shape.hidden_size}, "
         line += f"{shape.num_attention_heads} heads ({attention}), vocabulary {shape.vocab_size:,} (padded {self._padded_vocab():,})"
         if self.layout.lora_rank:
-            whole = cost.Layout(lora_rank=self.layout.lora_rank, lora_targets=self.layout.lora_targets)
-            adapters = cost.adapter_parameters_on_rank(shape, whole)
-            line += f"; LoRA rank {self.layout.lora_rank} trains {adapters:,} ({100 * adapters / parameters:.2f} %)"
+            unsharded = cost.Layout(lora_rank=self.layout.lora_rank, lora_targets=self.layout.lora_targets)
+            adapters = cost.adapter_parameters_on_rank(shape, unsharded)
+            line += f"; LoRA rank {self.layout.lora_rank} trains {adapters:,} ({adapters / parameters:.2%})"
         return line
 
     def _precision(self) -> str:
@@ -126,10 +137,10 @@ class Console:
         parts = [(need.weights, "weights"), (need.gradients, "gradients"), (need.optimizer, "optimizer")]
         parts += [(need.activations, "activations")]
         unit, size = ("GiB", cost.GIB) if need.total >= cost.GIB else ("MiB", 2**20)
-        line = f"about {need.total / size:.1f} {unit} a rank: "
+        line = f"about {need.total / size:.1f} {unit} per rank: "
         line += ", ".join(f"{name} {part / size:.1f}" for part, name in parts)
         if self.gpu and not need.fits(self.gpu):
-            line += f"; MORE than {self.gpu.name} holds: see launch/plan.py"
+            line += f"; exceeds {self.gpu.name} memory: see launch/plan.py"
         return line
 
     def _training(self, part: int) -> str:
@@ -137,15 +148,15 @@ class Console:
         if config.validation.skip_train:
             return "evaluation only"
         tokens = config.training.global_batch_size * config.data.seq_length
-        line = f"{plan.train_iters:,} steps of {config.training.global_batch_size} rows x {config.data.seq_length:,} tokens ({tokens:,})"
+        line = f"{plan.train_iters:,} steps of {config.training.global_batch_size} sequences x {config.data.seq_length:,} tokens ({tokens:,})"
         if plan.sequences_per_epoch:
             samples = plan.train_samples or plan.train_iters * config.training.global_batch_size
-            line += f", {samples / plan.sequences_per_epoch:.2f} epochs of {plan.sequences_per_epoch:,} rows"
+            line += f", {samples / plan.sequences_per_epoch:.2f} epochs of {plan.sequences_per_epoch:,} sequences"
         if plan.start_iteration:
-            line += f"; {plan.start_iteration:,} done before (start {part + 1})"
+            line += f"; {plan.start_iteration:,} done earlier (start {part + 1})"
         return line
 
-    # --- the line of an interval ---
+    # --- the line of an interval of steps ---
 
     def _interval_line(self) -> str:
         steps, last = self._interval, self._interval[-1]
@@ -155,7 +166,7 @@ class Console:
             for key in ("loss", "grad_norm", "fill_rate")
             if (values := [record[key] for record in steps if record[key] is not None])
         }
-        weigh = {
+        rates = {
             key: sum(r[key] * r["step_seconds"] for r in steps) / seconds
             for key in ("tokens_per_second", "tflops_per_gpu")
         }
@@ -169,17 +180,17 @@ class Console:
             f"loss {mean['loss']:>9.6f}" if "loss" in mean else "loss      none",
             f"grad norm {mean['grad_norm']:>8.3f}" if "grad_norm" in mean else "grad norm     none",
             f"scale {last['loss_scale']:>7g}",
-            f"{weigh['tokens_per_second']:>9,.0f} tok/s",
-            f"{weigh['tflops_per_gpu']:>7.2f} TFLOP/s"
+            f"{rates['tokens_per_second']:>9,.0f} tok/s",
+            f"{rates['tflops_per_gpu']:>7.2f} TFLOP/s"
             if self.plan.device_name
-            else f"{1e3 * weigh['tflops_per_gpu']:>7.2f} GFLOP/s",
+            else f"{1e3 * rates['tflops_per_gpu']:>7.2f} GFLOP/s",
         ]
         if self.gpu:
             peak = self.gpu.peak_flops(self.layout.precision)
-            parts.append(f"MFU {100e12 * weigh['tflops_per_gpu'] / peak:>5.1f} %")
+            parts.append(f"MFU {100e12 * rates['tflops_per_gpu'] / peak:>5.1f}%")
         positions = sum(record["global_batch_size"] for record in steps) * self.config.data.seq_length
-        parts.append(f"fill {100 * mean['fill_rate']:>5.1f} %")
-        parts.append(f"in loss {100 * sum(record['loss_tokens'] for record in steps) / positions:>5.1f} %")
+        parts.append(f"fill {100 * mean['fill_rate']:>5.1f}%")
+        parts.append(f"in loss {100 * sum(record['loss_tokens'] for record in steps) / positions:>5.1f}%")
         if last["memory_bytes"]:
             parts.append(f"mem {last['memory_bytes'] / cost.GIB:>5.1f} GiB")
         parts.append(f"ETA {clock(remaining)}")
@@ -189,7 +200,11 @@ class Console:
 
 
 def clock(seconds: float) -> str:
-    """Seconds as 1d 02:03:04 or 0:03:04."""
+    """Seconds as days, hours, minutes and seconds.
+
+    >>> clock(93784), clock(184)
+    ('1d 02:03:04', '0:03:04')
+    """
     minutes, second = divmod(int(seconds), 60)
     hours, minute = divmod(minutes, 60)
     days, hour = divmod(hours, 24)

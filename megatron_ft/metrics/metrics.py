@@ -1,42 +1,46 @@
-"""What a run says of itself, to files (here), console (console.py), TensorBoard and Weights & Biases (sinks.py), and report.html at the end.
+"""The log of a run: to files, console (console.py), TensorBoard, W&B (sinks.py), and report.html.
 
-Files in the save directory, one JSON object a line:
+Files in the save directory, one JSON object per line:
 
-    metrics.jsonl     one line a step, each iteration once, whatever was lost and repeated between two starts
-      iteration            optimizer steps done, this one included
-      consumed_samples     packed rows seen so far                      consumed_tokens   tokens of documents in them
-      loss                 training loss of the step (null when the step had no target or overflowed)
-      lr                   learning rate the step used                  grad_norm         norm before clipping (null: fp16 overflow)
-      loss_scale           fp16 loss scale, else 1                      global_batch_size rows of the step
-      loss_tokens          positions of the step whose loss counts, each once, whatever it weighs (--norm-target-loss)
-      fill_rate            share of the rows' positions that hold documents
-      skipped_iterations   fp16 steps skipped so far                    spikes            losses far above their running mean so far
-      -- above: the same in every run of the same flags; below: times, which differ
-      step_seconds         wall time of the step
-      tokens_per_second    positions of rows processed a second, all GPUs
-      tflops_per_gpu       model TFLOP/s a GPU (recomputation not counted)   mfu         share of the GPU's peak; null for unknown devices
-      memory_bytes         largest memory a GPU of this rank held (null on a CPU)
-      part                 0 for the first start, 1 after the first resume ...   time     seconds since 1970
-    validation.jsonl  one line a validation and group: iteration, group, loss, perplexity, token_accuracy, tokens, ...
-    events.jsonl      what happened, with iteration and time: starts, checkpoints, stops
+    metrics.jsonl     one line per step; each iteration once, even if a resumed run repeated it
+      iteration            optimizer steps done, including this one
+      consumed_samples     packed sequences seen so far
+      consumed_tokens      document tokens in them
+      loss                 training loss of the step (null: no token had a loss)
+      lr                   learning rate used by the step
+      grad_norm            norm before clipping (null: an fp16 step was skipped)
+      loss_scale           fp16 loss scale, else 1
+      global_batch_size    sequences in the step
+      loss_tokens          tokens with loss; each counts once, whatever its weight
+      fill_rate            fraction of token positions that hold documents
+      skipped_iterations   fp16 steps skipped so far
+      spikes               losses far above their running mean so far
+      -- up to this line, runs with the same flags agree; the rest are timings --
+      step_seconds         wall time
+      tokens_per_second    token positions per second, over all GPUs
+      tflops_per_gpu       model TFLOP/s per GPU, without recomputation
+      mfu                  fraction of the GPU's peak; null for an unknown device
+      memory_bytes         peak memory of this rank's GPU so far (null on a CPU)
+      part                 0 for the first start, 1 after the first resume, ...
+      time                 Unix time in seconds
+    validation.jsonl  one line per validation and group: iteration, group, loss, perplexity, ...
+    events.jsonl      starts, checkpoints, stops, with iteration and time
 
-The learning rate, norm and loss of a step are what `step` is given; nothing is averaged in the file. Console lines show means over the interval.
+The numbers of a step are logged as they are; only the console averages over an interval.
 """
 
 import contextlib
-import io
-import json
 import math
-import os
 import time
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
 
 from megatron_ft.config.config import Config
-from megatron_ft.files.log_lines import parse_log_line, read_lines
+from megatron_ft.files.log_lines import read_lines
 from megatron_ft.metrics.console import Console, RunPlan
+from megatron_ft.metrics.log_files import LogFiles
 from megatron_ft.metrics.report import write_report
-from megatron_ft.metrics.sinks import check_sinks, open_sinks
+from megatron_ft.metrics.sinks import Sink, check_sinks, open_sinks
 from megatron_ft.model import cost
 from megatron_ft.model.shape import ModelShape
 
@@ -45,14 +49,16 @@ DETERMINISTIC_KEYS = (
     "loss_tokens", "fill_rate", "skipped_iterations", "spikes",
 )  # fmt: skip
 TIMING_KEYS = ("step_seconds", "tokens_per_second", "tflops_per_gpu", "mfu", "memory_bytes", "part", "time")
+METRICS, VALIDATION, EVENTS = "metrics.jsonl", "validation.jsonl", "events.jsonl"
 
 
 class MetricsLog:
-    """The run's log, on the one rank that `writes`; on all others every method does nothing.
+    """The run's log on the one rank that `writes`; on all others every method does nothing.
 
-    Opening it cuts the files in `save_dir` back to `plan.start_iteration`: steps that were done after the checkpoint and lost are
-    taken out, since they will come again (--skip-train repeats none, and cuts nothing). `last_step` is then the newest line that stays of
-    metrics.jsonl, or None. `save_dir` None writes no files. Raises UserError for a sink that is not installed.
+    Opening it removes from the files in `save_dir` the steps after `plan.start_iteration`, which
+    the run repeats (--skip-train repeats none and removes nothing). `last_step` is then the newest
+    remaining line of metrics.jsonl, or None. With `save_dir` None no files are written. Raises
+    UserError for a sink that is not installed.
     """
 
     def __init__(
@@ -64,31 +70,33 @@ class MetricsLog:
         *,
         writes: bool = True,
     ) -> None:
-        check_sinks(config)  # on every rank: all end alike
+        check_sinks(config)  # on every rank, so that all exit alike
         self.config, self.shape, self.plan, self.writes = config, shape, plan, writes
         self.layout = config.layout()
         self.gpu = cost.find_gpu(plan.device_name) if plan.device_name else None
         self.console = Console(config, shape, plan, self.layout, self.gpu)
-        self.save_dir = Path(save_dir) if save_dir else None
         self.part, self.spikes = 0, Spikes()
         self.last_step: dict | None = None
-        self._validated: set[tuple[int, str]] = set()  # what validation.jsonl has a line of
-        self._files, self._failed, self._sinks = {}, set(), []
         self._iteration = plan.start_iteration
+        self._validated: set[tuple[int, str]] = set()  # (iteration, group) of the lines in VALIDATION
+        self._files: LogFiles | None = None
+        self._sinks: list[Sink] = []
         if not writes:
             return
-        if self.save_dir:
-            self.save_dir.mkdir(parents=True, exist_ok=True)
-            self._cut_back()
-        self._sinks = open_sinks(
-            config, shape, self.save_dir, 0 if config.validation.skip_train else plan.start_iteration
-        )
+        save_dir = Path(save_dir) if save_dir else None
+        if save_dir:
+            self._files = LogFiles(save_dir, self.console.print)
+            self._remove_repeated(self._files)
+        self._sinks = open_sinks(config, shape, save_dir, 0 if config.validation.skip_train else plan.start_iteration)
 
-    # --- what the loop calls ---
+    # --- called by the training loop ---
 
     def banner(self, **facts: str) -> None:
-        """Print what is about to run: model, layout, memory and length, and the `facts` the caller knows (data=..., start=...),
-        each of one line or several."""
+        """Print and log what is about to run.
+
+        The banner has the model, layout, memory and length, then the caller's `facts` (data=...,
+        start=...), each of one or more lines.
+        """
         if not self.writes:
             return
         self.console.banner(self.part, facts)
@@ -98,163 +106,144 @@ class MetricsLog:
             self._event("start", self.plan.start_iteration, {**facts, "train_iters": self.plan.train_iters})
 
     def step(self, record: dict) -> None:
-        """Log one finished step. `record` holds iteration, consumed_samples, consumed_tokens, loss, lr, grad_norm, loss_scale,
-        global_batch_size, loss_tokens, fill_rate, skipped_iterations, step_seconds; and where known memory_bytes and `squared_lengths`,
-        the sum of squared document lengths of the global batch, for attention's share of the FLOPs (left out: not counted).
+        """Log one finished step.
+
+        `record` has the keys iteration, consumed_samples, consumed_tokens, loss, lr, grad_norm,
+        loss_scale, global_batch_size, loss_tokens, fill_rate, skipped_iterations and step_seconds;
+        memory_bytes if known; and squared_lengths, the sum of the squared document lengths in the
+        global batch, to count the FLOPs of attention (default: not counted).
         """
         self._iteration = record["iteration"]
         if not self.writes:
             return
         record = self._complete(record)
-        self._write("metrics.jsonl", record)
-        numbers = {
-            name: value for name, value in record.items() if value is not None and name not in ("iteration", "time")
-        }
-        for sink in self._sinks:
-            sink.write(record["iteration"], {f"train/{name}": value for name, value in numbers.items()})
+        self._append(METRICS, record)
+        self._to_sinks(
+            record["iteration"],
+            {f"train/{name}": value for name, value in record.items() if name not in ("iteration", "time")},
+        )
         self.console.step(record)
 
     def validation(self, iteration: int, group: str, record: dict) -> None:
-        """Log one group's validation: `record` holds loss, perplexity, token_accuracy and what else is known.
+        """Log one group's validation: loss, perplexity, token_accuracy and other numbers.
 
-        A line of the same iteration and group gives way to it.
+        It replaces an existing line of the same iteration and group.
         """
         if not self.writes:
             return
-        if (iteration, group) in self._validated:
-            self._files.pop("validation.jsonl", io.BytesIO()).close()
-            with contextlib.suppress(OSError):  # a full disk: rather twice than not at all
-                self._keep("validation.jsonl", lambda line: (line["iteration"], line["group"]) != (iteration, group))
+        if self._files and (iteration, group) in self._validated:
+            with contextlib.suppress(OSError):  # a full disk: a second line is better than none
+                self._files.filter(VALIDATION, lambda line: (line["iteration"], line["group"]) != (iteration, group))
         self._validated.add((iteration, group))
-        self._write(
-            "validation.jsonl", {"iteration": iteration, "group": group, **_finite(record), "time": time.time()}
-        )
-        for sink in self._sinks:
-            sink.write(
-                iteration,
-                {f"validation/{group}/{name}": value for name, value in _finite(record).items() if value is not None},
-            )
+        finite = _finite(record)
+        self._append(VALIDATION, {"iteration": iteration, "group": group, **finite, "time": time.time()})
+        self._to_sinks(iteration, {f"validation/{group}/{name}": value for name, value in finite.items()})
         shown = " | ".join(f"{name.replace('_', ' ')} {value:.6g}" for name, value in record.items())
         self.console.print(f" validation at {iteration:>7,} | {group} | {shown}")
 
     def event(self, text: str) -> None:
-        """Log something that happened once (a checkpoint, a stop), and print it."""
+        """Log and print a single event, such as a checkpoint or a stop."""
         if self.writes:
             self._event(text, self._iteration, {})
             self.console.print(text)
 
     def close(self) -> None:
-        """Close files and bar, and write report.html; safe to call twice."""
+        """Close files, sinks and progress bar, and write report.html; safe to call twice."""
         self.console.close()
-        for file in self._files.values():
-            file.close()
-        self._files.clear()
+        if self._files:
+            self._files.close()
         for sink in self._sinks:
             sink.close()
         self._sinks.clear()
-        if self.writes and self.save_dir and read_lines(self.save_dir / "metrics.jsonl"):
+        if self._files and read_lines(self._files.directory / METRICS):
+            save_dir = self._files.directory
             try:
-                write_report(self.save_dir)
+                write_report(save_dir)
             except OSError as error:
                 self.console.print(
-                    f"{self.save_dir / 'report.html'}: {error.strerror}; python -m megatron_ft.metrics.report writes it later"
+                    f"{save_dir / 'report.html'}: {error.strerror}; "
+                    f"write it later with: python -m megatron_ft.metrics.report {save_dir}"
                 )
 
-    # --- a step's record ---
+    # --- one step's record ---
 
     def _complete(self, record: dict) -> dict:
-        """All documented keys in their order; NaN and infinity become null, as JSON has neither."""
+        """All documented keys in order; NaN and Inf become null, because JSON has neither."""
         record = {"memory_bytes": None, **record}
         positions = record["global_batch_size"] * self.config.data.seq_length
         attended = record.get("squared_lengths", 0) / positions
         flops = positions * cost.flops_per_token(self.shape, attended, lora=bool(self.layout.lora_rank))
         per_gpu = flops / record["step_seconds"] / self.config.parallel.world_size
-        record["spikes"] = self.spikes.see(record["loss"])
+        record["spikes"] = self.spikes.add(record["loss"])
         record["tokens_per_second"] = positions / record["step_seconds"]
         record["tflops_per_gpu"] = per_gpu / 1e12
         record["mfu"] = per_gpu / self.gpu.peak_flops(self.layout.precision) if self.gpu else None
         record["part"], record["time"] = self.part, time.time()
         return _finite({key: record[key] for key in DETERMINISTIC_KEYS + TIMING_KEYS})
 
-    # --- files ---
+    # --- files and sinks ---
 
-    def _cut_back(self) -> None:
-        """Keep the files' lines up to the start iteration; a line torn by a crash goes too. Rebuilds the spike count from what stays.
+    def _remove_repeated(self, files: LogFiles) -> None:
+        """Remove lines after the start iteration, and count the spikes in the remaining steps.
 
-        A training that starts at 0 keeps none: its --eval-at-start comes again. --skip-train adds to what is there.
+        A training that starts at 0 keeps no line, because its --eval-at-start is repeated.
+        --skip-train keeps all.
         """
-        last_kept = math.inf if self.config.validation.skip_train else self.plan.start_iteration or -1
+        skip_train = self.config.validation.skip_train
+        last_kept = math.inf if skip_train else self.plan.start_iteration or -1
 
-        def step_stays(line: dict) -> bool:
+        def keep_step(line: dict) -> bool:
             if line["iteration"] > last_kept:
                 return False
-            self.spikes.see(line["loss"])
+            self.spikes.add(line["loss"])
             self.last_step = line
             return True
 
-        def validation_stays(line: dict) -> bool:
+        def keep_validation(line: dict) -> bool:
             if line["iteration"] > last_kept:
                 return False
             self._validated.add((line["iteration"], line["group"]))
             return True
 
-        def event_stays(line: dict) -> bool:  # what happened stays told, even where the steps were lost
-            self.part = max(self.part, line["part"] + (not self.config.validation.skip_train))
+        def keep_event(line: dict) -> bool:  # also events of steps that are repeated
+            self.part = max(self.part, line["part"] + (not skip_train))
             return True
 
-        self._keep("metrics.jsonl", step_stays)
-        self._keep("validation.jsonl", validation_stays)
-        self._keep("events.jsonl", event_stays)
+        files.filter(METRICS, keep_step)
+        files.filter(VALIDATION, keep_validation)
+        files.filter(EVENTS, keep_event)
 
-    def _keep(self, name: str, stays: Callable[[dict], bool]) -> None:
-        """Rewrite a file with the lines that stay, in their order; torn ones do not."""
-        path = self.save_dir / name
-        if not path.exists():
-            return
-        kept = self.save_dir / (name + ".kept")
-        with path.open() as source, kept.open("w") as target:
-            target.writelines(line for line in source if (record := parse_log_line(line)) is not None and stays(record))
-        os.replace(kept, path)
-
-    def _event(self, text: str, iteration: int, details: dict[str, str | int]) -> None:
+    def _event(self, text: str, iteration: int, details: Mapping[str, str | int]) -> None:
         line = {"iteration": iteration, "event": text, **details, "part": self.part, "time": time.time()}
-        self._write("events.jsonl", line)
+        self._append(EVENTS, line)
 
-    def _write(self, name: str, record: dict) -> None:
-        """Append a line. A disk that is full costs lines of the log, not the run: said once, tried again with every line."""
-        if not self.save_dir:
-            return
-        try:
-            if name not in self._files:
-                self._files[name] = (self.save_dir / name).open("ab", buffering=0)
-                if name in self._failed:  # what was written of the last line must not spoil this one
-                    self._files[name].write(b"\n")
-            self._files[name].write(json.dumps(record).encode() + b"\n")
-            self._failed.discard(name)
-        except OSError as error:
-            if name not in self._failed:
-                self.console.print(
-                    f"{self.save_dir / name}: {error.strerror}; lines are lost until there is room again"
-                )
-            self._failed.add(name)
-            if name in self._files:
-                self._files.pop(name).close()
+    def _append(self, name: str, record: dict) -> None:
+        if self._files:
+            self._files.append(name, record)
+
+    def _to_sinks(self, iteration: int, numbers: Mapping[str, float | None]) -> None:
+        known = {name: value for name, value in numbers.items() if value is not None}
+        for sink in self._sinks:
+            sink.write(iteration, known)
 
 
 class Spikes:
-    """Counts losses more than six running standard deviations above their running mean, after twenty steps to learn both."""
+    """Counts losses that are more than six running standard deviations above their running mean.
+
+    The first twenty steps only set mean and deviation.
+    """
 
     def __init__(self) -> None:
         self.count, self._seen, self._mean, self._square = 0, 0, 0.0, 0.0
 
-    def see(self, loss: float | None) -> int:
-        """Take one step's loss; returns the count so far."""
+    def add(self, loss: float | None) -> int:
+        """Add one step's loss; returns the number of spikes so far."""
         if loss is None or not math.isfinite(loss):
             return self.count
         deviation = math.sqrt(max(self._square - self._mean**2, 1e-12))
         if self._seen >= 20 and loss > self._mean + max(6 * deviation, 0.1):
             self.count += 1
-            return self.count  # a spike does not move what it is measured by
+            return self.count  # a spike changes neither mean nor deviation
         self._seen += 1
         weight = max(0.05, 1 / self._seen)
         self._mean += weight * (loss - self._mean)
@@ -263,6 +252,7 @@ class Spikes:
 
 
 def _finite(record: dict) -> dict:
+    """`record` with None for NaN and Inf."""
     return {
         name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in record.items()
     }

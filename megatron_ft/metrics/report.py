@@ -1,26 +1,27 @@
-"""report.html: a run's curves on one page, self-contained, to be opened anywhere and sent by mail.
+"""report.html: the curves of a run on one self-contained page, easy to open and to email.
 
     python -m megatron_ft.metrics.report SAVE_DIR
 
-Reads metrics.jsonl, validation.jsonl and events.jsonl of a save directory and draws loss, learning rate, gradient norm and
-throughput over all parts of a resumed run as inline SVG. No script, no network, standard library only.
+Reads metrics.jsonl, validation.jsonl and events.jsonl of a save directory and draws loss, learning
+rate, gradient norm and throughput over all parts of a resumed run as inline SVG. No scripts, no
+network, standard library only.
 """
 
 import html
 import itertools
 import math
-import os
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_ft.errors import UserError, run_program
+from megatron_ft.files.atomic import replace_file
 from megatron_ft.files.log_lines import read_lines
 
-POINTS = 600  # points a curve is thinned to: each bucket keeps its lowest and highest value, so spikes stay visible
+POINTS = 600  # at most, per curve: each bucket keeps its lowest and highest value, so spikes remain
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 720, 260, 64, 34, 14
-COLOURS = ("#1f5fa8", "#c0561a", "#2d7d46", "#8b3a9e", "#9c7a00", "#b0264b")
+COLORS = ("#1f5fa8", "#c0561a", "#2d7d46", "#8b3a9e", "#9c7a00", "#b0264b")
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1b1f24; max-width: 780px; margin: 2em auto; padding: 0 1em }
 h1 { font-size: 1.4em } h2 { font-size: 1.05em; margin: 1.6em 0 .2em }
@@ -32,7 +33,7 @@ svg text { font: 11px system-ui, sans-serif; fill: #57606a } .key { font-size: .
 
 @dataclass
 class Curve:
-    """One line of a chart: (iteration, value) points in order; `dots` marks sparse measurements."""
+    """One line of a chart: (iteration, value) points in order; `dots` marks each point."""
 
     name: str
     points: list[tuple[int, float]]
@@ -40,15 +41,15 @@ class Curve:
 
 
 def write_report(save_dir: Path) -> Path:
-    """Write `save_dir`/report.html anew from the .jsonl files beside it; returns its path. The old report stays until the new is whole."""
+    """Write report.html from the .jsonl files of `save_dir`, replacing an existing one; returns its
+    path. Raises UserError if there are no steps, and OSError."""
     steps = read_lines(save_dir / "metrics.jsonl")
     if not steps:
-        raise UserError(f"{save_dir}: no metrics.jsonl with steps in it; give the --save directory of a training run")
+        raise UserError(f"{save_dir}: no metrics.jsonl with steps; give the --save directory of a training run")
     validations = read_lines(save_dir / "validation.jsonl")
     page = render(steps, validations, read_lines(save_dir / "events.jsonl"), title=save_dir.resolve().name)
-    path, fresh = save_dir / "report.html", save_dir / "report.html.new"
-    fresh.write_text(page)
-    os.replace(fresh, path)
+    path = save_dir / "report.html"
+    replace_file(path, page.encode())
     return path
 
 
@@ -63,11 +64,11 @@ def render(steps: list[dict], validations: list[dict], events: list[dict], title
         chart("Loss", losses, resumes),
         chart("Learning rate", [curve("lr", steps, "lr")], resumes),
         chart("Gradient norm (before clipping)", [curve("gradient norm", steps, "grad_norm")], resumes),
-        chart("Throughput, tokens a second", [curve("tokens/s", steps, "tokens_per_second")], resumes),
+        chart("Throughput, tokens per second", [curve("tokens/s", steps, "tokens_per_second")], resumes),
     ]
     if any(step["mfu"] is not None for step in steps):
-        charts.append(chart("Model FLOP/s utilisation", [curve("MFU", steps, "mfu")], resumes))
-    note = "<p class=key>Dashed lines: the run was resumed there.</p>" if resumes else ""
+        charts.append(chart("Model FLOP/s utilization", [curve("MFU", steps, "mfu")], resumes))
+    note = "<p class=key>Dashed lines mark resumes.</p>" if resumes else ""
     return (
         f"<!DOCTYPE html>\n<html lang=en><meta charset=utf-8><title>{html.escape(title)}</title><style>{STYLE}</style>\n"
         f"<h1>Training report: {html.escape(title)}</h1>\n{summary(steps, validations)}{note}\n"
@@ -77,14 +78,14 @@ def render(steps: list[dict], validations: list[dict], events: list[dict], title
 
 
 def summary(steps: list[dict], validations: list[dict]) -> str:
-    """Table of what the run came to."""
+    """Table of the results of the run."""
     last = steps[-1]
     seconds = sum(step["step_seconds"] for step in steps)
     losses = [step["loss"] for step in steps if step["loss"] is not None]
     rows = [
         ("Steps", f"{last['iteration']:,} in {last['part'] + 1} part{'s' if last['part'] else ''}"),
-        ("Rows, tokens", f"{last['consumed_samples']:,}, {last['consumed_tokens']:,}"),
-        ("Time in steps", f"{seconds / 3600:.2f} h, {1e3 * seconds / len(steps):,.0f} ms a step"),
+        ("Sequences, tokens", f"{last['consumed_samples']:,}, {last['consumed_tokens']:,}"),
+        ("Time in steps", f"{seconds / 3600:.2f} h, {1e3 * seconds / len(steps):,.0f} ms per step"),
         ("Skipped steps, loss spikes", f"{last['skipped_iterations']}, {last['spikes']}"),
     ]
     if losses:
@@ -109,7 +110,7 @@ def summary(steps: list[dict], validations: list[dict]) -> str:
 
 
 def history(events: list[dict]) -> str:
-    """Table of starts, checkpoints and stops; the last two hundred."""
+    """Table of the last two hundred events: starts, checkpoints, stops."""
     if not events:
         return ""
     rows = []
@@ -121,7 +122,7 @@ def history(events: list[dict]) -> str:
             if name not in ("event", "iteration", "time", "part")
         )
         rows.append(f"<tr><td>{when}<td class=n>{event['iteration']:,}<td>{html.escape(what)}")
-    return "<h2>What happened</h2><table><tr><th>when<th>step<th>" + "".join(rows) + "</table>"
+    return "<h2>Events</h2><table><tr><th>when<th>step<th>" + "".join(rows) + "</table>"
 
 
 def curve(name: str, lines: list[dict], key: str) -> Curve:
@@ -158,27 +159,28 @@ def chart(title: str, curves: list[Curve], resumes: list[int]) -> str:
         parts.append(
             f'<path class="resume" d="M{x:.1f} {TOP}V{HEIGHT - BOTTOM}" stroke="#8c959f" stroke-dasharray="4 4"/>'
         )
-    for c, colour in zip(curves, itertools.cycle(COLOURS), strict=False):
+    for c, color in zip(curves, itertools.cycle(COLORS), strict=False):
         points = [at(x, y) for x, y in thin(c.points)]
         line = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-        parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="1.5"/>')
+        parts.append(f'<polyline points="{line}" fill="none" stroke="{color}" stroke-width="1.5"/>')
         if c.dots or len(points) == 1:
-            parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.5" fill="{colour}"/>' for x, y in points]
+            parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.5" fill="{color}"/>' for x, y in points]
     key = ""
     if len(curves) > 1:
         names = [
             f'<span style="color:{k}">&#9632;</span> {html.escape(c.name)}'
-            for c, k in zip(curves, itertools.cycle(COLOURS), strict=False)
+            for c, k in zip(curves, itertools.cycle(COLORS), strict=False)
         ]
         key = f"<p class=key>{' &nbsp; '.join(names)}</p>"
     return f'<h2>{title}</h2>{key}<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img">{"".join(parts)}</svg>'
 
 
 def thin(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
-    """At most POINTS points: of every bucket the lowest and the highest, in order of iteration."""
+    """At most POINTS points: the lowest and the highest of every bucket, in order of iteration."""
     if len(points) <= POINTS:
         return points
-    kept, buckets = [], POINTS // 2
+    buckets = POINTS // 2
+    kept: list[tuple[int, float]] = []
     for i in range(buckets):
         bucket = points[i * len(points) // buckets : (i + 1) * len(points) // buckets]
         kept += sorted({min(bucket, key=lambda p: p[1]), max(bucket, key=lambda p: p[1])})
@@ -186,7 +188,11 @@ def thin(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
 
 
 def number(value: float) -> str:
-    """A tick's label: 269,000 or 0.00012."""
+    """A tick's label.
+
+    >>> number(269_000), number(0.00012)
+    ('269,000', '0.00012')
+    """
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
@@ -202,7 +208,7 @@ def nice_ticks(low: float, high: float) -> list[float]:
 
 
 def main() -> None:
-    """Rewrite the report of the directory on the command line."""
+    """Write the report of the save directory named on the command line."""
     if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
         print(__doc__)
         return

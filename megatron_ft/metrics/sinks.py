@@ -1,12 +1,24 @@
-"""Where the numbers of a run go besides its files: TensorBoard and Weights & Biases. Each has `write(iteration, numbers)` and `close()`."""
+"""Destinations of a run's numbers besides its files: TensorBoard and Weights & Biases."""
 
 import importlib.util
 import secrets
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Protocol
 
 from megatron_ft.config.config import Config
 from megatron_ft.errors import UserError
 from megatron_ft.model.shape import ModelShape
+
+
+class Sink(Protocol):
+    """A destination of numbers by name, such as `train/loss`."""
+
+    def write(self, iteration: int, numbers: Mapping[str, float]) -> None:
+        """Add the numbers of one iteration."""
+
+    def close(self) -> None:
+        """Write out everything and release the destination."""
 
 
 def check_sinks(config: Config) -> None:
@@ -15,9 +27,9 @@ def check_sinks(config: Config) -> None:
         raise UserError("--wandb-project: wandb is not installed; `pip install wandb`, or leave the flag out")
 
 
-def open_sinks(config: Config, shape: ModelShape, save_dir: Path | None, start_iteration: int) -> list:
+def open_sinks(config: Config, shape: ModelShape, save_dir: Path | None, start_iteration: int) -> list[Sink]:
     """The sinks that flags ask for."""
-    sinks = []
+    sinks: list[Sink] = []
     if config.logging.tensorboard_dir:
         sinks.append(TensorBoard(config.logging.tensorboard_dir, start_iteration))
     if config.logging.wandb_project:
@@ -26,28 +38,28 @@ def open_sinks(config: Config, shape: ModelShape, save_dir: Path | None, start_i
 
 
 class TensorBoard:
-    """Event files; events after the start iteration that an earlier start wrote are purged from view."""
+    """Event files; events of an earlier start after `start_iteration` are purged from view."""
 
     def __init__(self, directory: str, start_iteration: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self._writer = SummaryWriter(directory, purge_step=start_iteration + 1 if start_iteration else None)
 
-    def write(self, iteration: int, numbers: dict[str, float]) -> None:
-        """Add scalars at `iteration`."""
+    def write(self, iteration: int, numbers: Mapping[str, float]) -> None:
+        """Add scalars."""
         for name, value in numbers.items():
             self._writer.add_scalar(name, value, iteration)
 
     def close(self) -> None:
-        """Flush and close."""
+        """Flush and close the event file."""
         self._writer.close()
 
 
 class WeightsAndBiases:
-    """A W&B run whose id is kept beside the checkpoints, so that a resumed run goes on in the same curves (steps done again are
-    left as they were: W&B takes none twice).
+    """A W&B run, continued after a resume: its id is kept in the save directory.
 
-    On compute nodes without network, WANDB_MODE=offline and `wandb sync` afterwards.
+    W&B takes every step once, so steps that are repeated after a resume keep their first values. On
+    nodes without network access, set WANDB_MODE=offline and run `wandb sync` later.
     """
 
     def __init__(self, config: Config, shape: ModelShape, save_dir: Path | None) -> None:
@@ -71,12 +83,12 @@ class WeightsAndBiases:
             )
         except wandb.Error as error:
             reason = str(error).splitlines()[0]
-            raise UserError(f"--wandb-project: {reason}; without network set WANDB_MODE=offline") from error
+            raise UserError(f"--wandb-project: {reason}; without network access set WANDB_MODE=offline") from error
 
-    def write(self, iteration: int, numbers: dict[str, float]) -> None:
-        """Log numbers at `iteration`."""
-        self._run.log(numbers, step=iteration)
+    def write(self, iteration: int, numbers: Mapping[str, float]) -> None:
+        """Log numbers of one step."""
+        self._run.log(dict(numbers), step=iteration)
 
     def close(self) -> None:
-        """Finish the run."""
+        """Finish the W&B run."""
         self._run.finish()

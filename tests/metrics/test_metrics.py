@@ -1,4 +1,4 @@
-"""The log of a run: each iteration once over resumes, aligned lines, TensorBoard, and the report's curves."""
+"""The log of a run: each iteration once across resumes, aligned lines, sinks, and the report."""
 
 import contextlib
 import importlib.util
@@ -23,7 +23,7 @@ from megatron_ft.metrics.report import POINTS, thin, write_report
 from megatron_ft.model.cost import flops_per_token
 
 
-def make_args(tmp_path, *flags):
+def training_config(tmp_path, *flags):
     tokenizer = tmp_path / "tokenizer.json"
     tokenizer.write_text("{}")
     words = (
@@ -62,49 +62,75 @@ def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_metrics_hold_each_iteration_once_after_a_resume_with_lost_steps(tmp_path, capsys):
-    config, save = make_args(tmp_path, "--tensorboard-dir", str(tmp_path / "tb")), tmp_path / "run"
-    killed = run(config, save, 1, 17)  # killed here: no close, a torn line; the last checkpoint was at 12
+@pytest.fixture
+def resumed(tmp_path, capsys):
+    """(config, save directory, console output) of a run that was killed after step 17 and resumed
+    from its checkpoint of step 12."""
+    config, save = training_config(tmp_path), tmp_path / "run"
+    killed = run(config, save, 1, 17)
     killed.validation(15, "all", {"loss": 1.0, "perplexity": 2.7, "token_accuracy": 0.5})
     with (save / "metrics.jsonl").open("a") as file:
         file.write('{"iteration": 18, "los')
-    resumed = run(config, save, 13, 40)
-    resumed.validation(40, "all", {"loss": 0.5, "perplexity": 1.6, "token_accuracy": 0.75})
-    resumed.close()
-    resumed.close()
+    log = run(config, save, 13, 40)
+    log.validation(40, "all", {"loss": 0.5, "perplexity": 1.6, "token_accuracy": 0.75})
+    log.close()
+    log.close()
+    return config, save, capsys.readouterr().out
 
+
+def test_resume_logs_every_iteration_once(resumed):
+    _, save, _ = resumed
     steps = lines(save / "metrics.jsonl")
     assert [step["iteration"] for step in steps] == list(range(1, 41))
     assert [step["part"] for step in steps] == [0] * 12 + [1] * 28
     assert all(tuple(step) == DETERMINISTIC_KEYS + TIMING_KEYS for step in steps)
-    assert steps[0]["tokens_per_second"] == 800
-    expected = 400 * flops_per_token(config.shape, 100.0) / 0.5 / 1e12
-    assert steps[0]["tflops_per_gpu"] == pytest.approx(expected)
     assert [line["iteration"] for line in lines(save / "validation.jsonl")] == [40]
-    assert [e["event"] for e in lines(save / "events.jsonl")] == ["start", "start"]
+    assert [line["event"] for line in lines(save / "events.jsonl")] == ["start", "start"]
 
-    straight = run(config, tmp_path / "straight", 1, 40)
-    straight.close()
-    other = lines(tmp_path / "straight" / "metrics.jsonl")
-    assert [[s[k] for k in DETERMINISTIC_KEYS] for s in steps] == [[s[k] for k in DETERMINISTIC_KEYS] for s in other]
 
-    shown = capsys.readouterr().out
+def test_resumed_run_logs_the_numbers_of_an_uninterrupted_one(resumed, tmp_path):
+    config, save, _ = resumed
+    run(config, tmp_path / "uninterrupted", 1, 40).close()
+    ours, theirs = (
+        [[step[key] for key in DETERMINISTIC_KEYS] for step in lines(directory / "metrics.jsonl")]
+        for directory in (save, tmp_path / "uninterrupted")
+    )
+    assert ours == theirs
+
+
+def test_throughput_counts_all_positions_and_the_flops_of_attention(resumed):
+    config, save, _ = resumed
+    step = lines(save / "metrics.jsonl")[0]
+    assert step["tokens_per_second"] == 800
+    assert step["tflops_per_gpu"] == pytest.approx(400 * flops_per_token(config.shape, 100.0) / 0.5 / 1e12)
+
+
+def test_console_lines_are_aligned(resumed):
+    _, _, shown = resumed
     assert "    start | resume: iter_0000012\n          | layout: was TP1, is TP2\n" in shown
-    shown = [line for line in shown.splitlines() if line.startswith(" iteration")]
-    assert len({len(line) for line in shown}) == 1, "interval lines are aligned"
-    columns = [[m.start() for m in re.finditer(r"\|", line)] for line in shown]
-    assert all(c == columns[0] for c in columns)
-    assert "fill  97.5 %" in shown[-1] and "in loss  25.0 %" in shown[-1] and "ETA 0:00:00" in shown[-1]
+    intervals = [line for line in shown.splitlines() if line.startswith(" iteration")]
+    assert len({len(line) for line in intervals}) == 1
+    columns = [[match.start() for match in re.finditer(r"\|", line)] for line in intervals]
+    assert all(positions == columns[0] for positions in columns)
+    last = intervals[-1]
+    assert "fill  97.5%" in last and "in loss  25.0%" in last and "ETA 0:00:00" in last
 
+
+def test_tensorboard_shows_every_step_once_after_a_resume(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+    config, save = training_config(tmp_path, "--tensorboard-dir", str(tmp_path / "tb")), tmp_path / "run"
+    run(config, save, 1, 17).close()
+    log = run(config, save, 13, 40)
+    log.validation(40, "all", {"loss": 0.5})
+    log.close()
     events = EventAccumulator(str(tmp_path / "tb"), purge_orphaned_data=True).Reload()
-    assert "validation/all/loss" in events.Tags()["scalars"]
-    assert [e.value for e in events.Scalars("train/loss")][0] == 2.0
+    assert [event.step for event in events.Scalars("train/loss")] == list(range(1, 41))
+    assert [event.value for event in events.Scalars("validation/all/loss")] == [0.5]
 
 
-def test_a_validation_of_the_same_group_and_iteration_is_replaced(tmp_path):
-    config, save = make_args(tmp_path), tmp_path / "run"
+def test_validation_replaces_one_of_the_same_group_and_iteration(tmp_path):
+    config, save = training_config(tmp_path), tmp_path / "run"
     for loss in (1.0, 0.5):
         log = run(config, save, 13, 12)
         log.validation(12, "all", {"loss": 2 * loss})
@@ -115,8 +141,8 @@ def test_a_validation_of_the_same_group_and_iteration_is_replaced(tmp_path):
     assert found == [(12, "all", 0.5), (12, "other", 0.5)]
 
 
-def test_report_draws_all_parts_without_network(tmp_path):
-    config, save = make_args(tmp_path), tmp_path / "run <1>"
+def test_report_draws_all_parts_without_external_resources(tmp_path):
+    config, save = training_config(tmp_path), tmp_path / "run <1>"
     run(config, save, 1, 20)
     log = run(config, save, 11, 40, device_name="NVIDIA H100 80GB HBM3")
     log.validation(20, "held <out>", {"loss": 1.0})
@@ -158,8 +184,8 @@ def test_thinned_curves_keep_spikes_and_bounds():
     assert kept == sorted(kept)
 
 
-def test_losses_that_are_not_numbers_stay_valid_json(tmp_path, capsys):
-    config, save = make_args(tmp_path), tmp_path / "run"
+def test_nonfinite_losses_are_null_in_json(tmp_path, capsys):
+    config, save = training_config(tmp_path), tmp_path / "run"
     log = MetricsLog(config, config.shape, RunPlan(train_iters=40), save)
     for iteration in range(1, 6):
         log.step({**record(iteration), "loss": None if iteration == 1 else float("nan"), "grad_norm": float("inf")})
@@ -171,9 +197,9 @@ def test_losses_that_are_not_numbers_stay_valid_json(tmp_path, capsys):
     assert "loss      none" in capsys.readouterr().out
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full, which is a full disk")
-def test_a_full_disk_costs_lines_and_not_the_run(tmp_path, capsys):
-    config, save = make_args(tmp_path), tmp_path / "run"
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_full_disk_loses_lines_but_does_not_stop_the_run(tmp_path, capsys):
+    config, save = training_config(tmp_path), tmp_path / "run"
     save.mkdir()
     log = MetricsLog(config, config.shape, RunPlan(train_iters=40), save)
     log.step(record(1))
@@ -184,17 +210,17 @@ def test_a_full_disk_costs_lines_and_not_the_run(tmp_path, capsys):
         log.step(record(iteration))
     (save / "metrics.jsonl").unlink()
     with (save / "real").open("a") as file:
-        file.write('{"iteration": 2, "cons')  # as much as the disk took
+        file.write('{"iteration": 2, "cons')  # a line written in part
     (save / "real").rename(save / "metrics.jsonl")
     log.step(record(5))
     log.close()
-    assert capsys.readouterr().out.count("lines are lost until there is room again") == 1
+    assert capsys.readouterr().out.count("lines are lost until there is free space again") == 1
     assert [step["iteration"] for step in read_lines(save / "metrics.jsonl")] == [1, 5]
     assert "5 in 1 part" in (save / "report.html").read_text()
 
 
-def test_ranks_that_do_not_write_leave_no_trace(tmp_path, capsys):
-    config = make_args(tmp_path)
+def test_other_ranks_neither_write_nor_print(tmp_path, capsys):
+    config = training_config(tmp_path)
     log = MetricsLog(config, config.shape, RunPlan(train_iters=40), tmp_path / "run", writes=False)
     log.banner(data="d")
     log.step(record(1))
@@ -203,26 +229,26 @@ def test_ranks_that_do_not_write_leave_no_trace(tmp_path, capsys):
     assert not (tmp_path / "run").exists() and capsys.readouterr().out == ""
 
 
-def test_spikes_are_counted_and_the_usual_noise_is_not():
+def test_spikes_are_counted_and_noise_is_not():
     spikes = Spikes()
     for i in range(100):
-        spikes.see(2.0 + 0.05 * (i % 3))
+        spikes.add(2.0 + 0.05 * (i % 3))
     assert spikes.count == 0
-    assert spikes.see(5.0) == 1
-    assert spikes.see(2.05) == 1
+    assert spikes.add(5.0) == 1
+    assert spikes.add(2.05) == 1
 
 
 @pytest.mark.skipif(importlib.util.find_spec("wandb") is not None, reason="wandb is installed")
-def test_wandb_that_is_not_installed_is_named(tmp_path):
+def test_missing_wandb_is_a_user_error(tmp_path):
     with pytest.raises(UserError, match="pip install wandb"):
-        config = make_args(tmp_path, "--wandb-project", "p")
+        config = training_config(tmp_path, "--wandb-project", "p")
         MetricsLog(config, config.shape, RunPlan(train_iters=40), tmp_path / "run")
 
 
 @pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="wandb is not installed")
-def test_wandb_goes_on_in_the_same_run_after_a_resume(tmp_path, monkeypatch):
+def test_wandb_continues_the_same_run_after_a_resume(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
-    config, save = make_args(tmp_path, "--wandb-project", "p"), tmp_path / "run"
+    config, save = training_config(tmp_path, "--wandb-project", "p"), tmp_path / "run"
     run(config, save, 1, 10).close()
     first = (save / "wandb_run_id").read_text()
     run(config, save, 6, 12).close()
@@ -230,21 +256,21 @@ def test_wandb_goes_on_in_the_same_run_after_a_resume(tmp_path, monkeypatch):
     assert len(list(save.glob(f"wandb/offline-run-*/run-{first}.wandb"))) == 2
 
 
-def test_the_page_documents_every_key_in_order():
+def test_docs_list_every_key_in_order():
     keys = re.findall(r"^\| `(\w+)` \|", (ROOT / "docs/logs.md").read_text(), flags=re.MULTILINE)
     assert tuple(keys) == DETERMINISTIC_KEYS + TIMING_KEYS
 
 
 ON_A_TERMINAL = """
 import sys
-sys.path[:0] = [{root!r}, {root!r} + "/tests"]
+sys.path[:0] = [{root!r}, {root!r} + "/tests", {root!r} + "/tests/metrics"]
 from pathlib import Path
 import test_metrics
-test_metrics.run(test_metrics.make_args(Path({folder!r})), None, 1, 40).close()
+test_metrics.run(test_metrics.training_config(Path({folder!r})), None, 1, 40).close()
 """
 
 
-def test_on_a_terminal_a_bar_shows_loss_speed_and_time_left(tmp_path):
+def test_progress_bar_on_a_terminal_shows_loss_speed_and_time_left(tmp_path):
     ours, theirs = os.openpty()
     termios.tcsetwinsize(theirs, (40, 160))
     script = ON_A_TERMINAL.format(root=str(ROOT), folder=str(tmp_path))
@@ -253,7 +279,7 @@ def test_on_a_terminal_a_bar_shows_loss_speed_and_time_left(tmp_path):
     )
     os.close(theirs)
     shown = b""
-    with contextlib.suppress(OSError):  # how a terminal's other side says that it is closed
+    with contextlib.suppress(OSError):  # EIO: the child has closed the terminal
         while piece := os.read(ours, 4096):
             shown += piece
     os.close(ours)
@@ -263,5 +289,5 @@ def test_on_a_terminal_a_bar_shows_loss_speed_and_time_left(tmp_path):
     assert bar.count(" iteration ") == 8
 
 
-def test_clock_reads_like_one():
+def test_clock_counts_days_and_hours():
     assert clock(59) == "0:00:59" and clock(3723) == "1:02:03" and clock(90061) == "1d 01:01:01"

@@ -1,7 +1,8 @@
-"""Packed rows as the training program reads them: one or several data sets, blended by weight, each row from memory-mapped files.
+"""Packed sequences as training reads them: one or more datasets, blended by weight.
 
-Training rows are addressed by consumed sample number: row i is the same in every run with the same data and flags, so a resumed run
-goes on by asking for the next number. Nothing here needs a process group; every rank reads its own rows.
+Training sequences are addressed by their sample number: sequence i is the same in every run with
+the same data and flags, so a resumed run continues with the next number. Nothing here needs a
+process group; every rank reads its own sequences, from memory-mapped files.
 """
 
 from dataclasses import dataclass, field
@@ -17,11 +18,16 @@ from megatron_ft.data.provenance import tokenizer_warning
 from megatron_ft.data.splits import Group, Part, groups_of
 from megatron_ft.errors import UserError
 
-PROBED_DOCUMENTS = 256  # of each data set, spread over it, whose token ids are compared with the vocabulary
+PROBED_DOCUMENTS = 256  # per dataset, evenly spaced, to compare token ids with the vocabulary
 
 
 class PackedSample(NamedTuple):
-    """One row of s + 1 tokens: int64 ids; int32 document of each place (from 1, 0 is padding); whether it is an input token."""
+    """One packed sequence of s + 1 tokens.
+
+    tokens: int64 [s + 1].
+    segment_ids: int32 [s + 1], the document of each token, from 1; 0 is padding.
+    is_inputs: bool [s + 1], whether the token belongs to a document's input.
+    """
 
     tokens: np.ndarray
     segment_ids: np.ndarray
@@ -29,7 +35,10 @@ class PackedSample(NamedTuple):
 
 
 class PackedDocuments:
-    """The rows of one data set: its documents and the index that groups them."""
+    """One dataset as packed sequences: its documents and their packing index.
+
+    `pad` is the token id at the ends of sequences.
+    """
 
     def __init__(self, documents: TokenizedDocuments, packing: Packing, index: PackedIndex, pad: int):
         self.documents, self.packing, self.index, self.pad = documents, packing, index, pad
@@ -38,14 +47,15 @@ class PackedDocuments:
     def __len__(self) -> int:
         return len(self.index)
 
-    def document_ids(self, row: int) -> np.ndarray:
-        """int64, the documents of a row in their order."""
-        start, end = self.index.bounds[row]
+    def document_ids(self, i: int) -> np.ndarray:
+        """The documents of sequence i in order, int64 [documents]."""
+        start, end = self.index.bounds[i]
         return self.index.documents[start:end]
 
-    def __getitem__(self, row: int) -> PackedSample:
-        pieces, lengths = [], []
-        for document in self.document_ids(row).tolist():
+    def __getitem__(self, i: int) -> PackedSample:
+        pieces: list[np.ndarray] = []
+        lengths: list[int] = []
+        for document in self.document_ids(i).tolist():
             inputs, targets = self.documents.inputs[document], self.documents.targets[document]
             if (excess := len(inputs) + len(targets) - self.capacity) > 0:  # --overlong truncate
                 inputs = inputs[excess:]
@@ -63,40 +73,49 @@ class PackedDocuments:
 
 
 class PackedDataset:
-    """The rows of a group: `len(dataset)` of them, taken from its parts by weight. `dataset[i]` is a PackedSample.
+    """The packed sequences of a group, taken from its parts by weight; `dataset[i]` is a sample.
 
-    `sequences_per_epoch`: rows that all parts have once. `fill_rate`: share of the places of those rows that hold a token.
-    `description`: lines for the log.
+    `source`, `sequence`: for each sequence its part, int16 [n], and its number there, int64 [n].
+    `sequences_per_epoch`: sequences in one pass over all parts. `fill_rate`: fraction of their
+    token positions that hold a token. `description`: lines for the log.
     """
 
-    def __init__(self, group: Group, parts: list[PackedDocuments], source: np.ndarray, row: np.ndarray, sequences_per_epoch: int):
+    def __init__(
+        self,
+        group: Group,
+        parts: list[PackedDocuments],
+        source: np.ndarray,
+        sequence: np.ndarray,
+        sequences_per_epoch: int,
+    ) -> None:
         self.name, self.parts, self.sequences_per_epoch = group.name, parts, sequences_per_epoch
-        self._source, self._row = source, row
+        self._source, self._sequence = source, sequence
         packed = sum(part.index.facts["packed_tokens"] for part in parts)
         self.fill_rate = packed / max(1, sum(len(part) * part.capacity for part in parts))
         self.description = "\n".join(self._describe(group.parts[i], i) for i in range(len(parts)))
 
     def __len__(self) -> int:
-        return len(self._row)
+        return len(self._sequence)
 
     def __getitem__(self, i: int) -> PackedSample:
-        return self.parts[self._source[i]][int(self._row[i])]
+        return self.parts[self._source[i]][int(self._sequence[i])]
 
     def provenance(self, i: int) -> dict:
-        """Where row i comes from: `prefix`, and `documents`, their numbers in it."""
+        """Where sequence i comes from: `prefix` of the dataset, and numbers of the `documents`."""
         part = self.parts[self._source[i]]
-        return {"prefix": part.documents.prefix, "documents": part.document_ids(int(self._row[i])).tolist()}
+        return {"prefix": part.documents.prefix, "documents": part.document_ids(int(self._sequence[i])).tolist()}
 
     def _describe(self, part: Part, number: int) -> str:
-        rows = self.parts[number]
-        facts = rows.index.facts
+        index = self.parts[number].index
+        facts = index.facts
         return (
             f"{self.name}: {part.prefix} {part.start:g}:{part.end:g}, {facts['documents']:,} documents, {facts['tokens']:,} tokens, "
-            f"{rows.index.fill_rate:.2%} of its rows filled, gives {int((self._source == number).sum()):,} rows"
+            f"{index.fill_rate:.2%} filled, {int((self._source == number).sum()):,} sequences used"
         )
 
     def overlong(self) -> list[str]:
-        """A line for each data set with documents that are longer than a row: how many, and what became of them."""
+        """One line per dataset with documents longer than a sequence: how many there are, and how
+        many were left out or cut."""
         lines = []
         for part in self.parts:
             facts, policy = part.index.facts, part.packing.overlong
@@ -112,7 +131,7 @@ class PackedDataset:
 
 @dataclass
 class Datasets:
-    """What a run reads. `notices` are lines for the log that a user should see."""
+    """The datasets of a run; `notices` are warnings for the log."""
 
     train: PackedDataset | None = None
     valid: dict[str, PackedDataset] = field(default_factory=dict)
@@ -121,32 +140,34 @@ class Datasets:
 
 
 def sequences_per_epoch(config: Config, split: str = "train") -> int:
-    """Rows that all data sets of `split` have once: for training the length of an epoch, for "valid" and "test" of all groups.
+    """Packed sequences in one pass over all datasets of `split`, over all its groups.
 
-    In greedy order an epoch's unfinished last row belongs to the next epoch. Builds the index where it is not there yet.
+    In greedy order an epoch's incomplete last sequence belongs to the next epoch. Builds missing
+    indices.
     """
     return sum(
-        _epoch_rows(load_index(*_documents_and_packing(part, config, split), config.data.cache_path))
+        _epoch_length(load_index(*_documents_and_packing(part, config, split), config.data.cache_path))
         for group in groups_of(config, split)
         for part in group.parts
     )
 
 
 def training_fill_rate(config: Config) -> float:
-    """Share of the training rows' places that hold a token, over the data sets by their weights; a set too small for one row counts as full."""
+    """Fraction of token positions in training sequences that hold a token, averaged over datasets
+    by weight; a dataset smaller than one sequence counts as full."""
     parts = [part for group in groups_of(config, "train") for part in group.parts]
     indices = [load_index(*_documents_and_packing(part, config, "train"), config.data.cache_path) for part in parts]
     return float(np.average([index.fill_rate or 1.0 for index in indices], weights=[part.weight for part in parts]))
 
 
-def build_datasets(
-    config: Config, *, train_samples: int | None, pad: int, vocab_size: int | None = None
-) -> Datasets:
-    """The data sets that the flags ask for, their indices built where they are missing (by one process; the others wait).
+def build_datasets(config: Config, *, train_samples: int | None, pad: int, vocab_size: int | None = None) -> Datasets:
+    """The datasets that flags ask for.
 
-    `train_samples` rows of training data, over as many epochs as that needs; None: no training data. Validation and test groups hold the rows of their ranges once,
-    blended by weight as far as each part reaches. `pad` fills the ends of rows. With `vocab_size`, token ids of every
-    data set are compared with it. Raises UserError.
+    Missing packing indices are built, by one process while the others wait. Training data has
+    `train_samples` sequences, over as many epochs as needed; None: no training data. Validation and
+    test groups have the sequences of their ranges once, blended by weight until each part is used
+    up. `pad` fills the ends of sequences. With `vocab_size`, token ids of every dataset are
+    compared with it. Raises UserError.
     """
     datasets = Datasets()
     for group in groups_of(config, "train") if train_samples is not None else []:
@@ -168,7 +189,7 @@ def build_datasets(
 def _build(
     group: Group, config: Config, split: str, pad: int, vocab_size: int | None, samples: int | None = None
 ) -> PackedDataset:
-    """A group's data set: `samples` rows, or the rows of its range once when None."""
+    """A group's dataset: `samples` sequences, or those of its range once if None."""
     weights = np.array([part.weight for part in group.parts])
     opened = [_documents_and_packing(part, config, split) for part in group.parts]
     if vocab_size is not None:
@@ -177,23 +198,24 @@ def _build(
     once = [load_index(documents, packing, config.data.cache_path) for documents, packing in opened]
     if samples is None:
         limits = np.array([len(index) for index in once])
-        source, row = _packing.blend(weights, limits, int(limits.sum()))
+        source, sequence = _packing.blend(weights, limits, int(limits.sum()))
         indices = once
     else:
-        source, row = _packing.blend(weights, np.full(len(weights), -1), samples)
+        source, sequence = _packing.blend(weights, np.full(len(weights), -1), samples)
         needed = np.bincount(source, minlength=len(weights))
         indices = [
-            load_index_covering(documents, packing, int(rows), config.data.cache_path)
-            for (documents, packing), rows in zip(opened, needed, strict=True)
+            load_index_covering(documents, packing, int(count), config.data.cache_path)
+            for (documents, packing), count in zip(opened, needed, strict=True)
         ]
     parts = [
-        PackedDocuments(documents, packing, index, pad) for (documents, packing), index in zip(opened, indices, strict=True)
+        PackedDocuments(documents, packing, index, pad)
+        for (documents, packing), index in zip(opened, indices, strict=True)
     ]
-    return PackedDataset(group, parts, source, row, sum(_epoch_rows(index) for index in once))
+    return PackedDataset(group, parts, source, sequence, sum(_epoch_length(index) for index in once))
 
 
-def _epoch_rows(index: PackedIndex) -> int:
-    return max(1, len(index))  # a greedy epoch that does not fill one row still counts as one
+def _epoch_length(index: PackedIndex) -> int:
+    return max(1, len(index))  # an epoch counts as one even if it does not fill a sequence
 
 
 def _documents_and_packing(part: Part, config: Config, split: str) -> tuple[TokenizedDocuments, Packing]:
@@ -221,19 +243,20 @@ def _documents_and_packing(part: Part, config: Config, split: str) -> tuple[Toke
 
 
 def check_vocabulary(documents: TokenizedDocuments, vocab_size: int) -> None:
-    """UserError where a probed document has a token id of `vocab_size` or above: it was made with another tokenizer."""
+    """Raise UserError if a probed document has a token id of `vocab_size` or more: the data was
+    made with another tokenizer."""
     for reader in (documents.inputs, documents.targets):
         for i in range(0, len(reader), max(1, len(reader) // PROBED_DOCUMENTS)):
             sequence = reader[i]
             if len(sequence) and sequence.max() >= vocab_size:
                 raise UserError(
                     f"{reader.path}: document {i} has token id {sequence.max()}, the tokenizer has {vocab_size} entries; "
-                    "give the --tokenizer-file the data were made with"
+                    "give the --tokenizer-file that the data was made with"
                 )
 
 
 def _overlaps(train: PackedDataset, others: list[PackedDataset]) -> list[str]:
-    """A line for each data set of a validation or test group whose documents are trained on as well."""
+    """One line per dataset of a validation or test group that shares documents with training."""
     notices = []
     for dataset in others:
         for part in dataset.parts:
@@ -242,6 +265,6 @@ def _overlaps(train: PackedDataset, others: list[PackedDataset]) -> list[str]:
                 shared = min(ours.stop, theirs.stop) - max(ours.start, theirs.start)
                 if shared > 0 and Path(part.documents.prefix).resolve() == Path(trained.documents.prefix).resolve():
                     notices.append(
-                        f"{dataset.name}: {shared:,} documents of {part.documents.prefix} are trained on as well"
+                        f"{dataset.name}: {shared:,} documents of {part.documents.prefix} are in the training data, too"
                     )
     return notices

@@ -1,4 +1,4 @@
-"""What training and validation read: ranges, blends, over-long documents, resumable numbering, mistakes in flags and files."""
+"""Datasets of packed sequences: ranges, blends, documents that are too long, numbering, errors."""
 
 import tempfile
 from collections import Counter
@@ -18,15 +18,15 @@ PAD = 9999
 
 
 def documents_read(dataset) -> Counter:
-    """How often each document is read, by the token that names it, as (token, input places, target places)."""
+    """How often each document is read, as (its token, input tokens, target tokens)."""
     seen = Counter()
     for i in range(len(dataset)):
         sample = dataset[i]
         for segment in range(1, sample.segment_ids.max() + 1):
-            places = sample.segment_ids == segment
-            (token,) = set(sample.tokens[places].tolist())
-            inputs = int(sample.is_inputs[places].sum())
-            seen[token, inputs, int(places.sum()) - inputs] += 1
+            positions = sample.segment_ids == segment
+            (token,) = set(sample.tokens[positions].tolist())
+            inputs = int(sample.is_inputs[positions].sum())
+            seen[token, inputs, int(positions.sum()) - inputs] += 1
         padding = sample.segment_ids == 0
         assert (sample.tokens[padding] == PAD).all() and not sample.is_inputs[padding].any()
     return seen
@@ -34,14 +34,16 @@ def documents_read(dataset) -> Counter:
 
 @settings(deadline=None, max_examples=40)
 @given(
-    count=st.integers(2, 90), share=st.floats(0.01, 0.9), order=st.sampled_from(["best-fit", "greedy"]), seed=st.integers(0, 99)
+    count=st.integers(2, 90), fraction=st.floats(0.01, 0.9), order=st.sampled_from(["best-fit", "greedy"]), seed=st.integers(0, 99)
 )  # fmt: skip
-def test_validation_shares_no_document_with_training(count, share, order, seed):
+def test_validation_shares_no_document_with_training(count, fraction, order, seed):
     lengths = [tuple(pair) for pair in np.random.default_rng(seed).integers(1, 9, (count, 2)).tolist()]
     with tempfile.TemporaryDirectory() as folder:
         prefix = write_documents(Path(folder) / "set", numbered_documents(lengths))
-        config = training_flags("--data-prefix", prefix, "--validation-fraction", share, "--packing", order, "--seed", seed)
-        boundary = round((1 - share) * count)
+        config = training_flags(
+            "--data-prefix", prefix, "--validation-fraction", fraction, "--packing", order, "--seed", seed
+        )
+        boundary = round((1 - fraction) * count)
         if boundary in (0, count):
             with pytest.raises(UserError, match="is empty; raise --validation-fraction or set it to 0"):
                 build_datasets(config, train_samples=1, pad=PAD)
@@ -50,13 +52,14 @@ def test_validation_shares_no_document_with_training(count, share, order, seed):
         trained, validated = documents_read(datasets.train), documents_read(datasets.valid["valid"])
     everything = [(i, a, b) for i, (a, b) in enumerate(lengths)]
     assert set(trained) == set(everything[:boundary])
-    assert validated == Counter(everything[boundary:])  # the whole range, once
+    assert validated == Counter(everything[boundary:])  # the entire range once
     assert datasets.notices == []
 
 
 @pytest.mark.parametrize("order", ["best-fit", "greedy"])
 def test_golden_training_batches(golden, tmp_path, order):
-    """Greedy gives the micro-batches the branch trained on; best-fit gives the same documents in another order."""
+    """Greedy gives the micro-batches that the mtf branch trained on; best-fit the same documents in
+    another order."""
     split = f"train: 1.0 0:0.95 {golden}/train/data/short"
     config = training_flags(
         "--train-weighted-split-paths", split, "--packing", order, "--data-cache-path", tmp_path, seq_length=256
@@ -74,7 +77,7 @@ def test_golden_training_batches(golden, tmp_path, order):
             np.testing.assert_array_equal(getattr(batch, field).numpy().reshape(theirs.shape), theirs)
 
 
-def test_overlong_documents_are_dropped_or_cut_from_the_left_of_the_input(tmp_path):
+def test_documents_that_are_too_long_are_dropped_or_cut_at_the_start_of_the_input(tmp_path):
     documents = [
         ([1, 2, 3, 4, 5], [6, 7]),
         (list(range(100, 140)), list(range(200, 210))),
@@ -90,12 +93,12 @@ def test_overlong_documents_are_dropped_or_cut_from_the_left_of_the_input(tmp_pa
     datasets = build_datasets(cut_flags, train_samples=2, pad=PAD)
     assert datasets.notices == [f"{summary} 1 left out, 1 cut, 59.18% of the tokens (--overlong truncate)"]
     cut = datasets.train
-    (row,) = [cut[i] for i in range(2) if cut.provenance(i)["documents"] == [1]]
-    assert row.tokens.tolist() == list(range(117, 140)) + list(range(200, 210))
-    assert row.is_inputs.tolist() == [True] * 23 + [False] * 10
+    (sample,) = [cut[i] for i in range(2) if cut.provenance(i)["documents"] == [1]]
+    assert sample.tokens.tolist() == list(range(117, 140)) + list(range(200, 210))
+    assert sample.is_inputs.tolist() == [True] * 23 + [False] * 10
 
 
-def test_blend_follows_weights_and_validation_groups_are_read_once(tmp_path):
+def test_blend_follows_weights_and_validation_reads_groups_once(tmp_path):
     first = write_documents(tmp_path / "a", numbered_documents([(5, 5)] * 60))
     second = write_documents(tmp_path / "b", numbered_documents([(8, 8)] * 40, first=1000), np.int32)
     split_file = tmp_path / "valid.txt"
@@ -110,21 +113,21 @@ def test_blend_follows_weights_and_validation_groups_are_read_once(tmp_path):
     train = datasets.train
     assert len(train) == 400
     sources = [train.provenance(i)["prefix"] for i in range(400)]
-    for shown in (4, 40, 400):  # the shares hold from the start
+    for shown in (4, 40, 400):  # weights apply from the start
         assert sources[:shown].count(first) == 0.75 * shown
-    rows_of_first = [tuple(train.provenance(i)["documents"]) for i in range(400) if sources[i] == first]
-    assert set(sum(rows_of_first, ())) == set(range(30))
+    documents_of_first = [tuple(train.provenance(i)["documents"]) for i in range(400) if sources[i] == first]
+    assert set(sum(documents_of_first, ())) == set(range(30))
     assert train.sequences_per_epoch == sequences_per_epoch(config) == 10 + 10
     assert list(datasets.valid) == ["both", "second", "all"] and list(datasets.test) == ["later"]
     both = documents_read(datasets.valid["both"])
     assert both == Counter([(i, 5, 5) for i in range(30, 60)] + [(1000 + i, 8, 8) for i in range(20, 40)])
     assert datasets.notices == [
-        f"all: 30 documents of {first} are trained on as well", f"later: 4 documents of {second} are trained on as well"
+        f"all: 30 documents of {first} are in the training data, too", f"later: 4 documents of {second} are in the training data, too"
     ]  # fmt: skip
 
 
 @pytest.mark.parametrize("order", ["best-fit", "greedy"])
-def test_a_longer_run_sees_the_same_rows_first(tmp_path, order):
+def test_longer_run_begins_with_the_same_sequences(tmp_path, order):
     lengths = np.random.default_rng(1).integers(1, 12, (50, 2)).tolist()
     prefix = write_documents(tmp_path / "set", numbered_documents(lengths))
     config = training_flags("--data-prefix", prefix, "--validation-fraction", "0", "--packing", order)
@@ -136,7 +139,7 @@ def test_a_longer_run_sees_the_same_rows_first(tmp_path, order):
             np.testing.assert_array_equal(ours, theirs)
 
 
-def test_less_than_a_row_of_data_still_trains(tmp_path):
+def test_less_than_a_sequence_of_data_is_repeated(tmp_path):
     prefix = write_documents(tmp_path / "set", numbered_documents([(3, 4)]))
     for order in ("best-fit", "greedy"):
         config = training_flags("--data-prefix", prefix, "--validation-fraction", "0", "--packing", order)
@@ -144,7 +147,7 @@ def test_less_than_a_row_of_data_still_trains(tmp_path):
         assert len(build_datasets(config, train_samples=7, pad=PAD).train) == 7
 
 
-def test_mistakes_in_the_data_end_in_one_line(tmp_path):
+def test_errors_in_the_data_are_one_line(tmp_path):
     good = write_documents(tmp_path / "good", numbered_documents([(3, 4)] * 9))
     uneven = write_documents(tmp_path / "uneven", numbered_documents([(3, 4)] * 9))
     for suffix in ("bin", "idx"):
@@ -172,6 +175,6 @@ def test_mistakes_in_the_data_end_in_one_line(tmp_path):
     (["--seed", "-1"], "--seed -1: must be at least 0"),
     (["--seq-length", "0"], "--seq-length 0: must be at least 1"),
 ])  # fmt: skip
-def test_flags_no_packing_can_follow_are_refused(flags, message):
+def test_impossible_packing_flags_are_refused(flags, message):
     with pytest.raises(UserError, match=message):
         training_flags("--data-prefix", "x", *flags)

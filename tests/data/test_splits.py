@@ -1,4 +1,4 @@
-"""Megatron's split files: what they may look like, and that a mistake is named with its place."""
+"""Megatron's split files: their syntax, and errors that name line and column."""
 
 import pytest
 from token_files import training_flags
@@ -19,7 +19,7 @@ def simple(groups: list[Group]) -> list:
     ('"a: 1 0:.5 x" "b:2 0.5:1 y,1 0:1 z"\n# later\n\n  c: 1 0:1 x\r\n',
      [("a", [(1.0, 0.0, 0.5, "x")]), ("b", [(2.0, 0.5, 1.0, "y"), (1.0, 0.0, 1.0, "z")]), ("c", [(1.0, 0.0, 1.0, "x")])]),
 ])  # fmt: skip
-def test_split_files(tmp_path, text, groups):
+def test_split_files_are_parsed(tmp_path, text, groups):
     path = tmp_path / "split.txt"
     path.write_bytes(text.encode())
     assert simple(read_split_file(path)) == groups
@@ -29,7 +29,7 @@ def test_split_files(tmp_path, text, groups):
     ("train 1.0 0:0.95 /data/x", 1, "no group name"),
     ("1.0 0.95 x", 1, "no group name"),
     ("train: 1.0 0:0.95", 12, "'1.0 0:0.95' has 2 words"),
-    ("train: 1.0 0:0.95 x y z", 21, "'1.0 0:0.95 x y z' has 5 words; expected WEIGHT START:END PREFIX (a prefix cannot hold spaces"),
+    ("train: 1.0 0:0.95 x y z", 21, "'1.0 0:0.95 x y z' has 5 words; expected WEIGHT START:END PREFIX (a prefix cannot contain spaces"),
     ("train: 1.0 0:0.95 x, ", 21, "nothing between the commas"),
     ("train:", 7, "nothing between the commas"),
     ("train: one 0:1 x", 8, "weight 'one' is not a number above 0"),
@@ -39,47 +39,57 @@ def test_split_files(tmp_path, text, groups):
     ("train: 1 0.5:0.5 x", 10, "range '0.5:0.5'"),
     ("train: 1 0-1 x", 10, "range '0-1'"),
     ("train: 1 0:0.5:1 x", 10, "range '0:0.5:1'"),
-    ('"train: 1 0:1 x', 1, "this quote is never closed"),
-    ('"train: 1 0:1 x" valid: 1 0:1 y', 18, "'valid: 1 0:1 y' stands outside the quotes"),
+    ('"train: 1 0:1 x', 1, "this quote is not closed"),
+    ('"train: 1 0:1 x" valid: 1 0:1 y', 18, "'valid: 1 0:1 y' is outside the quotes"),
     ('"a: 1 0:1 x" "b: 2 0:1"', 20, "'2 0:1' has 2 words"),
 ])  # fmt: skip
-def test_a_mistake_is_named_with_its_column(line, column, message):
+def test_errors_name_the_column(line, column, message):
     with pytest.raises(UserError) as error:
         parse_line(line, "split.txt, line 7")
     assert str(error.value).startswith(f"split.txt, line 7, column {column}: ")
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
-def test_a_mistake_in_a_file_is_named_with_its_line(tmp_path):
+def test_errors_name_the_line_of_the_file(tmp_path):
     path = tmp_path / "split.txt"
     path.write_text("a: 1 0:1 x\n\n  b: 1 0:2 y\n")
     with pytest.raises(UserError, match="split.txt, line 3, column 8: range '0:2'"):
         read_split_file(path)
-    path.write_text("\n# nothing\n")
-    with pytest.raises(UserError, match="no group in it"):
-        read_split_file(path)
-    path.write_bytes(b"\xff\xfe")
-    with pytest.raises(UserError, match="cannot be read as a split file"):
+
+
+@pytest.mark.parametrize("content, message", [
+    (b"\n# nothing\n", "no groups"),
+    (b"\xff\xfe", "cannot be read as a split file"),
+])  # fmt: skip
+def test_files_without_groups_are_refused(tmp_path, content, message):
+    path = tmp_path / "split.txt"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=message):
         read_split_file(path)
 
 
-def test_groups_by_flags(tmp_path):
+def test_data_prefix_is_divided_into_training_and_validation():
     config = training_flags("--data-prefix", "x", "--validation-fraction", "0.25")
     assert groups_of(config, "train") == [Group("train", (Part(1.0, 0, 0.75, "x", "--data-prefix"),))]
     assert groups_of(config, "valid") == [Group("valid", (Part(1.0, 0.75, 1, "x", "--data-prefix"),))]
     assert groups_of(config, "test") == []
     assert groups_of(training_flags("--data-prefix", "x", "--validation-fraction", "0"), "valid") == []
-    valid = ("--data-prefix", "x", "--valid-weighted-split-paths", "own: 1 0:1 y")
-    for share, end in (((), 1), (("--validation-fraction", "0.1"), 0.9)):
-        config = training_flags(*valid, *share)
-        assert simple(groups_of(config, "train")) == [("train", [(1.0, 0, end, "x")])]
-        assert simple(groups_of(config, "valid")) == [("own", [(1.0, 0.0, 1.0, "y")])]
-        assert [n for n in config.notices if "training takes all of --data-prefix" in n] == config.notices[: end == 1]
+
+
+@pytest.mark.parametrize("fraction, end", [((), 1), (("--validation-fraction", "0.1"), 0.9)])
+def test_validation_groups_leave_all_of_data_prefix_to_training_by_default(fraction, end):
+    config = training_flags("--data-prefix", "x", "--valid-weighted-split-paths", "own: 1 0:1 y", *fraction)
+    assert simple(groups_of(config, "train")) == [("train", [(1.0, 0, end, "x")])]
+    assert simple(groups_of(config, "valid")) == [("own", [(1.0, 0.0, 1.0, "y")])]
+    assert [n for n in config.notices if "training takes all of --data-prefix" in n] == config.notices[: end == 1]
+
+
+def test_training_takes_one_group_and_names_differ():
     config = training_flags(
         "--train-weighted-split-paths", "a: 1 0:1 x", "b: 1 0:1 y",
         "--valid-weighted-split-paths", "a: 1 0:1 x", "a: 1 0:1 y",
     )  # fmt: skip
     with pytest.raises(UserError, match=r"training takes one group, found 2 \(a, b\)"):
         groups_of(config, "train")
-    with pytest.raises(UserError, match="two valid groups are called 'a'"):
+    with pytest.raises(UserError, match="two valid groups are named 'a'"):
         groups_of(config, "valid")

@@ -1,9 +1,10 @@
 """Rewrite a Megatron checkpoint for another tensor x pipeline parallel layout, in its own format.
 
-    python convert/reshard.py --load runs/first --save runs/first-tp2 --tensor-parallel 2 --pipeline-parallel 1
+    python convert/reshard.py --load runs/first --save runs/first-tp2 --tensor-parallel 2
 
-torch_dist: optimizer state comes along, and training resumes from the result (the trainer here also resumes any layout from the
-original). legacy (the mtf branch's): weights alone, written as `release`, since its optimizer state is tied to its layout.
+torch_dist: the optimizer state is included, and training resumes from the result (our trainer also
+resumes from the original at any layout). legacy (the mtf branch's): only the weights are written,
+as `release`, since its optimizer state is tied to its layout.
 """
 
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # not this folder: its files would hide others'
 
+import argparse
 import shutil
 
 from megatron_ft.config.parser import Help, Parser
@@ -19,7 +21,7 @@ from megatron_ft.files.checksum import describe_file
 from megatron_ft.model.shape import padded_vocab_size
 from megatron_ft.progress import Progress
 from megatron_ft.tokenizer import files as tokenizer_files
-from megatron_ft.weights.directory import TRACKER
+from megatron_ft.weights.directory import TRACKER, iteration_directory
 from megatron_ft.weights.legacy_writer import legacy_bytes, write_legacy
 from megatron_ft.weights.manifest import NAME, read_manifest
 from megatron_ft.weights.open import open_weights
@@ -32,22 +34,23 @@ from megatron_ft.weights.vocabulary import check_vocabulary
 
 
 def main() -> None:
+    """Parse the flags, open the checkpoint, rewrite it in its format."""
     parser = Parser(description=__doc__, formatter_class=Help, allow_abbrev=False)
     add = parser.add_argument
     add("--load", required=True, metavar="DIR", help="checkpoint: a run's directory, or one iteration's")
     add(
         "--iteration",
         default="latest",
-        help="a number, 'best' (lowest validation loss), 'release', or 'latest' as the tracker file says",
+        help="a number, 'best' (lowest validation loss), 'release', or 'latest' (the tracker file's)",
     )
     add("--save", required=True, metavar="OUT", help="new checkpoint directory")
-    add("--tensor-parallel", type=int, required=True, metavar="T", help="tensor parallel ranks")
+    add("--tensor-parallel", type=int, required=True, metavar="T", help="tensor-parallel ranks")
     add("--pipeline-parallel", type=int, default=1, metavar="P", help="pipeline stages")
     add("--make-vocab-size-divisible-by", type=int, default=128, metavar="N", help="pad to a multiple of this times T")
-    add("--vocab-size", type=int, metavar="V", help="rows that are not padding; as the checkpoint says when not given")
+    add("--vocab-size", type=int, metavar="V", help="rows that are not padding (default: the checkpoint's)")
     add(
         "--data-parallel", type=int, default=0, metavar="D",
-        help="with legacy: data-parallel ranks that will run the branch with --use-distributed-optimizer, whose empty optim.pt it wants to find",
+        help="legacy: data-parallel ranks of the mtf branch with --use-distributed-optimizer, which needs an empty optim.pt for each",
     )  # fmt: skip
     add("--overwrite", action="store_true", help="replace --save when it is not empty")
     args = parser.parse_args()
@@ -63,46 +66,43 @@ def main() -> None:
     else:
         total = reshard_legacy(source, rows, args)
     print(
-        f"{args.save}: {source.kind}, TP{args.tensor_parallel} PP{args.pipeline_parallel}, {total / 1e9:.2f} GB, {rows} embedding rows"
+        f"{args.save}: {source.kind}, TP{args.tensor_parallel} PP{args.pipeline_parallel}, "
+        f"{total / 1e9:.2f} GB, {rows} embedding rows"
     )
     print(f"check it: python convert/verify.py {args.load} {args.save}")
 
 
-def vocabulary_rows(source: WeightSource, args) -> int:
-    """Embedding rows in the new layout: the vocabulary where it is known, else all stored rows, padded anew."""
+def vocabulary_rows(source: WeightSource, args: argparse.Namespace) -> int:
+    """Embedding rows in the new layout: the vocabulary where known, else all rows, padded again."""
     vocab = source.vocab_size or source.shape.vocab_size
     if args.vocab_size is not None:
         vocab = args.vocab_size
         if vocab < 1:
-            raise UserError(f"--vocab-size {vocab}: must be at least 1; leave it out to keep the checkpoint's")
+            raise UserError(f"--vocab-size {vocab}: must be at least 1; omit it to keep the checkpoint's")
         if warning := check_vocabulary(source, vocab, f"--vocab-size {vocab}"):
             print(warning)
     return padded_vocab_size(vocab, args.make_vocab_size_divisible_by, args.tensor_parallel)
 
 
-def reshard_torch_dist(source: TorchDistSource, rows: int, args) -> int:
-    """Weights, optimizer state and manifest, under the same iteration. Returns bytes of tensors."""
+def reshard_torch_dist(source: TorchDistSource, rows: int, args: argparse.Namespace) -> int:
+    """Write weights, optimizer state and manifest under the same iteration; bytes of tensors."""
+    tensor_parallel, pipeline_parallel = args.tensor_parallel, args.pipeline_parallel
     total = resharded_bytes(source.files, rows)
     with (
         new_directory(Path(args.save), needed=total, sources=[args.load], overwrite=args.overwrite) as directory,
         Progress("resharding", total, "B") as progress,
     ):
-        name = f"iter_{source.iteration:07d}" if isinstance(source.iteration, int) else "release"
-        place = directory / name
+        place, tracked = directory / "release", "release"
+        if isinstance(source.iteration, int):
+            place, tracked = iteration_directory(directory, source.iteration), str(source.iteration)
         place.mkdir()
         write_resharded(
-            source.files, place, tensor_parallel=args.tensor_parallel, pipeline_parallel=args.pipeline_parallel,
+            source.files, place, tensor_parallel=tensor_parallel, pipeline_parallel=pipeline_parallel,
             padded_vocab=rows, advance=progress.update,
         )  # fmt: skip
         if (source.path / NAME).is_file():
             manifest = read_manifest(source.path)
-            # No run has 0 data-parallel ranks: the random states were left out, so a resume must not look for its own.
-            manifest.layout = {
-                "tensor": args.tensor_parallel,
-                "pipeline": args.pipeline_parallel,
-                "context": 1,
-                "data": 0,
-            }
+            manifest.layout = {"tensor": tensor_parallel, "pipeline": pipeline_parallel, "context": 1, "data": 1}
             manifest.files = {path.name: describe_file(path) for path in sorted(place.iterdir())}
             manifest.write(place)
             given = manifest.args.get("tokenizer_file")
@@ -110,22 +110,22 @@ def reshard_torch_dist(source: TorchDistSource, rows: int, args) -> int:
                 tokenizer_files.keep(kept, directory)
         else:
             shutil.copyfile(source.path / "common.pt", place / "common.pt")
-        (directory / TRACKER).write_text(str(source.iteration) if isinstance(source.iteration, int) else "release")
+        (directory / TRACKER).write_text(tracked)
     return total
 
 
-def reshard_legacy(source: WeightSource, rows: int, args) -> int:
-    """Weights alone, as `release`. Returns their bytes."""
-    tp, pp = args.tensor_parallel, args.pipeline_parallel
+def reshard_legacy(source: WeightSource, rows: int, args: argparse.Namespace) -> int:
+    """Write only the weights, as `release`; their bytes."""
     dtype = dtype_to_write(source, "keep")
-    total = legacy_bytes(source, dtype, tp, pp, rows)
+    layout = {"tensor_parallel": args.tensor_parallel, "pipeline_parallel": args.pipeline_parallel}
+    total = legacy_bytes(source, dtype, padded_vocab=rows, **layout)
     with (
         new_directory(Path(args.save), needed=total, sources=[args.load], overwrite=args.overwrite) as directory,
         Progress("resharding", total, "B") as progress,
     ):
         write_legacy(
-            source, directory, dtype=dtype, tp=tp, pp=pp, padded_vocab=rows,
-            divisible_by=args.make_vocab_size_divisible_by, optim_ranks=args.data_parallel, advance=progress.update,
+            source, directory, dtype=dtype, padded_vocab=rows, divisible_by=args.make_vocab_size_divisible_by,
+            optim_ranks=args.data_parallel, advance=progress.update, **layout,
         )  # fmt: skip
     return total
 

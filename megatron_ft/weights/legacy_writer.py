@@ -1,19 +1,24 @@
-"""Write a checkpoint of Megatron before Core, as BigCode's mtf branch loads it, from any source, streaming.
+"""Write a checkpoint of Megatron before Core, as BigCode's mtf branch loads it, from any source.
 
-DIR/latest_checkpointed_iteration.txt    "release": weights alone, training starts at iteration 0
-DIR/release/mp_rank_TT[_PPP]/model_optim_rng.pt
-                             model_rng.pt -> model_optim_rng.pt    the name that --use-distributed-optimizer looks for
-DIR/release/mp_rank_TT[_PPP]_DDD/optim.pt                          empty; the branch opens it before it finds out
+    DIR/latest_checkpointed_iteration.txt    "release": weights only, training starts at iteration 0
+    DIR/release/mp_rank_TT[_PPP]/model_optim_rng.pt
+                                 model_rng.pt -> model_optim_rng.pt
+    DIR/release/mp_rank_TT[_PPP]_DDD/optim.pt
+
+The last two are for --use-distributed-optimizer, which looks for the weights under the name
+model_rng.pt and opens optim.pt (here empty) before it knows that there is no optimizer state.
+Tensors are streamed: a block of rows is in memory at a time.
 """
 
 import argparse
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
-from megatron_ft.model.boxes import part, shard
+from megatron_ft.model.boxes import Box, part, shard
 from megatron_ft.model.shape import ModelShape
 from megatron_ft.model.tensor_names import LAYER, WHOLE, Weight, hf_shape
 from megatron_ft.weights.directory import TRACKER
@@ -23,7 +28,13 @@ from megatron_ft.weights.tensor_blocks import box_blocks, nbytes
 
 
 def legacy_args(
-    shape: ModelShape, dtype: torch.dtype, tp: int, pp: int, padded_vocab: int, divisible_by: int
+    shape: ModelShape,
+    dtype: torch.dtype,
+    *,
+    tensor_parallel: int,
+    pipeline_parallel: int,
+    padded_vocab: int,
+    divisible_by: int,
 ) -> argparse.Namespace:
     """Arguments that the branch reads from a checkpoint, or compares with its own on loading."""
     return argparse.Namespace(
@@ -43,8 +54,8 @@ def legacy_args(
         make_vocab_size_divisible_by=divisible_by,
         padded_vocab_size=padded_vocab,
         tokenizer_type="TokenizerFromFile",
-        tensor_model_parallel_size=tp,
-        pipeline_model_parallel_size=pp,
+        tensor_model_parallel_size=tensor_parallel,
+        pipeline_model_parallel_size=pipeline_parallel,
         data_parallel_random_init=False,
         bias_gelu_fusion=True,
         apply_residual_connection_post_layernorm=False,
@@ -58,13 +69,15 @@ def legacy_args(
     )
 
 
-def legacy_bytes(source: WeightSource, dtype: torch.dtype, tp: int, pp: int, padded_vocab: int) -> int:
-    """Bytes of weights that `write_legacy` will write, replicas counted as often as they are stored."""
+def legacy_bytes(
+    source: WeightSource, dtype: torch.dtype, *, tensor_parallel: int, pipeline_parallel: int, padded_vocab: int
+) -> int:
+    """Bytes of weights that `write_legacy` will write, replicas counted each time."""
     return sum(
         nbytes(dtype, tensor.shape)
-        for stage in range(pp)
-        for rank in range(tp)
-        for tensor in _flat(_model(source, dtype, rank, tp, stage, pp, padded_vocab))
+        for stage in range(pipeline_parallel)
+        for rank in range(tensor_parallel)
+        for tensor in _flat(_model(_Rank(source, dtype, rank, tensor_parallel, stage, pipeline_parallel, padded_vocab)))
     )
 
 
@@ -73,80 +86,102 @@ def write_legacy(
     directory: Path,
     *,
     dtype: torch.dtype,
-    tp: int,
-    pp: int,
+    tensor_parallel: int,
+    pipeline_parallel: int,
     padded_vocab: int,
     divisible_by: int,
     optim_ranks: int = 0,
     advance: Callable[[int], None] = lambda count: None,
 ) -> None:
-    """Write `directory` (which exists, empty). `optim_ranks` data-parallel ranks find the empty optim.pt that
-    the branch wants with --use-distributed-optimizer. Layouts must divide the shape (`ModelShape.check_layout`)."""
-    args = legacy_args(source.shape, dtype, tp, pp, padded_vocab, divisible_by)
-    for stage in range(pp):
-        for rank in range(tp):
-            name = f"mp_rank_{rank:02d}" + (f"_{stage:03d}" if pp > 1 else "")
+    """Write `directory` (which exists, empty) in `dtype`, with `padded_vocab` embedding rows.
+
+    The layout must divide the shape (`ModelShape.check_layout`). `divisible_by` is recorded as
+    make_vocab_size_divisible_by. `optim_ranks` is the number of data-parallel ranks that need an
+    empty optim.pt. `advance(n)` is called after each block of n bytes. Raises UserError for a value
+    that does not fit in `dtype`, and for a source that is damaged.
+    """
+    args = legacy_args(
+        source.shape, dtype, tensor_parallel=tensor_parallel, pipeline_parallel=pipeline_parallel,
+        padded_vocab=padded_vocab, divisible_by=divisible_by,
+    )  # fmt: skip
+    for stage in range(pipeline_parallel):
+        for rank in range(tensor_parallel):
+            name = f"mp_rank_{rank:02d}" + (f"_{stage:03d}" if pipeline_parallel > 1 else "")
             place = directory / "release" / name
             place.mkdir(parents=True)
-            model = _model(source, dtype, rank, tp, stage, pp, padded_vocab)
+            model = _model(_Rank(source, dtype, rank, tensor_parallel, stage, pipeline_parallel, padded_vocab))
             with (place / "model_optim_rng.pt").open("wb") as file:
                 write_pt(file, {"args": args, "checkpoint_version": 3.0, "iteration": 0, "model": model}, advance)
             (place / "model_rng.pt").symlink_to("model_optim_rng.pt")
             for data_rank in range(optim_ranks):
-                beside = directory / "release" / f"{name}_{data_rank:03d}"
-                beside.mkdir()
-                torch.save({}, beside / "optim.pt")
+                optimizer = directory / "release" / f"{name}_{data_rank:03d}"
+                optimizer.mkdir()
+                torch.save({}, optimizer / "optim.pt")
     (directory / TRACKER).write_text("release")
 
 
-def _model(
-    source: WeightSource, dtype: torch.dtype, rank: int, tp: int, stage: int, pp: int, padded_vocab: int
-) -> dict:
-    """The tree of tensors of one rank: embeddings on the first stage, the final norm and the tied copy on the last."""
-    lazy = partial(_shard, source, dtype, rank, tp, padded_vocab)
+class _Rank(NamedTuple):
+    """One rank of the layout, and what its tensors are made from."""
+
+    source: WeightSource
+    dtype: torch.dtype
+    rank: int
+    tensor_parallel: int
+    stage: int
+    pipeline_parallel: int
+    padded_vocab: int
+
+    def shard(self, weight: Weight, hf_prefix: str = "") -> LazyTensor:
+        """This rank's part of a tensor."""
+        name = hf_prefix + weight.hf
+        shape = hf_shape(self.source.shape.with_vocab(self.padded_vocab), name)
+        return self._lazy(name, shard(shape, weight, self.rank, self.tensor_parallel))
+
+    def rows(self, name: str, first: int, count: int) -> LazyTensor:
+        """Some rows of a tensor."""
+        return self._lazy(name, part(hf_shape(self.source.shape, name), 0, first, count))
+
+    def _lazy(self, name: str, box: Box) -> LazyTensor:
+        return LazyTensor(self.dtype, box.sizes, partial(box_blocks, self.source, name, self.dtype, box))
+
+
+def _model(one: _Rank) -> dict:
+    """The tree of tensors of one rank.
+
+    The first stage has the embeddings, the last the final norm and the tied copy of the word
+    embeddings. Multi-query attention stores a rank's queries, and the keys and values that are the
+    same on all ranks, as two tensors.
+    """
+    shape = one.source.shape
     word_embeddings, positions, norm_weight, norm_bias = WHOLE
     language_model: dict = {}
-    if stage == 0:
+    if one.stage == 0:
         language_model["embedding"] = {
-            "word_embeddings": {"weight": lazy(word_embeddings, "")},
-            "position_embeddings": {"weight": lazy(positions, "")},
+            "word_embeddings": {"weight": one.shard(word_embeddings)},
+            "position_embeddings": {"weight": one.shard(positions)},
         }
     encoder: dict[str, LazyTensor] = {}
-    queries = source.shape.hidden_size  # rows of them
-    per_stage = source.shape.num_layers // pp
+    queries = shape.hidden_size  # rows of them
+    own_queries = queries // one.tensor_parallel
+    per_stage = shape.num_layers // one.pipeline_parallel
     for layer in range(per_stage):
-        hf_prefix = f"transformer.h.{stage * per_stage + layer}."
+        hf_prefix = f"transformer.h.{one.stage * per_stage + layer}."
         for weight in LAYER:
             key = f"layers.{layer}.{weight.legacy}"
-            if source.shape.multi_query and "query_key_value" in key:
-                rows = partial(_rows, source, dtype, hf_prefix + weight.hf)
-                encoder[key.replace("query_key_value", "query")] = rows(rank * queries // tp, queries // tp)
-                encoder[key.replace("query_key_value", "key_value")] = rows(queries, source.shape.qkv_rows - queries)
+            if shape.multi_query and "query_key_value" in key:
+                name = hf_prefix + weight.hf
+                encoder[key.replace("query_key_value", "query")] = one.rows(name, one.rank * own_queries, own_queries)
+                encoder[key.replace("query_key_value", "key_value")] = one.rows(name, queries, shape.qkv_rows - queries)
             else:
-                encoder[key] = lazy(weight, hf_prefix)
-    if stage == pp - 1:
-        encoder["final_layernorm.weight"] = lazy(norm_weight, "")
-        encoder["final_layernorm.bias"] = lazy(norm_bias, "")
+                encoder[key] = one.shard(weight, hf_prefix)
+    if one.stage == one.pipeline_parallel - 1:
+        encoder["final_layernorm.weight"] = one.shard(norm_weight)
+        encoder["final_layernorm.bias"] = one.shard(norm_bias)
     language_model["encoder"] = encoder
     model = {"language_model": language_model}
-    if pp > 1 and stage == pp - 1:
-        model["word_embeddings_for_head"] = {"weight": lazy(word_embeddings, "")}
+    if one.pipeline_parallel > 1 and one.stage == one.pipeline_parallel - 1:
+        model["word_embeddings_for_head"] = {"weight": one.shard(word_embeddings)}
     return model
-
-
-def _shard(
-    source: WeightSource, dtype: torch.dtype, rank: int, tp: int, padded_vocab: int, weight: Weight, hf_prefix: str
-) -> LazyTensor:
-    """One tensor-parallel rank's part."""
-    name = hf_prefix + weight.hf
-    box = shard(hf_shape(source.shape.with_vocab(padded_vocab), name), weight, rank, tp)
-    return LazyTensor(dtype, box.sizes, partial(box_blocks, source, name, dtype, box))
-
-
-def _rows(source: WeightSource, dtype: torch.dtype, name: str, first: int, count: int) -> LazyTensor:
-    """Rows of query-key-value: multi-query attention stores a rank's queries, and keys and values, as tensors of their own."""
-    box = part(hf_shape(source.shape, name), 0, first, count)
-    return LazyTensor(dtype, box.sizes, partial(box_blocks, source, name, dtype, box))
 
 
 def _flat(tree: dict) -> list[LazyTensor]:

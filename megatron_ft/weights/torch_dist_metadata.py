@@ -6,7 +6,6 @@ Written with it are the two small files that Megatron-Core expects next to it.
 import io
 import json
 import math
-import os
 import pickle
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from megatron_ft.files.atomic import sync_file
 from megatron_ft.weights.manifest import Damaged
 from megatron_ft.weights.safe_pickle import load_dcp_metadata
 
@@ -105,5 +105,4 @@ def read_metadata(directory: Path) -> Metadata:
 def _write_durably(path: Path, content: bytes) -> None:
     with open(path, "wb") as file:
         file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+        sync_file(file)

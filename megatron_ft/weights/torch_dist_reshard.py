@@ -5,7 +5,6 @@ the new layout, with the vocabulary padded for it. Everything else is copied, ex
 states that Megatron-LM saves, which belong to the ranks of the old layout.
 """
 
-import os
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import NamedTuple
 import torch
 
 from megatron_ft.errors import UserError
+from megatron_ft.files.atomic import sync_file
 from megatron_ft.model.boxes import Box, shard, stage_of
 from megatron_ft.model.tensor_names import LAYER, WHOLE, WTE, Weight
 from megatron_ft.weights.manifest import damage_as_user_error
@@ -23,7 +23,7 @@ from megatron_ft.weights.torch_dist_metadata import StoredChunk, write_metadata
 
 _WEIGHTS = {f"decoder.layers.{weight.core}": weight for weight in LAYER} | {weight.core: weight for weight in WHOLE}
 BLOCK = 64 << 20  # bytes in memory at once
-# Megatron-Core's dp_reshardable optimizer state is the buckets of one layout, not whole tensors.
+# Megatron-Core's dp_reshardable optimizer state is the buckets of one layout, not tensors.
 _TIED_TO_LAYOUT = ("gbuf_idx", "bucket_idx")
 _RANDOM_STATE = "rng"
 
@@ -75,8 +75,7 @@ def write_resharded(
             for key in files.objects if rank == 0 else ():
                 if not key.startswith(_RANDOM_STATE):
                     chunks.append(StoredChunk(key, name, file.tell(), file.write(files.bytes_of(key))))
-            file.flush()
-            os.fsync(file.fileno())
+            sync_file(file)
     write_metadata(directory, chunks)
 
 

@@ -8,7 +8,6 @@ Megatron-Core's dist_checkpointing loads it into any layout, and so does our tra
 """
 
 import io
-import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import BinaryIO
 
 import torch
 
+from megatron_ft.files.atomic import sync_file
 from megatron_ft.files.checksum import describe_file
 from megatron_ft.model.boxes import shard, stage_of
 from megatron_ft.model.tensor_names import hf_shape, hf_to_stacked, layer_of, weight_of
@@ -67,8 +67,7 @@ def write_torch_dist(
                         )
                 if rank == 0:
                     chunks += _write_extra_states(file, own_layers, layers)
-                file.flush()
-                os.fsync(file.fileno())
+                sync_file(file)
     write_metadata(place, chunks)
     Manifest(
         iteration=0,

@@ -1,4 +1,4 @@
-"""Checkpoints of real training runs: to Hugging Face with the same logits, resharded and resumed, LoRA to PEFT and merged."""
+"""Checkpoints of training runs, converted: same logits, resumed after resharding, LoRA to PEFT."""
 
 import json
 import shutil
@@ -21,7 +21,7 @@ def inputs(tmp_path_factory) -> tuple[str, Path]:
 
 
 def run(layout: str, inputs: str, save: Path, more: str, status: int = 0) -> str:
-    """One start of the training program; how it said it started."""
+    """Run the training program; its lines about the start."""
     ranks, flags = LAYOUTS[layout]
     results = run_ranks(train, ranks, f"{FLAGS} {flags} {inputs} {NO_DROPOUT} --save {save} {more}".split())
     assert {ended for ended, _ in results} == {status}, results
@@ -30,9 +30,9 @@ def run(layout: str, inputs: str, save: Path, more: str, status: int = 0) -> str
 
 def test_a_run_converts_with_its_logits_and_resumes_resharded(inputs, tmp_path):
     words, tokenizer = inputs
-    save, whole, out = tmp_path / "save", tmp_path / "whole", tmp_path / "hf"
+    save, complete, out = tmp_path / "save", tmp_path / "complete", tmp_path / "hf"
     run("TP2", words, save, "--exit-interval 4", 75)
-    shutil.copytree(save, whole)
+    shutil.copytree(save, complete)
     convert("megatron_to_hf", "--load", save, "--output", out)  # the run's own tokenizer
     config = json.loads((out / "config.json").read_text())
     assert (config["vocab_size"], config["dtype"], config["n_layer"]) == (257, "float32", 2)
@@ -43,8 +43,8 @@ def test_a_run_converts_with_its_logits_and_resumes_resharded(inputs, tmp_path):
     assert "torch_dist, float32, 288 embedding rows" in printed and "31 rows of vocabulary padding" in printed
     assert json.loads((tmp_path / "report.json").read_text())["largest_logit_difference"] < 1e-4
 
-    run("TP2", words, whole, "")
-    unbroken = [step["loss"] for step in steps(whole)]
+    run("TP2", words, complete, "")
+    uninterrupted = [step["loss"] for step in steps(complete)]
     resharded = tmp_path / "resharded"
     divisible = ("--make-vocab-size-divisible-by", "16")
     convert(
@@ -56,15 +56,15 @@ def test_a_run_converts_with_its_logits_and_resumes_resharded(inputs, tmp_path):
     padded = {key for key in before if "word_embeddings" in key}  # 272 rows instead of 288
     assert len(padded) == 4 and {key for key in before if before[key] != after[key]} == padded
     again = tmp_path / "again"
-    for overwrite in ([], ["--overwrite"]):  # with the tokenizer beside it, it is a converter's output all the same
+    for overwrite in ([], ["--overwrite"]):  # with the tokenizer next to it, it is still a converter's output
         convert(
             "reshard", "--load", resharded, "--save", again, "--tensor-parallel", "4", "--vocab-size", "257", *divisible, *overwrite
         )  # fmt: skip
     convert("verify", again, out)
     shutil.copyfile(save / "metrics.jsonl", resharded / "metrics.jsonl")
-    assert "resharded" in run("PP2", words, resharded, "")
+    assert "resume" in run("PP2", words, resharded, "")
     continued = [step["loss"] for step in steps(resharded)]
-    assert len(continued) == 6 and max(abs(a - b) for a, b in zip(continued, unbroken, strict=True)) < 1e-5
+    assert len(continued) == 6 and max(abs(a - b) for a, b in zip(continued, uninterrupted, strict=True)) < 1e-5
 
 
 def test_a_lora_run_becomes_a_peft_adapter_and_a_merged_model(inputs, tmp_path):
@@ -80,7 +80,7 @@ def test_a_lora_run_becomes_a_peft_adapter_and_a_merged_model(inputs, tmp_path):
     command = f"{start} {flags} {words} {NO_DROPOUT} --lr 0.1 --save {adapters} {lora}".split()
     assert {ended for ended, _ in run_ranks(train, ranks, command)} == {0}
 
-    run("1", words, base, "--exit-interval 4", 75)  # the base goes on; its adapters stay on what they were trained on
+    run("1", words, base, "--exit-interval 4", 75)  # the base continues; its adapters stay on what they were trained on
     convert(
         "megatron_to_hf", "--load", base, "--iteration", "2", "--output", tmp_path / "hf", "--tokenizer-file", tokenizer
     )
@@ -102,11 +102,11 @@ def test_a_lora_run_becomes_a_peft_adapter_and_a_merged_model(inputs, tmp_path):
     }  # fmt: skip
 
     base.rename(tmp_path / "moved")
-    assert "--base says where" in refusal(*merge, "--output", tmp_path / "out")
+    assert "or give --base DIR" in refusal(*merge, "--output", tmp_path / "out")
     moved = ("--base", tmp_path / "moved")
     convert(*merge, "--output", tmp_path / "out", *moved)
     assert (tmp_path / "out/model.safetensors").read_bytes() == (tmp_path / "merged/model.safetensors").read_bytes()
-    assert "--base says where" in refusal("verify", adapters, tmp_path / "merged")
+    assert "or give --base DIR" in refusal("verify", adapters, tmp_path / "merged")
     convert("verify", adapters, tmp_path / "merged", *moved)
     assert "adapters of a LoRA run" in refusal(
         "reshard", "--load", adapters, "--save", tmp_path / "x", "--tensor-parallel", "1"
@@ -120,4 +120,4 @@ def test_a_lora_run_becomes_a_peft_adapter_and_a_merged_model(inputs, tmp_path):
         ("megatron_to_hf", "--load", adapters, "--output", tmp_path / "x"),
         (*merge, "--output", tmp_path / "x", *moved),
     ):
-        assert "does not have the checksum of when it was saved" in refusal(*command)
+        assert "does not have the checksum it was saved with" in refusal(*command)

@@ -1,8 +1,8 @@
-"""Complete a prompt with a converted model, by plain transformers: the last look before handing it on.
+"""Complete a prompt with a converted model in plain transformers, to check it before publishing.
 
     python convert/complete.py runs/first-hf --prompt "def print_hello_world():"
 
-The prompt is printed as given, the completion after it. Greedy unless --temperature is above 0.
+Prints the prompt and the completion after it. Decoding is greedy unless --temperature is above 0.
 """
 
 import sys
@@ -10,19 +10,22 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # not this folder: its files would hide others'
 
+import argparse
+
 from megatron_ft.config.parser import Help, Parser
 from megatron_ft.errors import UserError, run_program
 
 
 def main() -> None:
+    """Parse the flags, check them and the model's directory, complete the prompt."""
     parser = Parser(description=__doc__, formatter_class=Help, allow_abbrev=False)
     add = parser.add_argument
     add("model", metavar="MODEL", help="Hugging Face directory with tokenizer files")
-    add("--prompt", help="text to complete; def print_hello_world(): when neither it nor --prompt-file is given")
+    add("--prompt", help="text to complete (default: def print_hello_world():)")
     add("--prompt-file", metavar="FILE", help="file with the text to complete")
-    add("--max-new-tokens", type=int, default=64, help="longest completion; end-of-text ends it sooner")
-    add("--temperature", type=float, default=0.0, help="0 takes the likeliest token, above it samples")
-    add("--top-p", type=float, default=0.95, help="share of probability that sampling chooses from")
+    add("--max-new-tokens", type=int, default=64, help="longest completion; it ends earlier at end-of-text")
+    add("--temperature", type=float, default=0.0, help="0 always takes the likeliest token; above 0 samples")
+    add("--top-p", type=float, default=0.95, help="nucleus sampling: cumulative probability to sample from")
     add("--seed", type=int, default=1234, help="seed of sampling")
     args = parser.parse_args()
     if args.prompt is not None and args.prompt_file:
@@ -30,7 +33,7 @@ def main() -> None:
     if args.max_new_tokens < 1:
         raise UserError(f"--max-new-tokens {args.max_new_tokens}: must be at least 1")
     if not 0 <= args.temperature < float("inf"):
-        raise UserError(f"--temperature {args.temperature:g}: must be 0 (the likeliest token) or above it, like 0.2")
+        raise UserError(f"--temperature {args.temperature:g}: must be 0 (greedy) or above, like 0.2")
     if not 0 < args.top_p <= 1:
         raise UserError(f"--top-p {args.top_p:g}: must be above 0 and at most 1")
     directory = Path(args.model)
@@ -42,28 +45,29 @@ def main() -> None:
 
 
 def check_directory(directory: Path) -> None:
-    """Raise UserError for what transformers could not load, and say what would make it loadable."""
+    """Raise UserError, saying what to do, when transformers could not load the directory."""
     if not directory.is_dir():
         raise UserError(f"{directory}: no such directory; give what convert/megatron_to_hf.py wrote")
     if not any((directory / name).is_file() for name in ("config.json", "adapter_config.json")):
         raise UserError(
-            f"{directory}: no Hugging Face model; convert it with convert/megatron_to_hf.py --load {directory} first"
+            f"{directory}: not a Hugging Face model; convert it with convert/megatron_to_hf.py --load {directory} first"
         )
     if not any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         raise UserError(
-            f"{directory}: has no tokenizer files; convert again with --tokenizer-file, or copy tokenizer.json there"
+            f"{directory}: has no tokenizer files; convert again with --tokenizer-file, or copy tokenizer.json into it"
         )
 
 
 def read_prompt(path: Path) -> str:
+    """The prompt in a file. Raises UserError when it is not text."""
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--prompt-file {path}: cannot be read as text ({error})") from None
 
 
-def complete(directory: Path, prompt: str, args) -> None:
-    """Print the prompt and its completion, token by token as they come."""
+def complete(directory: Path, prompt: str, args: argparse.Namespace) -> None:
+    """Print the prompt and its completion, token by token. Raises UserError if there is no room."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
     from transformers.utils.logging import disable_progress_bar
@@ -82,13 +86,13 @@ def complete(directory: Path, prompt: str, args) -> None:
     room = model.config.n_positions - args.max_new_tokens
     if room < 1:
         raise UserError(
-            f"--max-new-tokens {args.max_new_tokens}: the model has {model.config.n_positions} positions; give fewer"
+            f"--max-new-tokens {args.max_new_tokens}: the model has {model.config.n_positions} positions; use fewer"
         )
     if ids.shape[1] == 0:
         raise UserError("the prompt is empty; give some text to complete")
     if ids.shape[1] > room:
         print(
-            f"the prompt's first {ids.shape[1] - room} tokens are left out: {model.config.n_positions} positions",
+            f"dropping the prompt's first {ids.shape[1] - room} tokens: the model has {model.config.n_positions} positions",
             file=sys.stderr,
         )
         ids = ids[:, -room:]

@@ -1,15 +1,17 @@
-"""Convert a Megatron checkpoint to a Hugging Face GPTBigCode directory, in the memory of a few rows.
+"""Convert a Megatron checkpoint to a Hugging Face GPTBigCode directory, a few rows in memory.
 
     python convert/megatron_to_hf.py --load runs/first --output runs/first-hf
 
-Reads torch_dist checkpoints and those of Megatron before Core (BigCode's mtf branch, bigcode/starcoderbase-megatron) in
-any tensor x pipeline parallel layout, in fp32, bf16 or fp16, with the plain or the distributed optimizer. Runs on a login node: no
-GPU, no process groups. Nothing appears under --output until all of it is written; convert/verify.py then proves it right.
+Reads torch_dist checkpoints and those of Megatron before Core (BigCode's mtf branch,
+bigcode/starcoderbase-megatron) in any tensor x pipeline parallel layout, in fp32, bf16 or fp16,
+with the plain or the distributed optimizer. Runs on a login node: no GPU, no process groups.
+--output appears only when it is complete; convert/verify.py then compares it with the original.
 
-The tokenizer is the one that the run kept beside its checkpoints. A LoRA run becomes a PEFT adapter, or with --merge-lora a whole model:
+The tokenizer is the copy that the run keeps next to its checkpoints. A LoRA run becomes a PEFT
+adapter, or with --merge-lora a complete model:
 
-    python convert/megatron_to_hf.py --load runs/lora --output runs/lora-peft --base starcoderbase-1b
-    python convert/megatron_to_hf.py --load runs/lora --output runs/lora-hf --merge-lora
+    python convert/megatron_to_hf.py --load runs/lora --output lora-peft --base starcoderbase-1b
+    python convert/megatron_to_hf.py --load runs/lora --output lora-hf --merge-lora
 """
 
 import sys
@@ -17,7 +19,9 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # not this folder: its files would hide others'
 
+import argparse
 import json
+from typing import NamedTuple
 
 import torch
 
@@ -50,29 +54,30 @@ from megatron_ft.weights.vocabulary import check_vocabulary
 
 
 def main() -> None:
+    """Parse the flags, open the checkpoint, write the model or the adapter."""
     parser = Parser(description=__doc__, formatter_class=Help, allow_abbrev=False)
     add = parser.add_argument
     add("--load", required=True, metavar="DIR", help="checkpoint: a run's directory, or one iteration's")
     add(
         "--iteration",
         default="latest",
-        help="a number, 'best' (lowest validation loss), 'release', or 'latest' as the tracker file says",
+        help="a number, 'best' (lowest validation loss), 'release', or 'latest' (the tracker file's)",
     )
     add("--output", required=True, metavar="DIR", help="new Hugging Face directory")
-    add("--tokenizer-file", metavar="FILE", help="tokenizer.json or SentencePiece model; the run's own when not given")
-    add("--tokenizer-from", metavar="DIR", help="Hugging Face directory to take the tokenizer files from")
+    add("--tokenizer-file", metavar="FILE", help="tokenizer.json or SentencePiece model (default: the run's own)")
+    add("--tokenizer-from", metavar="DIR", help="Hugging Face directory to copy the tokenizer files from")
     add("--keep-padding", action="store_true", help="keep the embedding rows that pad the vocabulary")
     add(
         "--dtype",
         choices=["keep", *DTYPES],
         default="keep",
-        help="precision to store; keep takes the widest of the tensors'",
+        help="precision to store; keep is the widest of the tensors'",
     )
     add("--max-shard-size", default="5GB", metavar="SIZE", help="largest file")
     add("--merge-lora", action="store_true", help="add a LoRA run's adapters to its base weights")
     add(
         "--base", metavar="DIR",
-        help="base weights of a LoRA run; where the run took them from when not given. A PEFT adapter names them as what to load it on: "
+        help="base weights of a LoRA run (default: where the run loaded them from). A PEFT adapter records them as its base model: "
         "a Hugging Face directory, or a model's name on the Hub",
     )  # fmt: skip
     add("--overwrite", action="store_true", help="replace --output when it is not empty")
@@ -85,21 +90,31 @@ def main() -> None:
         write_adapter(adapters, args)
         return
     if args.merge_lora and not adapters:
-        raise UserError(f"--merge-lora: {args.load} holds a whole model, no adapters; leave the flag out")
+        raise UserError(f"--merge-lora: {args.load} is a complete model without adapters; omit the flag")
     source = MergedSource(adapters, args.base) if adapters else open_weights(args.load, args.iteration)
     if source.notice:
         print(source.notice)
     if source.kind == "Hugging Face":
         raise UserError(f"{args.load}: a Hugging Face model already; give a Megatron checkpoint")
     if not adapters:
-        torch.set_num_threads(1)  # all is copying: more threads mostly wait, and take the writer's processor
-    path, tokenizer = find_tokenizer(source, args)
-    rows = vocabulary_rows(source, tokenizer, args.keep_padding)
-    write_model(source, path, tokenizer, rows, args)
+        torch.set_num_threads(1)  # the work is copying: more threads mostly wait, and slow the writer
+    found = find_tokenizer(source, args)
+    rows = vocabulary_rows(source, found.tokenizer if found else None, args.keep_padding)
+    write_model(source, found, rows, args)
 
 
-def find_tokenizer(source: WeightSource | AdapterSource, args) -> tuple[Path | None, Tokenizer | None]:
-    """The tokenizer asked for, else the run's own: the copy beside its checkpoints, or the file it was given."""
+class FoundTokenizer(NamedTuple):
+    """A tokenizer and the file or Hugging Face directory that it is from."""
+
+    path: Path
+    tokenizer: Tokenizer
+
+
+def find_tokenizer(source: WeightSource | AdapterSource, args: argparse.Namespace) -> FoundTokenizer | None:
+    """The tokenizer given by flags, else the run's own, else None with a message.
+
+    The run's own is the copy next to its checkpoints, or the file it was started with.
+    """
     path = args.tokenizer_file or args.tokenizer_from
     if not path:
         given = (source.args or {}).get("tokenizer_file")
@@ -108,29 +123,33 @@ def find_tokenizer(source: WeightSource | AdapterSource, args) -> tuple[Path | N
         if given and not path:
             what = f"the run's tokenizer, {digest}," if digest else "the run's tokenizer"
             print(
-                f"{what} is neither beside the checkpoint nor at {given}; no tokenizer files will be written (--tokenizer-file adds them)"
+                f"{what} is neither next to the checkpoint nor at {given}; "
+                "no tokenizer files will be written (--tokenizer-file adds them)"
             )
-    return (Path(path), load_tokenizer(path)) if path else (None, None)
+    return FoundTokenizer(Path(path), load_tokenizer(path)) if path else None
 
 
 def vocabulary_rows(source: WeightSource, tokenizer: Tokenizer | None, keep_padding: bool) -> int:
-    """Embedding rows to write. Raises UserError when the tokenizer is not the model's: it has tokens without a row, or rows of tokens
-    would be cut."""
+    """Embedding rows to write: those of the tokenizer, else of the checkpoint's vocabulary.
+
+    Raises UserError when the tokenizer is not the model's (`check_vocabulary`).
+    """
     stored = source.shape.vocab_size
     if tokenizer and not (keep_padding and tokenizer.vocab_size <= stored):
         if warning := check_vocabulary(source, tokenizer.vocab_size, str(tokenizer.path)):
             print(warning)
     if keep_padding:
         return stored
-    if tokenizer is None and source.vocab_size is None:
-        print(
-            f"without a tokenizer all {stored} embedding rows are kept, padding included (--tokenizer-file cuts them)"
-        )
+    if tokenizer:
+        return tokenizer.vocab_size
+    if source.vocab_size is None:
+        print(f"without a tokenizer all {stored} embedding rows are kept, padding included (--tokenizer-file cuts it)")
         return stored
-    return tokenizer.vocab_size if tokenizer else source.vocab_size
+    return source.vocab_size
 
 
-def write_model(source: WeightSource, tokenizer_path, tokenizer: Tokenizer | None, rows: int, args) -> None:
+def write_model(source: WeightSource, found: FoundTokenizer | None, rows: int, args: argparse.Namespace) -> None:
+    """Write the weights, configurations, tokenizer files and model card."""
     dtype = dtype_to_write(source, args.dtype)
     output, nbytes = Path(args.output), total_bytes(source, dtype, rows)
     shape = source.shape.with_vocab(rows)
@@ -139,33 +158,34 @@ def write_model(source: WeightSource, tokenizer_path, tokenizer: Tokenizer | Non
         "precision": dtype_name(dtype),
         "embedding rows": f"{rows} of {source.shape.vocab_size}",
     }
-    sources = [args.load, tokenizer_path, source.base.path if isinstance(source, MergedSource) else None]
+    sources = [args.load, found and found.path, source.base.path if isinstance(source, MergedSource) else None]
     with new_directory(output, needed=nbytes, sources=sources, overwrite=args.overwrite) as directory:
         with Progress("converting", nbytes, "B") as progress:
             files = write_safetensors(
                 source, directory, dtype=dtype, vocab_rows=rows, max_shard_bytes=parse_size(args.max_shard_size), advance=progress.update
             )  # fmt: skip
         kept = source.manifest.special_ids if source.manifest else {}
-        write_configs(directory, shape, dtype, tokenizer.config_ids if tokenizer else kept)
-        if tokenizer:
-            write_tokenizer(directory, tokenizer_path, tokenizer, shape.max_position_embeddings)
+        write_configs(directory, shape, dtype, found.tokenizer.config_ids if found else kept)
+        if found:
+            write_tokenizer(directory, found.path, found.tokenizer, shape.max_position_embeddings)
         shown = {name: entry.default for name, entry in ENTRIES.items() if not entry.flag.local}
         args_of_run = card_args(source.args, shown)
         write_model_card(directory, name=output.name, shape=shape, facts=facts, args=args_of_run)
     print(
-        f"{output}: {len(source.names())} tensors, {nbytes / 1e9:.2f} GB in {len(files)} files, {facts['precision']}, {facts['embedding rows']} embedding rows"
+        f"{output}: {len(source.names())} tensors, {nbytes / 1e9:.2f} GB in {len(files)} files, "
+        f"{facts['precision']}, {facts['embedding rows']} embedding rows"
     )
     print(f"check it: python convert/verify.py {args.load} {output}")
 
 
-def write_adapter(adapters: AdapterSource, args) -> None:
-    """PEFT's directory of a LoRA run: adapter_model.safetensors and adapter_config.json."""
+def write_adapter(adapters: AdapterSource, args: argparse.Namespace) -> None:
+    """Write a LoRA run's PEFT directory: adapter weights and configuration, tokenizer files."""
     if adapters.manifest is None:
-        raise UserError(f"{args.load}: a PEFT adapter already; --merge-lora makes a whole model of it")
+        raise UserError(f"{args.load}: a PEFT adapter already; --merge-lora makes a complete model of it")
     if adapters.notice:
         print(adapters.notice)
     base = base_model(adapters, args.base)
-    path, tokenizer = find_tokenizer(adapters, args)
+    found = find_tokenizer(adapters, args)
     tensors = adapters.peft_tensors(DTYPES.get(args.dtype))
     nbytes = sum(tensor.nbytes for tensor in tensors.values())
     sources = [args.load, adapters.base_path]
@@ -174,28 +194,33 @@ def write_adapter(adapters: AdapterSource, args) -> None:
         write_tensors(directory / PEFT_WEIGHTS, described, lambda name: iter([tensors[name]]))
         config = adapters.config.to_peft(base)
         (directory / PEFT_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-        if tokenizer:
-            write_tokenizer(directory, path, tokenizer, adapters.manifest.shape["max_position_embeddings"])
+        if found:
+            positions = adapters.manifest.shape["max_position_embeddings"]
+            write_tokenizer(directory, found.path, found.tokenizer, positions)
     print(f"{args.output}: PEFT adapter of rank {adapters.config.rank}, {len(tensors)} tensors, {nbytes / 1e6:.2f} MB")
     if base:
         print(f"to be loaded on {base}")
     else:
         print(
-            f"the base {adapters.base_path} is no Hugging Face model, so {PEFT_CONFIG} names none: convert it (--load {adapters.base_path} "
-            "--output BASE_HF), then give --base BASE_HF here"
+            f"the base {adapters.base_path} is not a Hugging Face model, so {PEFT_CONFIG} names none: convert it "
+            f"(--load {adapters.base_path} --output BASE_HF), then run this again with --base BASE_HF"
         )
-    print("--merge-lora writes a whole model instead")
+    print("--merge-lora writes a complete model instead")
 
 
 def base_model(adapters: AdapterSource, given: str | None) -> str | None:
-    """What PEFT is to load the adapters on: the run's base where that is a Hugging Face directory, else --base, else None."""
+    """The base model that PEFT loads the adapters on.
+
+    It is the run's base if that is a Hugging Face directory, else --base, else None. Raises
+    UserError for a directory with other weights or in another format.
+    """
     place = Path(given or adapters.base_path)
     if (place / "config.json").is_file():
-        adapters.open_base(place)  # is it that one?
+        adapters.open_base(place)  # raises when it is another model
         return str(place.absolute())
     if given and place.exists():
         raise UserError(
-            f"--base {given}: no config.json there, so no Hugging Face model to load a PEFT adapter on; convert it first: "
+            f"--base {given}: has no config.json, so a PEFT adapter cannot be loaded on it; convert it first: "
             f"python convert/megatron_to_hf.py --load {given} --output BASE_HF, then give --base BASE_HF"
         )
     return given  # a name on the Hub

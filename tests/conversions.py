@@ -1,4 +1,4 @@
-"""What the tests of conversion share: run a program in a rank that has torch loaded already, and tiny models to convert."""
+"""Shared by the tests of conversion: run a program in a process with torch loaded, tiny models."""
 
 import contextlib
 import importlib.util
@@ -18,6 +18,7 @@ def _run(program: str, argv: list[str]) -> tuple[int, str, str]:
 
     sys.argv = [program, *argv]
     spec = importlib.util.spec_from_file_location("program", ROOT / program)
+    assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     out, err = io.StringIO(), io.StringIO()
     status = 0
@@ -31,14 +32,14 @@ def _run(program: str, argv: list[str]) -> tuple[int, str, str]:
 
 
 def convert(program: str, *argv: str | Path, status: int = 0) -> str:
-    """Run convert/<program>.py and return what it printed; it must end with `status`."""
+    """Run convert/<program>.py and return its output; it must exit with `status`."""
     [(ended, out, err)] = run_ranks(_run, 1, f"convert/{program}.py", [str(word) for word in argv])
     assert ended == status, f"{program} {argv} ended with {ended}\n{out}\n{err}"
     return out + err
 
 
 def refusal(program: str, *argv: str | Path) -> str:
-    """The one line that a mistake must end in."""
+    """The one line that a usage error must print."""
     printed = convert(program, *argv, status=2)
     lines = [line for line in printed.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1 and "Traceback" not in printed, printed
@@ -46,7 +47,7 @@ def refusal(program: str, *argv: str | Path) -> str:
 
 
 def tiny_hf(directory: Path, *, dtype: torch.dtype = torch.float32, multi_query: bool = True, vocab: int = 300) -> Path:
-    """A random GPTBigCode of 4 layers and 8 heads as transformers saves it, and a tokenizer of `vocab` words beside it."""
+    """A random GPTBigCode of 4 layers and 8 heads as transformers saves it, with a tokenizer."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import GPTBigCodeConfig, GPTBigCodeForCausalLM
 

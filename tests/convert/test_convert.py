@@ -1,4 +1,4 @@
-"""Conversion between Hugging Face, torch_dist and the mtf branch's format, and the proof that verify.py gives."""
+"""Conversion between Hugging Face, torch_dist and the mtf branch's format, checked by verify.py."""
 
 import argparse
 import json
@@ -74,7 +74,7 @@ def test_round_trips_are_bitwise_equal_and_load_strictly(tmp_path, dtype, multi_
         convert("verify", tmp_path / "legacy-tp1", tmp_path / "torch_dist-hf")
 
 
-def test_golden_checkpoints_become_the_golden_model_with_the_branchs_logits(golden, tmp_path):
+def test_golden_checkpoints_become_the_golden_model_with_mtf_logits(golden, tmp_path):
     from transformers import GPTBigCodeForCausalLM
 
     for layout in ("tp1pp1", "tp2pp2", "distopt_tp2pp2"):
@@ -108,7 +108,7 @@ def test_golden_checkpoints_become_the_golden_model_with_the_branchs_logits(gold
     assert "def print_hello_world():" in convert("complete", cut, "--max-new-tokens", "3")
 
 
-def test_verify_names_what_differs_and_fails(golden, tmp_path):
+def test_verify_reports_differences_and_fails(golden, tmp_path):
     changed = Path(shutil.copytree(golden / "hf/hf_tiny", tmp_path / "changed"))
     tensors = load_file(changed / "model.safetensors")
     tensors["transformer.h.2.mlp.c_fc.weight"][17, 3] += 0.25
@@ -126,14 +126,13 @@ def test_verify_names_what_differs_and_fails(golden, tmp_path):
     assert "layernorm_epsilon: 1e-05 and 1e-06" in convert("verify", golden / "legacy/tp2pp2", changed, status=1)
 
 
-def test_the_branchs_files_are_laid_out_as_the_branch_writes_them(golden, tmp_path):
+def test_legacy_files_match_those_the_mtf_branch_writes(golden, tmp_path):
     hf = golden / "hf/hf_tiny"
     out = tmp_path / "legacy"
     convert("hf_to_megatron", "--load", hf, "--save", out, "--format", "legacy", "--tensor-parallel", "2",
             "--pipeline-parallel", "2", "--data-parallel", "2")  # fmt: skip
     assert (out / "latest_checkpointed_iteration.txt").read_text() == "release"
     for rank in ("00_000", "00_001", "01_000", "01_001"):
-        # Both are made here or by the branch itself; the branch loads them with a plain torch.load, as its own torch did.
         from megatron_ft.weights.safe_pickle import load_pt
 
         theirs = load_pt(golden / f"legacy/tp2pp2/iter_0000007/mp_rank_{rank}/model_optim_rng.pt")
@@ -158,7 +157,7 @@ def test_the_branchs_files_are_laid_out_as_the_branch_writes_them(golden, tmp_pa
 
 
 def load_by_megatron_core(directory: str, tp: int, pp: int) -> dict[str, np.ndarray]:
-    """This rank's parameters after Megatron-Core's own loader, in a model whose vocabulary has 640 rows."""
+    """This rank's parameters after Megatron-Core's own loader, with 640 embedding rows."""
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.validation import StrictHandling
 
@@ -205,7 +204,7 @@ def tiny(tmp_path_factory) -> Path:
     return tiny_hf(tmp_path_factory.mktemp("tiny") / "hf")
 
 
-def test_mistakes_end_in_one_line_and_leave_nothing(tiny, tmp_path):
+def test_usage_errors_report_one_line_and_write_nothing(tiny, tmp_path):
     used = tmp_path / "used"
     used.mkdir()
     (used / "precious").write_text("x")
@@ -213,7 +212,7 @@ def test_mistakes_end_in_one_line_and_leave_nothing(tiny, tmp_path):
     to_core = ("hf_to_megatron", "--load", tiny, "--format", "torch_dist", "--save")
     assert "is not empty" in refusal(*to_core, used)
     assert (used / "precious").read_text() == "x"
-    assert "holds precious, which no converter wrote" in refusal(*to_core, used, "--overwrite")
+    assert "contains precious, so no converter wrote it" in refusal(*to_core, used, "--overwrite")
     assert (used / "precious").read_text() == "x"
     (used / "precious").unlink()
     convert(*to_core, used)
@@ -256,7 +255,7 @@ def test_mistakes_end_in_one_line_and_leave_nothing(tiny, tmp_path):
     assert not out.exists() and not (tmp_path / "huge").exists()
 
 
-def test_values_that_fp16_cannot_hold_are_named(tiny, tmp_path):
+def test_values_too_large_for_fp16_are_reported(tiny, tmp_path):
     big = Path(shutil.copytree(tiny, tmp_path / "big"))
     tensors = load_file(big / "model.safetensors")
     tensors["transformer.h.1.ln_1.weight"][5] = 1e6
@@ -266,8 +265,8 @@ def test_values_that_fp16_cannot_hold_are_named(tiny, tmp_path):
 
 
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_conversion_leaves_nothing(tmp_path, stop):
-    """A source whose blocks wait for the signal, so that it comes in the middle of a file."""
+def test_an_interrupted_conversion_writes_nothing(tmp_path, stop):
+    """The signal arrives in the middle of a file."""
     script = f"""
 import sys, time
 sys.path.insert(0, {str(ROOT)!r})
@@ -291,7 +290,7 @@ run_program(main)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_sizes_are_read_as_transformers_reads_them():
+def test_sizes_are_parsed_as_in_transformers():
     assert [parse_size(text) for text in ("5GB", "1.5MB", "2GiB", "77")] == [5 * 10**9, 1_500_000, 2**31, 77]
     for wrong in ("0GB", "GB", "5 parsecs", "inf", "nan"):
         with pytest.raises(UserError, match="--max-shard-size"):
@@ -309,7 +308,7 @@ def test_a_tiny_model_converts_in_seconds(tiny, tmp_path):
             [sys.executable, str(ROOT / f"convert/{program}.py"), *argv], check=True, cwd="/", capture_output=True
         )
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        # Seconds of work, imports included: what the clock shows when nothing else runs.
+        # CPU seconds, imports included: on a shared machine steadier than the clock.
         assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 10
 
 

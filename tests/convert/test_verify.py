@@ -1,4 +1,4 @@
-"""What verify.py must not let pass, and what converters must not lose: rows of tokens, values, precision."""
+"""verify.py detects every difference; converters lose no rows of tokens, values or precision."""
 
 import json
 import shutil
@@ -14,7 +14,7 @@ from megatron_ft.weights.open import open_weights
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
-    """fp32 Hugging Face models of 300 and of 200 tokens, and what hf_to_megatron makes of the first: 384 rows."""
+    """fp32 models of 300 and 200 tokens; the first also in Megatron's formats, with 384 rows."""
     folder = tmp_path_factory.mktemp("model")
     tiny_hf(folder / "hf", vocab=300)
     tiny_hf(folder / "small", vocab=200)
@@ -58,9 +58,9 @@ def test_a_smaller_tokenizer_never_cuts_rows_of_tokens(model, tmp_path):
     shutil.rmtree(tmp_path / "out")
 
     larger = tiny_hf(tmp_path / "larger", vocab=310)
-    assert "warning: " in (printed := convert(*core, larger)) and "10 rows of padding" in printed
+    assert "warning: " in (printed := convert(*core, larger)) and "10 rows of untrained padding" in printed
     shutil.rmtree(tmp_path / "out")
-    # A legacy checkpoint does not say how many rows are tokens', but padding has a limit.
+    # A legacy checkpoint does not record how many rows are tokens, but padding has a limit.
     legacy = (
         "megatron_to_hf",
         "--load",
@@ -76,7 +76,7 @@ def test_a_smaller_tokenizer_never_cuts_rows_of_tokens(model, tmp_path):
     assert "warning" not in convert(*legacy, model / "hf")
 
 
-def test_verify_misses_the_rows_of_tokens_that_one_side_lacks(model, tmp_path):
+def test_verify_reports_rows_of_tokens_that_one_side_lacks(model, tmp_path):
     cut = with_rows(model / "hf", tmp_path / "cut", 200)
     for pair in ((model / "torch_dist", cut), (cut, model / "torch_dist")):
         letter = "B" if pair[1] == cut else "A"
@@ -89,13 +89,13 @@ def test_verify_misses_the_rows_of_tokens_that_one_side_lacks(model, tmp_path):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_value_that_is_no_number_on_one_side_is_a_difference(model, tmp_path, value):
+def test_nan_or_inf_on_one_side_is_a_difference(model, tmp_path, value):
     name = "transformer.h.1.ln_1.weight"
     broken = changed(model / "hf", tmp_path / "broken", lambda tensors: tensors[name].__setitem__(5, value))
     for pair in ((model / "hf", broken), (broken, model / "hf")):
         assert f"inf at {name}" in convert("verify", *pair, "--tolerance", "1e30", status=1)
 
-    # The same on both sides is no difference, whatever else differs.
+    # The same value on both sides does not count as a difference, whatever else differs.
     def also(tensors):
         tensors[name][6] += 0.25
 
@@ -110,7 +110,7 @@ def test_tensors_of_several_precisions_keep_every_value(model, tmp_path):
         for name in tensors:
             if name != norm:
                 tensors[name] = tensors[name].bfloat16()
-        tensors[norm][0] = 1 + 2**-20  # no bf16
+        tensors[norm][0] = 1 + 2**-20  # not a bf16 value
 
     mixed = changed(model / "hf", tmp_path / "mixed", mix)
     assert open_weights(mixed).dtype == torch.float32
@@ -133,16 +133,16 @@ def test_logits_after_rounding_are_those_of_the_rounded_weights(model, tmp_path)
     for pair in ((model / "torch_dist", half), (half, model / "hf")):
         printed = convert("verify", *pair, "--logits")
         assert "52 of 52 tensors were compared after rounding to bfloat16" in printed
-        assert "of both with the rounded weights" in printed and printed.rstrip().endswith("equal")
-    whole = convert("verify", model / "torch_dist", model / "hf", "--logits")
-    assert "rounded" not in whole and "rounding" not in whole
+        assert "both with the rounded weights" in printed and printed.rstrip().endswith("equal")
+    printed = convert("verify", model / "torch_dist", model / "hf", "--logits")
+    assert "rounded" not in printed and "rounding" not in printed
 
 
-def test_mistakes_are_found_before_the_work(model, tmp_path):
+def test_usage_errors_are_reported_before_any_work(model, tmp_path):
     missing = tmp_path / "none/report.json"
     printed = convert("verify", model / "hf", model / "hf", "--report", missing, status=2)
     assert "none/report.json: cannot be written" in printed and "A  " not in printed
-    assert "leave the flag out" in refusal("verify", model / "hf", model / "hf", "--base", model / "hf")
+    assert "omit the flag" in refusal("verify", model / "hf", model / "hf", "--base", model / "hf")
     for flag, value in (("--max-new-tokens", "0"), ("--temperature", "-1"), ("--temperature", "nan"), ("--top-p", "2"), ("--top-p", "0")):  # fmt: skip
         assert f"{flag} {value}: must be" in refusal("complete", model / "hf", flag, value)
     adapter = tmp_path / "adapter"

@@ -11,7 +11,6 @@ background of training and an error is reported as an error.
 
 import hashlib
 import io
-import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
@@ -24,6 +23,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject, is_main_repl
 from torch.distributed.checkpoint.metadata import Metadata
 
 from megatron_ft.errors import UserError
+from megatron_ft.files.atomic import sync_file
 from megatron_ft.model.boxes import Box
 from megatron_ft.weights.manifest import Damaged
 from megatron_ft.weights.torch_dist_files import TorchDistFiles
@@ -86,10 +86,9 @@ class RankWriter:
             try:
                 self._write_items(stream)
             finally:
-                if stream.failure:  # torch's error for it does not say "no space left"
+                if stream.failure:  # torch's own error does not mention the cause
                     raise stream.failure
-            file.flush()
-            os.fsync(file.fileno())
+            sync_file(file)
             self.file = {"size": stream.tell(), "sha256": stream.digest()}
         written = self.path.stat().st_size
         if written != stream.tell():

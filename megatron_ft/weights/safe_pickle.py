@@ -1,7 +1,8 @@
-"""Reading pickles of strangers without running them: a fixed allow-list, and a refusal that names what a file wanted.
+"""Read untrusted pickles without executing them: only names on a fixed allow-list are resolved.
 
-Legacy Megatron checkpoints and `.bin` weights are pickles with tensors beside them (`load_pt`: torch's own weights-only
-loader with the names Megatron needs added); torch_dist's `.metadata` is a bare pickle (`load_dcp_metadata`).
+Legacy Megatron checkpoints and `.bin` weights are pickles with tensors (`load_pt`, torch's own
+weights-only loader with the names added that Megatron's need); torch_dist's `.metadata` is a bare
+pickle (`load_dcp_metadata`). Errors name what a file references.
 """
 
 import argparse
@@ -14,13 +15,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy._core import multiarray
 from torch.distributed.checkpoint import filesystem, metadata
 
 from megatron_ft.errors import UserError
 
 
 class InertEnum:
-    """Stand-in for an enum of Megatron's in a checkpoint's arguments: its value, and no behaviour."""
+    """Stand-in for one of Megatron's enums in a checkpoint's arguments: its value, no behavior."""
 
     def __init__(self, value: Any = None) -> None:
         self.value = value
@@ -33,8 +35,8 @@ _ENUM_MODULES = ("megatron.model.enums", "megatron.core.enums", "megatron.core.t
 _ENUM_NAMES = ("ModelType", "LayerType", "AttnType", "AttnMaskType", "AttnBackend", "PositionEmbeddingType")
 _DTYPE_CLASSES = [cls for name, cls in vars(np.dtypes).items() if name.endswith("DType")]
 
-# What a legacy `.pt` may name beside torch's own weights-only list. numpy renamed its core module between the versions
-# that wrote these files and today's.
+# What a legacy `.pt` may reference in addition to torch's own weights-only list. numpy has renamed
+# its core module since these files were written.
 _PT_ALLOWED = [
     argparse.Namespace,
     np.ndarray,
@@ -44,23 +46,21 @@ _PT_ALLOWED = [
     *(
         (function, f"numpy.{core}.multiarray.{name}")
         for core in ("core", "_core")
-        for name, function in (
-            ("_reconstruct", np._core.multiarray._reconstruct),
-            ("scalar", np._core.multiarray.scalar),
-        )
+        for name, function in (("_reconstruct", multiarray._reconstruct), ("scalar", multiarray.scalar))
     ),
 ]
 
 
 def load_pt(path: Path | str) -> Any:
-    """The object in a torch `.pt` or `.bin` file, tensors memory-mapped on the CPU, nothing in it executed.
+    """The object in a torch `.pt` or `.bin` file, its tensors memory-mapped on the CPU.
 
-    Raises UserError naming the file and the global it wanted when that is not on the allow-list, or saying that the file is damaged.
+    Raises UserError when the file references a name that is not on the allow-list, and when it is
+    missing or damaged.
     """
     path = Path(path)
     try:
         with torch.serialization.safe_globals(_PT_ALLOWED):
-            # Files from before torch 1.6 are no zip archives and cannot be mapped.
+            # Files from before torch 1.6 are not zip archives and cannot be mapped.
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
@@ -73,7 +73,7 @@ def load_pt(path: Path | str) -> Any:
 
 
 class _AllowListUnpickler(pickle.Unpickler):
-    """Unpickler that knows the given names and imports nothing."""
+    """Unpickler that resolves the given names and imports nothing."""
 
     def __init__(self, file, allowed: dict[str, Any]) -> None:
         super().__init__(file)
@@ -86,7 +86,7 @@ class _AllowListUnpickler(pickle.Unpickler):
 
 
 class _Discarded:
-    """Takes the place of objects in `.metadata` that reading weights has no use for (planners' records)."""
+    """Stand-in for objects in `.metadata` that reading does not use (planners' records)."""
 
     def __init__(self, *args: Any) -> None: ...
 
@@ -128,28 +128,31 @@ _DCP_ALLOWED: dict[str, Any] = {
 
 
 def load_dcp_metadata(path: Path | str) -> metadata.Metadata:
-    """The `.metadata` of a torch distributed checkpoint. Raises UserError as `load_pt` does."""
+    """The content of a torch distributed checkpoint's `.metadata`.
+
+    Raises UserError as `load_pt` does.
+    """
     path = Path(path)
     try:
         with path.open("rb") as file:
             found = _AllowListUnpickler(file, _DCP_ALLOWED).load()
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file; the checkpoint is not complete") from None
+        raise UserError(f"{path}: no such file; the checkpoint is incomplete") from None
     except pickle.UnpicklingError as error:
         raise UserError(_refusal(path, str(error))) from None
     except (EOFError, ValueError, KeyError, TypeError, AttributeError, IndexError, OSError) as error:
         raise UserError(f"{path}: not readable ({_first_line(error)}); copy it again") from None
     if not isinstance(found, metadata.Metadata):
-        raise UserError(f"{path}: holds a {type(found).__name__}, expected a torch_dist checkpoint's metadata")
+        raise UserError(f"{path}: contains a {type(found).__name__}, expected a torch_dist checkpoint's metadata")
     return found
 
 
 def _refusal(path: Path, message: str) -> str:
-    wanted = re.search(r"GLOBAL ([\w.]+)|function (<[^>]+>|\S+)", message)
-    if wanted:
-        name = wanted.group(1) or wanted.group(2)
+    found = re.search(r"GLOBAL ([\w.]+)|function (<[^>]+>|\S+)", message)
+    if found:
         return (
-            f"{path}: refused, its pickle wants {name}, which no checkpoint of weights needs; do not load it elsewhere"
+            f"{path}: refused, the pickle references {found[1] or found[2]}, which is not on the allow-list and which "
+            "no checkpoint of weights needs; do not load it elsewhere"
         )
     return f"{path}: refused, not a pickle of plain weights ({_first_line(message)})"
 

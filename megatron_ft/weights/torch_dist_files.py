@@ -25,6 +25,8 @@ from megatron_ft.model.boxes import Box, overlap, whole
 from megatron_ft.weights.manifest import Damaged
 from megatron_ft.weights.torch_dist_metadata import METADATA, StoredChunk, read_metadata
 
+_REFERENCE = r"GLOBAL (\S+)|function (\S+)"  # in torch's refusal of a pickle
+
 
 class TorchDistFiles:
     """The tensors and byte objects of one torch_dist directory, by their keys.
@@ -143,19 +145,17 @@ class TorchDistFiles:
     def _open(self, chunk: StoredChunk) -> torch.Tensor:
         try:
             return self._mapped(chunk)
-        except pickle.UnpicklingError as error:
-            found = re.search(r"GLOBAL (\S+)|function (\S+)", str(error))
-            name = (found[1] or found[2]) if found else "more than a tensor"
-            raise UserError(
-                f"{self.path / chunk.file}: refused, a pickle in it (byte {chunk.start}) references {name}; "
-                "the file was tampered with"
-            ) from None
         except (
-            RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError, IndexError, StopIteration,
-            zipfile.BadZipFile,
+            pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError, IndexError,
+            StopIteration, zipfile.BadZipFile,
         ) as error:  # fmt: skip
-            reason = (str(error) or "no data record").splitlines()[0][:100]
-            raise Damaged(f"{self.path / chunk.file}: damaged at byte {chunk.start} ({reason})") from None
+            file, message = self.path / chunk.file, str(error) or "no data record"
+            if isinstance(error, pickle.UnpicklingError) and (found := re.search(_REFERENCE, message)):
+                raise UserError(
+                    f"{file}: refused, a pickle in it (byte {chunk.start}) references {found[1] or found[2]}; "
+                    "the file was tampered with"
+                ) from None
+            raise Damaged(f"{file}: damaged at byte {chunk.start} ({message.splitlines()[0][:100]})") from None
 
     def _mapped(self, chunk: StoredChunk) -> torch.Tensor:
         mapped = self._map(chunk.file)
@@ -190,7 +190,7 @@ class TorchDistFiles:
 
 
 class _Range(io.RawIOBase):
-    """A range of a mapped file as a file of its own."""
+    """A range of a mapped file, as a file."""
 
     def __init__(self, mapped: mmap.mmap, start: int, length: int) -> None:
         self._mapped, self._start, self._length, self._position = mapped, start, length, 0

@@ -65,7 +65,7 @@ class TorchDistSource(WeightSource):
         return dict(common["args"] if isinstance(common["args"], dict) else vars(common["args"]))
 
     def _key(self, name: str) -> tuple[str, int | None]:
-        """Key, and the layer's row on axis 0 where layers are stacked there."""
+        """Key, and the layer's row on axis 0 where layers are stacked."""
         stacked, layer = hf_to_stacked(name)
         if stacked in self.files.tensors:
             layers = self.files.shape(stacked)[0]

@@ -1,4 +1,4 @@
-"""No file of a checkpoint is trusted: each kind, poisoned, is refused by name and nothing in it runs."""
+"""No file of a checkpoint is trusted: a malicious pickle in any is refused and never executed."""
 
 import io
 import json
@@ -20,7 +20,7 @@ from megatron_ft.weights.safe_pickle import load_dcp_metadata, load_pt
 
 
 class Touch:
-    """Pickles as a call that would leave a file behind."""
+    """Pickles as a call that would create a file."""
 
     def __init__(self, how: str, trace: Path) -> None:
         self.how, self.trace = how, trace
@@ -61,9 +61,9 @@ def checkpoints(tmp_path_factory) -> dict[str, Path]:
 
 
 @pytest.mark.parametrize("how", HOWS)
-def test_poisoned_files_are_refused_by_name_and_nothing_runs(checkpoints, tmp_path, how):
+def test_malicious_files_are_refused_by_name_and_not_executed(checkpoints, tmp_path, how):
     trace = tmp_path / "trace"
-    wanted = NAMED.get(how, how)
+    name = NAMED.get(how, how).split(".")[-1]
 
     def poisoned(form: str, file: str, content) -> Path:
         directory = Path(shutil.copytree(checkpoints[form], tmp_path / f"{form}-{file.replace('/', '_')}"))
@@ -80,7 +80,7 @@ def test_poisoned_files_are_refused_by_name_and_nothing_runs(checkpoints, tmp_pa
     good = load_pt(checkpoints["legacy"] / legacy_file)
 
     def record(file: Path) -> None:
-        """The same length of archive where the first tensor was, its pickle replaced."""
+        """Replaces the archive of the first tensor."""
         stream = io.BytesIO()
         torch.save(evil, stream)
         content = bytearray(file.read_bytes())
@@ -91,7 +91,7 @@ def test_poisoned_files_are_refused_by_name_and_nothing_runs(checkpoints, tmp_pa
                 info.length = len(stream.getvalue())
         (file.parent / ".metadata").write_bytes(pickle.dumps(metadata))
         file.write_bytes(content)
-        manifest = read_manifest(file.parent)  # whoever can poison a file can write its checksum
+        manifest = read_manifest(file.parent)  # an attacker can also write its checksum
         manifest.files = {name: describe_file(file.parent / name) for name in manifest.files}
         manifest.write(file.parent)
 
@@ -101,7 +101,7 @@ def test_poisoned_files_are_refused_by_name_and_nothing_runs(checkpoints, tmp_pa
         (poisoned("torch_dist", "release/.metadata", evil), ".metadata"),
     ]
     for directory, file in directories:
-        with pytest.raises(UserError, match=rf"{file}: refused, its pickle wants .*{wanted.split('.')[-1]}"):
+        with pytest.raises(UserError, match=f"{file}: refused, the pickle references .*{name}"):
             open_weights(directory)
 
     common = poisoned("torch_dist", "release/common.pt", {"args": evil})
@@ -111,9 +111,9 @@ def test_poisoned_files_are_refused_by_name_and_nothing_runs(checkpoints, tmp_pa
 
     stored = poisoned("torch_dist", "release/__0_0.distcp", record)
     source = open_weights(stored)
-    with pytest.raises(UserError, match=rf"__0_0.distcp: refused, a pickle in it .*{wanted.split('.')[-1]}"):
-        for name in source.names():
-            source.read(name)
+    with pytest.raises(UserError, match=f"__0_0.distcp: refused, a pickle in it .*{name}"):
+        for tensor in source.names():
+            source.read(tensor)
     assert not trace.exists()
     if how == "os.system":
         assert "refused" in refusal("megatron_to_hf", "--load", directories[0][0], "--output", tmp_path / "out")
@@ -123,7 +123,7 @@ def test_poisoned_files_are_refused_by_name_and_nothing_runs(checkpoints, tmp_pa
 
 
 def test_attributes_of_allowed_modules_cannot_be_reached(tmp_path):
-    """Protocol 4 names attributes of attributes; the allow-list is a table of whole names."""
+    """Protocol 4 can name attributes of attributes; the allow-list has complete names."""
     file = tmp_path / ".metadata"
     for module, name in (("torch", "serialization.os.system"), ("torch.distributed.checkpoint.metadata", "os.getcwd")):
         pickled = (
@@ -136,7 +136,7 @@ def test_attributes_of_allowed_modules_cannot_be_reached(tmp_path):
             + b"\x93)R."
         )
         file.write_bytes(pickled)
-        with pytest.raises(UserError, match=f"wants {module}.{name}"):
+        with pytest.raises(UserError, match=f"references {module}.{name}"):
             load_dcp_metadata(file)
 
 

@@ -1,16 +1,17 @@
-"""LoRA adapters as tensors: what they are called in checkpoints and in PEFT, and how they merge into the weights. No Megatron here.
+"""LoRA adapters as tensors: their names in checkpoints and in PEFT, and merging them into weights.
 
-For programs that read adapters: a checkpoint of a LoRA run holds the adapters alone, as torch_dist tensors stacked over layers,
+A checkpoint of a LoRA run has only the adapters, as torch_dist tensors stacked over layers,
 
     decoder.layers.<path>.lora_a   [layers, rank, inputs]
     decoder.layers.<path>.lora_b   [layers, outputs, rank]
 
-with the paths of `LORA_TARGETS`, and the training flags lora_rank, lora_alpha, lora_dropout and lora_targets beside them
-(`AdapterConfig.from_flags`). Read these tensors into a dict; then
-  - PEFT directory: `adapter_model.safetensors` = `to_peft(tensors)`, `adapter_config.json` = `config.to_peft(base_model)`, and
-    `from_peft` and `AdapterConfig.from_peft` are the way back;
-  - merged weights: for each tensor of the base model by its Hugging Face name, `merged(name, weight, tensors, config)`.
-GPTBigCode's maps are nn.Linear and its fused query-key-value rows are Megatron's, so nothing is transposed or permuted.
+with the paths of `LORA_TARGETS`. Its manifest has the training flags lora_rank, lora_alpha,
+lora_dropout and lora_targets (`AdapterConfig.from_flags`). From a dict of these tensors,
+  - `to_peft` makes the tensors of PEFT's adapter_model.safetensors, and `AdapterConfig.to_peft` its
+    adapter_config.json; `from_peft` and `AdapterConfig.from_peft` are the inverses;
+  - `merged` adds the adapters to a tensor of the base model.
+GPTBigCode's linear layers are nn.Linear and its fused query-key-value rows are Megatron's, so
+nothing is transposed or permuted.
 """
 
 import re
@@ -30,7 +31,7 @@ HF_TARGETS = {target: _HF_BY_CORE[f"{path}.weight"].removesuffix(".weight") for 
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """What LoRA flags say: the update of a weight is alpha / rank * B A."""
+    """The settings of LoRA: the update of a weight is alpha / rank * B A."""
 
     rank: int
     alpha: float
@@ -39,7 +40,7 @@ class AdapterConfig:
 
     @property
     def scaling(self) -> float:
-        """Factor of B A."""
+        """The factor of B A."""
         return self.alpha / self.rank
 
     @classmethod
@@ -50,17 +51,19 @@ class AdapterConfig:
 
     @classmethod
     def from_peft(cls, config: Mapping, tensors: Mapping[str, Tensor], where: str) -> "AdapterConfig":
-        """From adapter_config.json; the targets are those that `tensors` (of `from_peft`) has. Raises UserError, naming `where`, for
-        an adapter that computes something else than alpha / rank * B A."""
+        """From adapter_config.json; the targets are those in `tensors` (`from_peft`'s result).
+
+        Raises UserError, naming `where`, for an adapter that does not compute alpha / rank * B A.
+        """
         unknown = [name for name in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern") if config.get(name)]
         if config.get("peft_type") != "LORA" or unknown:
             found = unknown[0] if unknown else f"peft_type {config.get('peft_type')}"
-            raise UserError(f"{where}: {found} is not supported; expected plain LoRA")
+            raise UserError(f"{where}: {found} is not supported, expected plain LoRA")
         targets = tuple(target for target in LORA_TARGETS if stacked_name(target, "lora_a") in tensors)
         return cls(config["r"], config["lora_alpha"], config.get("lora_dropout", 0.0), targets)
 
     def differences(self, other: "AdapterConfig") -> list[str]:
-        """What makes two configurations different adapters, by the flags' names; dropout does not."""
+        """The settings that differ, by their flags; dropout is ignored."""
         pairs = {
             "--lora-rank": (self.rank, other.rank),
             "--lora-alpha": (f"{self.alpha:g}", f"{other.alpha:g}"),
@@ -69,7 +72,7 @@ class AdapterConfig:
         return [f"{flag} was {was}, is {now}" for flag, (was, now) in pairs.items() if was != now]
 
     def to_peft(self, base_model: str | None = None) -> dict:
-        """Fields of PEFT's adapter_config.json; `base_model` is the path or name it is to be loaded on, left out when None."""
+        """Fields of PEFT's adapter_config.json; `base_model` is a path or name, or left out."""
         return {
             **({"base_model_name_or_path": base_model} if base_model else {}),
             "peft_type": "LORA",
@@ -85,17 +88,17 @@ class AdapterConfig:
 
 
 def is_trainable(name: str) -> bool:
-    """Whether the parameter or checkpoint tensor called `name` belongs to an adapter, which is all that a LoRA run trains and saves."""
+    """Whether a parameter or tensor belongs to an adapter; LoRA trains and saves only these."""
     return name.endswith((".lora_a", ".lora_b"))
 
 
 def stacked_name(target: str, part: str) -> str:
-    """Name in a torch_dist checkpoint of a target's `lora_a` or `lora_b`, all layers stacked on dimension 0."""
+    """torch_dist key of a target's `lora_a` or `lora_b`, with all layers stacked on axis 0."""
     return f"decoder.layers.{LORA_TARGETS[target]}.{part}"
 
 
 def to_peft(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Adapters by PEFT's names, one contiguous tensor a layer, from tensors stacked over layers (see above)."""
+    """Adapters by PEFT's names, one contiguous tensor per layer, from stacked ones."""
     named = {}
     for target, hf_name in HF_TARGETS.items():
         for part, peft_part in (("lora_a", "lora_A"), ("lora_b", "lora_B")):
@@ -105,25 +108,30 @@ def to_peft(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def from_peft(named: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
-    """The way back: tensors stacked over layers. Raises UserError, naming `where`, for what is no LoRA of GPTBigCode's linear maps."""
+    """The inverse of `to_peft`: tensors stacked over layers.
+
+    Raises UserError, naming `where`, for anything but LoRA of GPTBigCode's linear layers with one
+    rank in all layers.
+    """
     targets = {hf_name: target for target, hf_name in HF_TARGETS.items()}
     layers: dict[str, dict[int, Tensor]] = {}
     for name, tensor in named.items():
         match = re.fullmatch(r"base_model\.model\.transformer\.h\.(\d+)\.(.+)\.lora_([AB])\.weight", name)
         if not match or match[2] not in targets:
-            raise UserError(f"{where}: {name} is not supported; expected LoRA of {', '.join(targets)} alone")
+            raise UserError(f"{where}: {name} is not supported, expected only LoRA of {', '.join(targets)}")
         layers.setdefault(stacked_name(targets[match[2]], f"lora_{match[3].lower()}"), {})[int(match[1])] = tensor
     depth = 1 + max((layer for found in layers.values() for layer in found), default=-1)
     for key, found in layers.items():
         if sorted(found) != list(range(depth)) or len({tensor.shape for tensor in found.values()}) > 1:
-            raise UserError(f"{where}: {key} is not of one rank in all {depth} layers, which is not supported")
+            raise UserError(f"{where}: {key} does not have one rank in all {depth} layers, which is not supported")
     return {key: torch.stack([found[layer] for layer in range(depth)]) for key, found in layers.items()}
 
 
 def merged(hf_name: str, weight: Tensor, tensors: Mapping[str, Tensor], config: AdapterConfig) -> Tensor:
-    """The base tensor called `hf_name` ("transformer.h.3.attn.c_attn.weight") with its adapter added, in its own dtype.
+    """The base tensor `hf_name` ("transformer.h.3.attn.c_attn.weight") with its adapter added.
 
-    The sum is formed in fp32. Tensors without an adapter come back as they are.
+    The sum is computed in fp32 and returned in the weight's dtype; a tensor without an adapter is
+    returned unchanged.
     """
     layer = layer_of(hf_name)
     for target in config.targets:

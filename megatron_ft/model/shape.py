@@ -180,7 +180,7 @@ class ModelShape:
         Raises UserError for what is not GPTBigCode (a gated activation, experts) or is missing.
 
         The activation is always StarCoder's tanh GELU. On merging, checkpoint tools set
-        `bias_gelu_fusion=False`, which is the exact GELU in Megatron, but the weights were trained with tanh.
+        `bias_gelu_fusion=False`, Megatron's exact GELU, but the weights were trained with tanh.
         """
         for name, allowed, what in (
             ("glu_activation", (None,), "a gated activation"),

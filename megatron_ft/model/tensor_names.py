@@ -1,13 +1,16 @@
-"""One table of tensor names: Hugging Face GPTBigCode, Megatron-Core, and Megatron before Core (BigCode's branch).
+"""One table of tensor names: Hugging Face GPTBigCode, Megatron-Core, and Megatron before Core.
 
-    HF            transformer.h.3.attn.c_attn.weight                      [rows, h], rows = q heads | k | v
-    Megatron-Core decoder.layers.3.self_attention.linear_qkv.weight       the same, chunked over TP on axis 0
-    legacy        language_model.encoder.layers.3.self_attention.query.weight       multi-query: q, sharded over TP,
-                  language_model.encoder.layers.3.self_attention.key_value.weight   and [k | v], the same on every rank
-                  language_model.encoder.layers.3.self_attention.query_key_value.weight   multi-head: per head q, k, v
+For example, the fused query, key and value weight of layer 3, [rows, h]:
 
-torch_dist checkpoints use Megatron-Core's names for Transformer Engine's layers (the layer norms belong to the linear
-layers behind them) whichever layers wrote them, and stack the layers on axis 0 without their number in the key.
+    HF             transformer.h.3.attn.c_attn.weight                   rows = q heads | k | v
+    Megatron-Core  decoder.layers.3.self_attention.linear_qkv.weight    same, sharded on axis 0
+    legacy         language_model.encoder.layers.3.self_attention.
+      multi-query    query.weight and key_value.weight    q sharded, [k | v] equal on all ranks
+      multi-head     query_key_value.weight               per head q, k, v
+
+torch_dist checkpoints use Megatron-Core's names for Transformer Engine's layers (layer norms belong
+to the linear layers after them), whichever layers wrote them. They stack the layers on axis 0,
+without their number in the key.
 """
 
 import re
@@ -17,12 +20,12 @@ from megatron_ft.model.shape import ModelShape
 
 
 class Weight(NamedTuple):
-    """One tensor's three names (without layer prefixes) and the axis that tensor parallelism shards, None if replicated."""
+    """One tensor's three names, without layer prefixes."""
 
     hf: str
     core: str
     legacy: str
-    tp_dim: int | None
+    tp_dim: int | None  # axis that tensor parallelism shards; None: replicated
 
 
 LAYER = (
@@ -46,7 +49,8 @@ WHOLE = (
     Weight("transformer.ln_f.weight", "decoder.final_layernorm.weight", "encoder.final_layernorm.weight", None),
     Weight("transformer.ln_f.bias", "decoder.final_layernorm.bias", "encoder.final_layernorm.bias", None),
 )
-OUTPUT_LAYER = "output_layer.weight"  # the last pipeline stage's copy of the tied embedding, in Megatron-Core
+# The last pipeline stage's copy of the tied embedding, in Megatron-Core.
+OUTPUT_LAYER = "output_layer.weight"
 
 # The linear layers that can have LoRA adapters, and their modules in a transformer layer.
 LORA_TARGETS = {
@@ -67,7 +71,7 @@ _LOCAL_NORMS = {
 
 
 def hf_names(shape: ModelShape) -> list[str]:
-    """All tensor names of the HF model, embeddings first and then layer by layer; the tied head is not among them."""
+    """All tensor names of the HF model in order, without the tied head."""
     layers = [f"transformer.h.{layer}.{weight.hf}" for layer in range(shape.num_layers) for weight in LAYER]
     return [WTE, WPE, *layers, "transformer.ln_f.weight", "transformer.ln_f.bias"]
 
@@ -79,14 +83,14 @@ def layer_of(hf_name: str) -> int | None:
 
 
 def weight_of(hf_name: str) -> Weight:
-    """The table's row for an HF tensor name. Raises KeyError for a name that is not GPTBigCode's."""
+    """The entry of an HF tensor name. Raises KeyError for a name that is not GPTBigCode's."""
     if layer_of(hf_name) is None:
         return _WHOLE_BY_HF[hf_name]
     return _LAYER_BY_HF[hf_name.split(".", 3)[3]]
 
 
 def hf_shape(shape: ModelShape, hf_name: str) -> tuple[int, ...]:
-    """The tensor's shape in the HF model."""
+    """The tensor's shape in the HF model. Raises KeyError for a name that is not GPTBigCode's."""
     h, f, qkv = shape.hidden_size, shape.ffn_hidden_size, shape.qkv_rows
     return {
         WTE: (shape.vocab_size, h),
@@ -101,9 +105,9 @@ def hf_shape(shape: ModelShape, hf_name: str) -> tuple[int, ...]:
 
 
 def core_to_hf(name: str, first_layer: int = 0) -> str | None:
-    """HF name of a parameter of Megatron-Core's GPTModel (either kind of layer), None for what HF has no tensor for.
+    """HF name of a parameter of Megatron-Core's GPTModel (either kind of layer), or None.
 
-    `first_layer` is the number of the first layer of this pipeline stage: modules count their own from 0.
+    `first_layer` is the number of this pipeline stage's first layer: modules number theirs from 0.
     """
     if name == OUTPUT_LAYER:
         return WTE
@@ -121,12 +125,15 @@ def core_to_hf(name: str, first_layer: int = 0) -> str | None:
 
 
 def hf_to_core(hf_name: str) -> str:
-    """Megatron-Core's torch_dist key with its layer number, `decoder.layers.3.mlp.linear_fc1.weight`."""
+    """torch_dist key with the layer number, `decoder.layers.3.mlp.linear_fc1.weight`."""
     layer, weight = layer_of(hf_name), weight_of(hf_name)
     return weight.core if layer is None else f"decoder.layers.{layer}.{weight.core}"
 
 
 def hf_to_stacked(hf_name: str) -> tuple[str, int | None]:
-    """torch_dist key without layer number, and the row of axis 0 that holds the layer (None: not a layer's tensor)."""
+    """torch_dist key without layer number, and the layer's row on axis 0.
+
+    The row is None for a tensor that is not a layer's.
+    """
     layer, weight = layer_of(hf_name), weight_of(hf_name)
     return (weight.core, None) if layer is None else (f"decoder.layers.{weight.core}", layer)

@@ -1,4 +1,4 @@
-"""LoRA adapters out of a run's checkpoint or a PEFT directory: alone, with the weights they were trained on, or merged into these."""
+"""LoRA adapters of a run's checkpoint or a PEFT directory, and the base weights they belong to."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -31,16 +31,19 @@ PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 @dataclass
 class AdapterSource:
-    """The adapters of one checkpoint: `tensors` by their torch_dist names stacked over layers (small: read whole), `config`, and where
-    the base weights were. `iteration` and `manifest` are a run's, None for a PEFT directory."""
+    """The adapters of one checkpoint, and where their base weights were.
+
+    `tensors` has their torch_dist names, stacked over layers (model/lora.py). They are small, so
+    they are in memory.
+    """
 
     path: Path
     tensors: dict[str, torch.Tensor]
     config: AdapterConfig
     base_path: str
     base_iteration: int | str = "latest"
-    iteration: int | str | None = None
-    manifest: Manifest | None = None
+    iteration: int | str | None = None  # of a run; None: a PEFT directory
+    manifest: Manifest | None = None  # of a run; None: a PEFT directory
     notice: str | None = None  # of `find_iteration`
 
     @property
@@ -49,11 +52,14 @@ class AdapterSource:
         return self.manifest.args if self.manifest else {}
 
     def peft_tensors(self, dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
-        """By PEFT's names, in `dtype` (None: as stored)."""
+        """Tensors by PEFT's names, in `dtype` (None: as stored)."""
         return {name: tensor.to(dtype or tensor.dtype) for name, tensor in to_peft(self.tensors).items()}
 
     def open_base(self, elsewhere: Path | str | None = None) -> WeightSource:
-        """The weights they belong to, from where they were or `elsewhere`. Raises UserError when these are not there or are others."""
+        """The base weights, where they were when training started, or `elsewhere`.
+
+        Raises UserError when they do not exist or are not those that the adapters were trained on.
+        """
         try:
             base = open_weights(elsewhere or self.base_path, self.base_iteration)
         except UserError as error:
@@ -65,19 +71,23 @@ class AdapterSource:
                 found = tuple(self.tensors[stacked_name(target, part)].shape)
                 if found != shape:
                     raise UserError(
-                        f"{self.path}: {stacked_name(target, part)} has shape {list(found)}, {base.path} and rank {rank} want {list(shape)}; "
+                        f"{self.path}: {stacked_name(target, part)} has shape {list(found)}, "
+                        f"expected {list(shape)} for rank {rank} on {base.path}; "
                         "give the base that the adapters were trained on"
                     )
-        if self.manifest and not is_base(base, self.manifest.base):
+        if self.manifest and self.manifest.base and not is_base(base, self.manifest.base):
             raise UserError(
-                f"{self.path}: the base weights are not those the adapters were trained on: {base.path} holds others; "
-                f"put the right ones back at {self.base_path}"
+                f"{self.path}: the base weights are not those the adapters were trained on: {base.path} has others; "
+                f"restore the right ones at {self.base_path}"
             )
         return base
 
 
 def open_adapters(path: Path | str, iteration: int | str = "latest") -> AdapterSource | None:
-    """The adapters of a LoRA run's checkpoint or a PEFT directory, None for whole weights (whatever their format)."""
+    """The adapters of a LoRA run's checkpoint or a PEFT directory; None for a complete model.
+
+    `iteration` selects a run's checkpoint (`find_iteration`). Raises UserError if it is damaged.
+    """
     path = Path(path)
     if not path.is_dir() or (path / "config.json").is_file():
         return None
@@ -90,17 +100,12 @@ def open_adapters(path: Path | str, iteration: int | str = "latest") -> AdapterS
         manifest = read_intact_manifest(directory)
         files = TorchDistFiles(directory)
         tensors = {key: files.read(key) for key in files.tensors if is_trainable(key) and "optimizer" not in key}
-    if not tensors:
+    base = manifest.base
+    if not tensors or not base:
         raise UserError(f"{directory}: a LoRA run's checkpoint without adapters in it; use another iteration")
+    config = AdapterConfig.from_flags(manifest.args)
     return AdapterSource(
-        directory,
-        tensors,
-        AdapterConfig.from_flags(manifest.args),
-        manifest.base["path"],
-        manifest.base.get("iteration") or "latest",
-        number,
-        manifest,
-        notice,
+        directory, tensors, config, base["path"], base.get("iteration") or "latest", number, manifest, notice
     )
 
 
@@ -109,7 +114,7 @@ def _open_peft(path: Path) -> AdapterSource:
     base = config.get("base_model_name_or_path")
     if not base:
         raise UserError(
-            f"{path / PEFT_CONFIG}: has no base_model_name_or_path; write the directory of the base model there"
+            f"{path / PEFT_CONFIG}: has no base_model_name_or_path; write the base model's directory into it"
         )
     try:
         tensors = from_peft(load_file(path / PEFT_WEIGHTS), str(path / PEFT_WEIGHTS))
@@ -119,9 +124,10 @@ def _open_peft(path: Path) -> AdapterSource:
 
 
 def open_start(path: Path | str, iteration: int | str, flags: Mapping) -> tuple[WeightSource, AdapterSource | None]:
-    """What a run starts from: whole weights, and the adapters to train on when `path` holds such and LoRA is on.
+    """The weights that a run starts from, and the adapters to continue training.
 
-    Raises UserError when they are other adapters than the flags ask for.
+    The adapters are None unless LoRA is on and `path` has adapters. Raises UserError when the
+    adapters differ from the flags, and as `open_weights` does.
     """
     adapters = open_adapters(path, iteration) if flags["lora_rank"] else None
     if adapters is None:
@@ -129,20 +135,24 @@ def open_start(path: Path | str, iteration: int | str, flags: Mapping) -> tuple[
     differences = adapters.config.differences(AdapterConfig.from_flags(flags))
     if differences:
         raise UserError(
-            f"{adapters.path}: its adapters are others than the flags ask for: {'; '.join(differences)}; give their flags to train them on, "
+            f"{adapters.path}: its adapters differ from the flags: {'; '.join(differences)}; "
+            "give their flags to continue training them, "
             "or merge them with convert/megatron_to_hf.py --merge-lora and --load the result"
         )
     return adapters.open_base(), adapters
 
 
 class MergedSource(WeightSource):
-    """Base weights with the adapters added, each tensor merged when it is read."""
+    """Base weights with the adapters added, each tensor merged when it is read.
+
+    `base` is the directory of the base weights if they were moved. Raises as `open_base` does.
+    """
 
     def __init__(self, adapters: AdapterSource, base: Path | str | None = None) -> None:
         try:
             self.base = adapters.open_base(base)
         except UserError as error:
-            raise UserError(f"{error} (--base says where they are now)") from None
+            raise UserError(f"{error} (or give --base DIR of where they are now)") from None
         self.adapters, self.kind = adapters, f"{self.base.kind} with merged LoRA adapters"
         self.path, self.iteration, self.args = adapters.path, adapters.iteration, adapters.args
         self.manifest = adapters.manifest
@@ -156,6 +166,6 @@ class MergedSource(WeightSource):
     def pieces(self, name: str) -> tuple[int, list[torch.Tensor]]:
         if self._last is None or self._last[0] != name:  # one tensor is kept: callers read it in blocks
             self._last = None
-            whole = merged(name, self.base.read(name), self.adapters.tensors, self.adapters.config)
-            self._last = (name, whole)
+            tensor = merged(name, self.base.read(name), self.adapters.tensors, self.adapters.config)
+            self._last = (name, tensor)
         return 0, [self._last[1]]

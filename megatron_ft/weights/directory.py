@@ -1,13 +1,15 @@
-"""What a checkpoint directory looks like, and the steps on it that no crash can leave half done.
+"""The layout of a checkpoint directory, and the steps on it that no crash can leave half done.
 
-    DIR/iter_0000250/                        one whole checkpoint (manifest.json says what it holds)
+    DIR/iter_0000250/                        one complete checkpoint, listed in its manifest.json
     DIR/latest_checkpointed_iteration.txt    Megatron's tracker file, replaced last
     DIR/best_checkpointed_iteration.txt      the iteration with the best validation loss
-    DIR/iter_0000300.writing-<token>/        being written; becomes iter_0000300 by one rename, or is removed by the next start
-    DIR/deleting-iter_0000200/               on its way out
-    DIR/damaged-iter_0000250/                found damaged and put aside
+    DIR/iter_0000300.writing-<token>/        being written; renamed to iter_0000300 when complete,
+                                             or removed by the next start
+    DIR/deleting-iter_0000200/               being deleted
+    DIR/damaged-iter_0000250/                found damaged and renamed
 
-A directory called iter_* is whole, or was damaged from outside. The tracker is for other programs and for people: what is found by looking wins.
+A directory named iter_* is complete, or was damaged from outside. The tracker is for other programs
+and for people: the directory's contents take precedence.
 """
 
 import os
@@ -30,12 +32,12 @@ def iteration_directory(save: Path, iteration: int) -> Path:
 
 
 def staging_directory(save: Path, iteration: int, token: str) -> Path:
-    """Where the owner `token` writes an iteration before it is whole."""
+    """Where the owner `token` writes an iteration until it is complete."""
     return save / f"iter_{iteration:07d}.writing-{token}"
 
 
 def list_iterations(save: Path) -> list[int]:
-    """Iterations that have a directory in `save`, newest first; empty when there is no such directory."""
+    """Iterations that have a directory in `save`, newest first; [] if `save` does not exist."""
     if not save.is_dir():
         return []
     found = [_ITERATION.fullmatch(entry.name) for entry in save.iterdir() if entry.is_dir()]
@@ -43,20 +45,20 @@ def list_iterations(save: Path) -> list[int]:
 
 
 def read_tracker(save: Path) -> str | None:
-    """Text of the tracker file, or None."""
+    """Text of the tracker file, None when it does not exist."""
     path = save / TRACKER
     return path.read_text(errors="replace").strip() if path.is_file() else None
 
 
 def read_best(save: Path) -> int | None:
-    """Iteration of the best checkpoint, None when none is known."""
+    """Iteration of the best checkpoint, None when it is unknown."""
     path = save / BEST
     text = path.read_text(errors="replace").strip() if path.is_file() else ""
     return int(text) if text.isdigit() else None
 
 
-def name_what_is_there(save: Path, newest: int, best: int | None) -> None:
-    """Let the tracker and the best mark name these. Files that do so already are left alone."""
+def write_trackers(save: Path, newest: int, best: int | None) -> None:
+    """Write the tracker files of the newest and the best iteration, unless they are up to date."""
     for name, iteration in ((TRACKER, newest), (BEST, best)):
         path = save / name
         if iteration is None:
@@ -66,30 +68,30 @@ def name_what_is_there(save: Path, newest: int, best: int | None) -> None:
 
 
 def commit(save: Path, iteration: int, staging: Path) -> None:
-    """Give a finished staging directory its name. The tracker is the caller's next step."""
+    """Rename a complete staging directory to its final name. The caller then writes the tracker."""
     final = iteration_directory(save, iteration)
-    if final.exists():  # an earlier attempt at this iteration that was found damaged, or was left behind by an override
+    if final.exists():  # an earlier attempt that was damaged, or that an override left behind
         discard(final)
     rename_directory(staging, final)
 
 
 def discard(path: Path) -> None:
-    """Take a directory out of sight at once and delete its files in the background."""
-    going = path.with_name(f"deleting-{path.name}-{os.getpid()}")
-    os.rename(path, going)
-    threading.Thread(target=shutil.rmtree, args=(going,), kwargs={"ignore_errors": True}, daemon=True).start()
+    """Rename a directory at once, and delete its files in the background."""
+    deleting = path.with_name(f"deleting-{path.name}-{os.getpid()}")
+    os.rename(path, deleting)
+    threading.Thread(target=shutil.rmtree, args=(deleting,), kwargs={"ignore_errors": True}, daemon=True).start()
 
 
-def put_aside(save: Path, iteration: int) -> Path:
-    """Rename a damaged checkpoint so that nothing takes it for whole; its files stay for whoever wants to look."""
-    aside = save / f"damaged-iter_{iteration:07d}"
-    shutil.rmtree(aside, ignore_errors=True)
-    os.rename(iteration_directory(save, iteration), aside)
-    return aside
+def move_damaged(save: Path, iteration: int) -> Path:
+    """Rename a damaged checkpoint to damaged-...: nothing uses it, but it can be inspected."""
+    damaged = save / f"damaged-iter_{iteration:07d}"
+    shutil.rmtree(damaged, ignore_errors=True)
+    os.rename(iteration_directory(save, iteration), damaged)
+    return damaged
 
 
 def remove_leftovers(save: Path) -> list[str]:
-    """Remove what a killed run left half written or half deleted; names of what went."""
+    """Remove what a killed run left half written or half deleted; the names of what was removed."""
     leftovers = [p for p in save.iterdir() if ".writing-" in p.name or p.name.startswith("deleting-")]
     for path in leftovers:
         shutil.rmtree(path, ignore_errors=True)

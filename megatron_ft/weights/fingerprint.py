@@ -1,7 +1,8 @@
-"""Which weights adapters belong to: a LoRA run's manifest names them by place and fingerprint, and no others are taken for them.
+"""Which weights adapters belong to: a LoRA run's manifest names them by path and by fingerprint.
 
-The fingerprint is of values, not of files: a copy in another place, format or layout has it too, one in another precision has not. It is
-a sample, so that the largest model's takes seconds; training changes every tensor nearly everywhere, and a sample of each shows it.
+The fingerprint is of values, not of files: a copy at another path, in another format or layout has
+the same one, a copy in another precision does not. It is of a sample, so it takes seconds for the
+largest model; training changes every tensor nearly everywhere, so a sample of each one shows it.
 """
 
 import hashlib
@@ -11,23 +12,29 @@ import torch
 from megatron_ft.model.tensor_names import WTE, hf_shape
 from megatron_ft.weights.source import WeightSource
 
-ROWS = 8  # of each matrix
+ROWS = 8  # per matrix
 
 
 def describe_base(source: WeightSource) -> dict:
-    """A manifest's `base`: where the weights are, and what they are."""
+    """A manifest's `base`: where the weights are ("path", "iteration"), and their "fingerprint"."""
     path = source.path.absolute()
     path = path if source.iteration is None else path.parent
     return {"path": str(path), "iteration": source.iteration, "fingerprint": fingerprint(source)}
 
 
 def is_base(source: WeightSource, base: dict) -> bool:
-    """Whether these are the weights that a manifest's `base` describes; one without a fingerprint describes any."""
+    """Whether these are the weights that a manifest's `base` describes.
+
+    A `base` without a fingerprint matches any weights.
+    """
     return base.get("fingerprint") in (None, fingerprint(source))
 
 
 def fingerprint(source: WeightSource) -> str:
-    """Digest of vectors, and of rows spread over each matrix; of the word embeddings the first, since padding rows are not everywhere."""
+    """Hex SHA-256 of all vectors and of `ROWS` rows spread over each matrix, in fp32.
+
+    Of the word embeddings these are the first rows, since not every copy has rows of padding.
+    """
     digest = hashlib.sha256()
     for name in source.names():
         shape = hf_shape(source.shape, name)

@@ -58,9 +58,9 @@ def write_tokenizer(directory: Path, source: Path, tokenizer: Tokenizer, positio
 def write_model_card(
     directory: Path, *, name: str, shape: ModelShape, facts: Mapping[str, object], args: Mapping[str, object]
 ) -> None:
-    """Write README.md: what the model is, how to use it, and the arguments of its run (`card_args`).
+    """Write README.md: what the model is, how to use it, and its run's arguments (`card_args`).
 
-    `facts` are the rows of the table about the conversion.
+    `facts` are the lines of the table about the conversion.
     """
     about = "\n".join(f"| {what} | {value} |" for what, value in facts.items())
     run = "\n".join(f"| `--{key.replace('_', '-')}` | {_cell(value)} |" for key, value in sorted(args.items()))

@@ -1,4 +1,4 @@
-"""Weights of a Hugging Face GPTBigCode directory: safetensors or `.bin`, one file or shards with an index, memory-mapped."""
+"""Weights of a Hugging Face GPTBigCode directory: safetensors or `.bin`, one file or shards."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ from megatron_ft.weights.source import WeightSource, check_shape
 
 HEAD = "lm_head.weight"
 INDEX = ".index.json"
-# In the order in which transformers looks for them; it loads the first that is there.
+# In the order in which transformers looks for them; it loads the first that exists.
 WEIGHTS = ("model.safetensors", f"model.safetensors{INDEX}", "pytorch_model.bin", f"pytorch_model.bin{INDEX}")
 
 
@@ -32,14 +32,18 @@ def read_json(path: Path) -> dict:
 
 
 class HFSource(WeightSource):
-    """See WeightSource. Names in files may lack the `transformer.` prefix (a bare GPTBigCodeModel) or carry a tied lm_head."""
+    """See WeightSource.
+
+    Names in the files may lack the `transformer.` prefix (a bare GPTBigCodeModel), and there may be
+    a tied lm_head. Raises UserError for a directory that is damaged, incomplete, of another
+    architecture, or whose lm_head is not tied.
+    """
 
     kind = "Hugging Face"
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.config = read_json(path / "config.json")
-        self.shape = ModelShape.from_hf_config(self.config, str(path / "config.json"))
+        self.shape = ModelShape.from_hf_config(read_json(path / "config.json"), str(path / "config.json"))
         self._files: dict[Path, _Safetensors | _Bin] = {}
         self._where: dict[str, tuple[Path, str]] = {}
         for file, stored_name in self._stored_names():
@@ -50,7 +54,7 @@ class HFSource(WeightSource):
             raise UserError(
                 f"{path}: {len(missing)} tensors are missing, the first is {missing[0]}; copy the checkpoint again"
             )
-        # `.attn.bias` and `.attn.masked_bias` are causal masks that old versions of transformers saved.
+        # `.attn.bias` and `.attn.masked_bias` are causal masks that old transformers saved.
         expected = {*hf_names(self.shape), HEAD}
         unknown = [n for n in self._where if n not in expected and not n.endswith((".attn.bias", ".masked_bias"))]
         if unknown:
@@ -63,14 +67,15 @@ class HFSource(WeightSource):
             )
 
     def _stored_names(self) -> list[tuple[Path, str]]:
-        there = [name for name in WEIGHTS if (self.path / name).is_file()]
-        if not there:
+        """(file, tensor name in it) of every stored tensor."""
+        found = [name for name in WEIGHTS if (self.path / name).is_file()]
+        if not found:
             raise UserError(
                 f"{self.path}: config.json but no weights; expected model.safetensors or pytorch_model.bin, or shards"
             )
-        file = self.path / there[0]
-        if len(there) > 1:
-            self.notice = f"{self.path}: {there[0]} is read, as transformers does; {', '.join(there[1:])} is left aside"
+        file = self.path / found[0]
+        if len(found) > 1:
+            self.notice = f"{self.path}: reading {found[0]}, as transformers does, and ignoring {', '.join(found[1:])}"
         if not file.name.endswith(INDEX):
             return [(file, name) for name in self._open(file).names()]
         weight_map = read_json(file).get("weight_map")
@@ -91,7 +96,7 @@ class HFSource(WeightSource):
         return self._open(file).shape(stored_name)
 
     def _head_is_tied(self, rows: int = 4096) -> bool:
-        """Compared a few rows at a time, so that two embeddings are never in memory together."""
+        """Compares a few rows at a time, so that two embeddings are never in memory together."""
         if tuple(self._shape_of(HEAD)) != tuple(self._shape_of(WTE)):
             return False
         return all(
@@ -106,6 +111,8 @@ class HFSource(WeightSource):
 
 
 class _Safetensors:
+    """A safetensors file."""
+
     def __init__(self, file: Path) -> None:
         try:
             self._file = safe_open(file, framework="pt")
@@ -118,7 +125,7 @@ class _Safetensors:
 
     def shape(self, name: str) -> tuple[int, ...]:
         if name not in self._file.keys():  # noqa: SIM118 (a Rust object, not a dict)
-            raise UserError(f"{self._path}: {name} is not in it, though the index says so; copy the checkpoint again")
+            raise UserError(f"{self._path}: has no {name}, which the index expects in it; copy the checkpoint again")
         return tuple(self._file.get_slice(name).get_shape())
 
     def tensor(self, name: str) -> torch.Tensor:
@@ -126,6 +133,8 @@ class _Safetensors:
 
 
 class _Bin:
+    """A file of torch.save."""
+
     def __init__(self, file: Path) -> None:
         self._path = file
         found = load_pt(file)
@@ -141,5 +150,5 @@ class _Bin:
 
     def tensor(self, name: str) -> torch.Tensor:
         if name not in self._tensors:
-            raise UserError(f"{self._path}: {name} is not in it, though the index says so; copy the checkpoint again")
+            raise UserError(f"{self._path}: has no {name}, which the index expects in it; copy the checkpoint again")
         return self._tensors[name]

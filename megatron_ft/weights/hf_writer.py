@@ -1,17 +1,17 @@
 """Write a Hugging Face GPTBigCode directory from any source of weights, a block of rows at a time.
 
-safetensors files are a JSON header and the tensors' bytes one after the other, so they are written as a stream: shards are
-planned from the shapes alone, and a block of weights at a time is in memory.
+A safetensors file is a JSON header and the tensors' bytes one after the other, so it is written as
+a stream: shards are planned from the shapes, and a block of weights at a time is in memory.
 """
 
 import json
-import os
 from collections.abc import Callable, Iterator
 from itertools import chain
 from pathlib import Path
 
 import torch
 
+from megatron_ft.files.atomic import sync_file
 from megatron_ft.model.boxes import whole
 from megatron_ft.model.tensor_names import hf_shape
 from megatron_ft.weights.source import WeightSource
@@ -21,17 +21,20 @@ DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16
 
 
 def plan_shards(source: WeightSource, dtype: torch.dtype, vocab_rows: int, max_shard_bytes: int) -> list[list[str]]:
-    """Tensor names of each file, in order; a file exceeds `max_shard_bytes` only when one tensor does."""
+    """Tensor names of each file, in order.
+
+    A file exceeds `max_shard_bytes` only if one tensor does.
+    """
     shape = source.shape.with_vocab(vocab_rows)
     shards: list[list[str]] = [[]]
     size = 0
     for name in source.names():
-        size_here = nbytes(dtype, hf_shape(shape, name))
-        if shards[-1] and size + size_here > max_shard_bytes:
+        added = nbytes(dtype, hf_shape(shape, name))
+        if shards[-1] and size + added > max_shard_bytes:
             shards.append([])
             size = 0
         shards[-1].append(name)
-        size += size_here
+        size += added
     return shards
 
 
@@ -44,19 +47,22 @@ def write_safetensors(
     max_shard_bytes: int,
     advance: Callable[[int], None] = lambda count: None,
 ) -> list[Path]:
-    """Write model.safetensors, or shards with their index; `advance` hears of every block's bytes. Returns the files."""
+    """Write model.safetensors, or shards with their index; returns the files of weights.
+
+    `advance(n)` is called after each block of n bytes. Raises UserError for a value that does not
+    fit in `dtype`, and for a source that is damaged.
+    """
     shards = plan_shards(source, dtype, vocab_rows, max_shard_bytes)
     shape = source.shape.with_vocab(vocab_rows)
-    files, weight_map = [], {}
+
+    def blocks_of(name: str) -> Iterator[torch.Tensor]:
+        return box_blocks(source, name, dtype, whole(hf_shape(shape, name)))
+
+    files: list[Path] = []
+    weight_map: dict[str, str] = {}
     for number, names in enumerate(shards, start=1):
         file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        shapes = {name: hf_shape(shape, name) for name in names}
-        write_tensors(
-            directory / file,
-            {name: (dtype, shape) for name, shape in shapes.items()},
-            lambda name, shapes=shapes: box_blocks(source, name, dtype, whole(shapes[name])),
-            advance,
-        )
+        write_tensors(directory / file, {name: (dtype, hf_shape(shape, name)) for name in names}, blocks_of, advance)
         files.append(directory / file)
         weight_map |= dict.fromkeys(names, file)
     if len(shards) > 1:
@@ -71,12 +77,17 @@ def write_tensors(
     blocks_of: Callable[[str], Iterator[torch.Tensor]],
     advance: Callable[[int], None] = lambda count: None,
 ) -> None:
-    """Write one safetensors file: dtype and shape of each tensor are known, its contiguous blocks come from `blocks_of(name)`."""
-    header, offset = {"__metadata__": {"format": "pt"}}, 0
+    """Write one safetensors file.
+
+    `tensors` has the dtype and shape of each, `blocks_of(name)` yields its contiguous blocks in
+    order. `advance(n)` is called after each block of n bytes.
+    """
+    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+    size = 0
     for name, (dtype, shape) in tensors.items():
-        end = offset + nbytes(dtype, shape)
-        header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
-        offset = end
+        end = size + nbytes(dtype, shape)
+        header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [size, end]}
+        size = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with file.open("wb") as out:
@@ -84,7 +95,7 @@ def write_tensors(
         for block in read_ahead(chain.from_iterable(map(blocks_of, tensors))):
             out.write(raw(block))
             advance(block.nbytes)
-        if out.tell() != 8 + len(text) + offset:
-            raise AssertionError(f"{file}: {out.tell() - 8 - len(text)} bytes of tensors written, {offset} announced")
-        out.flush()
-        os.fsync(out.fileno())
+        written = out.tell() - 8 - len(text)
+        if written != size:
+            raise AssertionError(f"{file}: wrote {written} bytes of tensors, its header announces {size}")
+        sync_file(out)

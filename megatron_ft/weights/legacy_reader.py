@@ -1,11 +1,16 @@
-"""Weights of Megatron before Core, as BigCode's branch saves them: one directory a rank, any TP x PP, memory-mapped.
+"""Weights of Megatron before Core, as BigCode's branch saves them, in any TP x PP layout.
+
+A checkpoint has one directory per rank:
 
     release | iter_0000250/
-      mp_rank_TT            one pipeline stage            model_optim_rng.pt, or with the distributed optimizer
-      mp_rank_TT_PPP        several stages                model_rng.pt (and mp_rank_TT_PPP_DDD/optim.pt, not read)
+      mp_rank_TT            one pipeline stage
+      mp_rank_TT_PPP        several stages
+        model_optim_rng.pt, or with the distributed optimizer model_rng.pt
+      mp_rank_TT_PPP_DDD/optim.pt, not read
 
-Layers are numbered from 0 on every stage. What tensor parallelism replicates (key_value of multi-query attention, norms,
-output biases, positions) must be the same on every rank, and the last stage's copy of the tied embedding the first's.
+Layers are numbered from 0 on every stage. Tensors that tensor parallelism replicates (key_value of
+multi-query attention, norms, output biases, positions) must be equal on all ranks, and the last
+stage's copy of the tied embedding must equal the first stage's.
 """
 
 import argparse
@@ -24,7 +29,11 @@ MODEL_FILES = ("model_optim_rng.pt", "model_rng.pt")
 
 
 class LegacySource(WeightSource):
-    """See WeightSource."""
+    """See WeightSource.
+
+    Raises UserError for a checkpoint that is incomplete, mixes two saves, is not a GPTBigCode, or
+    whose order of query, key and value rows is unknown. Replicas are compared when they are read.
+    """
 
     kind = "legacy Megatron"
 
@@ -35,17 +44,17 @@ class LegacySource(WeightSource):
         first = self._load(ranks[min(ranks)])
         self.args = vars(first["args"]) if isinstance(first["args"], argparse.Namespace) else dict(first["args"])
         self.version = float(first.get("checkpoint_version", 0))
-        self.tp = self.args.get("tensor_model_parallel_size", self.args.get("model_parallel_size", 1))
-        self.pp = self.args.get("pipeline_model_parallel_size", 1)
-        missing = [self._rank_name(t, p) for p in range(self.pp) for t in range(self.tp) if (t, p) not in ranks]
+        tp = self.args.get("tensor_model_parallel_size", self.args.get("model_parallel_size", 1))
+        pp = self.pipeline_parallel = self.args.get("pipeline_model_parallel_size", 1)
+        missing = [self._rank_name(t, p) for p in range(pp) for t in range(tp) if (t, p) not in ranks]
         if missing:
             raise UserError(
-                f"{directory}: TP{self.tp} PP{self.pp} according to its arguments, but {', '.join(missing)} is missing; "
+                f"{directory}: TP{tp} PP{pp} according to its arguments, but {', '.join(missing)} is missing; "
                 "copy the checkpoint again"
             )
-        # [pipeline stage][tensor rank] -> flat names, `layers.N.` counted from the stage's first layer
+        # [pipeline stage][tensor rank] -> flat names; `layers.N.` counts from the stage's first
         self._stages = [
-            [self._tensors(self._load(ranks[t, p]), first, ranks[t, p]) for t in range(self.tp)] for p in range(self.pp)
+            [self._tensors(self._load(ranks[t, p]), first, ranks[t, p]) for t in range(tp)] for p in range(pp)
         ]
         embedding = "embedding.word_embeddings.weight"
         if embedding not in self._stages[0][0] or "embedding.position_embeddings.weight" not in self._stages[0][0]:
@@ -56,11 +65,12 @@ class LegacySource(WeightSource):
         self.shape = ModelShape.from_megatron_args(self.args, rows, directory)
         if self.version not in (0, 1, 2, 3) or (self.version < 2 and self.shape.multi_query):
             raise UserError(
-                f"{directory}: checkpoint_version {self.version:g} of a {'multi-query' if self.shape.multi_query else 'multi-head'} "
-                "model, whose query-key-value order is not known; expected version 2 or 3 (0 and 1 for multi-head models)"
+                f"{directory}: checkpoint_version {self.version:g} of a "
+                f"{'multi-query' if self.shape.multi_query else 'multi-head'} model, whose query-key-value order is unknown; "
+                "expected version 2 or 3 (or 0 and 1 for multi-head models)"
             )
         self._first_layers = self._count_layers()
-        self._compared: set[str] = set()  # HF names whose replicas were found equal
+        self._compared: set[str] = set()  # HF names of tensors whose replicas are equal
         for name in self.names():
             dim, pieces = self._cuts(name)
             total = list(pieces[0].shape)
@@ -68,10 +78,13 @@ class LegacySource(WeightSource):
             check_shape(self.shape, name, total, directory)
 
     def _rank_name(self, tensor_rank: int, stage: int) -> str:
-        return f"mp_rank_{tensor_rank:02d}" + (f"_{stage:03d}" if self.pp > 1 else "")
+        return f"mp_rank_{tensor_rank:02d}" + (f"_{stage:03d}" if self.pipeline_parallel > 1 else "")
 
     def _rank_directories(self) -> dict[tuple[int, int], Path]:
-        """(tensor rank, stage) -> directory. Directories with a data-parallel rank too hold optimizer state only."""
+        """(tensor rank, stage) -> directory.
+
+        Directories with a data-parallel rank in their name hold only optimizer state.
+        """
         found = {}
         for path in self.path.iterdir():
             match = re.fullmatch(r"mp_rank_(\d+)(?:_(\d{3}))?", path.name)
@@ -87,14 +100,14 @@ class LegacySource(WeightSource):
         file = next(rank / name for name in MODEL_FILES if (rank / name).is_file())
         found = load_pt(file)
         if not isinstance(found, dict) or "model" not in found or "args" not in found:
-            raise UserError(f"{file}: no 'model' and 'args' in it; expected a checkpoint of Megatron-LM")
+            raise UserError(f"{file}: has no 'model' and 'args', expected a checkpoint of Megatron-LM")
         return found
 
     def _tensors(self, found: dict, first: dict, rank: Path) -> dict[str, torch.Tensor]:
         if found.get("iteration") != first.get("iteration"):
             raise UserError(
                 f"{rank}: from iteration {found.get('iteration')}, but the first rank is from {first.get('iteration')}; "
-                "two checkpoints are mixed here, copy one of them again"
+                "the files are from two checkpoints, copy one of them again"
             )
         flat: dict[str, torch.Tensor] = {}
 
@@ -106,7 +119,7 @@ class LegacySource(WeightSource):
                     flat[f"{prefix}{key}"] = value
 
         walk(found["model"], "")
-        # Older versions say transformer for encoder and attention for self_attention.
+        # Older versions have the names transformer for encoder and attention for self_attention.
         return {
             name.removeprefix("language_model.")
             .replace("transformer.layers.", "encoder.layers.")
@@ -122,18 +135,19 @@ class LegacySource(WeightSource):
             numbers = {int(m.group(1)) for name in stage[0] if (m := re.match(r"encoder\.layers\.(\d+)\.", name))}
             if numbers != set(range(len(numbers))):
                 raise UserError(
-                    f"{self.path}: layers {sorted(numbers)} on a pipeline stage, expected them counted from 0"
+                    f"{self.path}: layers {sorted(numbers)} on a pipeline stage, expected consecutive ones from 0; "
+                    "copy the checkpoint again"
                 )
             firsts.append(firsts[-1] + len(numbers))
         if firsts[-1] != self.shape.num_layers:
             raise UserError(
-                f"{self.path}: {firsts[-1]} layers on {self.pp} stages, but its arguments say {self.shape.num_layers}; "
-                "the files do not belong together"
+                f"{self.path}: {firsts[-1]} layers on {self.pipeline_parallel} stages, expected {self.shape.num_layers} "
+                "from its arguments; the files do not belong together, copy the checkpoint again"
             )
         return firsts
 
     def dtype_of(self, name: str) -> torch.dtype:
-        return widest(piece.dtype for piece in self._cuts(name)[1])  # nothing is compared, so nothing is read
+        return widest(piece.dtype for piece in self._cuts(name)[1])  # compares nothing, so reads nothing
 
     def pieces(self, name: str) -> tuple[int, list[torch.Tensor]]:
         cuts = self._cuts(name, compare=name not in self._compared)
@@ -141,13 +155,13 @@ class LegacySource(WeightSource):
         return cuts
 
     def _cuts(self, name: str, compare: bool = False) -> tuple[int, list[torch.Tensor]]:
-        """Shards in rank order; `compare` also reads the copies that must be equal and raises UserError when they are not."""
+        """Axis and shards in rank order; with `compare`, UserError when replicas are not equal."""
         layer, weight = layer_of(name), weight_of(name)
         if layer is None:
-            stage = self.pp - 1 if weight.legacy.startswith("encoder.") else 0
+            stage = self.pipeline_parallel - 1 if weight.legacy.startswith("encoder.") else 0
             key = weight.legacy
         else:
-            stage = next(p for p in range(self.pp) if layer < self._first_layers[p + 1])
+            stage = next(p for p in range(self.pipeline_parallel) if layer < self._first_layers[p + 1])
             key = f"encoder.layers.{layer - self._first_layers[stage]}.{weight.legacy}"
         if weight.tp_dim is None:
             return 0, [self._replica(stage, key, name, compare)]
@@ -158,13 +172,14 @@ class LegacySource(WeightSource):
         shards = self._shards(stage, key)
         if "query_key_value" in key and self.version < 2:
             shards = [self._reordered(shard) for shard in shards]
-        if name == WTE and self.pp > 1 and compare:
+        if name == WTE and self.pipeline_parallel > 1 and compare:
             for rank, shard in enumerate(shards):
                 copy = self._stages[-1][rank].get("word_embeddings_for_head.weight")
                 if copy is not None and not torch.equal(copy, shard):
                     raise UserError(
-                        f"{self.path}: word_embeddings_for_head.weight of {self._rank_name(rank, self.pp - 1)} differs from "
-                        f"the embedding of {self._rank_name(rank, 0)}, {_difference(copy, shard)}; tied weights must be equal"
+                        f"{self.path}: word_embeddings_for_head.weight of "
+                        f"{self._rank_name(rank, self.pipeline_parallel - 1)} differs from the embedding of "
+                        f"{self._rank_name(rank, 0)}, {_difference(copy, shard)}; tied weights must be equal"
                     )
         return weight.tp_dim, shards
 
@@ -181,12 +196,15 @@ class LegacySource(WeightSource):
                 raise UserError(
                     f"{self.path}: {key} ({name}) differs between {self._rank_name(0, stage)} and "
                     f"{self._rank_name(rank, stage)}, {_difference(copies[0], copy)}; replicas must be equal, "
-                    "take a checkpoint from before they drifted apart"
+                    "use a checkpoint from before they diverged"
                 )
         return copies[0]
 
     def _reordered(self, shard: torch.Tensor) -> torch.Tensor:
-        """Rows of query_key_value from checkpoint version 0 ([3, heads, d]) or 1 ([heads, d, 3]) to today's [heads, 3, d]."""
+        """Rows of query_key_value in today's order, [heads, 3, d].
+
+        Checkpoint version 0 has the order [3, heads, d], version 1 [heads, d, 3].
+        """
         d, rest = self.shape.kv_channels, shard.shape[1:]
         if self.version == 0:
             return shard.view(3, -1, d, *rest).transpose(0, 1).reshape(shard.shape)

@@ -1,6 +1,7 @@
-"""The manifest of a checkpoint: every file's size and checksum, the run's state, and what made it.
+"""The manifest of a checkpoint: each file's size and checksum, the run's state, and its provenance.
 
-`manifest.json` carries the checksum of its own content, so a damaged manifest is found without reading anything else.
+`manifest.json` has a checksum of its own content, so a damaged manifest is detected without reading
+anything else.
 """
 
 import hashlib
@@ -21,16 +22,16 @@ from megatron_ft.files.checksum import file_checksum
 
 NAME = "manifest.json"
 FORMAT = 1  # raised when an older package could not read what a newer one writes
-ALWAYS_CHECKED = 1 << 20  # bytes; files up to this size have their checksum compared on every start
+ALWAYS_CHECKED = 1 << 20  # bytes; checksums of files up to this size are compared on every start
 
 
 class Damaged(Exception):
-    """A checkpoint that is not whole; the message says what is wrong with which file."""
+    """A checkpoint that is not intact; the message says what is wrong with which file."""
 
 
 @contextmanager
 def damage_as_user_error() -> Iterator[None]:
-    """For a reader of the one checkpoint it was given, which has no older one to fall back to."""
+    """Damage becomes a UserError, for a reader that has no older checkpoint to fall back to."""
     try:
         yield
     except Damaged as error:
@@ -39,26 +40,25 @@ def damage_as_user_error() -> Iterator[None]:
 
 @dataclass
 class Manifest:
-    """Content of manifest.json. `state` is TrainState's numbers, `layout` the parallel sizes it was saved from,
-    `files` maps a file's name to its size in bytes and sha256, `base` says which weights adapters belong to, `special_ids` is the
-    tokenizer's `config_ids`, so that a converted model knows its end of text without it."""
+    """Content of manifest.json."""
 
     iteration: int
-    shape: dict
-    args: dict
-    state: dict
-    layout: dict
-    data: dict = field(default_factory=dict)
-    base: dict | None = None
+    shape: dict  # ModelShape's fields
+    args: dict  # flags of the run, by their names with underscores
+    state: dict  # TrainState's counters and the optimizer's
+    layout: dict  # parallel sizes it was saved from: tensor, pipeline, context, data
+    data: dict = field(default_factory=dict)  # what the run reads, and its tokenizer's digest
+    base: dict | None = None  # the weights that adapters belong to (fingerprint.py)
+    # The tokenizer's `config_ids`, so that a converted model has its end of text without it.
     special_ids: dict[str, int | None] = field(default_factory=dict)
-    files: dict[str, dict] = field(default_factory=dict)
+    files: dict[str, dict] = field(default_factory=dict)  # name -> size in bytes, sha256
     versions: dict = field(default_factory=dict)
     git_revision: str | None = None
     saved_at: str = ""
     format: int = FORMAT
 
     def write(self, directory: Path) -> None:
-        """Write it into `directory`, replacing one that is there."""
+        """Write it into `directory`, replacing an existing one."""
         content = asdict(self)
         content["checksum"] = _checksum(content)
         replace_file(directory / NAME, (json.dumps(content, indent=1, sort_keys=True) + "\n").encode())
@@ -73,21 +73,22 @@ def read_manifest(directory: Path) -> Manifest:
     except FileNotFoundError:
         raise Damaged(f"{path} is missing") from None
     except (ValueError, KeyError, TypeError, AttributeError):  # not JSON, no object, no checksum
-        raise Damaged(f"{path} is not a manifest that was written whole") from None
+        raise Damaged(f"{path} is truncated or not a manifest") from None
     if claimed != _checksum(content):
-        raise Damaged(f"{path} does not have the checksum it names")
+        raise Damaged(f"{path} does not match its own checksum")
     if content["format"] > FORMAT:
         raise UserError(
-            f"{directory} was written by megatron-ft {content['versions'].get('megatron_ft')} in checkpoint format {content['format']}; "
-            f"this is {megatron_ft.__version__}, which reads up to format {FORMAT}: install the newer package"
+            f"{directory} was written by megatron-ft {content['versions'].get('megatron_ft')} in checkpoint format "
+            f"{content['format']}; this is {megatron_ft.__version__}, which reads up to format {FORMAT}: install the newer one"
         )
     return Manifest(**content)
 
 
 def check_files(directory: Path, manifest: Manifest, *, checksums: bool, part: int = 0, parts: int = 1) -> list[str]:
-    """What is wrong with the files a manifest lists: sizes always, checksums of small files always, of all with `checksums`.
+    """One line for each file of a manifest that is missing or has another size or checksum.
 
-    Several processes share the work: this one takes every `parts`-th file from `part`.
+    Checksums are compared for small files, and with `checksums` for all. Several processes share
+    the work: this one checks every `parts`-th file from `part` on.
     """
     wrong = []
     for name in sorted(manifest.files)[part::parts]:
@@ -97,15 +98,15 @@ def check_files(directory: Path, manifest: Manifest, *, checksums: bool, part: i
         elif path.stat().st_size != expected["size"]:
             wrong.append(f"{path} has {path.stat().st_size} bytes, expected {expected['size']}")
         elif (checksums or expected["size"] <= ALWAYS_CHECKED) and file_checksum(path) != expected["sha256"]:
-            wrong.append(f"{path} does not have the checksum of when it was saved")
+            wrong.append(f"{path} does not have the checksum it was saved with")
     return wrong
 
 
 def read_intact_manifest(directory: Path) -> Manifest:
-    """The manifest of a checkpoint whose files all exist and have their sizes, small ones also their checksums.
+    """The manifest of a checkpoint, after `check_files` of its files.
 
-    Adapters are small and are read completely, so all of their files are compared with their
-    checksums. Raises Damaged for the first file that is wrong, UserError as `read_manifest` does.
+    Adapters are small and are read completely, so all of their checksums are compared. Raises
+    Damaged for the first file that is wrong, UserError as `read_manifest` does.
     """
     try:
         manifest = read_manifest(directory)
@@ -119,13 +120,16 @@ def read_intact_manifest(directory: Path) -> Manifest:
 
 @cache
 def versions() -> dict[str, str]:
-    """Versions of what decides a run's numbers."""
+    """Versions of the packages that determine a run's numbers."""
     return {"megatron_ft": megatron_ft.__version__, **{name: version(name) for name in ("torch", "megatron-core")}}
 
 
 @cache
 def git_revision() -> str | None:
-    """Commit of the checkout this package runs from, with a mark when files differ from it; None outside one."""
+    """Commit of the checkout that this package runs from, None outside one.
+
+    It ends with "-modified" when tracked files differ from the commit.
+    """
     root = Path(megatron_ft.__file__).resolve().parents[1]
     if not (root / ".git").exists():
         return None
@@ -141,7 +145,7 @@ def git_revision() -> str | None:
 
 
 def now() -> str:
-    """Time of day for a manifest, UTC."""
+    """The time in UTC, in ISO 8601 to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 

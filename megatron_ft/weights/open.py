@@ -1,11 +1,10 @@
-"""The weights of any checkpoint through one lazy reader: `open_weights(path)`.
+"""Open the weights of any checkpoint: `open_weights(path)` recognizes the format by its files.
 
-A source gives tensors under their Hugging Face names, whole or in slices, memory-mapped: opening reads names and
-shapes, and only what is asked for is read. `open_weights` tells the formats apart:
+    config.json + *.safetensors | *.bin              Hugging Face           hf_reader.py
+    iter_XXXXXXX/mp_rank_TT[_PPP]/model*_rng.pt      Megatron before Core   legacy_reader.py
+    iter_XXXXXXX/.metadata + *.distcp                torch_dist             torch_dist_reader.py
 
-    config.json + *.safetensors | *.bin                    Hugging Face           (hf.py)
-    iter_XXXXXXX/mp_rank_TT[_PPP]/model*_rng.pt            Megatron before Core   (legacy.py)
-    iter_XXXXXXX/.metadata + *.distcp                      torch_dist             (torch_dist_weights.py)
+Of a Megatron directory's iterations, `find_iteration` selects one.
 """
 
 from pathlib import Path
@@ -16,14 +15,15 @@ from megatron_ft.weights.hf_reader import HFSource
 from megatron_ft.weights.legacy_reader import LegacySource
 from megatron_ft.weights.manifest import NAME, Damaged, check_files, read_manifest
 from megatron_ft.weights.source import WeightSource
+from megatron_ft.weights.torch_dist_metadata import METADATA
 from megatron_ft.weights.torch_dist_reader import TorchDistSource
 
 
 def open_weights(path: Path | str, iteration: int | str = "latest") -> WeightSource:
     """Open a torch_dist, legacy Megatron or Hugging Face directory; see WeightSource.
 
-    `iteration` picks among a Megatron directory's checkpoints, as `find_iteration` says.
-    Raises UserError when there is none, or when what is there is incomplete, damaged or another architecture's.
+    `iteration` selects one of a Megatron directory's checkpoints (`find_iteration`). Raises
+    UserError when there is no checkpoint, or one that is incomplete, damaged or not a GPTBigCode.
     """
     path = Path(path)
     if not path.is_dir():
@@ -32,74 +32,86 @@ def open_weights(path: Path | str, iteration: int | str = "latest") -> WeightSou
         return HFSource(path)
     if (path / "adapter_config.json").is_file():
         raise UserError(
-            f"{path}: a PEFT adapter, not a whole model; merge it with convert/megatron_to_hf.py --merge-lora"
+            f"{path}: a PEFT adapter, not a complete model; merge it with convert/megatron_to_hf.py --merge-lora"
         )
-    directory, iteration, notice = find_iteration(path, iteration)
+    directory, number, notice = find_iteration(path, iteration)
+    source: WeightSource
     if any(directory.glob("mp_rank_*")):
-        source = LegacySource(directory, iteration)
-    elif (directory / ".metadata").is_file() or (directory / "metadata.json").is_file():
-        source = TorchDistSource(directory, iteration)
+        source = LegacySource(directory, number)
+    elif (directory / METADATA).is_file() or (directory / "metadata.json").is_file():
+        source = TorchDistSource(directory, number)
     else:
         raise UserError(
-            f"{directory}: no checkpoint here; expected config.json (Hugging Face), mp_rank_* (legacy Megatron) or .metadata (torch_dist)"
+            f"{directory}: not a checkpoint; "
+            "expected config.json (Hugging Face), mp_rank_* (legacy Megatron) or .metadata (torch_dist)"
         )
     source.notice = notice
     return source
 
 
 def find_iteration(path: Path, iteration: int | str = "latest") -> tuple[Path, int | str | None, str | None]:
-    """Directory of one iteration of a Megatron checkpoint, its number or "release" (None if its name tells neither), and a notice.
+    """One iteration of a Megatron checkpoint: its directory, its number or "release", and a notice.
 
-    `iteration` is a number, "release", "best" (lowest validation loss), or "latest": what the tracker file says, or, where that names nothing
-    that is there, the newest whole one, which the notice says then.
+    `iteration` is a number, "release", "best" (lowest validation loss), or "latest": the one in the
+    tracker file or, where that does not exist, the newest intact one, with a notice for the log.
+    `path` may also be an iteration's own directory; the number is None if its name has none.
+    Raises UserError when there is no such iteration.
     """
-    if any(path.glob("mp_rank_*")) or (path / ".metadata").is_file():  # an iteration's own directory was given
+    if any(path.glob("mp_rank_*")) or (path / METADATA).is_file():  # an iteration's own directory
         name = path.name.removeprefix("iter_")
         return path, int(name) if name.isdigit() else "release" if name == "release" else None, None
-    there = sorted(p.name for p in path.iterdir() if p.name == "release" or p.name.startswith("iter_"))
-    listed = f"there are {', '.join(there)}" if there else "there is none"
-    wanted = str(iteration)
-    if wanted == "latest":
+    names = sorted(p.name for p in path.iterdir() if p.name == "release" or p.name.startswith("iter_"))
+    listed = f"there are {', '.join(names)}" if names else "there are none"
+    asked = str(iteration)
+    if asked == "latest":
         tracked = read_tracker(path)
-        if not (tracked == "release" or (tracked or "").isdigit()) or not _directory_of(path, tracked).is_dir():
-            return _newest_whole(path, tracked, listed)
-        wanted = tracked
-    if wanted == "best":
+        if tracked is None or not _is_name(tracked) or not _directory_of(path, tracked).is_dir():
+            return _newest_intact(path, tracked, listed)
+        asked = tracked
+    elif asked == "best":
         if not (path / BEST).is_file():
             raise UserError(
-                f"{path}: no {BEST}, so no best checkpoint is known here (validation marks it; {listed}); give a number"
+                f"{path}: no {BEST}, so the best checkpoint is unknown (validation writes it; {listed}); give a number"
             )
-        wanted = (path / BEST).read_text().strip()
-    if wanted != "release" and not wanted.isdigit():
-        raise UserError(f"{path}: iteration {wanted!r} is neither a number, 'release', 'best' nor 'latest' ({listed})")
-    directory = _directory_of(path, wanted)
+        asked = (path / BEST).read_text().strip()
+    if not _is_name(asked):
+        raise UserError(f"{path}: iteration {asked!r} is neither a number, 'release', 'best' nor 'latest' ({listed})")
+    directory = _directory_of(path, asked)
     if not directory.is_dir():
-        asked = f"iteration {wanted} was asked for" if str(iteration) == wanted else f"{BEST} names iteration {wanted}"
-        raise UserError(f"{directory}: no such directory, though {asked}; {listed}")
-    return directory, "release" if wanted == "release" else int(wanted), None
+        why = f"iteration {asked} was asked for" if str(iteration) == asked else f"{BEST} names iteration {asked}"
+        raise UserError(f"{directory}: no such directory, though {why}; {listed}")
+    return directory, "release" if asked == "release" else int(asked), None
 
 
-def _directory_of(path: Path, wanted: str) -> Path:
-    return path / "release" if wanted == "release" else iteration_directory(path, int(wanted))
+def _is_name(iteration: str) -> bool:
+    return iteration == "release" or iteration.isdigit()
 
 
-def _newest_whole(path: Path, tracked: str | None, listed: str) -> tuple[Path, int, str]:
-    """What `find_iteration` takes where the tracker file names nothing that is there."""
-    says = f"{TRACKER} is missing" if tracked is None else f"{TRACKER} names {tracked or 'nothing'}, which is not there"
+def _directory_of(path: Path, iteration: str) -> Path:
+    return path / "release" if iteration == "release" else iteration_directory(path, int(iteration))
+
+
+def _newest_intact(path: Path, tracked: str | None, listed: str) -> tuple[Path, int, str]:
+    """`find_iteration` where the tracker file names no existing checkpoint."""
+    if tracked is None:
+        problem = f"{TRACKER} is missing"
+    else:
+        problem = f"{TRACKER} names {tracked or 'nothing'}, which does not exist"
     for iteration in list_iterations(path):
         directory = iteration_directory(path, iteration)
-        if _is_whole(directory):
-            return directory, iteration, f"{path}: {says}; the newest whole checkpoint is taken, iteration {iteration}"
+        if _is_intact(directory):
+            notice = f"{path}: {problem}; using the newest intact checkpoint, iteration {iteration}"
+            return directory, iteration, notice
     raise UserError(
-        f"{path}: neither config.json nor a whole checkpoint, so none is known here ({says}; {listed}); "
+        f"{path}: neither config.json nor an intact checkpoint found ({problem}; {listed}); "
         "give the iteration, or its own directory"
     )
 
 
-def _is_whole(directory: Path) -> bool:
-    """By the manifest where there is one; another program's checkpoint, which has none, is taken at its word."""
+def _is_intact(directory: Path) -> bool:
+    """By its manifest; another program's checkpoint has none and is assumed to be intact."""
     if not (directory / NAME).is_file():
-        return any(directory.glob("mp_rank_*")) or (directory / ".metadata").is_file()
+        return any(directory.glob("mp_rank_*")) or (directory / METADATA).is_file()
     try:
         return not check_files(directory, read_manifest(directory), checksums=False)
     except Damaged:

@@ -1,5 +1,8 @@
-"""What converters may write and where: a layout that divides the model, a directory that is not in use, on a disk with room,
-and there whole or not at all."""
+"""Where converters write: a new directory that appears complete or not at all.
+
+Checked before anything is written: the layout divides the model, the directory is not in use, the
+disk has enough free space.
+"""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -12,25 +15,28 @@ from megatron_ft.model.shape import ModelShape
 from megatron_ft.weights.directory import OWNER, TRACKER, iteration_directory, list_iterations
 from megatron_ft.weights.manifest import Damaged, read_manifest
 
-SPARE = 64 << 20  # bytes left free for configuration, tokenizer and the file system's own
+SPARE = 64 << 20  # bytes left free for configuration, tokenizer and the file system
 
 
 @contextmanager
 def new_directory(
     path: Path, *, needed: int, sources: Iterable[str | Path | None] = (), overwrite: bool = False
 ) -> Iterator[Path]:
-    """Yield an empty directory beside `path` that becomes `path` when the block ends well, and is removed when it does not.
+    """Yield an empty directory next to `path`, which is renamed to `path` when the block succeeds.
 
-    `needed` is the number of bytes that will be written; too small a disk is a UserError before the first of them. `sources` are what is
-    read (None for what is not given): `path` must not be one of them nor hold one. A directory that is not empty is refused unless
-    `overwrite`, and then replaced only once the new one is whole, and only where a converter wrote it. A link to a directory stays a link.
+    It is removed when the block fails. `needed` is the number of bytes that will be written.
+    `sources` are the paths that are read (or None): `path` must not be one of them nor contain one.
+    A directory that is not empty is replaced only with `overwrite`, only where a converter wrote
+    it, and only once the new one is complete. A link to a directory stays a link.
+
+    Raises UserError when `path` may not be written, and for an OSError in the block.
     """
     named, path = path, path.resolve()
     if path.exists() and not path.is_dir():
         raise UserError(f"{named}: is a file, expected a directory to write to; choose another")
-    for source in filter(None, sources):
-        if Path(source).resolve().is_relative_to(path):
-            raise UserError(f"{named}: holds {source}, which is read; choose another directory")
+    for source in sources:
+        if source is not None and Path(source).resolve().is_relative_to(path):
+            raise UserError(f"{named}: contains the input {source}; choose another directory")
     if path.is_dir() and any(path.iterdir()):
         if not overwrite:
             raise UserError(f"{named}: is not empty; choose another directory, or add --overwrite to replace it")
@@ -39,7 +45,7 @@ def new_directory(
     if free < needed + SPARE:
         raise UserError(
             f"{named}: {needed / 1e9:.2f} GB will be written, but its disk has {free / 1e9:.2f} GB free; "
-            "make room, or choose another disk"
+            "free disk space, or choose another disk"
         )
     try:
         with scratch_directory(path.parent, f"{path.name}.writing") as staging:
@@ -47,12 +53,13 @@ def new_directory(
             _put_in_place(staging, path)
     except OSError as error:
         raise UserError(
-            f"{error.filename or named}: {error.strerror or error}; nothing was left at {named}, choose another directory or disk"
+            f"{error.filename or named}: {error.strerror or error}; nothing was written to {named}, "
+            "choose another directory or disk"
         ) from error
 
 
 def _put_in_place(staging: Path, path: Path) -> None:
-    """Rename `staging` to `path`; a directory that stands there is out of the way for that moment only."""
+    """Rename `staging` to `path`, replacing a directory; when that fails, the old one is kept."""
     if not path.exists():
         rename_directory(staging, path)
         return
@@ -68,11 +75,11 @@ def _put_in_place(staging: Path, path: Path) -> None:
 
 
 def _check_replaceable(path: Path) -> None:
-    """UserError unless a converter wrote the directory `path`, and no run has taken it over."""
+    """Raise UserError unless a converter wrote the directory `path` and no training run uses it."""
     names = {entry.name for entry in path.iterdir()}
     if OWNER in names:
         raise UserError(
-            f"{path}: belongs to a training run ({OWNER} in it names its process), and is not replaced; choose another directory"
+            f"{path}: is a training run's save directory ({OWNER} in it names the process); choose another directory"
         )
     weights = any(name.endswith((".safetensors", ".bin")) for name in names)
     hugging_face = ("config.json" in names and weights) or "adapter_config.json" in names
@@ -83,13 +90,13 @@ def _check_replaceable(path: Path) -> None:
     if not (hugging_face or megatron):
         other = sorted(names - expected)
         raise UserError(
-            f"{path}: holds {other[0] if other else 'no checkpoint'}, which no converter wrote, and is not replaced by --overwrite; "
+            f"{path}: contains {other[0] if other else 'no checkpoint'}, so no converter wrote it and --overwrite does not replace it; "
             "choose another directory, or remove it yourself"
         )
 
 
 def _tokenizer_names(iteration: Path) -> set[str]:
-    """How a resharded checkpoint's tokenizer may be called, which lies beside its iteration (see tokenizer_files)."""
+    """Possible names of the tokenizer next to a resharded iteration (see tokenizer/files.py)."""
     try:
         return {"tokenizer", Path(read_manifest(iteration).args["tokenizer_file"]).name}
     except (Damaged, KeyError, TypeError):
@@ -97,7 +104,10 @@ def _tokenizer_names(iteration: Path) -> set[str]:
 
 
 def check_layout(shape: ModelShape, tensor_parallel: int, pipeline_parallel: int, divisible_by: int) -> None:
-    """Raise UserError, with the converters' flag names, when a layout does not divide the shape."""
+    """Raise UserError, with the converters' flag names, when a layout does not divide the shape.
+
+    `divisible_by` is --make-vocab-size-divisible-by; all three numbers must be at least 1.
+    """
     for flag, value in (
         ("--tensor-parallel", tensor_parallel),
         ("--pipeline-parallel", pipeline_parallel),

@@ -1,7 +1,8 @@
-"""Write torch's `.pt` files as a stream: the pickle first, then every tensor's bytes block by block, as torch.save lays them out.
+"""Write torch's `.pt` files as a stream, in the layout of torch.save: the pickle, then the tensors.
 
-torch.save wants all tensors in memory. Here an object holds `LazyTensor`s, whose bytes come when their turn is there; any
-torch loads the file, memory-mapped if it likes. One bare tensor written at an offset is what torch_dist files are made of.
+torch.save needs all tensors in memory. This writer takes objects that contain `LazyTensor`s, whose
+bytes are computed block by block while they are written. Any torch loads the file, also
+memory-mapped. torch_dist files are such archives of one bare tensor each, one after the other.
 """
 
 import io
@@ -30,7 +31,7 @@ _STORAGE = {
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """A tensor to be written: `blocks()` gives its bytes as contiguous tensors, in order."""
+    """A tensor to write: `blocks()` yields it as contiguous tensors of `dtype`, in order."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -44,7 +45,7 @@ class _Storage:
 
 
 class _Pickler(pickle.Pickler):
-    """Pickles LazyTensors as torch pickles tensors, and keeps them in `tensors`, in the order of their records."""
+    """Pickles LazyTensors as torch pickles tensors; `tensors` are those it met, in order."""
 
     def __init__(self, file: BinaryIO) -> None:
         super().__init__(file, protocol=2)
@@ -65,8 +66,8 @@ class _Pickler(pickle.Pickler):
         return ("storage", _STORAGE[dtype], obj.key, "cpu", count)
 
 
-class _FromHere(io.RawIOBase):
-    """A file seen from its present position on, so that an archive in the middle of it counts from 0."""
+class _FromPosition(io.RawIOBase):
+    """A file from its current position on, so that offsets of an archive inside it begin at 0."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file, self._start = file, file.tell()
@@ -91,19 +92,23 @@ class _FromHere(io.RawIOBase):
 
 
 def write_pt(file: BinaryIO, obj: Any, advance: Callable[[int], None] = lambda count: None) -> int:
-    """Append `obj` to a seekable file opened for writing, as torch.save would write it; `advance` hears of every block's bytes.
-    Returns the number of bytes."""
+    """Append `obj` to a seekable file opened for writing, as torch.save would write it.
+
+    Returns the number of bytes written. `advance(n)` is called after each block of n bytes is
+    written.
+    """
     pickled = io.BytesIO()
     pickler = _Pickler(pickled)
     pickler.dump(obj)
-    view = _FromHere(file)
+    view = _FromPosition(file)
     with zipfile.ZipFile(view, "w", zipfile.ZIP_STORED) as archive:
         for name, content in (("data.pkl", pickled.getvalue()), ("byteorder", b"little")):
             archive.writestr(_record(name), content)
         for number, tensor in enumerate(pickler.tensors):
             record = _record(f"data/{number}")
             record.file_size = torch.Size(tensor.shape).numel() * tensor.dtype.itemsize
-            zip64 = 20 if record.file_size > zipfile.ZIP64_LIMIT * 0.95 else 0  # Python's own extra field comes first
+            # From this size on zipfile writes its own extra field before ours.
+            zip64 = 20 if record.file_size > zipfile.ZIP64_LIMIT * 0.95 else 0
             header = view.tell() + 30 + len(record.filename) + zip64 + 4
             padding = -header % ALIGNMENT
             record.extra = b"FB" + padding.to_bytes(2, "little") + b"Z" * padding
@@ -114,10 +119,10 @@ def write_pt(file: BinaryIO, obj: Any, advance: Callable[[int], None] = lambda c
                     written += block.nbytes
                     advance(block.nbytes)
             if written != record.file_size:
-                raise AssertionError(f"{written} bytes for a tensor of {record.file_size}")
+                raise AssertionError(f"wrote {written} bytes of a tensor of {record.file_size}")
         archive.writestr(_record("version"), b"3\n")
     return view.tell()
 
 
 def _record(name: str) -> zipfile.ZipInfo:
-    return zipfile.ZipInfo(f"archive/{name}", (1980, 1, 1, 0, 0, 0))  # the same weights make the same bytes
+    return zipfile.ZipInfo(f"archive/{name}", (1980, 1, 1, 0, 0, 0))  # no time: same weights, same bytes

@@ -1,7 +1,7 @@
-"""One lazy reader for the weights of any format: `WeightSource`, which each format's reader implements.
+"""One lazy reader for the weights of any format: `WeightSource`, which each format implements.
 
-A source gives tensors under their Hugging Face names, complete or in slices, memory-mapped: opening reads names and shapes,
-and only what is asked for is read.
+A source gives tensors under their Hugging Face names, complete or in slices, memory-mapped. Opening
+one reads names and shapes; weights are read when they are asked for.
 """
 
 from abc import ABC, abstractmethod
@@ -20,23 +20,20 @@ from megatron_ft.weights.manifest import Manifest
 class WeightSource(ABC):
     """Weights of one checkpoint.
 
-    `kind` names the format, `path` the directory read, `shape` the model (vocab_size = embedding rows stored),
-    `vocab_size` how many of those rows are not padding, where the checkpoint says so, `iteration` a number, "release" or None,
-    `args` the run's arguments or None, `manifest` that of a checkpoint of this package, `notice` one line on what was read where there
-    was a choice, or None.
+    Its methods raise UserError for weights that are damaged or contradict each other.
     """
 
-    kind: str
-    path: Path
-    shape: ModelShape
-    vocab_size: int | None = None
-    iteration: int | str | None = None
-    args: dict | None = None
-    manifest: Manifest | None = None
-    notice: str | None = None
+    kind: str  # the format, as messages name it
+    path: Path  # the directory that is read
+    shape: ModelShape  # its vocab_size is the number of embedding rows stored
+    vocab_size: int | None = None  # of these rows, how many are not padding; None: not recorded
+    iteration: int | str | None = None  # a number or "release"
+    args: dict | None = None  # the run's arguments
+    manifest: Manifest | None = None  # of a checkpoint of this package
+    notice: str | None = None  # one line for the log where there was a choice of what to read
 
     def names(self) -> list[str]:
-        """HF GPTBigCode tensor names in file order, without the tied lm_head."""
+        """Hugging Face GPTBigCode tensor names in file order, without the tied lm_head."""
         return hf_names(self.shape)
 
     @cached_property
@@ -45,20 +42,23 @@ class WeightSource(ABC):
         return widest(map(self.dtype_of, self.names()))
 
     def dtype_of(self, name: str) -> torch.dtype:
-        """dtype of one tensor."""
+        """The dtype of one tensor."""
         return widest(piece.dtype for piece in self.pieces(name)[1])
 
     @abstractmethod
     def pieces(self, name: str) -> tuple[int, list[torch.Tensor]]:
-        """The axis along which the tensor is cut in this checkpoint, and the cuts in order, memory-mapped."""
+        """The axis along which this checkpoint cuts the tensor, and its pieces in order, mapped."""
 
     def read(self, name: str) -> torch.Tensor:
-        """The whole tensor on the CPU; memory-mapped (do not write to it) where the checkpoint has it in one piece."""
+        """The complete tensor on the CPU, in its shape of the Hugging Face model (`hf_shape`).
+
+        It is memory-mapped (do not write to it) where the checkpoint stores it in one piece.
+        """
         dim, pieces = self.pieces(name)
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim)
 
     def read_slice(self, name: str, dim: int, start: int, stop: int) -> torch.Tensor:
-        """Rows start..stop of axis `dim`; only the pieces that hold them are read."""
+        """Entries start..stop of axis `dim`; only the pieces that hold them are read."""
         cut_dim, pieces = self.pieces(name)
         return slice_of_pieces(cut_dim, pieces, dim, start, stop)
 
@@ -69,7 +69,10 @@ def widest(dtypes: Iterable[torch.dtype]) -> torch.dtype:
 
 
 def slice_of_pieces(cut_dim: int, pieces: list[torch.Tensor], dim: int, start: int, stop: int) -> torch.Tensor:
-    """Rows start..stop of axis `dim` of the tensor whose cuts along `cut_dim` are `pieces`; a view where one piece holds them all."""
+    """Entries start..stop of axis `dim` of the tensor that was cut along `cut_dim` into `pieces`.
+
+    A view where one piece holds them all.
+    """
     if cut_dim != dim:
         pieces = [piece.narrow(dim, start, stop - start) for piece in pieces]
     else:
@@ -84,7 +87,7 @@ def slice_of_pieces(cut_dim: int, pieces: list[torch.Tensor], dim: int, start: i
 
 
 def check_shape(shape: ModelShape, name: str, found: Sequence[int], where: Path | str) -> None:
-    """Raise UserError when a tensor is not as the model's configuration says."""
+    """Raise UserError when a tensor's shape is not what the model's configuration requires."""
     expected = hf_shape(shape, name)
     if tuple(found) != expected:
         raise UserError(

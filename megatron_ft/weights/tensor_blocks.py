@@ -1,4 +1,4 @@
-"""Tensors as streams of blocks: any box of any source's tensor, converted on the way, never whole in memory."""
+"""Tensors as streams of blocks: any box of any source's tensor, converted block by block."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -12,15 +12,16 @@ from megatron_ft.model.tensor_names import hf_shape
 from megatron_ft.weights.source import WeightSource, slice_of_pieces
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}  # what converters write, by --dtype
-# Bytes of weights in memory at once: few enough to stay in the processor's cache between being put together and being
-# written, and for the allocator to use the same pages again (larger blocks are new, zeroed pages each time).
+# Bytes of weights in memory at once: few enough that they are still in the CPU's cache when they
+# are written, and that the allocator reuses their pages (larger blocks are new, zeroed pages).
 BLOCK = 1 << 20
 
 
-def dtype_to_write(source: WeightSource, asked: str, say: Callable[[str], None] = print) -> torch.dtype:
-    """What --dtype asks for: a name of DTYPES, or "keep", the narrowest dtype that holds every value of `source`.
+def dtype_to_write(source: WeightSource, asked: str, log: Callable[[str], None] = print) -> torch.dtype:
+    """The dtype of --dtype: a name in DTYPES, or "keep", the narrowest that holds every value.
 
-    `say` hears of it when the source's tensors differ. Raises UserError when "keep" is a dtype that is not written.
+    `log` is called with a line when "keep" finds tensors of different dtypes. Raises UserError when
+    "keep" finds a dtype that converters do not write.
     """
     if asked != "keep":
         return DTYPES[asked]
@@ -31,19 +32,24 @@ def dtype_to_write(source: WeightSource, asked: str, say: Callable[[str], None] 
     counts = Counter(map(source.dtype_of, source.names()))
     if len(counts) > 1:
         stored = ", ".join(f"{count} in {dtype_name(dtype)}" for dtype, count in counts.items())
-        say(
-            f"{source.path}: tensors of several precisions ({stored}); all are written in {dtype_name(source.dtype)}, none is rounded"
+        log(
+            f"{source.path}: tensors of several precisions ({stored}); "
+            f"all are written in {dtype_name(source.dtype)}, none is rounded"
         )
     return source.dtype
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """`bfloat16`, as config.json and people say."""
+    """`bfloat16`, as in config.json."""
     return str(dtype).removeprefix("torch.")
 
 
 def box_blocks(source: WeightSource, name: str, dtype: torch.dtype, box: Box) -> Iterator[torch.Tensor]:
-    """Contiguous blocks of rows, in order, of a box of a tensor, in `dtype`. Rows beyond the tensor are zeros, as padding of a vocabulary is."""
+    """A box of a tensor as contiguous blocks of rows, in order, in `dtype`.
+
+    Rows beyond the tensor (padding of the vocabulary) are zeros. Raises UserError as `converted`
+    and the source do.
+    """
     shape = hf_shape(source.shape, name)
     first, last = box.offsets[0], box.offsets[0] + box.sizes[0]
     width = 1 if len(shape) == 1 else shape[1]
@@ -51,17 +57,17 @@ def box_blocks(source: WeightSource, name: str, dtype: torch.dtype, box: Box) ->
     cut_dim, pieces = source.pieces(name)  # once: it may compare replicas or reorder rows
     for row in range(first, last, step):
         stop = min(last, row + step)
-        there = slice_of_pieces(cut_dim, pieces, 0, min(row, shape[0]), min(stop, shape[0]))
+        block = slice_of_pieces(cut_dim, pieces, 0, min(row, shape[0]), min(stop, shape[0]))
         if len(shape) > 1:
-            there = there.narrow(1, box.offsets[1], box.sizes[1])
-        there = converted(there, dtype, name)
+            block = block.narrow(1, box.offsets[1], box.sizes[1])
+        block = converted(block, dtype, name)
         if stop > shape[0]:
-            there = torch.cat([there, there.new_zeros(stop - max(row, shape[0]), *there.shape[1:])])
-        yield there.contiguous()
+            block = torch.cat([block, block.new_zeros(stop - max(row, shape[0]), *block.shape[1:])])
+        yield block.contiguous()
 
 
 def read_ahead(blocks: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
-    """The same blocks, each made in a thread while the one before it is written."""
+    """The same blocks, each computed in a thread while the previous one is written."""
     with ThreadPoolExecutor(1) as thread:
         coming = thread.submit(next, blocks, None)
         while (block := coming.result()) is not None:
@@ -70,7 +76,7 @@ def read_ahead(blocks: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
 
 
 def converted(tensor: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
-    """`tensor` in another dtype. Raises UserError when fp16 cannot hold a value."""
+    """`tensor` in another dtype. Raises UserError when a value is too large for fp16."""
     if tensor.dtype == dtype:
         return tensor
     cast = tensor.to(dtype)
@@ -82,8 +88,8 @@ def converted(tensor: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tens
 
 
 def raw(tensor: torch.Tensor) -> memoryview:
-    """Bytes of a contiguous tensor, without a copy."""
-    return memoryview(tensor.view(-1).view(torch.uint8).numpy())
+    """The bytes of a contiguous tensor, without a copy."""
+    return tensor.view(-1).view(torch.uint8).numpy().data
 
 
 def nbytes(dtype: torch.dtype, shape: tuple[int, ...]) -> int:

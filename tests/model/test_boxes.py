@@ -1,4 +1,4 @@
-"""Boxes: what two have in common, and that the ranks of a layout hold a whole model once."""
+"""Overlaps of boxes, and layouts whose ranks hold a complete model exactly once."""
 
 import numpy as np
 import pytest
@@ -19,7 +19,7 @@ def filled(box: Box) -> np.ndarray:
 
 
 @given(spans, spans)
-def test_an_overlap_is_what_both_hold(first, second):
+def test_overlap_is_the_common_part(first, second):
     a, b = (Box(*zip(*spans_of, strict=True)) for spans_of in (first, second))
     common, expected = overlap(a, b), filled(a) & filled(b)
     assert (common is None) == (not expected.any())
@@ -41,5 +41,5 @@ def test_the_ranks_of_a_layout_hold_every_tensor_once(tp, pp):
         assert all(a == b or overlap(a, b) is None for a in boxes for b in boxes)
         stages.setdefault(stage_of(weight, layer_of(name), shape.num_layers, pp), set()).add(layer_of(name))
     layers = [sorted(layer for layer in stages[stage] if layer is not None) for stage in range(pp)]
-    assert sum(layers, []) == list(range(shape.num_layers)) and {len(there) for there in layers} == {4 // pp}
-    assert {stage for stage, there in stages.items() if None in there} == {0, pp - 1}
+    assert sum(layers, []) == list(range(shape.num_layers)) and set(map(len, layers)) == {4 // pp}
+    assert {stage for stage, held in stages.items() if None in held} == {0, pp - 1}

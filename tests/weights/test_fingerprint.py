@@ -1,4 +1,4 @@
-"""Adapters meet the weights they were trained on, wherever these lie now and in whatever format; no others, on a resume or a conversion."""
+"""Adapters are only used with the base weights they were trained on, wherever these are."""
 
 import json
 import shutil
@@ -24,19 +24,22 @@ def base_of(save: Path, iteration: int) -> dict:
 
 @pytest.fixture(scope="module")
 def models(inputs, tmp_path_factory) -> Path:
-    """`base` and `other`, of one architecture; `unbroken`, a LoRA run on the base; `lora`, the same stopped after two steps."""
+    """`base` and `other` of one architecture, and a LoRA run on `base`.
+
+    The run is `uninterrupted`, and as `lora` stopped after two steps.
+    """
     folder = tmp_path_factory.mktemp("models")
     assert run(inputs, folder / "base", "--train-iters 2")[0] == 0
     assert run(inputs, folder / "other", "--train-iters 2 --seed 7")[0] == 0
     start = f"--load {folder / 'base'} {LORA}"
-    assert run(inputs, folder / "unbroken", start)[0] == 0
+    assert run(inputs, folder / "uninterrupted", start)[0] == 0
     assert run(inputs, folder / "lora", f"{start} --exit-interval 2")[0] == 75
     return folder
 
 
 @pytest.fixture
-def here(models, tmp_path, monkeypatch):
-    """A copy of the models, the recorded base being the one in it; the base that was recorded is out of the way meanwhile."""
+def copies(models, tmp_path, monkeypatch):
+    """A copy of the models; the recorded path of the base does not exist meanwhile."""
     for name in ("base", "other", "lora"):
         shutil.copytree(models / name, tmp_path / name)
     models.joinpath("base").rename(models / "away")
@@ -45,52 +48,52 @@ def here(models, tmp_path, monkeypatch):
     models.joinpath("away").rename(models / "base")
 
 
-def test_a_base_that_moved_is_found_by_load_and_no_other_model_is_taken_for_it(inputs, models, here):
-    refused, _ = run(inputs, here / "lora", f"--load {here / 'other'} {LORA}")
-    assert NOT_THOSE in str(refused) and f"{here / 'other'}" in refused and "--load" in refused
-    merge = ("megatron_to_hf", "--load", here / "lora", "--merge-lora", "--output", here / "merged")
-    assert NOT_THOSE in refusal(*merge, "--base", here / "other")
+def test_load_finds_a_moved_base_but_accepts_no_other_model(inputs, models, copies):
+    refused, _ = run(inputs, copies / "lora", f"--load {copies / 'other'} {LORA}")
+    assert NOT_THOSE in str(refused) and f"{copies / 'other'}" in refused and "--load" in refused
+    merge = ("megatron_to_hf", "--load", copies / "lora", "--merge-lora", "--output", copies / "merged")
+    assert NOT_THOSE in refusal(*merge, "--base", copies / "other")
 
-    assert run(inputs, here / "base", "--train-iters 4")[0] == 0  # it goes on; the recorded iteration is looked for
-    status, said = run(inputs, here / "lora", f"--load {here / 'base'} {LORA}", "TP2")
-    assert status == 0 and f"{here / 'base/iter_0000002'}" in said
-    base = base_of(here / "lora", 4)
-    assert (base["path"], base["iteration"]) == (str(here / "base"), 2)
-    assert base["fingerprint"] == base_of(models / "unbroken", 4)["fingerprint"]
+    assert run(inputs, copies / "base", "--train-iters 4")[0] == 0  # it continues; the recorded iteration is used
+    status, log = run(inputs, copies / "lora", f"--load {copies / 'base'} {LORA}", "TP2")
+    assert status == 0 and f"{copies / 'base/iter_0000002'}" in log
+    base = base_of(copies / "lora", 4)
+    assert (base["path"], base["iteration"]) == (str(copies / "base"), 2)
+    assert base["fingerprint"] == base_of(models / "uninterrupted", 4)["fingerprint"]
     losses = [
         [json.loads(line)["loss"] for line in (save / "metrics.jsonl").open()]
-        for save in (here / "lora", models / "unbroken")
+        for save in (copies / "lora", models / "uninterrupted")
     ]
     assert max(abs(a - b) for a, b in zip(*losses, strict=True)) < 1e-5
-    convert(*merge)  # without --base: the run says where the base is now
+    convert(*merge)  # without --base: the run has recorded where the base is now
 
 
-def test_a_base_replaced_in_place_is_refused(inputs, models, here):
-    shutil.copytree(here / "other", models / "base")
-    refused, _ = run(inputs, here / "lora", f"--load {models / 'base'} {LORA}")
+def test_a_base_replaced_in_place_is_refused(inputs, models, copies):
+    shutil.copytree(copies / "other", models / "base")
+    refused, _ = run(inputs, copies / "lora", f"--load {models / 'base'} {LORA}")
     assert NOT_THOSE in str(refused) and str(models / "base/iter_0000002") in refused
-    merge = ("megatron_to_hf", "--load", here / "lora", "--merge-lora", "--output", here / "merged")
+    merge = ("megatron_to_hf", "--load", copies / "lora", "--merge-lora", "--output", copies / "merged")
     assert NOT_THOSE in refusal(*merge)
-    assert NOT_THOSE in refusal("verify", here / "lora", here / "other")
-    convert(*merge, "--base", here / "base")
-    # With the right weights in --load, the wrong ones where they were are passed over.
-    assert run(inputs, here / "lora", f"--load {here / 'base'} {LORA}")[0] == 0
-    assert tensor_bytes(here / "lora/iter_0000004") == tensor_bytes(models / "unbroken/iter_0000004")
+    assert NOT_THOSE in refusal("verify", copies / "lora", copies / "other")
+    convert(*merge, "--base", copies / "base")
+    # With the right weights in --load, the wrong ones at the recorded path are skipped.
+    assert run(inputs, copies / "lora", f"--load {copies / 'base'} {LORA}")[0] == 0
+    assert tensor_bytes(copies / "lora/iter_0000004") == tensor_bytes(models / "uninterrupted/iter_0000004")
 
 
-def test_where_the_recorded_iteration_is_gone_load_is_taken(inputs, models, here):
-    shutil.copytree(here / "base", models / "base")
+def test_load_is_used_when_the_recorded_iteration_is_gone(inputs, models, copies):
+    shutil.copytree(copies / "base", models / "base")
     (models / "base/iter_0000002").rename(models / "base/iter_0000009")
-    status, said = run(inputs, here / "lora", f"--load {here / 'base'} {LORA}")
+    status, log = run(inputs, copies / "lora", f"--load {copies / 'base'} {LORA}")
     assert status == 0, status
-    assert str(here / "base/iter_0000002") in said
-    shutil.rmtree(here / "base")
+    assert str(copies / "base/iter_0000002") in log
+    shutil.rmtree(copies / "base")
     shutil.rmtree(models / "base")
-    refused, _ = run(inputs, here / "lora", LORA)
+    refused, _ = run(inputs, copies / "lora", LORA)
     assert "base weights" in refused and "no such directory" in refused and "--load" in refused
 
 
-def test_a_fingerprint_is_of_the_weights_whatever_their_format_and_of_no_others(inputs, models, tmp_path):
+def test_a_fingerprint_is_the_same_in_every_format_and_differs_for_other_weights(inputs, models, tmp_path):
     hf = tmp_path / "hf"
     convert("megatron_to_hf", "--load", models / "base", "--output", hf)
     resharded = tmp_path / "resharded"
@@ -101,7 +104,7 @@ def test_a_fingerprint_is_of_the_weights_whatever_their_format_and_of_no_others(
     from megatron_ft.weights.open import open_weights
 
     same = {fingerprint(open_weights(path)) for path in (models / "base", hf, resharded, legacy)}
-    assert same == {base_of(models / "unbroken", 4)["fingerprint"]}
+    assert same == {base_of(models / "uninterrupted", 4)["fingerprint"]}
 
     assert run(inputs, tmp_path / "lora", f"--load {hf} {LORA} --exit-interval 2")[0] == 75
     weights = load_file(hf / "model.safetensors")

@@ -24,7 +24,7 @@ def hf_tiny(golden) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("layout", LEGACY)
-def test_legacy_layouts_give_exactly_the_hugging_face_tensors(golden, hf_tiny, layout):
+def test_legacy_layouts_read_as_exactly_the_hugging_face_tensors(golden, hf_tiny, layout):
     source = open_weights(golden / "legacy" / layout)
     assert source.iteration == 7 and source.args["hidden_size"] == 64 and source.dtype == torch.float32
     assert set(source.names()) == set(hf_tiny)
@@ -76,7 +76,7 @@ def test_hugging_face_shards_bin_files_and_bare_models_read_the_same(golden, hf_
         for name, tensor in loaded.named_parameters():
             assert torch.equal(source.read(name), tensor), f"{directory}: {name}"
     assert open_weights(binary).notice.endswith(
-        "pytorch_model.bin is read, as transformers does; pytorch_model.bin.index.json is left aside"
+        "reading pytorch_model.bin, as transformers does, and ignoring pytorch_model.bin.index.json"
     )
     assert open_weights(bare).notice is None
     (sharded / "model.safetensors").unlink()
@@ -98,7 +98,7 @@ def test_hugging_face_shards_bin_files_and_bare_models_read_the_same(golden, hf_
 
 
 def edit(file: Path, change) -> None:
-    """Rewrite one rank's file of a golden checkpoint (made here, so its pickle may be run)."""
+    """Rewrite one rank's file of a golden checkpoint."""
     from megatron_ft.weights.safe_pickle import load_pt
 
     found = load_pt(file)
@@ -116,7 +116,7 @@ def edit(file: Path, change) -> None:
     file.with_suffix(".new").replace(file)
 
 
-def test_a_legacy_checkpoint_that_does_not_belong_together_is_refused_by_name(golden, tmp_path):
+def test_an_inconsistent_legacy_checkpoint_is_refused_by_file(golden, tmp_path):
     def damaged(name: str) -> Path:
         return Path(shutil.copytree(golden / "legacy/tp2pp2", tmp_path / name)) / "iter_0000007"
 
@@ -159,7 +159,7 @@ def test_a_legacy_checkpoint_that_does_not_belong_together_is_refused_by_name(go
     with pytest.raises(UserError, match="mp_rank_00_000: has no encoder.layers.1.mlp.dense_h_to_4h.bias"):
         open_weights(short)
 
-    # Checkpoint tools write this into merged arguments, which elsewhere turned into the exact GELU.
+    # Checkpoint tools write this into merged arguments, which elsewhere means the exact GELU.
     merged = damaged("merged")
     for rank in merged.glob("mp_rank_*"):
         edit(rank / "model_optim_rng.pt", lambda found: setattr(found["args"], "bias_gelu_fusion", False))
@@ -180,7 +180,7 @@ def test_a_legacy_checkpoint_that_does_not_belong_together_is_refused_by_name(go
     with pytest.raises(UserError, match="iteration 8 was asked for; there are iter_0000007"):
         open_weights(golden / "legacy/tp2pp2", 8)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="so none is known here"):
+    with pytest.raises(UserError, match="neither config.json nor an intact checkpoint found .*there are none"):
         open_weights(tmp_path / "empty")
     with pytest.raises(UserError, match="no such directory"):
         open_weights(tmp_path / "nowhere")
@@ -197,7 +197,7 @@ def test_old_orders_of_query_key_value_become_todays(tmp_path, version):
     for k, v in norm.items():
         encoder |= {f"layers.0.{n}_layernorm.{k}": v for n in ("input", "post_attention")}
     encoder |= {
-        "layers.0.attention.query_key_value.weight": stored,  # versions of that age say attention, not self_attention
+        "layers.0.attention.query_key_value.weight": stored,  # versions of that age have attention, not self_attention
         "layers.0.attention.query_key_value.bias": torch.zeros(3 * h),
         "layers.0.attention.dense.weight": torch.zeros(h, h),
         "layers.0.attention.dense.bias": torch.zeros(h),
@@ -224,7 +224,10 @@ def test_old_orders_of_query_key_value_become_todays(tmp_path, version):
 
 
 def fill_and_run(path: str, tp: int, pp: int, sequence_parallel: bool, tokens: np.ndarray) -> np.ndarray | None:
-    """On every rank: build the model, fill it, and run one row; the last stage returns its logits [s, vocabulary / TP]."""
+    """On every rank, build the model, fill it and run one sequence.
+
+    The last stage returns its logits [s, vocabulary / TP].
+    """
     import torch.distributed as dist
     from megatron.core import parallel_state
 

@@ -1,4 +1,4 @@
-"""Where a converter may write: nothing that is read, nothing it did not write itself; through links; nothing left of what was killed."""
+"""Converters never overwrite their input or other files, and write completely or not at all."""
 
 import os
 import signal
@@ -24,7 +24,7 @@ def write(path: Path, content: str = "new", **kwargs) -> None:
 
 
 def megatron(path: Path, *others: str) -> Path:
-    """A directory as a converter to Megatron leaves it, and other files."""
+    """A directory as a converter to Megatron writes it, and other files."""
     (path / "iter_0000010").mkdir(parents=True)
     for name in ("iter_0000010/weights", "latest_checkpointed_iteration.txt", *others):
         (path / name).write_text("old")
@@ -32,16 +32,16 @@ def megatron(path: Path, *others: str) -> Path:
 
 
 @pytest.mark.parametrize("output", ["run", "run/../run", "link", ".", "run/iter_0000010"])
-def test_what_is_read_is_never_replaced(tmp_path, output):
+def test_the_input_is_never_replaced(tmp_path, output):
     run = megatron(tmp_path / "run")
     (tmp_path / "link").symlink_to(run)
     before = tree(tmp_path)
-    with pytest.raises(UserError, match="which is read"):
+    with pytest.raises(UserError, match="contains the input"):
         write(tmp_path / output, sources=[None, run / "iter_0000010"], overwrite=True)
     assert tree(tmp_path) == before
 
 
-def test_the_converters_name_what_they_read(tmp_path):
+def test_converters_refuse_to_replace_their_input(tmp_path):
     from conversions import tiny_hf
 
     hf = tiny_hf(tmp_path / "hf")
@@ -54,7 +54,7 @@ def test_the_converters_name_what_they_read(tmp_path):
     ):
         for output in (tmp_path / source, tmp_path):
             command = [f"convert/{program}.py", "--load", tmp_path / source, flag, output, *flags, "--overwrite"]
-            assert "which is read" in one_error_line(run_program(*command, ok=False))
+            assert "contains the input" in one_error_line(run_program(*command, ok=False))
             assert tree(tmp_path) == before
 
 
@@ -64,11 +64,11 @@ def test_the_converters_name_what_they_read(tmp_path):
     (["adapter_config.json", "adapter_model.safetensors"], None),
     (["latest_checkpointed_iteration.txt", "release/x"], None),
     (["latest_checkpointed_iteration.txt", "iter_0000005/x", "iter_0000010/x"], None),
-    (["config.json"], "holds config.json, which no converter wrote"),
-    (["thesis.tex", "latest_checkpointed_iteration.txt", "release/x"], "holds thesis.tex"),
-    (["latest_checkpointed_iteration.txt", "iter_0000005/x", "metrics.jsonl"], "holds metrics.jsonl"),  # a run of ours
-    (["latest_checkpointed_iteration.txt", "iter_0000005/x", ".owner.json"], "belongs to a training run"),
-    (["config.json", "model.safetensors", ".owner.json"], "belongs to a training run"),
+    (["config.json"], "contains config.json, so no converter wrote it"),
+    (["thesis.tex", "latest_checkpointed_iteration.txt", "release/x"], "contains thesis.tex"),
+    (["latest_checkpointed_iteration.txt", "iter_0000005/x", "metrics.jsonl"], "contains metrics.jsonl"),  # one of our runs
+    (["latest_checkpointed_iteration.txt", "iter_0000005/x", ".owner.json"], "is a training run's save directory"),
+    (["config.json", "model.safetensors", ".owner.json"], "is a training run's save directory"),
 ])  # fmt: skip
 def test_overwrite_replaces_only_what_a_converter_wrote(tmp_path, names, refused):
     out = tmp_path / "out"
@@ -88,7 +88,7 @@ def test_overwrite_replaces_only_what_a_converter_wrote(tmp_path, names, refused
         assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_a_failure_keeps_what_was_there(tmp_path):
+def test_a_failure_keeps_the_existing_directory(tmp_path):
     write(tmp_path / "out", "old")
     with pytest.raises(RuntimeError), new_directory(tmp_path / "out", needed=1, overwrite=True) as directory:
         (directory / "config.json").write_text("half")
@@ -99,7 +99,7 @@ def test_a_failure_keeps_what_was_there(tmp_path):
 
 def test_a_link_to_a_directory_stays_a_link(tmp_path):
     (tmp_path / "disk").mkdir()
-    for target in ("disk/out", "disk/later"):  # an empty directory, and one that is not there yet
+    for target in ("disk/out", "disk/later"):  # an empty directory, and one that does not exist yet
         link = tmp_path / target.replace("/", "-")
         link.symlink_to(tmp_path / target)
     (tmp_path / "disk/out").mkdir()
@@ -112,7 +112,7 @@ def test_a_link_to_a_directory_stays_a_link(tmp_path):
     assert sorted(path.name for path in (tmp_path / "disk").iterdir()) == ["later", "out"]
 
 
-def test_the_next_start_removes_what_a_killed_one_left_but_not_what_a_living_one_writes(tmp_path):
+def test_the_next_start_removes_the_scratch_of_a_killed_process_but_not_of_a_running_one(tmp_path):
     script = f"""
 import sys, time
 sys.path.insert(0, {str(ROOT)!r})
@@ -123,14 +123,14 @@ with new_directory(Path({str(tmp_path / "out")!r}), needed=1) as directory:
     time.sleep(60)
 """
     processes = [subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    dead, living = (process.stdout.readline().strip() for process in processes)
+    killed, running = (process.stdout.readline().strip() for process in processes)
     try:
         os.kill(processes[0].pid, signal.SIGKILL)
         processes[0].wait()
         (tmp_path / "out.writing-another-host-1").mkdir()
-        assert dead in os.listdir(tmp_path)
+        assert killed in os.listdir(tmp_path)
         write(tmp_path / "out")
-        assert sorted(os.listdir(tmp_path)) == sorted(["out", "out.writing-another-host-1", living])
+        assert sorted(os.listdir(tmp_path)) == sorted(["out", "out.writing-another-host-1", running])
     finally:
         processes[1].kill()
         processes[1].wait()

@@ -1,8 +1,8 @@
-"""The device a rank computes on; without a GPU, the adapter that lets Megatron-Core run on the CPU.
+"""The device of a rank; without a GPU, an adapter that lets Megatron-Core run on the CPU.
 
-Megatron-Core asks for CUDA by name in some forty places: tensors made on `"cuda"`, streams, the CUDA random state, asserts on
-`torch.cuda.FloatTensor`. `set_up_device` enters a mode that answers these from the CPU. It does nothing where a GPU is
-present. Beside it only `optimizer.py` exchanges a function of another package: the sum of gradients' norms.
+Megatron-Core refers to CUDA by name some forty times: tensors on `"cuda"`, streams, the CUDA random
+state, asserts on `torch.cuda.FloatTensor`. Without a GPU, `set_up_device` redirects these to the
+CPU. The only other patch of another package is the gradient norm in optimizer.py.
 """
 
 import contextlib
@@ -20,13 +20,15 @@ _entered: "CpuForCuda | None" = None
 
 
 def set_up_device(config: Config | None = None) -> torch.device:
-    """Choose this rank's device (LOCAL_RANK's GPU, else the CPU through the adapter) and return it. Safe to call again.
+    """Select and return this rank's device: the GPU of LOCAL_RANK, else the CPU; safe to repeat.
 
-    Raises UserError where this rank has no GPU of its own, and where the launcher counted GPUs (MEGATRON_FT_GPUS) that torch cannot use.
+    Raises UserError if no GPU is left for this rank, or if the launcher found GPUs
+    (MEGATRON_FT_GPUS) that torch cannot use.
     """
     global _entered
     if config is not None and config.parallel.tensor > 1:
-        # One hardware queue: tensor-parallel communication is then issued in the order that lets it overlap with computation.
+        # One hardware queue keeps the order in which tensor-parallel communication overlaps with
+        # computation.
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if torch.cuda.is_available():
         device = torch.device("cuda", _own_gpu(config))
@@ -42,40 +44,39 @@ def set_up_device(config: Config | None = None) -> torch.device:
 
 
 def _own_gpu(config: Config | None) -> int:
-    """Number of this rank's GPU among those it sees: LOCAL_RANK's, or the only one."""
+    """Index of this rank's GPU among the visible ones: LOCAL_RANK, or 0 if only one is visible."""
     gpus, rank = torch.cuda.device_count(), int(os.environ.get("LOCAL_RANK", 0))
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    if gpus == 1:  # a site may show each task its own
+    if gpus == 1:  # SLURM may bind one GPU to each task
         if config is not None and ranks > 1:
             config.notices.append(
-                f"warning: each of this node's {ranks} ranks sees one GPU alone, so NCCL cannot copy between them directly "
-                "and is slower, or fails; let each see all (SLURM: --gpus-per-node, without --gpus-per-task and --gpu-bind)"
+                f"warning: each of this node's {ranks} ranks sees one GPU, so NCCL cannot copy directly between GPUs "
+                "and is slower or fails; make all visible (SLURM: --gpus-per-node, without --gpus-per-task and --gpu-bind)"
             )
         return 0
     if rank >= gpus:
         raise UserError(
-            f"local rank {rank} of {ranks} on {platform.node()} has no GPU of its own: {gpus} are visible, and each takes one rank; "
-            f"start at most {gpus} a node (--num-processes {gpus}, or sbatch --ntasks-per-node={gpus})"
+            f"local rank {rank} of {ranks} on {platform.node()} has no GPU: {gpus} are visible, one per rank; "
+            f"start at most {gpus} ranks per node (--num-processes {gpus}, or sbatch --ntasks-per-node={gpus})"
         )
     return rank
 
 
 def _no_cuda() -> str:
     if torch.version.cuda or torch.version.hip:
-        cause = (
-            f"its driver is older than CUDA {torch.version.cuda} wants" if torch.version.cuda else "its driver fails"
-        )
-        cause += ", or a container hides it (apptainer --nv), or nvidia-smi fails there, too"
+        cause = f"the driver is too old for CUDA {torch.version.cuda}" if torch.version.cuda else "the driver fails"
+        cause += ", or a container hides the GPUs (apptainer --nv), or nvidia-smi fails as well"
     else:
-        cause = "that torch is built without CUDA, install one with it (https://pytorch.org/get-started/locally)"
+        cause = "it was built without CUDA, install a build with it (https://pytorch.org/get-started/locally)"
     return (
         f"{platform.node()} has GPUs for this run, but torch {torch.__version__} cannot use one: {cause}; "
-        "to train on the CPU, type CUDA_VISIBLE_DEVICES= before the command, in a SLURM job GPUS_PER_NODE=0"
+        "to train on the CPU, set CUDA_VISIBLE_DEVICES= before the command, or GPUS_PER_NODE=0 in a SLURM job"
     )
 
 
 class CpuForCuda(TorchFunctionMode):
-    """Sends what is asked of CUDA to the CPU: factory functions, `.to`, `.cuda()`, and the type names that asserts compare."""
+    """Redirects torch calls from CUDA to the CPU: factory functions, `.to`, `.cuda()`, and
+    `.type()`, whose result Megatron-Core's asserts compare."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if kwargs and _is_cuda(kwargs.get("device")):
@@ -97,7 +98,7 @@ def _is_cuda(device) -> bool:
 
 
 class _NoStream:
-    """Stands for a CUDA stream or event: the CPU does everything in order already."""
+    """Replaces a CUDA stream or event; the CPU executes in order anyway."""
 
     def __init__(self, *args, **kwargs) -> None:
         pass
@@ -122,7 +123,8 @@ class _NoStream:
 
 
 def _patch_cuda_functions() -> None:
-    """Device, stream and random-state functions of torch.cuda, answered for the CPU; no compiled fusions, which want a compiler."""
+    """Replace the device, stream and random-state functions of torch.cuda, and disable compiled
+    fusions, which need a C++ compiler."""
     import megatron.core.jit
 
     megatron.core.jit.disable_jit_fuser()
@@ -149,5 +151,5 @@ def _patch_cuda_functions() -> None:
     random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: generator.get_state()
     random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: generator.set_state(state)
     random._lazy_call = lambda call: call()
-    # Here the two generators are one, so this warning of Megatron's random-state tracker is always and rightly given.
+    # The CPU and the "CUDA" generator are one, so the random-state tracker would always warn.
     logging.getLogger(random.__name__).addFilter(lambda record: "CPU RNG state changed" not in record.getMessage())

@@ -1,11 +1,12 @@
-"""The loss of packed rows: cross entropy over the real vocabulary, and how tokens, spans and micro-batches weigh in it.
+"""The loss of packed sequences: cross entropy without vocabulary padding, and token weights.
 
-A step's loss is the weighted mean over all tokens of the global batch. Every rank reads its own rows, so the sum of weights is known
-before the first forward pass; each micro-batch then contributes its share of the mean and nothing is divided afterwards:
+A step's loss is the weighted mean over all tokens of the global batch. Every rank reads its own
+sequences, so the sum of the weights is known before the first forward pass, and each micro-batch
+adds its part of the mean:
 
-    loss = sum over micro-batches, tokens of weight x cross entropy / sum of all weights
+    loss = sum over micro-batches and tokens of weight * cross entropy / sum of all weights
 
-An empty loss mask has weight 0 and so contributes nothing, rather than 0 / 0.
+A micro-batch without target tokens has weight 0 and adds nothing, instead of 0 / 0.
 """
 
 import torch
@@ -16,7 +17,10 @@ from torch import Tensor
 
 
 def loss_weights(loss_mask: Tensor, average: str) -> Tensor:
-    """Weight of each token's loss [b, s]: the mask itself ("token"), or summing to 1 over the micro-batch ("microbatch")."""
+    """Weight of each token's loss, float32 [b, s].
+
+    `average` "token": `loss_mask` [b, s] itself; "microbatch": normalized to a sum of 1.
+    """
     if average == "token":
         return loss_mask
     total = loss_mask.sum()
@@ -24,9 +28,10 @@ def loss_weights(loss_mask: Tensor, average: str) -> Tensor:
 
 
 def token_losses(logits: Tensor, labels: Tensor, vocab_size: int | None) -> Tensor:
-    """Cross entropy of each token, fp32 [...], from this rank's columns of the logits [..., padded vocabulary / TP], which it overwrites.
+    """Cross entropy of each token, float32 [...], from this rank's logits [..., vocabulary / TP].
 
-    With `vocab_size`, columns from there on are padding and get no probability; None leaves them in the softmax, as the branch does.
+    Overwrites the logits. Columns from `vocab_size` on are padding and get no probability; None
+    leaves them in the softmax, as in the mtf branch.
     """
     if vocab_size is not None:
         _hide_padding(logits, vocab_size)
@@ -34,7 +39,8 @@ def token_losses(logits: Tensor, labels: Tensor, vocab_size: int | None) -> Tens
 
 
 def _hide_padding(logits: Tensor, vocab_size: int) -> None:
-    """Minus infinity into the padding's columns, in place and unseen by autograd: their probability is 0, so their gradient is too."""
+    """Set padding columns to -inf in place, without autograd, so that their probability and their
+    gradient are 0."""
     columns = logits.shape[-1]
     first = columns * parallel_state.get_tensor_model_parallel_rank()
     real = min(max(vocab_size - first, 0), columns)
@@ -43,7 +49,10 @@ def _hide_padding(logits: Tensor, vocab_size: int) -> None:
 
 
 def token_hits(logits: Tensor, labels: Tensor, vocab_size: int | None) -> Tensor:
-    """1.0 where the label has the largest logit of all tensor-parallel ranks' columns, else 0.0; call before `token_losses`."""
+    """1.0 where the label has the largest logit over all tensor-parallel ranks, else 0.0.
+
+    float32 [...], from this rank's logits [..., vocabulary / TP]. Call it before `token_losses`.
+    """
     if vocab_size is not None:
         _hide_padding(logits, vocab_size)
     columns = logits.shape[-1]

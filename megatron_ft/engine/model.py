@@ -1,7 +1,7 @@
-"""StarCoder (GPTBigCode) as Megatron-Core's GPTModel: configuration, layer specification, wrapping for data parallelism.
+"""StarCoder (GPTBigCode) as Megatron-Core's GPTModel: configuration, layer specification, DDP.
 
-Nothing of the model is written here. The specification only exchanges two modules that Megatron-Core lacks without
-Transformer Engine: a layer norm that works under sequence parallelism, and attention over packed rows.
+The layer specification replaces two modules that Megatron-Core lacks without Transformer Engine: a
+layer norm for sequence parallelism, and attention over packed sequences.
 """
 
 from functools import partial
@@ -29,16 +29,17 @@ except ImportError:
 
 
 class SequenceParallelLayerNorm(nn.LayerNorm):
-    """Layer norm whose gradients Megatron-Core sums over tensor-parallel ranks when each has its own part of the sequence."""
+    """Layer norm with gradients that Megatron-Core sums over tensor-parallel ranks under sequence
+    parallelism, where each rank has a part of the sequence."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
         super().__init__(hidden_size, eps=eps)
         for parameter in self.parameters():
-            parameter.sequence_parallel = config.sequence_parallel
+            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]  # for Megatron
 
 
 def uses_transformer_engine(config: Config) -> bool:
-    """Whether layers come from Transformer Engine. Raises UserError where it is asked for, or needed, and missing."""
+    """Whether layers are Transformer Engine's. Raises UserError if it is requested but missing."""
     if config.memory.transformer_impl == "transformer_engine" and not (HAVE_TE and torch.cuda.is_available()):
         raise UserError(
             "--transformer-impl transformer_engine: Transformer Engine or its GPU is missing; use --transformer-impl local"
@@ -47,12 +48,12 @@ def uses_transformer_engine(config: Config) -> bool:
 
 
 def compute_dtype(config: Config) -> torch.dtype:
-    """What weights are multiplied in: --bf16, --fp16, or fp32."""
+    """The dtype of the weights: --bf16, --fp16, or fp32."""
     return torch.bfloat16 if config.precision.bf16 else torch.float16 if config.precision.fp16 else torch.float32
 
 
 def transformer_config(config: Config, shape: ModelShape) -> TransformerConfig:
-    """Megatron-Core's configuration for `shape` under the flags of `config`."""
+    """Megatron-Core's configuration for `shape` and the flags of `config`."""
     dtype = compute_dtype(config)
     fuse = torch.cuda.is_available()
     return TransformerConfig(
@@ -67,7 +68,8 @@ def transformer_config(config: Config, shape: ModelShape) -> TransformerConfig:
         normalization="LayerNorm",
         layernorm_epsilon=shape.layernorm_epsilon,
         add_bias_linear=True,
-        # StarCoder's GELU is the tanh approximation. Megatron's fused kernel is that one; unfused F.gelu would be the exact erf.
+        # StarCoder uses the tanh approximation of GELU, as Megatron's fused kernel does; plain
+        # F.gelu is the exact form with erf.
         bias_activation_fusion=fuse,
         activation_func=F.gelu if fuse else partial(F.gelu, approximate="tanh"),
         bias_dropout_fusion=fuse,
@@ -92,7 +94,8 @@ def transformer_config(config: Config, shape: ModelShape) -> TransformerConfig:
 
 
 def layer_spec(config: Config, shape: ModelShape, transformer: TransformerConfig):
-    """Specification of the transformer block: Transformer Engine's where it is used, else Megatron-Core's own with our two modules."""
+    """Specification of the transformer block: Transformer Engine's if it is used, else
+    Megatron-Core's local one with the two modules of this package."""
     if uses_transformer_engine(config):
         from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 
@@ -106,9 +109,10 @@ def layer_spec(config: Config, shape: ModelShape, transformer: TransformerConfig
 
 
 def build_model(config: Config, shape: ModelShape, padded_vocab: int) -> list[nn.Module]:
-    """This rank's part of the model, on its device and in its precision, with random weights; one chunk, not yet wrapped.
+    """This rank's part of the model with random weights, in `compute_dtype`: one chunk without DDP.
 
-    `padded_vocab` is the number of embedding rows over all tensor-parallel ranks. Process groups must exist (`parallel.initialize`).
+    `padded_vocab`: embedding rows over all tensor-parallel ranks. Process groups must exist
+    (`parallel.initialize`).
     """
     from megatron.core import parallel_state
 
@@ -124,9 +128,8 @@ def build_model(config: Config, shape: ModelShape, padded_vocab: int) -> list[nn
         share_embeddings_and_output_weights=True,
         position_embedding_type="learned_absolute",
     )
-    for (
-        parameter
-    ) in model.parameters():  # replicated unless its layer said otherwise; the gradient norm counts replicas once
+    # Parameters are replicated unless their layer has marked them; the norm counts replicas once.
+    for parameter in model.parameters():
         set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
     model.cuda(torch.cuda.current_device())
     if config.precision.bf16 or config.precision.fp16:
@@ -134,14 +137,14 @@ def build_model(config: Config, shape: ModelShape, padded_vocab: int) -> list[nn
     return [model]
 
 
-def wrap_for_data_parallel(config: Config, chunks: list[nn.Module]) -> list[nn.Module]:
-    """`chunks` in Megatron's DistributedDataParallel, weights equal on all data-parallel ranks."""
+def wrap_for_data_parallel(config: Config, chunks: list[nn.Module]) -> list[DistributedDataParallel]:
+    """`chunks` in Megatron's DDP, with the same weights on all data-parallel ranks."""
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=config.precision.fp32_gradients,
         overlap_grad_reduce=config.parallel.overlap_grad_reduce,
         overlap_param_gather=config.parallel.overlap_param_gather,
         use_distributed_optimizer=config.parallel.distributed_optimizer,
-        check_for_nan_in_grad=False,  # the loop looks at the loss itself and writes down whose it was
+        check_for_nan_in_grad=False,  # the training loop checks the loss and logs its documents
     )
     wrapped = [DistributedDataParallel(chunk.config, ddp_config, chunk) for chunk in chunks]
     for chunk in wrapped:

@@ -22,7 +22,7 @@ def write_provenance(
 ) -> Path:
     """Write nonfinite_loss_iteration_*.json on rank 0 and return its path; a collective call.
 
-    It lists the micro-batches of all ranks whose loss is NaN or Inf. `losses` are those of this
+    It lists the micro-batches of all ranks with a non-finite loss. `losses` are those of this
     rank's `micro_batches`, empty except on the last pipeline stage; `iteration` counts from 1;
     `consumed_samples` are those before the step.
     """

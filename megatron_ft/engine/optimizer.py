@@ -1,4 +1,4 @@
-"""Adam or SGD through Megatron-Core: parameter groups, precision, sharding over data-parallel ranks."""
+"""Adam or SGD by Megatron-Core: parameter groups, precision, sharding by data-parallel rank."""
 
 import torch
 from megatron.core.distributed import finalize_model_grads
@@ -12,9 +12,10 @@ from megatron_ft.engine.model import compute_dtype
 
 
 def build_optimizer(config: Config, chunks: list[nn.Module]):
-    """Megatron's optimizer for DDP-wrapped `chunks`: no weight decay on biases and norms; frozen parameters are left out.
+    """Megatron's optimizer for DDP-wrapped `chunks`, without frozen parameters.
 
-    Also tells the model's configuration what the pipeline schedules ask of it (loss scaling, gradient reduction).
+    Biases and norms have no weight decay. Also connects loss scaling and gradient reduction to the
+    pipeline schedules (`connect`).
     """
     optimizer = get_megatron_optimizer(optimizer_config(config), chunks)
     _use_fused_kernels(optimizer)
@@ -23,8 +24,10 @@ def build_optimizer(config: Config, chunks: list[nn.Module]):
 
 
 def optimizer_config(config: Config) -> OptimizerConfig:
-    """Megatron-Core's configuration of the optimizer under the flags of `config`."""
+    """Megatron-Core's configuration of the optimizer for the flags of `config`."""
     offload = config.optimizer.cpu_offload
+    # An infinite limit clips nothing but still measures the norm.
+    clip_grad = config.optimizer.clip_grad or float("inf")
     return OptimizerConfig(
         optimizer=config.optimizer.name,
         lr=config.schedule.lr,
@@ -34,8 +37,7 @@ def optimizer_config(config: Config) -> OptimizerConfig:
         adam_beta2=config.optimizer.adam_beta2,
         adam_eps=config.optimizer.adam_eps,
         sgd_momentum=config.optimizer.sgd_momentum,
-        clip_grad=config.optimizer.clip_grad
-        or float("inf"),  # at infinity nothing is clipped, and the norm is still measured
+        clip_grad=clip_grad,
         fp16=config.precision.fp16,
         bf16=config.precision.bf16,
         params_dtype=compute_dtype(config),
@@ -53,8 +55,11 @@ def optimizer_config(config: Config) -> OptimizerConfig:
 
 
 def _use_fused_kernels(optimizer) -> None:
-    """Without Transformer Engine and apex, Megatron-Core updates with Adam's unfused form, some three times the memory traffic, and waits for
-    the GPU once a parameter to add up the norm. Torch has the fused forms of both."""
+    """Use torch's fused Adam and gradient norm.
+
+    Without Transformer Engine and apex, Megatron-Core uses the unfused Adam, with about three times
+    the memory traffic, and synchronizes with the GPU once per parameter for the norm.
+    """
     for part in parts(optimizer):
         if type(part.optimizer) in (torch.optim.Adam, torch.optim.AdamW):
             for group in part.optimizer.param_groups:
@@ -64,12 +69,13 @@ def _use_fused_kernels(optimizer) -> None:
 
 
 def _l2_norm(chunk_size: int, overflow: Tensor, tensors: list[list[Tensor]], per_tensor: bool) -> tuple[Tensor, None]:
-    """Norm [1] of all of `tensors[0]`, on their device; in the place and the signature of apex's `multi_tensor_l2norm`."""
+    """Norm [1] of all of `tensors[0]` together, on their device; the signature is that of apex's
+    `multi_tensor_l2norm`."""
     return torch.nn.utils.get_total_norm(tensors[0]).reshape(1), None
 
 
 def connect(config: Config, chunks: list[nn.Module], optimizer) -> None:
-    """Give the pipeline schedules this model's loss scaling and gradient reduction."""
+    """Give this model's loss scaling and gradient reduction to the pipeline schedules."""
     model_config = get_model_config(chunks[0])
     model_config.grad_scale_func = optimizer.scale_loss
     model_config.finalize_model_grads_func = finalize_model_grads
@@ -78,5 +84,5 @@ def connect(config: Config, chunks: list[nn.Module], optimizer) -> None:
 
 
 def learning_rate(optimizer) -> float:
-    """The rate of the parameter groups that follow the schedule unchanged."""
+    """The learning rate of the parameter groups that follow the schedule unscaled."""
     return next(group["lr"] for group in optimizer.param_groups if group.get("default_config", True))

@@ -1,4 +1,4 @@
-"""What a run that does not fit its GPU says: how much it took, when, and which flags would make it smaller."""
+"""The error of a run that exceeds GPU memory, with the flags that save memory."""
 
 import os
 
@@ -10,35 +10,37 @@ from megatron_ft.model.cost import GIB
 
 
 def out_of_memory(config: Config, error: torch.OutOfMemoryError, when: str) -> UserError:
-    """The error to raise instead of torch's `error`; `when` is "after 12 iterations" or the like."""
+    """The error to raise instead of torch's `error`; `when` is like "after 12 iterations"."""
     asked = next((part for part in str(error).split(". ") if part.startswith("Tried to allocate")), "")
-    facts = [when, *([asked[0].lower() + asked[1:]] if asked else []), *_card()]
+    facts = [when, *([asked[0].lower() + asked[1:]] if asked else []), *_gpu_memory()]
     return UserError(
         f"out of GPU memory ({', '.join(facts)}); "
-        f"next: {', or '.join(remedies(config)) or 'a smaller model, or GPUs that hold more'}; launch/plan.py shows what fits"
+        f"next: {', or '.join(remedies(config)) or 'a smaller model, or GPUs with more memory'}; launch/plan.py shows what fits"
     )
 
 
 def remedies(config: Config) -> list[str]:
-    """Flags that are not used yet and save memory, those that cost least first."""
+    """Flags that are not used yet and save memory, ordered by their cost in speed."""
     tensor, pipeline = config.parallel.tensor, config.parallel.pipeline
-    more, rows = 2 * tensor, config.training.micro_batch_size
-    fewer = max((n for n in range(1, rows) if rows % n == 0), default=rows)  # a divisor still divides the global batch
+    more, micro_batch = 2 * tensor, config.training.micro_batch_size
+    # A divisor of the micro-batch size divides the global batch size, too.
+    fewer = max((n for n in range(1, micro_batch) if micro_batch % n == 0), default=micro_batch)
     on_node = int(os.environ.get("LOCAL_WORLD_SIZE", config.parallel.world_size))
+    assert config.shape is not None
     splits = not (
         config.shape.num_attention_heads % more or config.parallel.world_size % (more * pipeline) or on_node % more
     )
     steps = {
-        f"--micro-batch-size {fewer}": rows > 1,
+        f"--micro-batch-size {fewer}": micro_batch > 1,
         "--sequence-parallel": tensor > 1 and not config.parallel.sequence,
         "--recompute-granularity full": config.memory.recompute_granularity != "full",
         f"--tensor-model-parallel-size {more}": splits,
-        "--lora-rank 16 to train adapters alone": not config.lora.rank,
+        "--lora-rank 16 to train only adapters": not config.lora.rank,
     }
     return [flag for flag, helps in steps.items() if helps]
 
 
-def _card() -> list[str]:
+def _gpu_memory() -> list[str]:
     if not torch.cuda.is_available():
         return []
     peak, total = torch.cuda.max_memory_allocated(), torch.cuda.get_device_properties().total_memory

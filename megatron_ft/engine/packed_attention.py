@@ -1,8 +1,9 @@
-"""Causal attention inside the documents of a packed row, without an [s, s] mask.
+"""Causal attention within the documents of packed sequences, without an [s, s] mask.
 
-`PackedAttention` is the core-attention module that the model's ModuleSpec gives to Megatron-Core. It takes the row's document bounds
-from `PackedSequences` and chooses a kernel. On a GPU: torch's variable-length flash attention (half precision, Ampere or newer), else FlexAttention
-with a block mask (no dropout). Elsewhere: one scaled-dot-product call a document, which does everything.
+`PackedAttention` is the core-attention module of the layer specification. It takes the documents'
+bounds from `PackedSequences` and chooses a kernel. On a GPU: torch's variable-length flash
+attention (half precision, Ampere or newer), else FlexAttention with a block mask (no dropout).
+Otherwise one call of scaled_dot_product_attention per document, which supports everything.
 """
 
 import contextlib
@@ -15,24 +16,28 @@ from megatron.core import tensor_parallel
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 try:
     from torch.nn.attention.varlen import varlen_attn
 except ImportError:  # torch before 2.10
-    varlen_attn = None
+    varlen_attn = None  # type: ignore[assignment]
 
 
 @dataclass
 class PackedSequences(PackedSeqParams):
-    """Megatron's description of a packed row [1, t], and the documents' lengths on the host, so that no kernel waits for them."""
+    """Megatron's description of concatenated sequences [1, t], with lengths on the host as well.
+
+    `lengths`: tokens of each document, for which no kernel has to wait. `block_mask`:
+    FlexAttention's, created by the first layer that needs it.
+    """
 
     lengths: list[int] = field(default_factory=list)
-    block_mask: object = None  # FlexAttention's, made by the first layer that needs it
+    block_mask: BlockMask | None = None
 
     @classmethod
     def from_cu_seqlens(cls, cu_seqlens: Tensor, device: torch.device | None = None) -> "PackedSequences":
-        """From document bounds int32 [n+1] on the CPU, first 0, last t."""
+        """From the documents' bounds on the CPU, int32 [documents + 1]: 0, ..., t."""
         lengths = cu_seqlens.diff().tolist()
         bounds = cu_seqlens.to(device or cu_seqlens.device, non_blocking=True)
         longest = max(lengths)
@@ -47,7 +52,7 @@ class PackedSequences(PackedSeqParams):
 
 
 class PackedAttention(nn.Module):
-    """Core attention of Megatron-Core's SelfAttention for packed rows (THD) and for plain causal batches (SBHD)."""
+    """Core attention of Megatron-Core's SelfAttention: packed sequences (THD) or a batch (SBHD)."""
 
     def __init__(
         self,
@@ -77,10 +82,10 @@ class PackedAttention(nn.Module):
     ) -> Tensor:
         """Packed: query [t, n, d], key and value [t, g, d] with g dividing n; returns [t, n * d].
 
-        Unpacked: [s, b, n, d] and [s, b, g, d]; returns [s, b, n * d], causal over each row.
+        Otherwise: [s, b, n, d] and [s, b, g, d]; returns [s, b, n * d], causal in each sequence.
         """
         if packed_seq_params is None:
-            return self._rows(query, key, value)
+            return self._attend_unpacked(query, key, value)
         dropout = self.dropout if self.training else 0.0
         if query.is_cuda and flash_attention_takes(query.dtype, query.shape[-1], query.device):
             with self._random_state():
@@ -91,15 +96,17 @@ class PackedAttention(nn.Module):
         with self._random_state():
             return attend_by_document(query, key, value, lengths, self.scale, dropout)
 
-    def _rows(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def _attend_unpacked(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         s, b, _, _ = query.shape
         dropout = self.dropout if self.training else 0.0
+        query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         with self._random_state():
-            out = _sdpa(*(x.permute(1, 2, 0, 3) for x in (query, key, value)), self.scale, dropout)
+            out = _sdpa(query, key, value, self.scale, dropout)
         return out.permute(2, 0, 1, 3).reshape(s, b, -1)
 
-    def _random_state(self):
-        """Dropout of sharded heads draws from the tensor-parallel state; under sequence parallelism the whole layer does already."""
+    def _random_state(self) -> contextlib.AbstractContextManager[None]:
+        """The tensor-parallel random state for dropout, since heads are sharded; under sequence
+        parallelism the layer has forked it already."""
         if not self.training or not self.dropout or self.config.sequence_parallel:
             return contextlib.nullcontext()
         return tensor_parallel.get_cuda_rng_tracker().fork()
@@ -114,7 +121,7 @@ def flash_attention_takes(dtype: torch.dtype, head_dim: int, device: torch.devic
 
 
 def slow_with_dropout(dropout: float, dtype: torch.dtype, head_dim: int, device: torch.device) -> str | None:
-    """A line for the log when no fused kernel of this GPU can do attention with `dropout`; None when one can."""
+    """A line for the log if this GPU has no fused attention kernel with `dropout`, else None."""
     if not dropout or flash_attention_takes(dtype, head_dim, device):
         return None
     return (
@@ -126,21 +133,22 @@ def slow_with_dropout(dropout: float, dtype: torch.dtype, head_dim: int, device:
 def attend_by_document(
     query: Tensor, key: Tensor, value: Tensor, lengths: list[int], scale: float | None = None, dropout: float = 0.0
 ) -> Tensor:
-    """Causal attention of each document alone: query [t, n, d], key and value [t, g, d], lengths summing to t; returns [t, n * d].
+    """Causal attention within each document; `lengths` sum to t.
 
-    `split` rather than slices: its backward concatenates once, where each slice's would fill a whole zero row.
+    Takes query [t, n, d], key and value [t, g, d]; returns [t, n * d].
     """
-    pieces = [
-        _sdpa(*(x.transpose(0, 1).unsqueeze(0) for x in piece), scale, dropout).squeeze(0).transpose(0, 1)
-        for piece in zip(query.split(lengths), key.split(lengths), value.split(lengths), strict=True)
-    ]
+    pieces = []
+    # Unlike slices, each with a backward over all t tokens, `split` concatenates gradients once.
+    for piece in zip(query.split(lengths), key.split(lengths), value.split(lengths), strict=True):
+        q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in piece)
+        pieces.append(_sdpa(q, k, v, scale, dropout).squeeze(0).transpose(0, 1))
     return torch.cat(pieces).flatten(1)
 
 
 def _sdpa(query: Tensor, key: Tensor, value: Tensor, scale: float | None, dropout: float) -> Tensor:
     """Causal attention of query [b, n, s, d] and key, value [b, g, s, d]."""
     repeat = query.shape[1] // key.shape[1]
-    if repeat > 1:  # multi-query: a view, every head sees the one key without a copy
+    if repeat > 1:  # multi-query: an expanded view, without copying the one key head
         key, value = (
             x.unsqueeze(2).expand(-1, -1, repeat, -1, -1).reshape(x.shape[0], -1, *x.shape[2:]) for x in (key, value)
         )
@@ -148,12 +156,13 @@ def _sdpa(query: Tensor, key: Tensor, value: Tensor, scale: float | None, dropou
 
 
 def _flash(
-    query: Tensor, key: Tensor, value: Tensor, row: PackedSeqParams, scale: float | None, dropout: float
+    query: Tensor, key: Tensor, value: Tensor, packed: PackedSeqParams, scale: float | None, dropout: float
 ) -> Tensor:
+    """Variable-length flash attention; shapes as `attend_by_document`."""
     query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
-    bounds = row.cu_seqlens_q, row.cu_seqlens_kv, row.max_seqlen_q, row.max_seqlen_kv
+    bounds = packed.cu_seqlens_q, packed.cu_seqlens_kv, packed.max_seqlen_q, packed.max_seqlen_kv
     if dropout or varlen_attn is None:
-        # varlen_attn is this operator without dropout; torch's nested tensors call it with.
+        # varlen_attn wraps this operator without dropout; torch's nested tensors use it with.
         out, *_ = torch.ops.aten._flash_attention_forward(
             query, key, value, *bounds, dropout, is_causal=True, return_debug_mask=False, scale=scale
         )
@@ -165,26 +174,30 @@ def _flash(
 
 
 def flex_attend(
-    query: Tensor, key: Tensor, value: Tensor, row: PackedSequences, scale: float | None = None, *, compiled: bool
+    query: Tensor, key: Tensor, value: Tensor, packed: PackedSequences, scale: float | None = None, *, compiled: bool
 ) -> Tensor:
-    """Attention by FlexAttention, which skips blocks that no document reaches; shapes as `attend_by_document`. Only `compiled` has a backward."""
-    if row.block_mask is None:
-        row.block_mask = _block_mask(row, query.device, compiled)
+    """FlexAttention, which skips blocks between documents; shapes as `attend_by_document`.
+
+    Only `compiled` has a backward pass.
+    """
+    if packed.block_mask is None:
+        packed.block_mask = _block_mask(packed, query.device, compiled)
     attend = _compiled_flex_attention() if compiled else flex_attention
     query, key, value = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))
-    out = attend(query, key, value, block_mask=row.block_mask, scale=scale, enable_gqa=query.shape[1] != key.shape[1])
+    grouped = query.shape[1] != key.shape[1]
+    out = attend(query, key, value, block_mask=packed.block_mask, scale=scale, enable_gqa=grouped)
     return out.squeeze(0).transpose(0, 1).flatten(1)
 
 
-def _block_mask(row: PackedSequences, device: torch.device, compiled: bool):
-    tokens = sum(row.lengths)
-    lengths = torch.tensor(row.lengths, device=device)
-    document = torch.repeat_interleave(torch.arange(len(row.lengths), device=device), lengths, output_size=tokens)
+def _block_mask(packed: PackedSequences, device: torch.device, compiled: bool) -> BlockMask:
+    tokens = sum(packed.lengths)
+    lengths = torch.tensor(packed.lengths, device=device)
+    document = torch.repeat_interleave(torch.arange(len(packed.lengths), device=device), lengths, output_size=tokens)
 
-    def sees(batch, head, q, k):
+    def attends(batch, head, q, k):
         return (q >= k) & (document[q] == document[k])
 
-    return create_block_mask(sees, None, None, tokens, tokens, device=device, _compile=compiled)
+    return create_block_mask(attends, None, None, tokens, tokens, device=device, _compile=compiled)
 
 
 @functools.cache

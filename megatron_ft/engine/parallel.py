@@ -1,4 +1,4 @@
-"""Process groups of a run: tensor, pipeline and data parallel ranks from torchrun's environment variables, and their seeds."""
+"""Process groups and seeds of tensor, pipeline and data-parallel ranks."""
 
 import math
 import os
@@ -12,8 +12,11 @@ from megatron_ft.errors import UserError
 
 
 def initialize(config: Config) -> None:
-    """Make the default group and Megatron's groups from RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT (without them: one rank),
-    and the seeds of a random start. Call `set_up_device` first."""
+    """Create the default process group and Megatron's groups, and seed a random start.
+
+    RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT are torchrun's; without them there is one rank.
+    Call `set_up_device` first. Raises UserError if the ranks cannot be divided into groups.
+    """
     from megatron.core import parallel_state
 
     world_size = int(os.environ.get("WORLD_SIZE", 1))
@@ -21,15 +24,15 @@ def initialize(config: Config) -> None:
     model_parallel = config.parallel.tensor * config.parallel.pipeline * config.parallel.context
     if world_size % model_parallel:
         raise UserError(
-            f"{world_size} processes cannot hold --tensor-model-parallel-size {config.parallel.tensor} x "
+            f"{world_size} processes cannot be divided into --tensor-model-parallel-size {config.parallel.tensor} x "
             f"--pipeline-model-parallel-size {config.parallel.pipeline} x --context-parallel-size "
             f"{config.parallel.context}; start a multiple of {model_parallel}"
         )
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        alone = {} if "MASTER_ADDR" in os.environ else {"store": dist.HashStore()}
+        store = None if "MASTER_ADDR" in os.environ else dist.HashStore()
         minutes = timedelta(minutes=config.parallel.timeout_minutes)
-        dist.init_process_group(backend, timeout=minutes, rank=rank, world_size=world_size, **alone)
+        dist.init_process_group(backend, timeout=minutes, rank=rank, world_size=world_size, store=store)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.parallel.tensor,
         pipeline_model_parallel_size=config.parallel.pipeline,
@@ -40,7 +43,7 @@ def initialize(config: Config) -> None:
 
 
 def destroy() -> None:
-    """Take down every group and global that `initialize` made."""
+    """Destroy all groups and globals that `initialize` created."""
     from megatron.core import parallel_state
 
     parallel_state.destroy_model_parallel()
@@ -50,17 +53,18 @@ def destroy() -> None:
 
 
 def seed_start(seed: int) -> None:
-    """Seeds of a random start: equal on data-parallel ranks, different on pipeline stages and (inside sharded layers) tensor ranks."""
+    """Seed a random start: equal on data-parallel ranks, different on pipeline stages and, inside
+    sharded layers, on tensor-parallel ranks."""
     _seed(seed + 100 * pipeline_parallel_rank())
 
 
 def seed_step(seed: int, iteration: int) -> None:
-    """Seeds of one training step, a function of the iteration and the rank's place alone.
+    """Seed one training step, as a function of only the iteration and the rank.
 
-    Dropout so needs no saved random state: a resumed run draws what the unbroken one would have drawn.
+    So dropout needs no saved random state: a resumed run draws the numbers of an uninterrupted one.
     """
-    place = pipeline_parallel_rank() * data_parallel_size() + data_parallel_rank()
-    _seed((seed + 1_000_003 * (iteration + 1) + 10_007 * place) % 2**31)
+    replica = pipeline_parallel_rank() * data_parallel_size() + data_parallel_rank()
+    _seed((seed + 1_000_003 * (iteration + 1) + 10_007 * replica) % 2**31)
 
 
 def _seed(seed: int) -> None:
@@ -78,7 +82,7 @@ def data_parallel_size() -> int:
 
 
 def data_parallel_rank() -> int:
-    """This rank's number among the data-parallel ranks."""
+    """Index of this rank among the data-parallel ranks."""
     from megatron.core import parallel_state
 
     return parallel_state.get_data_parallel_rank()
@@ -92,25 +96,27 @@ def pipeline_parallel_rank() -> int:
 
 
 def counts_here() -> bool:
-    """Whether this rank speaks for its pipeline and tensor-parallel copies: the first tensor-parallel rank of the last stage."""
+    """Whether this rank's numbers count for its model-parallel group: it is the first
+    tensor-parallel rank of the last pipeline stage."""
     from megatron.core import parallel_state
 
     return parallel_state.is_pipeline_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0
 
 
 def sum_over_data_parallel(values: list[float]) -> list[float]:
-    """Sums over data-parallel ranks, in float64; all ranks get the same numbers when each counted its own rows."""
+    """Element-wise sums over data-parallel ranks, in float64."""
     from megatron.core import parallel_state
 
     return _sum(values, parallel_state.get_data_parallel_group())
 
 
 def sum_over_all(values: list[float]) -> list[float]:
-    """Sums over all ranks, in float64. What copies would count more than once, `counts_here` ranks alone should give."""
+    """Element-wise sums over all ranks, in float64; values that several ranks of a model-parallel
+    group hold must be 0 except where `counts_here`."""
     return _sum(values, None)
 
 
-def _sum(values: list[float], group) -> list[float]:
+def _sum(values: list[float], group: dist.ProcessGroup | None) -> list[float]:
     total = torch.tensor(values, dtype=torch.float64, device="cuda")
     dist.all_reduce(total, group=group)
     return total.tolist()

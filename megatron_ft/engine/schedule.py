@@ -1,4 +1,7 @@
-"""How long a run is, and its learning-rate schedule: everything in samples (packed rows), as Megatron counts."""
+"""The length of a run and its learning-rate schedule, both in samples as in Megatron.
+
+A sample is a packed sequence.
+"""
 
 import math
 from dataclasses import dataclass
@@ -11,7 +14,7 @@ MANY_EPOCHS = 10
 
 @dataclass(frozen=True)
 class Length:
-    """Length of training, or of a part of it: optimizer steps, and the packed rows they take."""
+    """The length of a training or a part of it, in optimizer steps and in packed sequences."""
 
     iterations: int
     samples: int
@@ -21,7 +24,8 @@ NOTHING = Length(0, 0)
 
 
 def global_batch_at(config: Config, consumed_samples: int) -> int:
-    """Rows of the step that starts after `consumed_samples`: --global-batch-size, or less during --rampup-batch-size."""
+    """Sequences in the step after `consumed_samples`: --global-batch-size, or fewer during
+    --rampup-batch-size."""
     if not config.training.rampup_batch_size:
         return config.training.global_batch_size
     start, increment, samples = config.training.rampup_batch_size
@@ -34,57 +38,65 @@ def global_batch_at(config: Config, consumed_samples: int) -> int:
 def plan_length(
     config: Config, sequences_per_epoch: int | None = None, *, fill_rate: float = 1.0, done: Length = NOTHING
 ) -> Length:
-    """Steps and rows of the whole run from whichever of --train-iters, -samples, -tokens, -epochs was given.
+    """Length of the entire run, from --train-iters, -samples, -tokens or -epochs.
 
-    The steps that are left come after the steps and rows that are `done`: so a run resumed with another batch size trains what it did not
-    yet, and no more. The last step is whole: rows are rounded up to it, so `--train-epochs 1` reads every row. `sequences_per_epoch` is needed
-    for epochs alone, `fill_rate`, the share of a row that holds documents, for tokens alone. A run with more done than was asked for is as long as was asked for.
+    The remaining steps follow what is `done`, so a run that is resumed with another batch size
+    trains on the remaining sequences. Sequences are rounded up to complete steps, so that
+    `--train-epochs 1` reads all of them. If more is done than requested, the request applies.
+    `sequences_per_epoch` is needed only for epochs; `fill_rate`, the fraction of token positions
+    that hold documents, only for tokens.
     """
     if config.training.train_iters is not None:
         return Length(config.training.train_iters, samples_of(config, config.training.train_iters, done))
     if config.training.train_samples is not None:
-        wanted = config.training.train_samples
+        requested = config.training.train_samples
     elif config.training.train_tokens is not None:
-        wanted = math.ceil(config.training.train_tokens / (fill_rate * config.data.seq_length))
+        requested = math.ceil(config.training.train_tokens / (fill_rate * config.data.seq_length))
     else:
-        wanted = math.ceil(config.training.train_epochs * sequences_per_epoch)
-    if wanted <= done.samples:
-        whole = _extend(config, NOTHING, samples=wanted)
-        return Length(min(whole.iterations, done.iterations), min(whole.samples, done.samples))
-    return _extend(config, done, samples=wanted)
+        assert config.training.train_epochs is not None and sequences_per_epoch is not None
+        requested = math.ceil(config.training.train_epochs * sequences_per_epoch)
+    if requested <= done.samples:
+        from_start = _extend(config, NOTHING, samples=requested)
+        return Length(min(from_start.iterations, done.iterations), min(from_start.samples, done.samples))
+    return _extend(config, done, samples=requested)
 
 
 def samples_of(config: Config, iterations: int, done: Length = NOTHING) -> int:
-    """Rows that the first `iterations` steps take, when those that are `done` took what they took."""
+    """Sequences in the first `iterations` steps; those `done` may have had another batch size."""
     if iterations < done.iterations:
         return min(_extend(config, NOTHING, iterations=iterations).samples, done.samples)
     return _extend(config, done, iterations=iterations).samples
 
 
 def _extend(config: Config, done: Length, *, iterations: int = 0, samples: int | None = None) -> Length:
-    """`done` and as many whole steps more as reach `samples` rows, or where None `iterations` steps."""
-    step, row = done.iterations, done.samples
-    while step < iterations if samples is None else row < samples:
-        batch, steps = global_batch_at(config, row), 1
-        if batch == config.training.global_batch_size:  # constant from here on
-            steps = iterations - step if samples is None else -(-(samples - row) // batch)
-        step, row = step + steps, row + steps * batch
-    return Length(step, row)
+    """`done` plus complete steps until `samples` sequences, or if None `iterations` steps, are
+    reached."""
+    step, consumed = done.iterations, done.samples
+    while step < iterations if samples is None else consumed < samples:
+        batch, steps = global_batch_at(config, consumed), 1
+        if batch == config.training.global_batch_size:  # constant from this step on
+            steps = iterations - step if samples is None else -(-(samples - consumed) // batch)
+        step, consumed = step + steps, consumed + steps * batch
+    return Length(step, consumed)
 
 
 def many_epochs(length: Length, sequences_per_epoch: int) -> list[str]:
-    """A line for the log when the run reads the training data more often than is usual for fine-tuning."""
+    """A line for the log if there are more epochs than usual in fine-tuning."""
     epochs = length.samples / sequences_per_epoch
     if epochs <= MANY_EPOCHS:
         return []
     return [
-        f"{epochs:.1f} epochs of {sequences_per_epoch:,} rows: more than {MANY_EPOCHS} are unusual in fine-tuning; --train-epochs 2 says fewer"
+        f"{epochs:.1f} epochs of {sequences_per_epoch:,} sequences: more than {MANY_EPOCHS} are unusual in fine-tuning; "
+        "use fewer with --train-epochs 2"
     ]
 
 
 def build_scheduler(config: Config, optimizer, length: Length, done: Length = NOTHING):
-    """Megatron's OptimizerParamScheduler, stepped in rows; flags in steps count what is `done` as it was. Raises UserError for a
-    warm-up that outlasts the decay."""
+    """Megatron's OptimizerParamScheduler, which counts sequences.
+
+    Flags in steps are converted with the batch sizes that `done` had. Raises UserError if the
+    warm-up is longer than the decay, or the WSD decay does not fit.
+    """
     from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
     decay = config.schedule.decay_samples or length.samples
@@ -96,7 +108,7 @@ def build_scheduler(config: Config, optimizer, length: Length, done: Length = NO
         warmup = config.schedule.warmup_samples or samples_of(config, config.schedule.warmup_iters, done)
     if warmup >= decay:
         raise UserError(
-            f"learning-rate warm-up of {warmup:g} rows leaves nothing of the schedule's {decay}; "
+            f"the learning-rate warm-up of {warmup:g} sequences takes all of the schedule's {decay}; "
             "lower --lr-warmup-iters, or lengthen the run or --lr-decay-iters"
         )
     wsd_decay = config.schedule.wsd_decay_samples or (
@@ -118,7 +130,7 @@ def build_scheduler(config: Config, optimizer, length: Length, done: Length = NO
         end_wd=config.optimizer.weight_decay,
         wd_incr_steps=length.samples,
         wd_incr_style="constant",
-        # A resumed run follows its own flags: the checkpoint says how far it is, the command line what the schedule is.
+        # A resumed run takes its position from the checkpoint and its schedule from its flags.
         use_checkpoint_opt_param_scheduler=False,
         override_opt_param_scheduler=True,
         wsd_decay_steps=wsd_decay,
@@ -127,8 +139,11 @@ def build_scheduler(config: Config, optimizer, length: Length, done: Length = NO
 
 
 def changed_rate(scheduler, batch: int, used: float) -> bool:
-    """Whether this schedule's rate for the step before, of `batch` rows, is over 10 % from the one it `used`: then it was another schedule."""
-    here, scheduler.num_steps = scheduler.num_steps, max(0, scheduler.num_steps - batch)
+    """Whether this schedule differs from the one of the last step, which had `batch` sequences.
+
+    It does if its rate for that step is more than 10% off the rate that was `used`.
+    """
+    position, scheduler.num_steps = scheduler.num_steps, max(0, scheduler.num_steps - batch)
     rate = scheduler.get_lr(scheduler.optimizer.param_groups[0])
-    scheduler.num_steps = here
+    scheduler.num_steps = position
     return abs(rate - used) > 0.1 * max(rate, used)

@@ -1,6 +1,7 @@
-"""Signals that ask a run to save and stop, and the watchdog that ends a run that hangs.
+"""Signals that request a run to save and stop, and the watchdog that ends a run that hangs.
 
-Imports nothing heavy: handlers are set before torch is imported, so that a signal during start-up is not lost.
+Imports nothing heavy, because handlers are set before torch is imported: no signal is lost at
+startup.
 """
 
 import faulthandler
@@ -16,7 +17,7 @@ _received: list[str] = []
 
 
 def install() -> None:
-    """Remember SIGTERM, SIGUSR1 and SIGUSR2 instead of dying of them; the training loop looks after each step."""
+    """Record SIGTERM, SIGUSR1 and SIGUSR2, which the training loop checks after every step."""
     for number in STOP_SIGNALS:
         signal.signal(number, _remember)
 
@@ -26,20 +27,21 @@ def _remember(number: int, frame) -> None:
 
 
 def received() -> str | None:
-    """Name of the first stop signal this process got, or None."""
+    """Name of the first stop signal that this process received, or None."""
     return _received[0] if _received else None
 
 
 def forget() -> None:
-    """Start anew, for another run in the same process."""
+    """Clear the received signals, for another run in the same process."""
     _received.clear()
 
 
 class Watchdog:
-    """Ends this process with the stack traces of all its threads when `alive` was not called for `minutes`.
+    """Ends this process with stack traces of all threads if `alive` was not called for `minutes`.
 
-    Every rank has one, and a rank that hangs makes all others wait, so each writes its own traces:
-    `rank_00000.txt` ... in `folder` and on stderr. A second timer, in C, ends even a process whose interpreter is stuck.
+    A hanging rank makes all others wait, so every rank has a watchdog and writes its own traces, to
+    stderr and to `rank_00000.txt` ... in `folder`. A second timer, in C, ends even a process whose
+    interpreter is stuck. 0 `minutes` disables both.
     """
 
     def __init__(self, minutes: float, rank: int, folder: Path | None) -> None:
@@ -53,13 +55,13 @@ class Watchdog:
             self.alive()
 
     def alive(self) -> None:
-        """A step, a validation batch or a checkpoint is finished: count from here."""
+        """Restart the timers: a step, a validation batch or a checkpoint is finished."""
         self._last = time.monotonic()
         if self._seconds:
             faulthandler.dump_traceback_later(self._seconds * 1.5 + 5, exit=True)
 
     def stop(self) -> None:
-        """Watch no longer."""
+        """Stop both timers."""
         self._stopped.set()
         if self._seconds:
             faulthandler.cancel_dump_traceback_later()
@@ -71,7 +73,9 @@ class Watchdog:
                 self._end(silent)
 
     def _end(self, silent: float) -> None:
-        message = f"rank {self._rank}: nothing finished for {silent / 60:.1f} minutes (--watchdog-mins); ending with stack traces"
+        message = (
+            f"rank {self._rank}: no progress for {silent / 60:.1f} minutes (--watchdog-mins); ending with stack traces"
+        )
         if self._folder is not None:
             self._folder.mkdir(parents=True, exist_ok=True)
             with open(self._folder / f"rank_{self._rank:05d}.txt", "w") as file:

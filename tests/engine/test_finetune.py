@@ -407,7 +407,7 @@ def test_a_hanging_rank_is_ended_with_stack_traces(runs):
         runs("hang", flags, 2, "hang-in-step 3")
     for rank in (0, 1):
         traces = (runs.tmp_path / f"hang/watchdog/rank_{rank:05d}.txt").read_text()
-        assert f"rank {rank}: nothing finished" in traces and "in step" in traces
+        assert f"rank {rank}: no progress" in traces and "in step" in traces
 
 
 @pytest.mark.parametrize(

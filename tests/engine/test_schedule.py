@@ -71,7 +71,7 @@ def test_a_warm_up_that_was_done_with_another_batch_is_no_longer_than_what_is_do
 
 def test_more_than_ten_epochs_are_remarked_on():
     (line,) = many_epochs(Length(10_000, 1_280_000), 31_000)
-    assert line.startswith("41.3 epochs of 31,000 rows") and "--train-epochs" in line
+    assert line.startswith("41.3 epochs of 31,000 sequences") and "--train-epochs" in line
     assert many_epochs(Length(10, 100), 10) == []
 
 

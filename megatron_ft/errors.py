@@ -1,9 +1,12 @@
 """User errors end in one clear line: the exception, how programs print it, and the exit statuses
 that launchers know."""
 
+import io
 import signal
 import sys
 from collections.abc import Callable
+
+from megatron_ft.printable import printable
 
 EXIT_DONE = 0
 EXIT_USER_ERROR = 2
@@ -26,15 +29,17 @@ def run_program(main: Callable[[], int | None]) -> None:
 
     A broken pipe (`| head`), Ctrl-C and SIGTERM (a scheduler's time limit) exit without traceback,
     with the shell's usual statuses, after partial outputs are removed. Any other exception is a bug
-    and keeps its traceback. `main` may set its own signal handlers.
+    and keeps its traceback. `main` may set its own signal handlers. Characters that the terminal or
+    log cannot encode are printed as escapes.
     """
+    escape_what_cannot_be_encoded()
     if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
         signal.signal(signal.SIGTERM, _terminate)
     try:
         status = main() or EXIT_DONE
         sys.stdout.flush()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(error)}", file=sys.stderr)
         status = EXIT_USER_ERROR
     except Terminated:
         print("terminated", file=sys.stderr)
@@ -46,6 +51,13 @@ def run_program(main: Callable[[], int | None]) -> None:
         sys.stderr.close()
         status = 128 + signal.SIGPIPE
     sys.exit(status)
+
+
+def escape_what_cannot_be_encoded() -> None:
+    r"""Print `\u2192` instead of failing where stdout or stderr is ASCII or Latin-1."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _terminate(number: int, frame) -> None:

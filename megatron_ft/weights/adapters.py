@@ -9,6 +9,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from megatron_ft.errors import UserError
+from megatron_ft.files.json_file import read_json
 from megatron_ft.model.lora import (
     HF_TARGETS,
     AdapterConfig,
@@ -20,7 +21,6 @@ from megatron_ft.model.lora import (
 )
 from megatron_ft.model.tensor_names import hf_shape
 from megatron_ft.weights.fingerprint import is_base
-from megatron_ft.weights.hf_reader import read_json
 from megatron_ft.weights.manifest import NAME, Manifest, damage_as_user_error, read_intact_manifest
 from megatron_ft.weights.open import find_iteration, open_weights
 from megatron_ft.weights.source import WeightSource

@@ -1,12 +1,12 @@
 """Weights of a Hugging Face GPTBigCode directory: safetensors or `.bin`, one file or shards."""
 
-import json
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from megatron_ft.errors import UserError
+from megatron_ft.files.json_file import read_json
 from megatron_ft.model.shape import ModelShape
 from megatron_ft.model.tensor_names import WTE, hf_names
 from megatron_ft.weights.safe_pickle import load_pt
@@ -16,19 +16,6 @@ HEAD = "lm_head.weight"
 INDEX = ".index.json"
 # In the order in which transformers looks for them; it loads the first that exists.
 WEIGHTS = ("model.safetensors", f"model.safetensors{INDEX}", "pytorch_model.bin", f"pytorch_model.bin{INDEX}")
-
-
-def read_json(path: Path) -> dict:
-    """A JSON object from a file. Raises UserError when it is missing or malformed."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid JSON ({error}); copy it again") from None
-    if not isinstance(found, dict):
-        raise UserError(f"{path}: holds a {type(found).__name__}, expected a JSON object")
-    return found
 
 
 class HFSource(WeightSource):

@@ -125,7 +125,7 @@ def build(flags: argparse.Namespace, folder: Path):
     parallel.initialize(config)
     model = wrap_for_data_parallel(config, build_model(config, config.shape, config.shape.vocab_size))
     optimizer = build_optimizer(config, model)
-    optimizer_state.initialise(optimizer)
+    optimizer_state.initialize(optimizer)
     return TrainState(model, optimizer, build_scheduler(config, optimizer, plan_length(config))), config, config.shape
 
 

@@ -187,7 +187,7 @@ def wait_for_a_slow_rank(timeout_minutes: float, seconds: float) -> str:
 
     dist.init_process_group("gloo")
     collective.MINUTES = 0  # the least it waits is half an hour
-    ranks = collective.Together(timeout_minutes)
+    ranks = collective.Collective(timeout_minutes)
     ranks.all_of("here")
     time.sleep(seconds * ranks.rank)
     try:

@@ -1,9 +1,10 @@
-"""Ranks that decide together: what rank 0 finds is what all ranks do, and what fails on one fails on all, at the same line."""
+"""Collective decisions: rank 0 decides for all; a failure on any rank is raised on every rank."""
 
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Generic, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -11,14 +12,17 @@ import torch.distributed as dist
 from megatron_ft.errors import UserError
 from megatron_ft.weights.manifest import Damaged
 
-MINUTES = 30
+MINUTES = 30  # at least, before a method fails
+
+T = TypeVar("T")
 
 
-class Together:
-    """All ranks of the run, talking over gloo: decisions and small objects stay off the accelerators. Every method is collective.
+class Collective:
+    """All ranks of the run, for decisions and small objects, over gloo and not the accelerators.
 
-    A method waits `timeout_minutes` for the slowest rank, and never less than MINUTES: it may be reading or writing its part
-    of a checkpoint on a slow file system. A rank that has died is noticed at once.
+    All ranks must call the same methods in the same order. A method waits `timeout_minutes`, and at
+    least MINUTES, for the slowest rank, which may be reading or writing its part of a checkpoint on
+    a slow file system. A rank that has died is noticed at once.
     """
 
     def __init__(self, timeout_minutes: float) -> None:
@@ -26,26 +30,29 @@ class Together:
         timeout = timedelta(minutes=max(MINUTES, timeout_minutes))
         self._group = dist.new_group(backend="gloo", timeout=timeout)
 
-    def on_rank_0(self, decide: Callable[[], Any]) -> Any:
-        """Run `decide` on rank 0; every rank returns its result, or raises what it raised."""
-        outcome = [_outcome_of(decide) if self.rank == 0 else None]
-        dist.broadcast_object_list(outcome, src=0, group=self._group)
-        return _unfold(outcome[0])
+    def on_rank_0(self, decide: Callable[[], T]) -> T:
+        """Run `decide` on rank 0 only; every rank returns its result, or raises what it raised."""
+        outcomes: list[_Outcome[T]] = [_Outcome.of(decide) if self.rank == 0 else _Outcome()]
+        dist.broadcast_object_list(outcomes, src=0, group=self._group)
+        return outcomes[0].unfold()
 
-    def everywhere(self, work: Callable[[], Any]) -> Any:
-        """Run `work` on every rank; rank 0's result, or on all ranks what the first failing one raised."""
-        outcomes = self.all_of(_outcome_of(work))
-        return _unfold(next((outcome for outcome in outcomes if outcome[0] == "raised"), outcomes[0]))
+    def everywhere(self, work: Callable[[], T]) -> T:
+        """Run `work` on every rank; returns rank 0's result.
 
-    def all_of(self, value: Any) -> list:
+        If it fails anywhere, every rank raises what the first failing rank raised.
+        """
+        outcomes = self.all_of(_Outcome.of(work))
+        return next((outcome for outcome in outcomes if outcome.error), outcomes[0]).unfold()
+
+    def all_of(self, value: T) -> list[T]:
         """Every rank's value, on every rank."""
-        values = [None] * self.world_size
+        values = [value] * self.world_size
         dist.all_gather_object(values, value, group=self._group)
         return values
 
-    def to_rank_0(self, value: Any) -> list:
-        """Every rank's value on rank 0, an empty list elsewhere."""
-        values = [None] * self.world_size if self.rank == 0 else None
+    def to_rank_0(self, value: T) -> list[T]:
+        """Every rank's value on rank 0, an empty list on the others."""
+        values = [value] * self.world_size if self.rank == 0 else None
         dist.gather_object(value, values, dst=0, group=self._group)
         return values or []
 
@@ -56,17 +63,23 @@ class Together:
         return int(tensor.item())
 
 
-def _outcome_of(work: Callable[[], Any]) -> tuple[str, Any]:
-    try:
-        return "returned", work()
-    except (UserError, Damaged) as error:
-        return "raised", error
-    except Exception:  # any other error may not survive being sent; its traceback does
-        return "raised", RuntimeError(traceback.format_exc())
+@dataclass(frozen=True)
+class _Outcome(Generic[T]):
+    """What a function returned or raised, to be sent to other ranks."""
 
+    value: T | None = None
+    error: Exception | None = None
 
-def _unfold(outcome: tuple[str, Any]) -> Any:
-    kind, value = outcome
-    if kind == "raised":
-        raise value
-    return value
+    @classmethod
+    def of(cls, work: Callable[[], T]) -> "_Outcome[T]":
+        try:
+            return cls(work())
+        except (UserError, Damaged) as error:
+            return cls(error=error)
+        except Exception:  # other exceptions may not survive pickling; their tracebacks do
+            return cls(error=RuntimeError(traceback.format_exc()))
+
+    def unfold(self) -> T:
+        if self.error:
+            raise self.error
+        return self.value  # type: ignore[return-value]  # of type T unless there is an error

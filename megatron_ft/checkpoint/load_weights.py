@@ -1,11 +1,12 @@
-"""Fill a Megatron-Core model with the weights of any checkpoint, whatever the parallel layouts of either.
+"""Load the weights of any checkpoint into a Megatron-Core model, in any parallel layouts of both.
 
-Every rank reads its own slices from the memory-mapped source: no rank holds the whole model, and no rank sends to another.
+Every rank reads its own slices from the memory-mapped source: no rank needs memory for the full
+model, and none sends to another.
 """
 
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,58 +17,62 @@ from megatron_ft.model.tensor_names import WTE, core_to_hf, hf_shape, weight_of
 from megatron_ft.weights.adapters import AdapterSource
 from megatron_ft.weights.source import WeightSource
 
-MEAN_BLOCK = 4096  # rows read at a time for the mean of an embedding; fixed, so that the sum is one number everywhere
+# Rows read at a time for an embedding's mean; fixed, so that all layouts sum in the same order.
+MEAN_BLOCK = 4096
 
 
 @dataclass
 class LoadReport:
-    """What `load_weights` did on this rank: HF names read, tokens that the source has no weights for, vocabulary rows zeroed or left
-    out, parameters not in the source."""
+    """What `load_weights` did on this rank."""
 
-    loaded: list[str] = field(default_factory=list)
-    new_tokens: int = 0
-    zeroed_rows: int = 0
-    dropped_rows: int = 0
-    untouched: list[str] = field(default_factory=list)
+    loaded: list[str] = field(default_factory=list)  # HF names
+    new_tokens: int = 0  # tokens that the source has no weights for
+    zeroed_rows: int = 0  # vocabulary padding that the source does not have
+    dropped_rows: int = 0  # vocabulary rows that the model does not have
+    untouched: list[str] = field(default_factory=list)  # parameters that are not in the source
 
     def lines(self) -> list[str]:
-        """Sentences for the log."""
-        said = [f"{len(set(self.loaded))} tensors loaded"]
+        """For the log."""
+        lines = [f"{len(set(self.loaded))} tensors loaded"]
         if self.new_tokens:
-            said.append(
+            lines.append(
                 f"{self.new_tokens} new tokens without weights in the checkpoint start at the mean of its embedding rows"
             )
         if self.zeroed_rows:
-            said.append(f"{self.zeroed_rows} rows of vocabulary padding beyond the checkpoint's are zero")
+            lines.append(f"{self.zeroed_rows} rows of vocabulary padding beyond the checkpoint's are zero")
         if self.dropped_rows:
-            said.append(f"{self.dropped_rows} vocabulary rows of the checkpoint are beyond the model's and left out")
+            lines.append(f"{self.dropped_rows} vocabulary rows of the checkpoint are beyond the model's and left out")
         if self.untouched:
-            said.append(
-                f"{len(self.untouched)} parameters are not in the checkpoint and keep their start ({self.untouched[0]} ...)"
+            lines.append(
+                f"{len(self.untouched)} parameters are not in the checkpoint and keep their initial values "
+                f"({self.untouched[0]} ...)"
             )
-        return said
+        return lines
 
 
-def unwrap(module: nn.Module) -> nn.Module:
-    """The GPTModel inside DistributedDataParallel and Float16Module."""
+def unwrap(module: Any) -> Any:
+    """The GPTModel inside DistributedDataParallel and Float16Module (untyped in Megatron-Core)."""
     while hasattr(module, "module"):
         module = module.module
     return module
 
 
 def known_tokens(source: WeightSource) -> int:
-    """How many tokens the source has weights for: its rows that are not padding, where it says which are."""
+    """Tokens that the source has weights for: its rows, without padding if it records that."""
     return source.vocab_size or source.shape.vocab_size
 
 
 @torch.no_grad()
 def load_weights(source: WeightSource, model_chunks: Iterable[nn.Module], vocab_size: int | None = None) -> LoadReport:
-    """Copy this rank's slices of `source` into the parameters of its model chunks, in place, cast to their dtype.
+    """Copy this rank's slices of `source` into its model chunks, in place, cast to their dtype.
 
-    Of the model's vocabulary `vocab_size` rows are tokens (None: those of the source). A token that the source has no weights for starts
-    at the mean of those it has, in every layout the same; padding beyond the source's rows becomes zero, the source's rows beyond the
-    model's are left out. Parameters HF has no name for (adapters) keep their values. Raises UserError when the architectures differ.
-    Optimizers must copy their fp32 master weights from the model afterwards.
+    Of the model's vocabulary, `vocab_size` rows are tokens (None: as many as in the source). Tokens
+    that the source has no weights for start at the mean of those it has, the same in every layout;
+    padding beyond the source's rows becomes zero, and rows of the source beyond the model's are
+    left out. Parameters without an HF name (adapters) keep their values. Optimizers must copy their
+    fp32 master weights from the model afterwards.
+
+    Raises UserError if the architectures differ.
     """
     from megatron.core import parallel_state
 
@@ -94,7 +99,10 @@ def load_weights(source: WeightSource, model_chunks: Iterable[nn.Module], vocab_
 
 @torch.no_grad()
 def load_adapters(adapters: AdapterSource, model_chunks: Iterable[nn.Module]) -> str:
-    """Copy this rank's slices of `adapters` into a model made for them (`add_lora`, same rank and targets); a sentence for the log."""
+    """Copy this rank's slices of `adapters` into a model with LoRA of the same rank and targets.
+
+    Returns a line for the log.
+    """
     from megatron.core import parallel_state
 
     tp_rank = parallel_state.get_tensor_model_parallel_rank()
@@ -105,13 +113,13 @@ def load_adapters(adapters: AdapterSource, model_chunks: Iterable[nn.Module]) ->
         for name, parameter in model.named_parameters():
             if not is_trainable(name):
                 continue
-            layer, rest = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", name).groups()
-            whole = adapters.tensors[f"decoder.layers.{rest}"][first_layer + int(layer)]
+            layer, rest = name.removeprefix("decoder.layers.").split(".", 1)
+            value = adapters.tensors[f"decoder.layers.{rest}"][first_layer + int(layer)]
             if parameter.tensor_model_parallel:
                 size = parameter.shape[parameter.partition_dim]
-                whole = whole.narrow(parameter.partition_dim, tp_rank * size, size)
-            parameter.copy_(whole)
-    return f"{adapters.path}: adapters of rank {adapters.config.rank} trained on, with a fresh optimizer"
+                value = value.narrow(parameter.partition_dim, tp_rank * size, size)
+            parameter.copy_(value)
+    return f"{adapters.path}: adapters of rank {adapters.config.rank}, training continues with a fresh optimizer"
 
 
 def _fill_embedding(
@@ -134,7 +142,10 @@ def _fill_embedding(
 def _mean_row(source: WeightSource, known: int) -> torch.Tensor:
     """[h] in fp64, the mean of the embedding's first `known` rows."""
     blocks = (source.read_slice(WTE, 0, row, min(row + MEAN_BLOCK, known)) for row in range(0, known, MEAN_BLOCK))
-    return sum(block.double().sum(0) for block in blocks) / known
+    total = torch.zeros(source.shape.hidden_size, dtype=torch.float64)
+    for block in blocks:
+        total += block.double().sum(0)
+    return total / known
 
 
 def _fill(parameter: torch.Tensor, source: WeightSource, name: str, tp_rank: int, tp_size: int) -> None:
@@ -144,7 +155,7 @@ def _fill(parameter: torch.Tensor, source: WeightSource, name: str, tp_rank: int
         expected[dim] //= tp_size
     if list(parameter.shape) != expected:
         raise UserError(
-            f"{source.path}: {name} gives {expected} to each of {tp_size} tensor-parallel ranks, the model wants "
+            f"{source.path}: {name} gives {expected} to each of {tp_size} tensor-parallel ranks, the model has "
             f"{list(parameter.shape)}; the checkpoint's architecture differs from the flags'"
         )
     if dim is None:
@@ -154,8 +165,8 @@ def _fill(parameter: torch.Tensor, source: WeightSource, name: str, tp_rank: int
         parameter.copy_(source.read_slice(name, dim, tp_rank * size, (tp_rank + 1) * size))
 
 
-def _check_architecture(source: WeightSource, model: nn.Module) -> None:
-    """Raise UserError naming the first number in which the model and the checkpoint differ."""
+def _check_architecture(source: WeightSource, model: Any) -> None:
+    """Raise UserError that names the first size in which the model and the checkpoint differ."""
     config, shape = model.config, source.shape
     for what, ours, theirs in (
         ("layers", config.num_layers, shape.num_layers),

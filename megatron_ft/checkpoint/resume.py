@@ -1,11 +1,13 @@
-"""Start or resume, decided by looking: what `--save` holds, and which flags a resumed run may change.
+"""Whether to start or to resume a run, and what may differ when it is resumed.
 
-A save directory that holds checkpoints is resumed; else `--load` gives weights for step 0; else `--from-scratch` allows random weights.
+If the save directory contains checkpoints, the run is resumed; else --load gives the weights for
+step 0; else --from-scratch allows random weights.
 """
 
 import contextlib
-from dataclasses import fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Literal
 
 from megatron_ft.config.config import ENTRIES, Config
 from megatron_ft.config.flag import Resume
@@ -20,20 +22,60 @@ from megatron_ft.weights.fingerprint import is_base
 from megatron_ft.weights.manifest import NAME, Damaged, Manifest, read_manifest
 
 
+@dataclass
+class Start:
+    """How a run began, and why: the first lines of the log."""
+
+    kind: Literal["resume", "weights", "scratch"]
+    iteration: int = 0
+    reasons: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Checkpoints of --save to resume from, newest first, and notes for the log."""
+
+    iterations: list[int]
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class WeightsLocation:
+    """A directory of weights and one of its iterations, as `open_start` accepts them."""
+
+    path: str
+    iteration: int | str
+
+
+@dataclass(frozen=True)
+class Differences:
+    """What differs between a saved run and a command line, one line each.
+
+    `refused` would make it a different run, `allowed` would not.
+    """
+
+    refused: list[str] = field(default_factory=list)
+    allowed: list[str] = field(default_factory=list)
+
+
 def newest_manifest(config: Config) -> Manifest | None:
-    """Manifest of the checkpoint that this command line resumes, None for a first start. Reads that file alone, so it is cheap;
-    whether the checkpoint is whole is seen when it is loaded."""
-    save = Path(config.checkpoint.save) if config.checkpoint.save else None
-    for iteration in list_iterations(save) if save else []:
+    """Manifest of the newest checkpoint in --save, None if there is none.
+
+    Cheap: reads only manifests. Whether the checkpoint is complete is checked when it is loaded.
+    """
+    if not config.checkpoint.save:
+        return None
+    save = Path(config.checkpoint.save)
+    for iteration in list_iterations(save):
         with contextlib.suppress(Damaged):
             return read_manifest(iteration_directory(save, iteration))
     return None
 
 
 def starting_shape(config: Config) -> ModelShape | None:
-    """Architecture of the checkpoint that this command line starts from or resumes, None when the flags must tell.
+    """Architecture of the checkpoint to resume or to start from, None if flags must give it.
 
-    Asked before a model is built; reads one manifest or the names in a weights directory.
+    Called before a model is built; reads one manifest, or the names in a weights directory.
     """
     if manifest := newest_manifest(config):
         return ModelShape(**manifest.shape)
@@ -43,10 +85,10 @@ def starting_shape(config: Config) -> ModelShape | None:
     return None
 
 
-def candidates(save: Path) -> tuple[list[int], list[str]]:
-    """Iterations to try, newest first, and lines about what the tracker file says that is not so.
+def candidates(save: Path) -> Candidates:
+    """The checkpoints in `save`, with a note if the tracker file names something else.
 
-    Raises UserError for a directory that holds somebody else's checkpoints, or a tracker with nothing behind it.
+    Raises UserError if they were written by another program, or if there is only a tracker file.
     """
     iterations = list_iterations(save)
     directories = [iteration_directory(save, iteration) for iteration in iterations]
@@ -54,28 +96,33 @@ def candidates(save: Path) -> tuple[list[int], list[str]]:
         foreign = next((d for d in directories if any(d.glob("mp_rank_*")) or (d / ".metadata").exists()), None)
         if foreign:
             raise UserError(
-                f"--save {save} holds checkpoints of another program ({foreign.name} has no {NAME}); "
-                f"give it as --load {save} to start from their weights, and an empty directory as --save"
+                f"--save {save} contains checkpoints written by another program ({foreign.name} has no {NAME}); "
+                f"give --load {save} to start from their weights, and an empty directory as --save"
             )
     tracker = read_tracker(save)
     if tracker == "release" and not iterations:
         raise UserError(
-            f"--save {save} holds a converted checkpoint, weights without a run; give it as --load {save}, and an empty directory as --save"
+            f"--save {save} contains a converted checkpoint, weights without a run; "
+            f"give --load {save}, and an empty directory as --save"
         )
     if tracker is None and iterations:
-        return iterations, [f"{save / TRACKER} is missing; found by looking: iteration {iterations[0]}"]
+        return Candidates(iterations, [f"{save / TRACKER} is missing; the newest checkpoint is {iterations[0]}"])
     if tracker is not None and not (tracker.isdigit() and int(tracker) in iterations):
         if not iterations:
             raise UserError(
-                f"{save / TRACKER} names iteration {tracker}, but {save} holds no checkpoint; "
-                "put the checkpoint back, or remove that file to start anew"
+                f"{save / TRACKER} names iteration {tracker}, but {save} contains no checkpoint; "
+                "restore the checkpoint, or remove that file to start from the beginning"
             )
-        return iterations, [f"{save / TRACKER} names iteration {tracker}, which is not there; trying {iterations[0]}"]
-    return iterations, []
+        note = f"{save / TRACKER} names iteration {tracker}, which does not exist; trying {iterations[0]}"
+        return Candidates(iterations, [note])
+    return Candidates(iterations)
 
 
 def saved_best(save: Path, until: int) -> int | None:
-    """The best of the checkpoints in `save` up to an iteration: the last whose manifest says that nothing before it was better."""
+    """Iteration of the best checkpoint in `save` up to `until`; None if there is none.
+
+    It is the last one whose manifest records no better one before it.
+    """
     for iteration in list_iterations(save):
         if iteration <= until:
             with contextlib.suppress(Damaged):
@@ -85,85 +132,87 @@ def saved_best(save: Path, until: int) -> int | None:
     return None
 
 
-def none_is_whole(save: Path, damage: list[str]) -> UserError:
-    """The error for a directory whose every checkpoint is damaged."""
+def all_damaged(save: Path, damage: list[str]) -> UserError:
+    """The error for a directory in which every checkpoint is damaged."""
     return UserError(
-        f"--save {save}: none of its {len(damage)} checkpoints is whole ({'; '.join(damage)}); "
-        "restore one, or give another --save: a fresh start is never made over damaged checkpoints"
+        f"--save {save}: none of its {len(damage)} checkpoints is complete ({'; '.join(damage)}); "
+        "restore one, or give another --save: a run never starts over damaged checkpoints"
     )
 
 
-def choose_first_start(config: Config) -> tuple[str, str]:
-    """("weights" or "scratch", why) for a run whose --save holds no checkpoint. Raises UserError when neither is allowed."""
-    empty = f"--save {config.checkpoint.save} holds no checkpoint" if config.checkpoint.save else "no --save"
+def choose_first_start(config: Config) -> Start:
+    """How a run without a checkpoint in --save starts. Raises UserError if it cannot."""
+    empty = f"--save {config.checkpoint.save} contains no checkpoint" if config.checkpoint.save else "no --save"
     if config.checkpoint.load:
         ignored = [
             ENTRIES[flag].flag.name
             for flag in ("finetune", "no_load_optim", "no_load_rng", "reset_progress")
             if config.value(flag)
         ]
-        note = f" ({', '.join(ignored)}: always so on a first start)" if ignored else ""
-        return "weights", f"{empty}: weights alone from {config.checkpoint.load}, step 0{note}"
+        note = f" ({', '.join(ignored)}: implied by a first start)" if ignored else ""
+        return Start("weights", reasons=[f"{empty}: weights only, from {config.checkpoint.load}, step 0{note}"])
     if config.checkpoint.from_scratch:
-        return "scratch", f"{empty} and no --load: random weights (--from-scratch)"
+        return Start("scratch", reasons=[f"{empty} and no --load: random weights (--from-scratch)"])
     raise UserError(
-        f"{empty}, and no --load DIR is given; give one to fine-tune from, or --from-scratch for random weights"
+        f"{empty}, and --load is missing; give --load DIR to fine-tune from, or --from-scratch for random weights"
     )
 
 
-def find_base(base: dict, config: Config, where: Path) -> tuple[str, int | str]:
-    """(directory, iteration) of the weights that the adapters in `where` were trained on: where they were, or else --load.
+def find_base(base: dict, config: Config, where: Path) -> WeightsLocation:
+    """The weights that the adapters in `where` were trained on: the original ones, or --load.
 
-    Raises UserError when neither holds them.
+    `base` is the manifest's. Raises UserError if neither is right.
     """
+    load = config.checkpoint.load
     iteration = "latest" if base["iteration"] is None else base["iteration"]
-    places = [(base["path"], iteration)]
-    if config.checkpoint.load:
-        places += [(config.checkpoint.load, iteration), (config.checkpoint.load, config.checkpoint.load_iteration)]
-    looked, others = [], False
-    for place in dict.fromkeys(places):
+    locations = [WeightsLocation(base["path"], iteration)]
+    if load:
+        locations += [WeightsLocation(load, iteration), WeightsLocation(load, config.checkpoint.load_iteration)]
+    reasons: list[str] = []
+    others_found = False
+    for location in dict.fromkeys(locations):
         try:
-            source, _ = open_start(*place, config.values())
+            source, _ = open_start(location.path, location.iteration, config.values())
         except UserError as error:
-            looked.append(str(error))
+            reasons.append(str(error))
             continue
         if is_base(source, base):
-            return place
-        looked.append(f"{source.path} holds others")
-        others = True
-    what = (
+            return location
+        reasons.append(f"{source.path} contains others")
+        others_found = True
+    problem = (
         "the base weights are not those the adapters were trained on"
-        if others
-        else "the base weights of its adapters are gone"
+        if others_found
+        else "the base weights of its adapters do not exist"
     )
     raise UserError(
-        f"{where}: {what}: {'; '.join(dict.fromkeys(looked))}; put them back at {base['path']}, or give --load DIR (and --load-iteration N) "
-        "of where they are now"
+        f"{where}: {problem}: {'; '.join(dict.fromkeys(reasons))}; restore them at {base['path']}, "
+        "or give their location with --load DIR (and --load-iteration N)"
     )
 
 
-def compare(manifest: Manifest, config: Config, shape: ModelShape, now_data: dict) -> tuple[list[str], list[str]]:
-    """Differences between a checkpoint's run and this command line: those that make it another run, and the others."""
-    changed, others = [], []
+def compare(manifest: Manifest, config: Config, shape: ModelShape, data: dict[str, str]) -> Differences:
+    """Differences between a saved run and a command line, whose `describe_data` is `data`."""
+    found = Differences()
     for f in fields(ModelShape):
         saved, now = manifest.shape.get(f.name), getattr(shape, f.name)
         if saved != now:
-            changed.append(f"{f.name.replace('_', '-')} was {saved}, is {now}")
+            found.refused.append(f"{f.name.replace('_', '-')} was {saved}, is {now}")
     for name, entry in sorted(ENTRIES.items()):
         now, rule = config.value(name), entry.flag.resume
         if rule is Resume.SILENT or name not in manifest.args or manifest.args[name] == now:
             continue
         line = f"{entry.flag.name} was {manifest.args[name]}, is {now}"
-        (changed if rule is Resume.FIXED else others).append(line)
-    for what, is_now in now_data.items():
-        was = manifest.data.get(what, is_now)
-        if was != is_now:
-            changed.append(f"{what} was {was}, is {is_now}")
-    return changed, others
+        (found.refused if rule is Resume.FIXED else found.allowed).append(line)
+    for name, now in data.items():
+        saved = manifest.data.get(name, now)
+        if saved != now:
+            found.refused.append(f"{name} was {saved}, is {now}")
+    return found
 
 
 def refuse_changes(manifest: Manifest, config: Config, changed: list[str], where: Path) -> UserError:
-    """The error for a resume that would silently be another run."""
+    """The error for a resume that would silently become a different run."""
     hint = ""
     if any(line.startswith("--global-batch-size") for line in changed):
         saved, micro = manifest.args["global_batch_size"], config.training.micro_batch_size
@@ -180,17 +229,20 @@ def refuse_changes(manifest: Manifest, config: Config, changed: list[str], where
                 f"and give --global-batch-size {saved}, "
             )
     return UserError(
-        f"{where} is another run's: {'; '.join(changed)}; {hint}use the saved flags, another --save, "
-        "or --override-checkpoint-args to go on with the new ones"
+        f"{where} was saved by a run with different settings: {'; '.join(changed)}; {hint}use the saved flags, "
+        "another --save, or --override-checkpoint-args to continue with the new ones"
     )
 
 
 def describe_data(config: Config) -> dict[str, str]:
-    """What a run reads, without where it lies: the blend of its training groups with the files' sizes, and the tokenizer's digest."""
+    """What a run reads: the blend of its training data with file sizes, the tokenizer's digest.
+
+    File names without directories, so that a copy elsewhere is the same data.
+    """
     blend = []
     for group in groups_of(config, "train"):
         for part in group.parts:
-            files = [Path(field + suffix) for field in field_paths(part.prefix) for suffix in (".bin", ".idx")]
+            files = [Path(path + suffix) for path in field_paths(part.prefix) for suffix in (".bin", ".idx")]
             size = sum(file.stat().st_size for file in files if file.is_file())
             blend.append(f"{part.weight:g} {part.start:g}:{part.end:g} {Path(part.prefix).name} ({size} bytes)")
     found = {"training data": ", ".join(blend)} if blend else {}  # --skip-train may have none

@@ -1,5 +1,6 @@
-"""Which pieces of the model and the optimizer this rank has, as Megatron-Core's sharded tensors."""
+"""The pieces of model and optimizer that this rank has, as Megatron-Core's sharded tensors."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from megatron.core import parallel_state
@@ -13,7 +14,7 @@ from megatron_ft.checkpoint.load_weights import unwrap
 
 
 def layout() -> dict[str, int]:
-    """Parallel sizes of this run."""
+    """Parallel sizes of this run; the keys are those of a manifest."""
     return {
         "tensor": parallel_state.get_tensor_model_parallel_world_size(),
         "pipeline": parallel_state.get_pipeline_model_parallel_world_size(),
@@ -32,7 +33,10 @@ def layout_name(sizes: dict[str, int]) -> str:
 def tensors_of(
     chunks: list[nn.Module], optimizer, *, adapters_only: bool
 ) -> tuple[list[ShardedTensor | ShardedObject], list[ShardedTensor]]:
-    """(the model's pieces, the optimizer's pieces) on this rank, their data in place. With `adapters_only` the frozen weights are left out."""
+    """(the model's pieces, the optimizer's pieces) on this rank, without copies.
+
+    With `adapters_only`, frozen weights are left out.
+    """
     model: list[ShardedTensor | ShardedObject] = []
     for chunk in chunks:
         group = parallel_state.get_data_parallel_group(with_context_parallel=True)
@@ -40,32 +44,38 @@ def tensors_of(
         model += nested_values(unwrap(chunk).sharded_state_dict(metadata=metadata))
     if adapters_only:
         model = [item for item in model if isinstance(item, ShardedTensor) and item.data.requires_grad]
-    model = _share_out(model)
-    places = {id(item.data): item for item in without_objects(model)}
-    return model, optimizer_state.sharded_tensors(optimizer, places)
+    model = _spread_writing(model)
+    return model, optimizer_state.sharded_tensors(optimizer, {id(item.data): item for item in without_objects(model)})
 
 
-def without_objects(items: list) -> list[ShardedTensor]:
-    """The tensors alone. Objects (layers' empty extra state) are written for Megatron-Core's sake and never read: they are pickles."""
+def without_objects(items: Sequence[ShardedTensor | ShardedObject]) -> list[ShardedTensor]:
+    """Only the tensors.
+
+    Objects (the empty extra state of layers) are written because Megatron-Core expects them, but
+    never read: they are pickles.
+    """
     return [item for item in items if isinstance(item, ShardedTensor)]
 
 
-def _share_out(items: list) -> list:
-    """Spread the writing of replicated weights over data-parallel ranks, largest first, instead of leaving it to the first rank."""
+def _spread_writing(items: list[ShardedTensor | ShardedObject]) -> list[ShardedTensor | ShardedObject]:
+    """Spread the writing of replicated weights across data-parallel ranks, largest first.
+
+    Megatron-Core leaves it to the first of them.
+    """
     ranks = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
     load = [0] * ranks
-    shared = []
+    spread = []
     for item in sorted(items, key=lambda i: (-_bytes(i), getattr(i, "unique_key", i.key))):
         writer = load.index(min(load))
         load[writer] += _bytes(item)
         if isinstance(item.replica_id, tuple):
             item = replace(item, replica_id=(*item.replica_id[:-1], (item.replica_id[-1] - writer) % ranks))
-        shared.append(item)
-    return shared
+        spread.append(item)
+    return spread
 
 
 def bytes_to_save(chunks: list[nn.Module], optimizer, adapters_only: bool) -> int:
-    """Bytes that this rank writes into a checkpoint, but for a few thousand of metadata."""
+    """Bytes that this rank writes into a checkpoint, except a few thousand of metadata."""
     model, state = tensors_of(chunks, optimizer, adapters_only=adapters_only)
     return sum(_bytes(item) for item in [*model, *state] if is_main_replica(item.replica_id))
 

@@ -1,4 +1,4 @@
-"""What of a run goes into a checkpoint and comes back: the model, the optimizer, counters."""
+"""What a checkpoint stores of a run and restores: the model, the optimizer, counters."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -99,7 +99,7 @@ COUNTERS = ("iteration", "consumed_samples", "consumed_tokens", "skipped_iterati
 
 
 def tensors_to_save(state: TrainState, *, adapters_only: bool) -> list[ShardedTensor | ShardedObject]:
-    """This rank's pieces of everything."""
+    """This rank's pieces of model and optimizer."""
     model, optimizer = sharded_state.tensors_of(state.model, state.optimizer, adapters_only=adapters_only)
     return [*model, *optimizer]
 
@@ -107,7 +107,7 @@ def tensors_to_save(state: TrainState, *, adapters_only: bool) -> list[ShardedTe
 def describe(
     state: TrainState, config: Config, shape: ModelShape, *, base: dict | None, special_ids: dict[str, int | None]
 ) -> Manifest:
-    """The manifest of a checkpoint of this moment, but for its files."""
+    """The manifest of a checkpoint of `state`, without its files."""
     counters = {name: getattr(state, name) for name in COUNTERS}
     return Manifest(
         iteration=state.iteration,
@@ -135,12 +135,13 @@ def describe(
 
 
 def restore(state: TrainState, where: Path, manifest: Manifest) -> None:
-    """Fill this rank's part of the run from a checkpoint of any layout, written on any device. Raises UserError, Damaged.
+    """Fill this rank's part of the run from a checkpoint of any layout, written on any device.
 
-    There are no random states in it: each step seeds itself by its number (`seed_step` in engine/parallel.py).
+    Checkpoints contain no random states: each step seeds itself by its number (`seed_step` in
+    engine/parallel.py). Raises UserError, Damaged.
     """
     saved = manifest.state
-    optimizer_state.initialise(state.optimizer)
+    optimizer_state.initialize(state.optimizer)
     model, optimizer = sharded_state.tensors_of(state.model, state.optimizer, adapters_only=bool(manifest.base))
     metadata = read_metadata(where)
     with torch.no_grad():
@@ -152,4 +153,4 @@ def restore(state: TrainState, where: Path, manifest: Manifest) -> None:
         setattr(state, name, saved[name])
     state.best = BestCheckpoint.from_dict(saved["best"]) if saved["best"] else None
     state.scheduler.num_steps = saved["scheduler_steps"]
-    state.scheduler.step(0)  # the rate of this command line's schedule at that point
+    state.scheduler.step(0)  # sets the learning rate of this command line's schedule

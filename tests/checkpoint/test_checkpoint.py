@@ -153,9 +153,9 @@ def test_never_a_fresh_start_over_damaged_checkpoints(three, inputs, tmp_path):
     manifest.write_text(manifest.read_text().replace('"consumed_samples": 8', '"consumed_samples": 9'))
     before = sorted(p.name for p in save.iterdir())
     (status,) = statuses(run("1", inputs, save, NO_DROPOUT, "--train-iters 8"))
-    assert "none of its 3 checkpoints is whole" in status
+    assert "none of its 3 checkpoints is complete" in status
     assert (
-        "manifest.json is missing" in status and "__0_0.distcp is missing" in status and "checksum it names" in status
+        "manifest.json is missing" in status and "__0_0.distcp is missing" in status and "its own checksum" in status
     )
     assert set(before) <= {p.name for p in save.iterdir()}  # nothing was renamed or removed
 
@@ -225,7 +225,7 @@ def test_every_change_that_makes_another_run_is_seen(tmp_path):
     saved = read_manifest(tmp_path)
 
     def changed(config, shape=config.shape) -> list[str]:
-        return compare(saved, config, shape, describe_data(config))[0]
+        return compare(saved, config, shape, describe_data(config)).refused
 
     assert changed(config) == []
     assert set(ANOTHER_RUN) == {dest for dest, entry in ENTRIES.items() if entry.flag.resume is Resume.FIXED}
@@ -279,10 +279,10 @@ def test_directories_that_cannot_be_resumed_are_explained(three, inputs, tmp_pat
     (empty / tracker).write_text("250")
     assert "names iteration 250, but" in start(empty)[0]
     (empty / tracker).write_text("release")
-    assert "holds a converted checkpoint" in start(empty)[0]
+    assert "contains a converted checkpoint" in start(empty)[0]
     foreign = tmp_path / "foreign"
     (foreign / "iter_0000007/mp_rank_00").mkdir(parents=True)
-    assert "holds checkpoints of another program" in start(foreign)[0]
+    assert "contains checkpoints written by another program" in start(foreign)[0]
     newer = copy("newer")
     for path in newer.glob("iter_*/manifest.json"):
         from megatron_ft.weights import manifest as manifests
@@ -290,7 +290,7 @@ def test_directories_that_cannot_be_resumed_are_explained(three, inputs, tmp_pat
         content = json.loads(path.read_text()) | {"format": 99}
         content.pop("checksum")
         path.write_text(json.dumps(content | {"checksum": manifests._checksum(content)}))
-    assert "install the newer package" in start(newer)[0]
+    assert "install the newer one" in start(newer)[0]
     file = tmp_path / "file"
     file.write_text("")
     assert "File exists" in start(file)[0] or "Not a directory" in start(file)[0]
@@ -299,11 +299,11 @@ def test_directories_that_cannot_be_resumed_are_explained(three, inputs, tmp_pat
     lost = copy("lost")
     (lost / tracker).write_text("8")
     status, reasons = start(lost)
-    assert status == "0" and "names iteration 8, which is not there" in reasons
+    assert status == "0" and "names iteration 8, which does not exist" in reasons
     untracked = copy("untracked")
     (untracked / tracker).unlink()
     status, reasons = start(untracked)
-    assert status == "0" and "is missing; found by looking: iteration 6" in reasons
+    assert status == "0" and "is missing; the newest checkpoint is 6" in reasons
     assert (untracked / tracker).read_text() == "7"
 
 

@@ -218,7 +218,7 @@ def save_on_a_full_disk(words, disk):
         dist.barrier()
         save()
         dist.barrier()
-    there = sorted(p.name for p in checkpointer.save_directory.glob("iter_*"))
+    there = sorted(p.name for p in checkpointer.save_directory.path.glob("iter_*"))
     save()
     try:
         with full:

@@ -39,7 +39,7 @@ try:
 except UserError as error:
     print("bounds:", error)
 manifest = Manifest(0, run.shape.as_dict(), run.values(), {}, {})
-print("resume:", *compare(manifest, run.with_flags(spin=6), run.shape, {})[0])
+print("resume:", *compare(manifest, run.with_flags(spin=6), run.shape, {}).refused)
 composed = mtf_flags(run.with_flags(save=sys.argv[2], from_scratch=True))
 print("mtf:", *composed[composed.index("--branch-spin"):][:2])
 print("table:", next(line for line in flags_table().splitlines() if "--spin" in line))

@@ -46,7 +46,7 @@ def adapters_in(save: Path) -> dict[str, str]:
 def test_adapters_are_trained_on_in_any_layout_and_resume_on_their_base(trained, inputs, tmp_path, layout):
     base, adapters = trained
     ended, said = run(layout, inputs, tmp_path / "still", f"--load {adapters} {LORA} {STILL}")
-    assert ended == 0 and "adapters of rank 4 trained on, with a fresh optimizer" in said
+    assert ended == 0 and "adapters of rank 4, training continues with a fresh optimizer" in said
     assert adapters_in(tmp_path / "still") == adapters_in(adapters) and len(adapters_in(adapters)) == 4
     manifest = json.loads((tmp_path / "still/iter_0000001/manifest.json").read_text())
     assert (manifest["base"]["path"], manifest["base"]["iteration"]) == (str(base), 2)
@@ -65,7 +65,7 @@ def test_a_peft_directory_is_trained_on_and_merged(trained, inputs, tmp_path):
     convert("megatron_to_hf", "--load", base, "--output", hf)
     convert("megatron_to_hf", "--load", adapters, "--output", peft, "--base", hf)
     ended, said = run("TP2", inputs, tmp_path / "still", f"--load {peft} {LORA} {STILL}")
-    assert ended == 0 and f"{hf} (Hugging Face): " in said and f"{peft}: adapters of rank 4 trained on" in said
+    assert ended == 0 and f"{hf} (Hugging Face): " in said and f"{peft}: adapters of rank 4, training continues" in said
     assert adapters_in(tmp_path / "still") == adapters_in(adapters)
     for load, name in ((peft, "from-peft"), (adapters, "from-run")):
         convert("megatron_to_hf", "--load", load, "--merge-lora", "--output", tmp_path / name)

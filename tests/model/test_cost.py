@@ -192,13 +192,13 @@ def test_state_is_what_a_real_run_holds_after_a_step(tmp_path, flags, world_size
 def bytes_to_save(config):
     """Bytes that a run's ranks would write into a checkpoint."""
     from megatron_ft.checkpoint import optimizer_state, sharded_state
-    from megatron_ft.checkpoint.collective import Together
+    from megatron_ft.checkpoint.collective import Collective
     from megatron_ft.engine.optimizer import build_optimizer
 
     _, wrapped = model_of(config)
     optimizer = build_optimizer(config, wrapped)
-    optimizer_state.initialise(optimizer)
-    return Together(config.parallel.timeout_minutes).total(
+    optimizer_state.initialize(optimizer)
+    return Collective(config.parallel.timeout_minutes).total(
         sharded_state.bytes_to_save(wrapped, optimizer, bool(config.lora.rank))
     )
 

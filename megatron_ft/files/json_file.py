@@ -150,11 +150,11 @@ def require(
     if key not in found:
         raise UserError(f'{where}: no "{key}", {expected}')
     value = found[key]
-    if not _is_a(value, kind) or not _within(value, low, high):
+    if not is_a(value, kind) or not _within(value, low, high):
         raise UserError(f'{where}: "{key}" is {_shown(value)}, {expected}')
     if of is not None:
         for name, item in value.items() if isinstance(value, dict) else enumerate(value):
-            if not _is_a(item, of):
+            if not is_a(item, of):
                 raise UserError(f'{where}: "{key}" has {_shown(item)} at {name!r}, {expected}')
     if kind is float:
         value = float(value)
@@ -176,7 +176,12 @@ def optional(
     return default if found.get(key) is None else require(found, key, kind, where, low=low, high=high, of=of)
 
 
-def _is_a(value: Any, kind: type) -> bool:
+def is_a(value: Any, kind: type) -> bool:
+    """Whether a JSON value is of exactly this type; a float is finite and may be an integer.
+
+    >>> is_a(True, int), is_a(1, float), is_a(float("nan"), float)
+    (False, True, False)
+    """
     if kind is float:
         return type(value) in (int, float) and math.isfinite(value)
     return type(value) is kind

@@ -40,7 +40,7 @@ def alternatives_of(dest: str) -> dict[str, Entry]:
 
 
 def build_parser() -> Parser:
-    """The parser with all groups; every flag's help says what it does in one line."""
+    """The parser with all groups; every flag is explained in one line."""
     parser = Parser(
         prog="megatron_ft.finetune",
         usage="python -m megatron_ft.finetune [flags]",

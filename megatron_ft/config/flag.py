@@ -21,7 +21,7 @@ class Resume(Enum):
 
     FIXED = auto()  # it would be another run: refused without --override-checkpoint-args
     LISTED = auto()  # allowed; the log lists it
-    SILENT = auto()  # says where the run is or how it starts, not what it computes
+    SILENT = auto()  # where the run is or how it starts, not what it computes
 
 
 class Mtf(Enum):

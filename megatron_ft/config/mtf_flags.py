@@ -1,7 +1,7 @@
 """Flags of BigCode's Megatron-LM branch `mtf` without a counterpart here: ignored, or refused.
 
 Its users bring long command lines. Flags that change nothing are accepted with a notice; those that
-cannot be honored end in an error that says what to do instead. Renamed ones are `aliases` in
+cannot be honored end in an error with what to do instead. Renamed ones are `aliases` in
 flags.py.
 """
 

@@ -1,7 +1,7 @@
-"""Real process groups for tests: `run_ranks(function, world_size, *args)` runs it on gloo ranks and returns what each returned.
+"""Real process groups for tests: `run_ranks(function, world_size, *args)` on gloo ranks.
 
-Ranks are forked from one server that has imported torch and Megatron-Core already, so a test pays for its work alone.
-The function must be importable (module level) and its arguments and result picklable.
+Ranks are forked from a server that has imported torch and Megatron-Core already, so they start
+fast. The function must be importable (module level), its arguments and result picklable.
 """
 
 import multiprocessing
@@ -27,7 +27,8 @@ _context.set_forkserver_preload(PRELOAD)
 
 
 def free_port() -> int:
-    """A port nobody listens on, below those that the kernel lends to connections (it might lend this one before it is used)."""
+    """An unused port below the ephemeral range (32768 and up), so that no outgoing connection takes
+    it first."""
     while True:
         with socket.socket() as s:
             port = random.SystemRandom().randrange(20000, 32000)
@@ -64,7 +65,10 @@ def _rank_main(connection, function, rank, world_size, port, env, args):
 def run_ranks(
     function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 300, env: dict[str, str] | None = None
 ) -> list:
-    """Run `function(*args)` on `world_size` processes with torchrun's environment variables; results in rank order."""
+    """Run `function(*args)` on `world_size` processes with torchrun's environment variables.
+
+    Returns their results in rank order.
+    """
     port = free_port()
     ranks = []
     for rank in range(world_size):

@@ -1,8 +1,9 @@
-"""Packed attention equals attention with the [t, t] mask it does without: forward, gradients, whole models."""
+"""Packed attention equals attention with a dense [t, t] mask: forward, gradients, entire models."""
 
 import pytest
 import torch
-from engine_runs import dense_attention, difference_from_dense_model, golden_logits_error
+from engine_runs import dense_attention, difference_from_dense_model
+from golden_runs import golden_logits_error
 from ranks import run_ranks
 
 from megatron_ft.engine import packed_attention
@@ -14,14 +15,14 @@ from megatron_ft.engine.packed_attention import (
     slow_with_dropout,
 )
 
-ROWS = {"one document": [300], "hundreds": [1 + n % 3 for n in range(250)], "uneven": [1, 150, 2, 97, 50]}
+DOCUMENTS = {"one document": [300], "hundreds": [1 + n % 3 for n in range(250)], "uneven": [1, 150, 2, 97, 50]}
 
 
 @pytest.mark.parametrize("groups", [1, 4], ids=["multi-query", "multi-head"])
-@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("documents", DOCUMENTS)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
-def test_equals_the_dense_mask(row, groups, dtype, tolerance):
-    lengths = ROWS[row]
+def test_equals_the_dense_mask(documents, groups, dtype, tolerance):
+    lengths = DOCUMENTS[documents]
     torch.manual_seed(0)
     shapes = [(sum(lengths), 4, 16), (sum(lengths), groups, 16), (sum(lengths), groups, 16)]
     values = [torch.randn(shape).to(dtype) for shape in shapes]
@@ -36,24 +37,24 @@ def test_equals_the_dense_mask(row, groups, dtype, tolerance):
         torch.testing.assert_close(ours, dense, atol=tolerance, rtol=tolerance)
 
 
-def test_flex_attention_sees_the_same_documents():
-    """Forward alone: on the CPU it has no backward."""
+def test_flex_attention_equals_the_dense_mask():
+    """Only the forward pass: FlexAttention has no backward pass on the CPU."""
     torch.manual_seed(0)
     query, key, value = (torch.randn(300, heads, 16) for heads in (4, 1, 1))
-    row = PackedSequences.from_cu_seqlens(torch.tensor([0, 1, 151, 153, 250, 300], dtype=torch.int32))
-    out = flex_attend(query, key, value, row, compiled=False)
-    torch.testing.assert_close(out, dense_attention(query, key, value, ROWS["uneven"]), atol=1e-5, rtol=1e-5)
+    packed = PackedSequences.from_cu_seqlens(torch.tensor([0, 1, 151, 153, 250, 300], dtype=torch.int32))
+    out = flex_attend(query, key, value, packed, compiled=False)
+    torch.testing.assert_close(out, dense_attention(query, key, value, DOCUMENTS["uneven"]), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("groups", [1, 8], ids=["multi-query", "multi-head"])
-def test_flash_attention_is_called_as_torch_wants_it(groups, dropout):
-    """On the meta device: torch's own functions of shapes and derivatives take the call; no kernel runs."""
+def test_flash_attention_is_called_with_valid_arguments(groups, dropout):
+    """On the meta device, where torch checks shapes and derivatives without running a kernel."""
     bounds = torch.empty(3, device="meta", dtype=torch.int32)
-    row = PackedSequences("thd", bounds, bounds, max_seqlen_q=60, max_seqlen_kv=60, lengths=[40, 60])
+    packed = PackedSequences("thd", bounds, bounds, max_seqlen_q=60, max_seqlen_kv=60, lengths=[40, 60])
     inputs = [torch.empty(100, n, 64, device="meta", dtype=torch.bfloat16) for n in (8, groups, groups)]
     inputs = [x.requires_grad_() for x in inputs]
-    out = packed_attention._flash(*inputs, row, None, dropout)
+    out = packed_attention._flash(*inputs, packed, None, dropout)
     assert out.shape == (100, 512) and out.dtype == torch.bfloat16
     out.sum().backward()
     assert [x.grad.shape for x in inputs] == [x.shape for x in inputs]
@@ -61,12 +62,12 @@ def test_flash_attention_is_called_as_torch_wants_it(groups, dropout):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("groups", [1, 4], ids=["multi-query", "multi-head"])
-@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("documents", DOCUMENTS)
 @pytest.mark.parametrize(
     ("kernel", "dtype", "tolerance"), [("varlen", torch.bfloat16, 1e-2), ("flex", torch.float32, 1e-5)]
 )
-def test_kernels_of_a_gpu_equal_the_dense_mask(row, groups, kernel, dtype, tolerance):
-    lengths = ROWS[row]
+def test_gpu_kernels_equal_the_dense_mask(documents, groups, kernel, dtype, tolerance):
+    lengths = DOCUMENTS[documents]
     torch.manual_seed(0)
     values = [torch.randn(sum(lengths), heads, 64, device="cuda").to(dtype) for heads in (4, groups, groups)]
     weight = torch.randn(sum(lengths), 256, device="cuda").to(dtype)
@@ -102,24 +103,24 @@ def test_model_equals_the_model_with_dense_masks(ranks, flags, golden):
 
 
 @pytest.mark.parametrize(("ranks", "flags"), [(1, ""), (2, "--tensor-model-parallel-size 2 --sequence-parallel")])
-def test_logits_of_packed_rows_equal_the_branch(ranks, flags, golden):
+def test_logits_of_packed_sequences_equal_the_mtf_branch(ranks, flags, golden):
     for error in run_ranks(golden_logits_error, ranks, flags, golden):
         assert error < 1e-5
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_flash_attention_drops_what_its_backward_drops():
+def test_flash_attention_drops_the_same_in_forward_and_backward():
     torch.manual_seed(0)
     packed = PackedSequences.from_cu_seqlens(torch.tensor([0, 100, 1000], dtype=torch.int32), torch.device("cuda"))
     query, key, value = (torch.randn(1000, n, 64, device="cuda", dtype=torch.bfloat16) for n in (8, 1, 1))
     value = torch.ones_like(value).requires_grad_()
     out = packed_attention._flash(query, key, value, packed, None, dropout=0.1)
-    assert out.float().std() > 0.005 and abs(out.float().mean() - 1) < 0.01  # dropped, and scaled to make up for it
+    assert out.float().std() > 0.005 and abs(out.float().mean() - 1) < 0.01  # dropped and rescaled
     out.float().sum().backward()  # linear in value: sum of out = sum of gradient x value
     torch.testing.assert_close(value.grad.float().sum(), out.float().sum(), rtol=1e-2, atol=0)
 
 
-def test_dropout_without_a_fused_kernel_is_announced(monkeypatch):
+def test_dropout_without_a_fused_kernel_is_logged(monkeypatch):
     gpu = torch.device("cuda", 0)
     flash_attention_takes.cache_clear()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))

@@ -1,4 +1,4 @@
-"""Every number that a flag says arrives in Megatron-Core's configurations."""
+"""Numbers given by flags reach Megatron-Core's configurations."""
 
 import math
 
@@ -45,7 +45,7 @@ def words(values: dict) -> list[str]:
     return [word for name, value in values.items() for word in (f"--{name.replace('_', '-')}", str(value))]
 
 
-def test_the_model_is_what_its_flags_say():
+def test_model_flags_reach_megatron():
     flags = words(MODEL) + words({"recompute_granularity": "full", "recompute_method": "block"})
     flags_of_run = training_flags("--data-prefix", "unused", "--bf16", "--sequence-parallel", *flags, world_size=6)
     config = transformer_config(flags_of_run, flags_of_run.shape)
@@ -55,10 +55,10 @@ def test_the_model_is_what_its_flags_say():
     assert config.bf16 and config.sequence_parallel and config.params_dtype == config.pipeline_dtype == torch.bfloat16
     assert (config.recompute_granularity, config.recompute_method) == ("full", "block")
     numbers = {flag.dest for _, flag in flag_fields(Model) if flag.bounds}
-    assert numbers - set(MODEL) == {"max_position_embeddings", "make_vocab_size_divisible_by"}, "of the embedding"
+    assert numbers - set(MODEL) == {"max_position_embeddings", "make_vocab_size_divisible_by"}, "used by the embedding"
 
 
-def test_the_optimizer_is_what_its_flags_say():
+def test_optimizer_flags_reach_megatron():
     flags = ["--data-prefix", "unused", *words(OPTIMIZER)]
     switches = ("--fp16", "--overlap-grad-reduce", "--overlap-param-gather", "--optimizer-cpu-offload")
     config = optimizer_config(training_flags(*flags, *switches))

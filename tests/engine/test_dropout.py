@@ -1,4 +1,4 @@
-"""Dropout: which ranks and steps draw alike, and that the model drops in training and only there."""
+"""Dropout: random numbers by rank and step, and only in training."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,10 @@ TP2 = "--tensor-model-parallel-size 2"
 
 
 def draws(flags: str) -> dict[tuple, list[float]]:
-    """What this rank draws after `seed_step`: {(stage, data rank, tensor rank, iteration): [from torch's, from the tensor-parallel state]}."""
+    """Random numbers of this rank after `seed_step`, by (stage, data rank, tensor rank, iteration).
+
+    Each is [from torch's state, from the tensor-parallel state].
+    """
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
@@ -22,31 +25,34 @@ def draws(flags: str) -> dict[tuple, list[float]]:
 
     config = start(f"{FLAGS} {flags}", __file__)
     tensor_rank = parallel_state.get_tensor_model_parallel_rank()
-    place = (parallel.pipeline_parallel_rank(), parallel.data_parallel_rank(), tensor_rank)
+    rank = (parallel.pipeline_parallel_rank(), parallel.data_parallel_rank(), tensor_rank)
     found = {}
     for iteration in (0, 1, 0):
         parallel.seed_step(config.training.seed, iteration)
         drawn = [torch.rand(1, dtype=torch.float64).item()]
         with get_cuda_rng_tracker().fork():
             drawn.append(torch.rand(1, dtype=torch.float64).item())
-        assert found.setdefault((*place, iteration), drawn) == drawn, "the same place and iteration draw the same"
+        assert found.setdefault((*rank, iteration), drawn) == drawn, "a function of rank and iteration"
     return found
 
 
 @pytest.mark.parametrize("more", [TP2, ""], ids=["tensor and pipeline ranks", "data and pipeline ranks"])
-def test_a_step_draws_by_its_place_and_iteration(more):
+def test_random_numbers_depend_on_rank_and_iteration(more):
     ranks = run_ranks(draws, 4, f"{more} --num-layers 2 --pipeline-model-parallel-size 2")
     found = {key: drawn for rank in ranks for key, drawn in rank.items()}
     assert len(found) == 8
-    whole = {(*place, iteration): drawn for (*place, _, iteration), (drawn, _) in found.items()}
-    assert all(drawn == whole[*place, i] for (*place, _, i), (drawn, _) in found.items()), "tensor ranks share these"
-    cut = {drawn for _, drawn in found.values()}
-    assert len({*whole.values()}) == len(whole) and len(cut) == 8 and not cut & {*whole.values()}
+    shared = {(*replica, iteration): drawn for (*replica, _, iteration), (drawn, _) in found.items()}
+    assert all(drawn == shared[*replica, i] for (*replica, _, i), (drawn, _) in found.items()), "equal on tensor ranks"
+    sharded = {drawn for _, drawn in found.values()}
+    assert len({*shared.values()}) == len(shared) and len(sharded) == 8 and not sharded & {*shared.values()}
 
 
 def forward(flags: str) -> dict[bool, dict[str, np.ndarray]]:
-    """In training (True) and in evaluation: `attention` [t, heads of this rank * d], whose queries, keys and values are the same on all
-    tensor ranks, and where the embedding and the layer's first residual branch are zero [s, b, h]."""
+    """Activations in training (True) and in evaluation (False).
+
+    `attention` [t, n / TP * d], with the same queries, keys and values on all tensor ranks, and
+    where the embedding and the layer's first residual branch are zero, [s, b, h].
+    """
     import torch.distributed as dist
 
     from megatron_ft.engine import parallel
@@ -64,12 +70,12 @@ def forward(flags: str) -> dict[bool, dict[str, np.ndarray]]:
     layer.pre_mlp_layernorm.register_forward_pre_hook(lambda module, inputs: seen.update(residual=inputs[0]))
     tokens = torch.randint(128, (1, 64), generator=torch.Generator().manual_seed(3))
     positions = torch.cat([torch.arange(24), torch.arange(40)])[None]
-    row = PackedSequences.from_cu_seqlens(torch.tensor([0, 24, 64], dtype=torch.int32))
+    packed = PackedSequences.from_cu_seqlens(torch.tensor([0, 24, 64], dtype=torch.int32))
     found = {}
     for training in (True, False):
         parallel.seed_step(config.training.seed, 0)
         with torch.no_grad():
-            model.train(training)(tokens, positions, None, packed_seq_params=row)
+            model.train(training)(tokens, positions, None, packed_seq_params=packed)
         found[training] = {
             "attention": seen["attention"].numpy(),
             "embedding": (seen["embedding"] == 0).numpy(),
@@ -79,7 +85,7 @@ def forward(flags: str) -> dict[bool, dict[str, np.ndarray]]:
 
 
 @pytest.mark.parametrize("more", ["", "--sequence-parallel"])
-def test_attention_drops_in_training_alone_and_otherwise_for_other_heads(more):
+def test_attention_drops_only_in_training_and_differently_per_head(more):
     first, second = run_ranks(forward, 2, f"{TP2} {more} --attention-dropout 0.5 --hidden-dropout 0")
     np.testing.assert_array_equal(first[False]["attention"], second[False]["attention"])
     for rank in (first, second):
@@ -89,7 +95,7 @@ def test_attention_drops_in_training_alone_and_otherwise_for_other_heads(more):
 
 
 @pytest.mark.parametrize("more", ["", "--sequence-parallel"])
-def test_hidden_states_drop_in_training_alone_and_alike_where_they_are_whole(more):
+def test_hidden_states_drop_only_in_training_and_alike_where_replicated(more):
     first, second = run_ranks(forward, 2, f"{TP2} {more} --attention-dropout 0 --hidden-dropout 0.5")
     for where in ("embedding", "branch"):
         for rank in (first, second):

@@ -1,4 +1,4 @@
-"""Whole runs of the training program: how they go on, agree with each other, and end."""
+"""Complete runs of the training program: how they resume, agree, and end."""
 
 import json
 import os
@@ -25,7 +25,7 @@ PP2 = "--pipeline-model-parallel-size 2"
 
 
 class Runs:
-    """Runs of the tiny reference model on real rows, each in a save directory of its own."""
+    """Runs of the tiny reference model on real data, each with its own save directory."""
 
     def __init__(self, golden: Path, tmp_path: Path) -> None:
         self.tmp_path = tmp_path
@@ -61,10 +61,10 @@ def column(lines: list[dict], key: str) -> list:
     return [line[key] for line in lines]
 
 
-def test_a_stopped_run_goes_on_bitwise_where_it_was(runs):
+def test_stopped_run_resumes_bitwise(runs):
     flags = f"{TP2} --train-iters 8 --micro-batch-size 2 --global-batch-size 4 --eval-interval 4 --eval-iters full"
     flags += " --lr-warmup-iters 2 --hidden-dropout 0.1 --attention-dropout 0.1"
-    assert runs("unbroken", flags, 2) == [EXIT_DONE] * 2
+    assert runs("uninterrupted", flags, 2) == [EXIT_DONE] * 2
     assert runs("stopped", flags, 2, "SIGTERM-in-step 3") == [EXIT_RESUME] * 2
     assert column(runs.steps("stopped"), "iteration") == [1, 2, 3]
     assert runs("stopped", flags, 2, "SIGUSR2-in-validation 1") == [EXIT_RESUME] * 2
@@ -72,11 +72,11 @@ def test_a_stopped_run_goes_on_bitwise_where_it_was(runs):
     assert runs("stopped", flags, 2, "SIGUSR1-in-step 2") == [EXIT_RESUME] * 2
     assert runs.steps("stopped")[-1]["iteration"] == 6
     assert runs("stopped", flags, 2) == [EXIT_DONE] * 2
-    assert runs.steps("stopped") == runs.steps("unbroken")
-    assert runs.validations("stopped") == runs.validations("unbroken")
+    assert runs.steps("stopped") == runs.steps("uninterrupted")
+    assert runs.validations("stopped") == runs.validations("uninterrupted")
     assert column(runs.validations("stopped"), "iteration") == [4, 8]
     assert runs("stopped", flags, 2) == [EXIT_DONE] * 2, "a finished run has nothing to do"
-    assert runs.steps("stopped") == runs.steps("unbroken")
+    assert runs.steps("stopped") == runs.steps("uninterrupted")
 
 
 @pytest.mark.slow
@@ -113,7 +113,7 @@ def test_runs_agree_in_every_layout(runs):
         assert validation["tokens"] == validated["tokens"] and validation["rows"] == validated["rows"]
 
 
-def test_validation_counts_every_row_once_whatever_the_batch(runs):
+def test_validation_counts_every_sequence_once_with_any_batch_size(runs):
     flags = "--train-iters 1 --eval-interval 1 --eval-iters full --hidden-dropout 0 --attention-dropout 0 --lr 0"
     for batch in (1, 4, 5):
         runs(f"batch_{batch}", f"{flags} --global-batch-size {batch}")
@@ -124,7 +124,10 @@ def test_validation_counts_every_row_once_whatever_the_batch(runs):
 
 
 def documents_with_hits(model, number: int) -> list[tuple[list[int], list[int]]]:
-    """Documents in which two of three tokens are `model`'s first choice, the last 12 of them outputs; of even lengths, so that no row is full."""
+    """Documents in which two of three tokens are `model`'s first choice; the last 12 are targets.
+
+    Their lengths are even, so that no sequence is full.
+    """
     draw = torch.Generator().manual_seed(5)
     tokens = torch.randint(1, 1000, (number, 1), generator=draw)
     for i in range(1, 36):
@@ -135,7 +138,7 @@ def documents_with_hits(model, number: int) -> list[tuple[list[int], list[int]]]
 
 
 @torch.no_grad()
-def test_figures_are_those_of_a_count_by_hand(runs, golden):
+def test_validation_equals_a_direct_computation(runs, golden):
     from transformers import GPTBigCodeForCausalLM
 
     model = GPTBigCodeForCausalLM.from_pretrained(golden / "hf/hf_tiny").eval()
@@ -147,9 +150,7 @@ def test_figures_are_those_of_a_count_by_hand(runs, golden):
         losses += F.cross_entropy(logits, torch.tensor(outputs), reduction="none").tolist()
         hits += (logits.argmax(-1) == torch.tensor(outputs)).sum().item()
     prefix = write_documents(runs.tmp_path / "documents", documents)
-    flags = (
-        f"--data-prefix {prefix} --validation-fraction 0.25 --hidden-dropout 0 --attention-dropout 0 --global-batch-size 1"
-    )
+    flags = f"--data-prefix {prefix} --validation-fraction 0.25 --hidden-dropout 0 --attention-dropout 0 --global-batch-size 1"
     runs("all", f"{flags} --train-epochs 1 --lr 0 --eval-iters full")
     assert runs.steps("all")[-1]["consumed_tokens"] == sum(len(a) + len(b) for a, b in train)
     (validation,) = runs.validations("all")
@@ -162,7 +163,7 @@ def test_figures_are_those_of_a_count_by_hand(runs, golden):
     assert first["rows"] == 1 and first["tokens"] < validation["tokens"]
 
 
-def test_a_checkpoint_is_evaluated_without_training(runs, tmp_path):
+def test_skip_train_evaluates_a_checkpoint(runs, tmp_path):
     flags = "--eval-interval 2 --eval-iters full --hidden-dropout 0 --attention-dropout 0"
     runs("trained", f"{flags} --train-iters 2 --global-batch-size 2 --save-interval 1")
     assert runs("evaluated", f"{flags} --skip-train --load {tmp_path / 'trained'}") == [EXIT_DONE]
@@ -170,7 +171,7 @@ def test_a_checkpoint_is_evaluated_without_training(runs, tmp_path):
     assert evaluated == pytest.approx(trained, rel=1e-6), "the same loss, at the weights' iteration"
     assert not list((tmp_path / "evaluated").glob("iter_*"))
     before = {name: runs.lines("trained", name) for name in ("metrics.jsonl", "validation.jsonl")}
-    shutil.rmtree(tmp_path / "trained/iter_0000002")  # as after a crash: the checkpoint is older than the log
+    shutil.rmtree(tmp_path / "trained/iter_0000002")  # as after a crash, the checkpoint is older than the log
     at = runs.common.index("--data-prefix")
     prefix = runs.common[at + 1]
     del runs.common[at : at + 2]
@@ -195,7 +196,7 @@ def test_a_checkpoint_is_evaluated_without_training(runs, tmp_path):
         "--fp16 --loss-scale 512",
     ],
 )
-def test_half_precision_follows_fp32(runs, precision):
+def test_half_precision_is_close_to_fp32(runs, precision):
     flags = "--train-iters 6 --micro-batch-size 2 --global-batch-size 4 --eval-interval 0 --hidden-dropout 0 --attention-dropout 0"
     runs("fp32", flags)
     runs("half", f"{flags} {precision}", 2)
@@ -204,7 +205,7 @@ def test_half_precision_follows_fp32(runs, precision):
     assert set(column(runs.steps("half"), "loss_scale")) == {scale}
 
 
-def test_fp16_overflow_is_skipped_counted_and_lowers_the_scale(runs):
+def test_fp16_overflow_skips_the_step_and_lowers_the_scale(runs):
     flags = "--train-iters 9 --global-batch-size 2 --eval-interval 0 --fp16 --initial-loss-scale 3e7 --hysteresis 1"
     assert runs("fp16", flags) == [EXIT_DONE]
     steps = runs.steps("fp16")
@@ -215,7 +216,7 @@ def test_fp16_overflow_is_skipped_counted_and_lowers_the_scale(runs):
     assert steps[-1]["loss_scale"] < 3e7
 
 
-def test_a_loss_that_is_no_number_ends_with_its_documents(runs):
+def test_nonfinite_loss_ends_the_run_and_names_its_documents(runs):
     flags = "--train-iters 9 --global-batch-size 2 --lr 1e25 --clip-grad 0 --eval-interval 0 --save-interval 100"
     assert runs("nan", flags, 2) == [EXIT_USER_ERROR] * 2
     (path,) = (runs.tmp_path / "nan").glob("nonfinite_loss_iteration_*.json")
@@ -226,7 +227,7 @@ def test_a_loss_that_is_no_number_ends_with_its_documents(runs):
     assert not list((runs.tmp_path / "nan").glob("iter_*"))
 
 
-def test_time_limit_and_exit_interval_save_and_ask_to_be_resumed(runs):
+def test_time_limit_and_exit_interval_save_and_exit_for_resume(runs):
     flags = "--train-iters 4 --global-batch-size 2 --eval-interval 0"
     assert runs("limits", f"{flags} --exit-duration-in-mins 0.0001", 2) == [EXIT_RESUME] * 2
     assert column(runs.steps("limits"), "iteration") == [1]
@@ -255,33 +256,33 @@ def test_named_groups_are_validated_and_tested_once(runs, golden):
     assert lines[-1]["loss"] == lines[-2]["loss"] != lines[-3]["loss"]
 
 
-def test_validation_before_the_first_step_is_a_baseline_and_not_repeated(runs):
+def test_eval_at_start_is_a_baseline_and_not_repeated(runs):
     flags = (
         "--eval-at-start --train-iters 4 --global-batch-size 2 --eval-interval 2 --eval-iters 1 --lr 10 --clip-grad 0"
     )
-    assert runs("whole", flags, 2) == [EXIT_DONE] * 2
+    assert runs("reference", flags, 2) == [EXIT_DONE] * 2
     assert runs("stopped", flags, 2, "SIGTERM-in-validation 1") == [EXIT_RESUME] * 2
     assert not (runs.tmp_path / "stopped/validation.jsonl").exists()
     assert runs("stopped", flags, 2, "SIGTERM-in-step 1") == [EXIT_RESUME] * 2
     assert column(runs.validations("stopped"), "iteration") == [0]
     assert runs("stopped", flags, 2) == [EXIT_DONE] * 2
     assert column(runs.validations("stopped"), "iteration") == [0, 2, 4]
-    assert runs.validations("stopped") == runs.validations("whole")
-    losses = column(runs.validations("whole"), "loss")
+    assert runs.validations("stopped") == runs.validations("reference")
+    losses = column(runs.validations("reference"), "loss")
     assert losses[0] < min(losses[1:]), "this learning rate makes the model worse"
-    best = (runs.tmp_path / "whole/best_checkpointed_iteration.txt").read_text()
+    best = (runs.tmp_path / "reference/best_checkpointed_iteration.txt").read_text()
     assert int(best) == (2 if losses[1] <= losses[2] else 4)
-    assert f"{losses[0]:.4f} before the first step, last" in (runs.tmp_path / "whole/report.html").read_text()
+    assert f"{losses[0]:.4f} before the first step, last" in (runs.tmp_path / "reference/report.html").read_text()
 
 
-def test_a_start_anew_replaces_the_baseline(runs):
+def test_restarted_run_replaces_the_baseline(runs):
     flags = "--eval-at-start --train-iters 1 --save-interval 0 --eval-interval 0 --eval-iters 1 --lr 1e30 --global-batch-size 2"
-    for _ in range(2):  # ends without a checkpoint, as a run does that is killed early
-        assert runs("anew", f"{flags} --clip-grad 0 --train-iters 3") == [EXIT_USER_ERROR]
-        assert column(runs.validations("anew"), "iteration") == [0]
+    for _ in range(2):  # ends without a checkpoint, like a run killed early
+        assert runs("restarted", f"{flags} --clip-grad 0 --train-iters 3") == [EXIT_USER_ERROR]
+        assert column(runs.validations("restarted"), "iteration") == [0]
 
 
-def test_loss_tokens_are_counted_alike_under_every_weighting(runs, golden):
+def test_loss_tokens_do_not_depend_on_weights(runs, golden):
     flags = "--train-iters 2 --global-batch-size 4 --eval-interval 0 --validation-fraction 0"
     counts = {}
     for name, more, ranks in (("plain", "", 1), ("normed", "--norm-target-loss --loss-average microbatch", 2)):
@@ -289,13 +290,13 @@ def test_loss_tokens_are_counted_alike_under_every_weighting(runs, golden):
         counts[name] = column(runs.steps(name), "loss_tokens")
     assert counts["plain"] == counts["normed"]
     config = parse_args([*runs.common, *flags.split(), "--preset", "tiny"])
-    rows = build_datasets(config, train_samples=8, pad=0).train
-    targets = [int(((~rows[i].is_inputs[1:]) & (rows[i].segment_ids[1:] > 0)).sum()) for i in range(8)]
+    samples = build_datasets(config, train_samples=8, pad=0).train
+    targets = [int(((~samples[i].is_inputs[1:]) & (samples[i].segment_ids[1:] > 0)).sum()) for i in range(8)]
     assert counts["plain"] == [sum(targets[:4]), sum(targets[4:])]
 
 
 def test_early_stop_keeps_and_marks_the_best(runs):
-    """From step 5 on the learning rate is 0 and the loss stays what it was to the last bit: not better."""
+    """From step 5 on the learning rate is 0, so the loss is bitwise the same and not better."""
     flags = "--train-iters 20 --global-batch-size 2 --eval-interval 2 --eval-iters full --early-stop-patience 2"
     flags += " --lr-decay-style linear --lr-decay-iters 4 --save-interval 2 --keep-last 1"
     assert runs("early", flags) == [EXIT_DONE]
@@ -308,22 +309,20 @@ def test_early_stop_keeps_and_marks_the_best(runs):
     assert len(runs.validations("early")) == 4, "a run stopped early stays stopped"
     assert "stopped early at 8; raise --early-stop-patience, or leave it out, to continue" in runs.events("early")
     assert runs("early", flags.replace("patience 2", "patience 3")) == [EXIT_DONE]
-    assert len(runs.validations("early")) == 5, "more patience goes on"
+    assert len(runs.validations("early")) == 5, "resumes with more patience"
 
 
-def test_losses_of_other_rows_do_not_compete_for_the_best(runs):
+def test_losses_on_other_data_do_not_compete_for_the_best(runs):
     flags = "--train-iters 4 --global-batch-size 2 --eval-interval 2 --early-stop-patience 1 --lr 0.3 --clip-grad 0 --min-lr 0.3"
     runs("other", f"{flags} --eval-iters full --exit-interval 2")
     assert runs("other", f"{flags} --eval-iters 1") == [EXIT_DONE]
     (line,) = [event for event in runs.events("other") if event.startswith("best loss")]
     assert "on group valid (6 sequences" in line and "now uses group valid (2 sequences" in line
-    assert column(runs.lines("other", "validation.jsonl"), "rows") == [2, 2], (
-        "validated again, in the first one's place"
-    )
+    assert column(runs.lines("other", "validation.jsonl"), "rows") == [2, 2], "iteration 2 was validated again"
     assert column(runs.lines("other", "validation.jsonl"), "iteration") == [2, 4]
 
 
-def test_another_batch_size_trains_the_rows_that_are_left(runs):
+def test_another_batch_size_trains_on_the_remaining_sequences(runs):
     flags = "--eval-interval 0 --lr-warmup-iters 4 --keep-last 0"
     runs("more", f"{flags} --train-samples 50 --global-batch-size 4 --exit-interval 6")
     shutil.copytree(runs.tmp_path / "more", runs.tmp_path / "fewer")
@@ -337,7 +336,7 @@ def test_another_batch_size_trains_the_rows_that_are_left(runs):
     assert column(runs.steps("fewer"), "consumed_samples") == [4, 8, 12, 16, 20, 24, 26, 28, 30, 32, 34, 36]
 
 
-def test_a_damaged_newest_checkpoint_and_another_batch_size_are_sorted_out_by_a_second_start(runs):
+def test_damaged_checkpoint_and_another_batch_size_need_a_second_start(runs):
     flags = "--eval-interval 0 --train-samples 50 --keep-last 0"
     runs("damaged", f"{flags} --global-batch-size 4 --save-interval 5 --exit-interval 6")
     for file in (runs.tmp_path / "damaged/iter_0000006").glob("*.distcp"):
@@ -350,9 +349,9 @@ def test_a_damaged_newest_checkpoint_and_another_batch_size_are_sorted_out_by_a_
     assert column(runs.steps("damaged"), "consumed_samples") == [4, 8, 12, 16, 20, 28, 36, 44, 52]
 
 
-def test_a_finished_run_says_how_it_goes_on_and_survives_a_torn_line(runs):
+def test_finished_run_logs_how_to_continue_and_tolerates_a_truncated_line(runs):
     flags = "--global-batch-size 2 --eval-interval 3 --eval-iters 1"
-    assert runs("done", f"{flags} --train-iters 4", 1, "tear-in-step 2") == [EXIT_DONE]
+    assert runs("done", f"{flags} --train-iters 4", 1, "truncate-in-step 2") == [EXIT_DONE]
     assert (runs.tmp_path / "done/iter_0000004").is_dir()
     assert runs("done", f"{flags} --train-iters 2") == [EXIT_DONE]
     assert "nothing to do: 4 of 2 steps are done; raise --train-iters to continue" in runs.events("done")
@@ -363,7 +362,7 @@ def test_a_finished_run_says_how_it_goes_on_and_survives_a_torn_line(runs):
     assert line == f"learning rate continues at {following:.3e} (the last step used {last:.3e})"
 
 
-def test_a_closed_terminal_stops_a_run_as_sigterm_does(runs):
+def test_closed_terminal_stops_a_run_like_sigterm(runs):
     save = runs.tmp_path / "closed"
     flags = (
         f"--train-iters 100000 --global-batch-size 2 --eval-interval 0 --save-interval 0 --save {save} --log-interval 1"
@@ -375,7 +374,7 @@ def test_a_closed_terminal_stops_a_run_as_sigterm_does(runs):
     seen = b""
     while b" 3/100,000" not in seen:
         seen += os.read(terminal, 4096)
-    os.close(terminal)  # the kernel sends SIGHUP to the launcher; what ranks print now fails
+    os.close(terminal)  # the kernel sends SIGHUP to the launcher; printing fails on all ranks
     assert os.waitstatus_to_exitcode(os.waitpid(launcher, 0)[1]) == EXIT_RESUME
     (stopped,) = [event for event in runs.events("closed") if event.startswith("stopped by")]
     assert not any("could not be saved" in event for event in runs.events("closed"))
@@ -384,7 +383,7 @@ def test_a_closed_terminal_stops_a_run_as_sigterm_does(runs):
     assert runs.lines("closed")[-1]["iteration"] == iteration
 
 
-def test_sgd_trains_and_goes_on(runs):
+def test_sgd_trains_and_resumes(runs):
     flags = "--optimizer sgd --lr 0.1 --train-iters 6 --global-batch-size 4 --eval-interval 0"
     assert runs("sgd", f"{flags} --exit-interval 3", 2) == [EXIT_RESUME] * 2
     assert runs("sgd", flags, 2) == [EXIT_DONE] * 2
@@ -392,7 +391,7 @@ def test_sgd_trains_and_goes_on(runs):
     assert len(losses) == 6 and losses[-1] < losses[0] - 0.05
 
 
-def test_batch_ramps_up(runs):
+def test_batch_size_ramps_up(runs):
     flags = "--train-samples 20 --global-batch-size 4 --micro-batch-size 1 --rampup-batch-size 2 2 6 --eval-interval 0"
     assert runs("ramp", flags, 2) == [EXIT_DONE] * 2
     steps = runs.steps("ramp")
@@ -401,7 +400,7 @@ def test_batch_ramps_up(runs):
 
 
 @pytest.mark.slow
-def test_a_hanging_rank_is_ended_with_stack_traces(runs):
+def test_watchdog_ends_a_hanging_rank_with_stack_traces(runs):
     flags = "--train-iters 4 --global-batch-size 2 --eval-interval 0 --watchdog-mins 0.05"
     with pytest.raises(RuntimeError, match="process died"):
         runs("hang", flags, 2, "hang-in-step 3")
@@ -425,7 +424,7 @@ def test_a_hanging_rank_is_ended_with_stack_traces(runs):
         ("--best-group other --train-iters 5", ["--best-group other", "valid"]),
     ],
 )
-def test_contradictions_end_in_one_line(runs, flags, words):
+def test_contradictory_flags_report_one_line_errors(runs, flags, words):
     (line,) = run_ranks(finetune_error, 1, [*runs.common, "--save", str(runs.tmp_path / "wrong"), *flags.split()])
     assert all(word in line for word in words) and "\n" not in line, line
     assert not (runs.tmp_path / "wrong/metrics.jsonl").exists()

@@ -1,9 +1,9 @@
-"""Training on the branch's own batches: losses, gradient norms and weights equal the branch's in every parallel layout."""
+"""Training on the mtf branch's batches equals the branch in every layout."""
 
 import json
 
 import pytest
-from engine_runs import golden_steps, golden_steps_offloaded
+from golden_runs import golden_steps, golden_steps_offloaded
 from ranks import run_ranks
 
 LAYOUTS = {
@@ -30,14 +30,14 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_eight_steps_equal_the_branch(layout, golden):
+def test_eight_steps_equal_the_mtf_branch(layout, golden):
     ranks, flags = LAYOUTS[layout]
     for result in run_ranks(golden_steps, ranks, flags, golden):
         check(result, golden)
 
 
 @pytest.mark.slow
-def test_optimizer_on_the_host_does_the_same_steps(golden):
+def test_offloaded_optimizer_trains_like_the_one_on_the_gpu(golden):
     here = run_ranks(golden_steps, 2, "--bf16", golden)[0]
     for result in run_ranks(golden_steps_offloaded, 2, "--bf16 --optimizer-cpu-offload", golden):
         assert result["loss"] == pytest.approx(here["loss"], abs=1e-3)

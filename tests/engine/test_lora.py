@@ -1,4 +1,4 @@
-"""LoRA: what PEFT computes, the same in every layout, trained and checkpointed alone."""
+"""LoRA: equal to PEFT, the same in every layout; only adapters are trained and saved."""
 
 import json
 import math
@@ -15,7 +15,7 @@ from megatron_ft.errors import UserError
 from megatron_ft.model.lora import HF_TARGETS, AdapterConfig, merged, stacked_name, to_peft
 from megatron_ft.model.tensor_names import LORA_TARGETS
 
-LENGTHS = [7, 20, 1, 12, 24]  # documents of the packed row; 64 tokens, 2 rows of 32 at most
+LENGTHS = [7, 20, 1, 12, 24]  # documents of two packed sequences, of 64 tokens together
 FLAGS = """--num-layers 4 --hidden-size 32 --num-attention-heads 4 --max-position-embeddings 32 --seq-length 32
 --micro-batch-size 2 --lora-rank 4 --lora-alpha 8 --lora-dropout 0 --train-iters 4 --data-prefix none --lr 0.02 --make-vocab-size-divisible-by 16"""
 LAYOUTS = {
@@ -31,7 +31,7 @@ WORLD = {"TP1": 1, "TP2": 2, "TP2 SP": 2, "TP4 recompute": 4, "PP2 SP recompute"
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """A random GPTBigCode of transformers, saved, with a tokenizer file whose content nobody reads."""
+    """A saved random GPTBigCode of transformers, with a tokenizer file that is not read."""
     from transformers import GPTBigCodeConfig, GPTBigCodeForCausalLM
 
     torch.manual_seed(0)
@@ -68,8 +68,8 @@ def start(words, base, world_size):
     return config, chunks
 
 
-def row(seed):
-    """One flattened micro-batch: tokens, labels, positions [1, 64] and the packed row."""
+def micro_batch(seed):
+    """One micro-batch: tokens, labels, positions [1, 64], and the documents' bounds."""
     from megatron_ft.engine.packed_attention import PackedSequences
 
     tokens = torch.randint(64, (1, 65), generator=torch.Generator().manual_seed(seed))
@@ -97,7 +97,7 @@ def train_adapters(words, base, world_size, save):
     log = []
 
     def forward(data, model):
-        tokens, labels, positions, packed = row(next(data))
+        tokens, labels, positions, packed = micro_batch(next(data))
         output = model(tokens, positions, None, labels=labels, packed_seq_params=packed)
         return output, lambda losses: (losses.mean(), {"loss": losses.mean().item()})
 
@@ -120,7 +120,7 @@ def train_adapters(words, base, world_size, save):
 
 
 def model_tensors(save):
-    """The model's whole stacked tensors in a run's checkpoint; what else is there is the optimizer's."""
+    """The model's unsharded stacked tensors in a run's checkpoint, without the optimizer's."""
     found = whole_tensors(save / "iter_0000004")
     return {name: tensor for name, tensor in found.items() if not name.startswith("optimizer.")}
 
@@ -151,7 +151,7 @@ def test_every_layout_trains_the_same_adapters(runs, layout):
         )
 
 
-def test_checkpoint_holds_the_adapters_alone(runs):
+def test_checkpoint_contains_only_adapters(runs):
     _, adapters = runs["PP2 SP recompute"]
     assert set(adapters) == {stacked_name(target, part) for target in LORA_TARGETS for part in ("lora_a", "lora_b")}
     assert adapters[stacked_name("linear_qkv", "lora_a")].shape == (4, 4, 32)
@@ -168,11 +168,11 @@ def logits_of_core(words, base, adapters):
             if name.endswith(("lora_a", "lora_b")):
                 _, _, layer, *rest = name.split(".")
                 parameter.copy_(adapters[".".join(["decoder", "layers", *rest])][int(layer)])
-        tokens, _, positions, packed = row(99)
+        tokens, _, positions, packed = micro_batch(99)
         return model.eval()(tokens, positions, None, packed_seq_params=packed).numpy()
 
 
-def test_logits_are_those_of_peft_with_the_same_adapter(runs, base, tmp_path):
+def test_logits_equal_peft_with_the_same_adapter(runs, base, tmp_path):
     from peft import PeftModel
     from transformers import GPTBigCodeForCausalLM
 
@@ -199,13 +199,13 @@ def test_logits_are_those_of_peft_with_the_same_adapter(runs, base, tmp_path):
 
 @torch.no_grad()
 def document_logits(model):
-    """Logits of the packed row from transformers, each document alone."""
-    tokens = row(99)[0][0]
+    """Logits of the same documents from transformers, each a separate input."""
+    tokens = micro_batch(99)[0][0]
     return torch.cat([model.eval()(part[None]).logits for part in tokens.split(LENGTHS)], dim=1)
 
 
 def masks(words, base, world_size):
-    """Which inputs the adapters of the first layer drop, by target; recorded on this rank from the real modules."""
+    """The dropout masks of all adapters in order, recorded on this rank from the real modules."""
     import torch.nn.functional as F
 
     from megatron_ft.engine import lora
@@ -223,13 +223,13 @@ def masks(words, base, world_size):
             return out
 
     lora.F = Recording
-    tokens, labels, positions, packed = row(5)
+    tokens, labels, positions, packed = micro_batch(5)
     chunks[0].train()(tokens, positions, None, labels=labels, packed_seq_params=packed)
     return seen
 
 
 @pytest.mark.parametrize("sequence_parallel", [False, True])
-def test_dropout_masks_agree_where_inputs_are_whole_and_differ_where_they_are_cut(base, sequence_parallel):
+def test_dropout_masks_agree_for_replicated_inputs_and_differ_for_sharded_ones(base, sequence_parallel):
     more = "--tensor-model-parallel-size 2 --lora-dropout 0.5" + " --sequence-parallel" * sequence_parallel
     first, second = run_ranks(masks, 2, flags_for(base, more), base, 2)
     assert len(first) == 16
@@ -237,15 +237,15 @@ def test_dropout_masks_agree_where_inputs_are_whole_and_differ_where_they_are_cu
         assert 0.4 < a.mean() < 0.6
         column = list(LORA_TARGETS)[i % 4] in ("linear_qkv", "linear_fc1")
         assert np.array_equal(a, b) == (column and not sequence_parallel)
-    for i in range(4, 16):  # layers do not repeat each other's masks
+    for i in range(4, 16):  # layers have different masks
         assert not np.array_equal(first[i], first[i - 4])
 
 
-def test_peft_targets_are_gptbigcodes_modules_and_unknown_ones_are_named(base):
+def test_lora_targets_are_gptbigcode_modules_and_unknown_ones_are_refused(base):
     assert list(HF_TARGETS.values()) == ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]
     config = parse_args(flags_for(base, "--lora-targets linear_fc1,linear_fc1 --transformer-impl auto"))
     assert AdapterConfig.from_flags(config.values()).targets == ("linear_fc1",)
-    assert config.memory.transformer_impl == "local"  # Transformer Engine's layers take no adapters
+    assert config.memory.transformer_impl == "local"  # Transformer Engine's layers cannot have adapters
     words = flags_for(base, "--lora-targets linear_qkv,c_attn")
     with pytest.raises(UserError, match="'c_attn' is not one of linear_qkv, linear_proj"):
         parse_args(words)

@@ -1,4 +1,4 @@
-"""Length of training and learning-rate schedules, against Megatron's own calculator and the formulas' values."""
+"""Length of training and learning-rate schedules, compared with Megatron and with formulas."""
 
 import math
 
@@ -31,17 +31,19 @@ def flags(tmp_path, text: str, world_size: int = 1):
         ("--train-samples 37 --global-batch-size 8 --rampup-batch-size 2 2 12", None, 7, 38),
     ],
 )
-def test_length_follows_from_any_unit(tmp_path, text, sequences_per_epoch, iterations, samples):
+def test_length_is_computed_from_any_unit(tmp_path, text, sequences_per_epoch, iterations, samples):
     config = flags(tmp_path, text)
     length = plan_length(config, sequences_per_epoch)
     assert (length.iterations, length.samples) == (iterations, samples)
     assert samples_of(config, iterations) == samples
 
 
-def test_tokens_are_those_of_documents(tmp_path):
+def test_train_tokens_counts_document_tokens(tmp_path):
     for tokens, iterations in ((1536, 6), (1537, 7)):
         config = flags(tmp_path, f"--train-tokens {tokens} --global-batch-size 4")
-        assert plan_length(config, fill_rate=0.5).iterations == iterations, "24 rows of 64 tokens, and a token more"
+        assert plan_length(config, fill_rate=0.5).iterations == iterations, (
+            "24 sequences of 64 document tokens, and one token more"
+        )
 
 
 @pytest.mark.parametrize(
@@ -58,24 +60,24 @@ def test_tokens_are_those_of_documents(tmp_path):
         ("--train-iters 9 --global-batch-size 8 --rampup-batch-size 2 2 12", (3, 8), 9, 8 + 6 + 5 * 8),
     ],
 )
-def test_what_is_left_of_a_resumed_run_comes_after_what_is_done(tmp_path, text, done, iterations, samples):
+def test_remaining_steps_follow_the_finished_ones(tmp_path, text, done, iterations, samples):
     length = plan_length(flags(tmp_path, text), 60, done=Length(*done))
     assert (length.iterations, length.samples) == (iterations, samples)
 
 
-def test_a_warm_up_that_was_done_with_another_batch_is_no_longer_than_what_is_done(tmp_path):
+def test_warm_up_counts_the_batch_sizes_of_finished_steps(tmp_path):
     config = flags(tmp_path, "--train-samples 100 --global-batch-size 8 --lr-warmup-iters 11")
     assert samples_of(config, 11, Length(12, 48)) == 48
     assert samples_of(config, 14, Length(12, 48)) == 64
 
 
-def test_more_than_ten_epochs_are_remarked_on():
+def test_more_than_ten_epochs_are_logged():
     (line,) = many_epochs(Length(10_000, 1_280_000), 31_000)
     assert line.startswith("41.3 epochs of 31,000 sequences") and "--train-epochs" in line
     assert many_epochs(Length(10, 100), 10) == []
 
 
-def test_ramp_up_is_megatrons(tmp_path):
+def test_ramp_up_equals_megatron(tmp_path):
     from megatron.core.num_microbatches_calculator import RampupBatchsizeNumMicroBatchesCalculator
 
     config = flags(tmp_path, "--train-iters 1 --micro-batch-size 2 --global-batch-size 20 --rampup-batch-size 4 4 70")
@@ -86,7 +88,7 @@ def test_ramp_up_is_megatrons(tmp_path):
 
 
 def rates(config, steps: int) -> list[float]:
-    """The learning rate each step uses, from a scheduler on a real optimizer."""
+    """The learning rate of each step, from a scheduler with a real optimizer."""
 
     class Optimizer:
         param_groups = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0).param_groups
@@ -111,12 +113,12 @@ def rates(config, steps: int) -> list[float]:
         ("--lr-decay-style linear --lr-decay-iters 5", [1, 0.8, 0.6, 0.4, 0.2, 0, 0, 0, 0, 0]),
     ],
 )  # fmt: skip
-def test_schedules(tmp_path, text, expected):
+def test_learning_rates_follow_the_formula(tmp_path, text, expected):
     config = flags(tmp_path, f"--train-iters 10 --global-batch-size 4 --lr 1 {text}")
     assert rates(config, 10) == pytest.approx(expected, abs=1e-12)
 
 
-def test_impossible_schedules_are_named(tmp_path):
+def test_impossible_schedules_are_refused(tmp_path):
     for text, word in [
         ("--lr-warmup-iters 10", "--lr-warmup-iters"),
         ("--lr-decay-style WSD", "--lr-wsd-decay-iters"),

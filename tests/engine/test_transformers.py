@@ -1,25 +1,28 @@
-"""The same weights in transformers' GPTBigCode and in the Megatron model give the same loss and gradients on packed rows."""
+"""Loss and gradients on packed sequences equal transformers' GPTBigCode with the same weights."""
 
 import pytest
 import torch
-from engine_runs import loss_and_gradient_error, packed_rows
+from engine_runs import loss_and_gradient_error, random_batch
 from ranks import run_ranks
 
 LAYOUTS = {
     "one rank": (1, "--micro-batch-size 1"),
-    "one rank, two rows": (1, "--micro-batch-size 2"),
+    "one rank, two sequences": (1, "--micro-batch-size 2"),
     "TP2": (2, "--micro-batch-size 2 --tensor-model-parallel-size 2"),
     "TP2, sequence parallel": (2, "--micro-batch-size 2 --tensor-model-parallel-size 2 --sequence-parallel"),
     "PP2": (2, "--micro-batch-size 2 --pipeline-model-parallel-size 2"),
 }
 
 
-def transformers_loss_and_gradients(directory, rows: int):
-    """Each document alone through GPTBigCodeForCausalLM, padding columns left out of the softmax; mean over output tokens."""
+def transformers_loss_and_gradients(directory, num_sequences: int):
+    """The mean loss over target tokens of GPTBigCodeForCausalLM, and its gradients, by name.
+
+    Each document is a separate input; the softmax has no padding columns.
+    """
     from transformers import GPTBigCodeForCausalLM
 
     model = GPTBigCodeForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
-    batch = packed_rows(7, rows, 256, 6, 1000)
+    batch = random_batch(7, num_sequences, 256, 6, 1000)
     total = batch.loss_mask.sum()
     loss_sum = 0.0
     bounds = batch.cu_seqlens.tolist()
@@ -36,14 +39,14 @@ def transformers_loss_and_gradients(directory, rows: int):
 
 def check(directory, golden, tmp_path, layouts: dict) -> None:
     expected = {}
-    for rows in (1, 2):
-        expected[rows], gradients = transformers_loss_and_gradients(directory, rows)
-        torch.save(gradients, tmp_path / f"gradients_{rows}.pt")
+    for count in (1, 2):
+        expected[count], gradients = transformers_loss_and_gradients(directory, count)
+        torch.save(gradients, tmp_path / f"gradients_{count}.pt")
     for name, (ranks, flags) in layouts.items():
-        rows = int(flags.split()[1])
-        arguments = (flags, directory, golden / "data/tokenizer.json", tmp_path / f"gradients_{rows}.pt", 7)
+        count = int(flags.split()[1])
+        arguments = (flags, directory, golden / "data/tokenizer.json", tmp_path / f"gradients_{count}.pt", 7)
         for loss, gradient_error in run_ranks(loss_and_gradient_error, ranks, *arguments):
-            assert loss == pytest.approx(expected[rows], abs=1e-5), name
+            assert loss == pytest.approx(expected[count], abs=1e-5), name
             assert gradient_error < 1e-5, name
 
 

@@ -1,11 +1,13 @@
-"""What a model costs: parameters, bytes a GPU by layout, floating point operations a token, and what known GPUs offer.
+"""What a model costs: parameters, bytes per GPU, FLOPs per token; and what known GPUs offer.
 
-Pure arithmetic on a `ModelShape` and a `Layout`, no torch: `launch/plan.py` proposes layouts with it, the training banner says
-what a GPU is expected to hold, and the log turns tokens a second into TFLOP/s and MFU. Parameters and state are exact
-(tests hold them against Megatron-Core models); activations are a sum over the tensors that backward keeps, described line by line.
+Pure arithmetic on a `ModelShape` and a `Layout`, without torch. `launch/plan.py` proposes layouts
+with it, the training banner prints the expected memory, and the log converts tokens/s to TFLOP/s
+and MFU. Parameters and state are exact (tests compare them with Megatron-Core models); activations
+are the sum of the tensors that are kept for backward.
 """
 
 from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
 
 from megatron_ft.model.shape import ModelShape
 
@@ -14,12 +16,12 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Gpu:
-    """One device: usable memory in bytes, peak dense TFLOP/s of its matrix units in 16 bit and of fp32 arithmetic (makers' data sheets)."""
+    """One device. Peaks are dense, from the makers' data sheets."""
 
     name: str
-    memory: int
-    peak_16bit: float
-    peak_fp32: float
+    memory: int  # bytes a program can allocate
+    peak_16bit: float  # TFLOP/s of the matrix units
+    peak_fp32: float  # TFLOP/s
 
     def peak_flops(self, precision: str) -> float:
         """Peak FLOP/s in `precision` (fp32, bf16 or fp16)."""
@@ -30,7 +32,7 @@ def _gpu(name: str, gib: float, peak_16bit: float, peak_fp32: float) -> tuple[st
     return name, Gpu(name, int(gib * GIB), peak_16bit, peak_fp32)
 
 
-# Memory is what a program can take, a little under what the name says.
+# In GiB; a program can allocate slightly less than what the name promises.
 GPUS = dict(
     [
         _gpu("v100-16gb", 15.7, 125, 15.7),
@@ -53,9 +55,9 @@ GPUS = dict(
 
 
 def find_gpu(device_name: str) -> Gpu | None:
-    """The known GPU behind CUDA's device name ("NVIDIA A100-SXM4-80GB"), or None: then no MFU is given rather than a guess."""
+    """The GPU that CUDA calls `device_name` ("NVIDIA A100-SXM4-80GB"), None if it is unknown."""
     name = device_name.lower()
-    for mark, gpu in [
+    known: list[tuple[str, str | None]] = [
         ("gh200", "gh200-96gb"),
         ("b200", "b200-180gb"),
         ("h200", "h200-141gb"),
@@ -70,7 +72,8 @@ def find_gpu(device_name: str) -> Gpu | None:
         ("v100", "v100-32gb" if "32gb" in name else "v100-16gb"),
         ("mi250x", "mi250x-64gb"),
         ("mi300x", "mi300x-192gb"),
-    ]:
+    ]
+    for mark, gpu in known:  # the first match counts: "gh200" contains "h200"
         if mark in name:
             return GPUS[gpu] if gpu else None
     return None
@@ -78,7 +81,7 @@ def find_gpu(device_name: str) -> Gpu | None:
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """How a run is spread and what it keeps: the flags that decide memory and speed."""
+    """How a run is distributed and what it stores: the flags that decide memory and speed."""
 
     tensor_parallel: int = 1
     pipeline_parallel: int = 1
@@ -109,35 +112,43 @@ class Layout:
 
     @property
     def optimizer_shards(self) -> int:
-        """Over how many ranks the optimizer's state is shared out."""
+        """Ranks across which the optimizer state is sharded."""
         return self.data_parallel * self.context_parallel if self.distributed_optimizer else 1
 
     @property
-    def number_bytes(self) -> int:
-        """Bytes of one weight or activation number."""
+    def element_bytes(self) -> int:
+        """Bytes per element of weights and activations."""
         return 4 if self.precision == "fp32" else 2
 
 
-# --- parameters ------------------------------------------------------------------------------------------------------
+# ---- parameters ----
 
 
-def linear_shapes(shape: ModelShape) -> dict[str, tuple[int, int, str]]:
-    """Each layer's four linear maps by Megatron's name: (outputs, inputs, which side tensor parallelism cuts)."""
+class Linear(NamedTuple):
+    """A linear layer [outputs, inputs], and how TP shards it: "column" (outputs) or "row"."""
+
+    outputs: int
+    inputs: int
+    parallel: Literal["column", "row"]
+
+
+def linear_shapes(shape: ModelShape) -> dict[str, Linear]:
+    """The four linear layers of a transformer layer, by Megatron's names."""
     h, f = shape.hidden_size, shape.ffn_hidden_size
     return {
-        "linear_qkv": (shape.qkv_rows, h, "column"),
-        "linear_proj": (h, h, "row"),
-        "linear_fc1": (f, h, "column"),
-        "linear_fc2": (h, f, "row"),
+        "linear_qkv": Linear(shape.qkv_rows, h, "column"),
+        "linear_proj": Linear(h, h, "row"),
+        "linear_fc1": Linear(f, h, "column"),
+        "linear_fc2": Linear(h, f, "row"),
     }
 
 
 def sizes_on_rank(shape: ModelShape, padded_vocab_size: int, layout: Layout, stage: int) -> list[int]:
-    """Numbers in each parameter that one rank of pipeline stage `stage` holds, adapters not counted. Exact."""
+    """Elements of each parameter on one rank of pipeline stage `stage`, without adapters. Exact."""
     tp, pp, h = layout.tensor_parallel, layout.pipeline_parallel, shape.hidden_size
     layer = [h] * 4  # two layer norms, on every tensor-parallel rank
-    for outputs, inputs, cut in linear_shapes(shape).values():
-        layer += [outputs * inputs // tp, outputs // tp if cut == "column" else outputs]
+    for outputs, inputs, parallel in linear_shapes(shape).values():
+        layer += [outputs * inputs // tp, outputs // tp if parallel == "column" else outputs]
     sizes = shape.num_layers // pp * layer
     if stage == 0:
         sizes += [padded_vocab_size // tp * h, shape.max_position_embeddings * h]
@@ -149,17 +160,21 @@ def sizes_on_rank(shape: ModelShape, padded_vocab_size: int, layout: Layout, sta
 
 
 def adapter_sizes_on_rank(shape: ModelShape, layout: Layout) -> list[int]:
-    """The same of LoRA's: of A [rank, inputs] and B [outputs, rank] the side that the base map cuts is cut too."""
-    rank, tp, layer = layout.lora_rank, layout.tensor_parallel, []
-    for target, (outputs, inputs, cut) in linear_shapes(shape).items():
+    """Elements of each LoRA parameter on one rank.
+
+    A is [rank, inputs], B is [outputs, rank]; they are sharded along the same side as the base.
+    """
+    rank, tp = layout.lora_rank, layout.tensor_parallel
+    layer: list[int] = []
+    for target, (outputs, inputs, parallel) in linear_shapes(shape).items():
         if target in layout.lora_targets:
-            a, b = (inputs, outputs // tp) if cut == "column" else (inputs // tp, outputs)
+            a, b = (inputs, outputs // tp) if parallel == "column" else (inputs // tp, outputs)
             layer += [rank * a, rank * b]
     return shape.num_layers // layout.pipeline_parallel * layer
 
 
 def parameters_on_rank(shape: ModelShape, padded_vocab_size: int, layout: Layout, stage: int) -> int:
-    """Parameters that one rank of pipeline stage `stage` holds, adapters not counted."""
+    """Parameters on one rank of pipeline stage `stage`, without adapters."""
     return sum(sizes_on_rank(shape, padded_vocab_size, layout, stage))
 
 
@@ -168,31 +183,34 @@ def adapter_parameters_on_rank(shape: ModelShape, layout: Layout) -> int:
     return sum(adapter_sizes_on_rank(shape, layout))
 
 
-# --- bytes -----------------------------------------------------------------------------------------------------------
+# ---- bytes ----
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one GPU, and `host` of the node's memory for this rank, which --optimizer-cpu-offload takes."""
+    """Bytes that one rank needs.
+
+    `host`, used by --optimizer-cpu-offload, is in the node's memory, all others are on the GPU.
+    """
 
     weights: int
     gradients: int
     optimizer: int
-    activations: int  # or what the optimizer's step needs, where that is more
+    activations: int  # or what the optimizer's step needs, if that is more
     host: int = 0
 
     @property
     def total(self) -> int:
-        """All four on the GPU."""
+        """Bytes on the GPU."""
         return self.weights + self.gradients + self.optimizer + self.activations
 
     def fits(self, gpu: Gpu) -> bool:
-        """Whether it leaves the room that CUDA's context, NCCL's buffers and the allocator's gaps take (2 GiB and 5 %)."""
+        """Whether 2 GiB and 5% are left for CUDA's context, NCCL's buffers and fragmentation."""
         return 1.05 * self.total + 2 * GIB <= gpu.memory
 
 
 def estimate(shape: ModelShape, padded_vocab_size: int, layout: Layout, seq_length: int) -> Memory:
-    """Bytes on the fullest GPU of the pipeline."""
+    """Memory of the pipeline stage that needs the most."""
     stages = []
     for stage in range(layout.pipeline_parallel):
         state = state_bytes(shape, padded_vocab_size, layout, stage)
@@ -204,7 +222,7 @@ def estimate(shape: ModelShape, padded_vocab_size: int, layout: Layout, seq_leng
 
 
 def trained_sizes(shape: ModelShape, padded_vocab_size: int, layout: Layout, stage: int) -> list[int]:
-    """Numbers in each parameter of a rank that is trained: the adapters' with LoRA, else all."""
+    """Elements of each trained parameter on one rank: the adapters with LoRA, else all."""
     if layout.lora_rank:
         return adapter_sizes_on_rank(shape, layout)
     return sizes_on_rank(shape, padded_vocab_size, layout, stage)
@@ -213,21 +231,25 @@ def trained_sizes(shape: ModelShape, padded_vocab_size: int, layout: Layout, sta
 def state_bytes(shape: ModelShape, padded_vocab_size: int, layout: Layout, stage: int) -> tuple[int, int, int]:
     """Bytes of weights, gradients and optimizer state on one rank of a stage.
 
-    Megatron keeps gradients in one buffer (fp32 with --accumulate-allreduce-grads-in-fp32). Adam keeps two fp32 moments, SGD one;
-    16-bit training keeps fp32 master weights besides; the distributed optimizer shares both out over data-parallel ranks.
-    --optimizer-cpu-offload moves the moments to the host; what it optimizes there are copies, the masters stay on the GPU.
+    Megatron keeps gradients in one buffer (fp32 with --accumulate-allreduce-grads-in-fp32). Adam
+    has two fp32 moments, SGD one; 16-bit training adds fp32 master weights; the distributed
+    optimizer shards both across data-parallel ranks. --optimizer-cpu-offload moves the moments to
+    the host, where it works on copies of the master weights, which stay on the GPU.
     """
     parameters = parameters_on_rank(shape, padded_vocab_size, layout, stage) + adapter_parameters_on_rank(shape, layout)
     trained = sum(trained_sizes(shape, padded_vocab_size, layout, stage))
-    weights = parameters * layout.number_bytes
-    gradients = trained * (4 if layout.fp32_gradients else layout.number_bytes)
+    weights = parameters * layout.element_bytes
+    gradients = trained * (4 if layout.fp32_gradients else layout.element_bytes)
     moments = 0 if layout.optimizer_cpu_offload else 8 if layout.optimizer == "adam" else 4
     masters = 4 if layout.precision != "fp32" else 0
     return weights, gradients, -(-trained * (moments + masters) // layout.optimizer_shards)
 
 
 def step_bytes(shape: ModelShape, padded_vocab_size: int, layout: Layout, stage: int) -> int:
-    """Bytes that the optimizer's step takes when activations are gone: fp32 copies of 16-bit gradients, all at once."""
+    """Bytes that the optimizer's step needs, after activations are freed.
+
+    fp32 copies of all 16-bit gradients at once.
+    """
     if layout.precision == "fp32" or layout.fp32_gradients:
         return 0
     return 4 * sum(trained_sizes(shape, padded_vocab_size, layout, stage)) // layout.optimizer_shards
@@ -236,9 +258,10 @@ def step_bytes(shape: ModelShape, padded_vocab_size: int, layout: Layout, stage:
 def host_bytes(shape: ModelShape, padded_vocab_size: int, layout: Layout, stage: int) -> int:
     """Bytes of host memory that --optimizer-cpu-offload takes for one rank of a stage.
 
-    While training: fp32 copies of masters and gradients, which torch's pinned allocator rounds up to powers of two, tensor by tensor,
-    and Adam's two moments, each for this rank's share. Before that Megatron-Core builds the optimizer once for the whole weights and
-    drops it again: an fp32 copy of them all, beside the share's first. The larger of both.
+    During training: Adam's two moments, and fp32 copies of master weights and gradients, whose
+    sizes torch's pinned allocator rounds up to powers of two, each for this rank's shard. Before
+    that, Megatron-Core builds the optimizer once for all weights and drops it again: an fp32 copy
+    of them all, in addition to the first copy of the shard. The larger of both.
     """
     if not layout.optimizer_cpu_offload:
         return 0
@@ -250,17 +273,21 @@ def host_bytes(shape: ModelShape, padded_vocab_size: int, layout: Layout, stage:
 
 
 def checkpoint_bytes(shape: ModelShape, padded_vocab_size: int, layout: Layout) -> int:
-    """Bytes of a checkpoint on disk, but for a few thousand: weights, fp32 weights and Adam's moments; the adapters' alone with LoRA."""
+    """Bytes of a checkpoint on disk, without a few thousand of metadata.
+
+    Weights, fp32 weights and the optimizer's moments; with LoRA only those of the adapters.
+    """
     whole = replace(layout, tensor_parallel=1, pipeline_parallel=1)
     state = 4 + (8 if layout.optimizer == "adam" else 4)
-    return (layout.number_bytes + state) * sum(trained_sizes(shape, padded_vocab_size, whole, 0))
+    return (layout.element_bytes + state) * sum(trained_sizes(shape, padded_vocab_size, whole, 0))
 
 
 def activation_bytes(shape: ModelShape, padded_vocab_size: int, layout: Layout, seq_length: int, stage: int = 0) -> int:
-    """Bytes of activations on one rank of a stage at its fullest moment, between forward and backward.
+    """Bytes of activations on one rank of a stage at the peak, between forward and backward.
 
-    After Korthikanti et al., "Reducing Activation Recomputation in Large Transformer Models" (2022), less the s x s terms, which
-    attention without a mask never stores. A stage holds the micro-batches that one-forward-one-backward has in flight there.
+    After Korthikanti et al., "Reducing Activation Recomputation in Large Transformer Models"
+    (2022), without the s x s terms, since attention without a mask does not store them. A stage
+    holds the micro-batches that the 1F1B schedule has in flight there.
     """
     tokens = layout.micro_batch * seq_length // layout.context_parallel
     layers = shape.num_layers // layout.pipeline_parallel
@@ -273,78 +300,81 @@ def activation_bytes(shape: ModelShape, padded_vocab_size: int, layout: Layout, 
     head = 0
     if stage == layout.pipeline_parallel - 1:
         head = kept_by_head(shape, padded_vocab_size, layout, tokens)
-        if layout.precision != "fp32":  # the logits' gradient in 16 bit, beside the softmax
+        if layout.precision != "fp32":  # the logits' 16-bit gradient, in addition to the softmax
             head += tokens * padded_vocab_size // layout.tensor_parallel * 2
     return kept + max(working, head)
 
 
 def kept_by_layers(shape: ModelShape, layout: Layout, tokens: int, layers: int) -> int:
-    """Bytes that `layers` layers keep for backward of one micro-batch of `tokens` positions."""
+    """Bytes that `layers` layers keep for backward, for one micro-batch of `tokens` tokens."""
     whole = layer_activation_bytes(shape, layout, tokens)
-    if layout.recompute != "full":  # selective recompute drops what attention without a mask does not keep anyway
+    if layout.recompute != "full":  # selective: attention without a mask keeps nothing that it drops
         return layers * whole
-    unit_input = tokens * shape.hidden_size // _split(layout) * layout.number_bytes
+    unit_input = tokens * shape.hidden_size // _split(layout) * layout.element_bytes
     if layout.recompute_method == "uniform":
         return -(-layers // layout.recompute_num_layers) * unit_input
-    recomputed = min(
-        layout.recompute_num_layers, layers
-    )  # block: that many layers one by one, the rest keep everything
+    # block: that many layers one by one, the rest keep everything
+    recomputed = min(layout.recompute_num_layers, layers)
     return recomputed * unit_input + (layers - recomputed) * whole
 
 
 def kept_by_head(shape: ModelShape, padded_vocab_size: int, layout: Layout, tokens: int) -> int:
-    """Bytes that final norm, logits and loss keep: norm's input, the softmax in fp32, and where the embedding is trained, the norm's
-    output, and that gathered (in a buffer that Megatron-Core keeps)."""
-    row = tokens * shape.hidden_size * layout.number_bytes
-    trained = 0 if layout.lora_rank else row // _split(layout) + (row if layout.sequence_parallel else 0)
-    return row // _split(layout) + trained + 4 * tokens * padded_vocab_size // layout.tensor_parallel
+    """Bytes that final norm, logits and loss keep.
+
+    The norm's input and the softmax in fp32; if the embedding is trained, also the norm's output,
+    and with sequence parallelism that output gathered, in a buffer that Megatron-Core keeps.
+    """
+    hidden = tokens * shape.hidden_size * layout.element_bytes
+    trained = 0 if layout.lora_rank else hidden // _split(layout) + (hidden if layout.sequence_parallel else 0)
+    return hidden // _split(layout) + trained + 4 * tokens * padded_vocab_size // layout.tensor_parallel
 
 
 def _split(layout: Layout) -> int:
-    """Over how many ranks sequence parallelism cuts norms, dropout and residuals."""
+    """Ranks across which sequence parallelism shards norms, dropout and residuals."""
     return layout.tensor_parallel if layout.sequence_parallel else 1
 
 
 def layer_activation_bytes(shape: ModelShape, layout: Layout, tokens: int) -> int:
-    """Bytes that one layer keeps for backward when nothing is recomputed.
+    """Bytes that one layer keeps for backward if nothing is recomputed.
 
-    A linear map's input is kept for the gradient of its weight: in full training all four are, with LoRA those of the maps that have
-    adapters, as their dropout left them. The input of linear_proj is attention's output, which attention keeps anyway.
+    The input of a linear layer is kept for the gradient of its weight: in full training for all
+    four, with LoRA for those that have adapters, after their dropout. The input of linear_proj is
+    the output of attention, which attention keeps anyway.
     """
-    size, tp, h, split = layout.number_bytes, layout.tensor_parallel, shape.hidden_size, _split(layout)
+    size, tp, h, split = layout.element_bytes, layout.tensor_parallel, shape.hidden_size, _split(layout)
     kv = 2 * shape.kv_channels * (1 if shape.multi_query else shape.num_attention_heads // tp)
-    numbers = 2 * h // split  # input of both layer norms
-    numbers += h // tp + kv  # queries, keys and values
-    numbers += h // tp  # attention's output
-    numbers += shape.ffn_hidden_size // tp  # before GELU
+    elements = 2 * h // split  # input of both layer norms
+    elements += h // tp + kv  # queries, keys and values
+    elements += h // tp  # attention's output
+    elements += shape.ffn_hidden_size // tp  # before GELU
     bytes_of_masks = 2 * h // split if shape.hidden_dropout else 0
     dropped = layout.lora_rank > 0 and layout.lora_dropout > 0
-    for name, (_, inputs, cut) in linear_shapes(shape).items():
+    for name, (_, inputs, parallel) in linear_shapes(shape).items():
         if layout.lora_rank and name not in layout.lora_targets:
             continue
-        inputs //= split if cut == "column" else tp
+        inputs //= split if parallel == "column" else tp
         if name != "linear_proj" or dropped:
-            numbers += inputs
+            elements += inputs
         if dropped:
             bytes_of_masks += inputs
-        numbers += layout.lora_rank // (1 if cut == "column" else split)  # between A and B
-    bytes_of_statistics = 4 * (
-        4 // split + shape.num_attention_heads // tp
-    )  # norms' mean and scale, attention's log-sums
-    return tokens * (numbers * size + bytes_of_masks + bytes_of_statistics)
+        elements += layout.lora_rank // (1 if parallel == "column" else split)  # between A and B
+    # means and scales of the norms, log-sums of attention
+    bytes_of_statistics = 4 * (4 // split + shape.num_attention_heads // tp)
+    return tokens * (elements * size + bytes_of_masks + bytes_of_statistics)
 
 
-# --- operations ------------------------------------------------------------------------------------------------------
+# ---- operations ----
 
 
 def flops_per_token(
     shape: ModelShape, attended_length: float = 0.0, *, lora: bool = False, vocab_size: int | None = None
 ) -> float:
-    """Model FLOPs a token of a training step (forward and backward), recomputation not counted, as MFU is defined (PaLM, appendix B).
+    """Model FLOPs per token of a training step, forward and backward, without recomputation.
 
-    `attended_length` is the token-weighted mean length of the documents, sum(l^2) / sum(l); attention is causal, so half of it is
-    worked on. With `lora`, gradients of the frozen weights are not computed: 4 FLOPs a weight instead of 6 (the adapters' own are
-    left out, below 1 %).
+    As in the definition of MFU (PaLM, appendix B). `attended_length` is the token-weighted mean
+    length of the documents, sum(l^2) / sum(l); attention is causal, so half of it is computed. With
+    `lora`, gradients of the frozen weights are not computed: 4 FLOPs per weight instead of 6 (those
+    of the adapters, below 1%, are left out).
     """
     linear = shape.num_layers * sum(outputs * inputs for outputs, inputs, _ in linear_shapes(shape).values())
     linear += (vocab_size or shape.vocab_size) * shape.hidden_size

@@ -1,4 +1,4 @@
-"""The planner's numbers against real Megatron-Core models: parameters, state and activations, and FLOPs by torch's counter."""
+"""model/cost.py against Megatron-Core: parameters, state, activations, FLOPs by torch's counter."""
 
 import collections
 import contextlib
@@ -23,7 +23,10 @@ def args_for(tmp_path, *words, world_size=1):
 
 
 def meta_parameters(config, rank, world_size):
-    """Parameters (all, trainable) and bytes of a rank's real model, built on the meta device in a process group that never speaks."""
+    """Parameters (all, trainable) and bytes of a rank's model, built on the meta device.
+
+    The process group is a fake one that does not communicate.
+    """
     import torch.distributed as dist
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
@@ -55,7 +58,7 @@ def meta_parameters(config, rank, world_size):
 
 
 def meta_ranks(args_of_layouts):
-    """[(all, trainable, bytes) of every stage's first rank] for each layout; one process a rank, none holds weights."""
+    """(all, trainable, bytes) for each (config, world size, rank), a process each, no weights."""
     (results,) = run_ranks(_meta_in_children, 1, args_of_layouts)
     return results
 
@@ -66,7 +69,7 @@ def _meta_in_children(args_of_layouts):
     results = []
     for config, world_size, rank in args_of_layouts:
         reading, writing = os.pipe()
-        child = os.fork()  # a process group and patched functions each of its own
+        child = os.fork()  # each has its own process group and patched functions
         if not child:
             import traceback
 
@@ -95,8 +98,8 @@ LAYOUTS = [
 ]
 
 
-def test_parameters_and_weights_are_those_of_real_models_on_every_stage(tmp_path):
-    wanted, expected = [], []
+def test_parameters_and_weights_are_those_of_megatron_core_on_every_stage(tmp_path):
+    ranks, expected = [], []
     for preset, tp, pp, flags in LAYOUTS:
         words = (
             f"--preset {preset} --tensor-model-parallel-size {tp} --pipeline-model-parallel-size {pp} {flags}".split()
@@ -106,20 +109,20 @@ def test_parameters_and_weights_are_those_of_real_models_on_every_stage(tmp_path
         padded = padded_vocab_size(config.shape.vocab_size, 128, tp)
         adapters = cost.adapter_parameters_on_rank(config.shape, layout)
         for stage in {0, pp // 2, pp - 1}:
-            wanted.append((config, tp * pp, stage * tp))
+            ranks.append((config, tp * pp, stage * tp))
             base = cost.parameters_on_rank(config.shape, padded, layout, stage)
             weights, _, _ = cost.state_bytes(config.shape, padded, layout, stage)
             expected.append((base + adapters, adapters or base, weights))
-    assert meta_ranks(wanted) == expected  # exact; the promise is 2 %
+    assert meta_ranks(ranks) == expected
 
 
-def test_one_rank_holds_what_the_model_table_says():
+def test_one_rank_has_as_many_parameters_as_the_preset():
     for shape in PRESETS.values():
         assert cost.parameters_on_rank(shape, shape.vocab_size, cost.Layout(), 0) == shape.num_parameters()
 
 
 def model_of(config):
-    """This rank's part of the model, bare and wrapped for data parallelism."""
+    """This rank's part of the model, and the same wrapped for data parallelism."""
     from megatron_ft.engine.device import set_up_device
     from megatron_ft.engine.lora import add_lora
     from megatron_ft.engine.model import build_model, wrap_for_data_parallel
@@ -134,7 +137,7 @@ def model_of(config):
 
 
 def state_bytes_of_run(config):
-    """Bytes of weights, gradient buffers and optimizer state of a real rank after a step, and of what is on the host."""
+    """Bytes of weights, gradients and optimizer state of a rank after a step, and on the host."""
     from engine_runs import tell_host_from_gpu
 
     from megatron_ft.engine.optimizer import build_optimizer
@@ -161,7 +164,7 @@ def state_bytes_of_run(config):
         for tensor in [*moments, *(master for group in inner.optimizer.param_groups for master in group["params"])]:
             if tensor.untyped_storage().data_ptr() not in weights:
                 held[tensor.data_ptr()] = tensor.nbytes
-    host += sum(2 ** math.ceil(math.log2(tensor.nbytes)) for tensor in pinned)  # as torch's allocator of pinned memory
+    host += sum(2 ** math.ceil(math.log2(tensor.nbytes)) for tensor in pinned)  # as torch's pinned allocator
     return sum(p.numel() * p.element_size() for p in chunks[0].parameters()), gradients, sum(held.values()), host
 
 
@@ -176,7 +179,7 @@ def state_bytes_of_run(config):
         ("--bf16 --optimizer-cpu-offload", 2),
     ],
 )
-def test_state_is_what_a_real_run_holds_after_a_step(tmp_path, flags, world_size):
+def test_state_bytes_are_those_of_a_run_after_a_step(tmp_path, flags, world_size):
     config = args_for(tmp_path, "--preset", "tiny", *flags.split(), world_size=world_size)
     ranks = run_ranks(state_bytes_of_run, world_size, config)
     layout = config.layout()
@@ -211,7 +214,7 @@ def bytes_to_save(config):
         "--bf16 --lora-rank 8 --tensor-model-parallel-size 2",
     ],
 )
-def test_a_checkpoint_is_as_large_as_what_is_saved(tmp_path, flags):
+def test_checkpoint_bytes_are_those_that_ranks_save(tmp_path, flags):
     config = args_for(tmp_path, "--preset", "tiny", *flags.split(), world_size=2)
     sizes = run_ranks(bytes_to_save, 2, config)
     expected = cost.checkpoint_bytes(config.shape, config.shape.vocab_size, config.layout())
@@ -219,8 +222,11 @@ def test_a_checkpoint_is_as_large_as_what_is_saved(tmp_path, flags):
 
 
 def activations_of_run(config, vocab, count_flops=False):
-    """Bytes that autograd keeps after a real forward pass and loss, every storage once, weights not counted: {number of the layer that
-    kept it first, or "outside": bytes}; or, with `count_flops`, the FLOPs of both passes."""
+    """Bytes that autograd keeps after forward and loss, without weights, by what kept them first.
+
+    {layer number or "outside": bytes}, every storage once. With `count_flops`, the FLOPs of forward
+    and backward instead.
+    """
     from megatron.core.transformer.transformer_layer import TransformerLayer
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
@@ -268,7 +274,7 @@ def activations_of_run(config, vocab, count_flops=False):
 
 
 class DropoutOfGpus(TorchFunctionMode):
-    """Dropout that keeps a mask of one byte a number, as CUDA's does; the CPU's own keeps it in the activations' type."""
+    """Dropout whose mask is one byte per element, as on CUDA; on the CPU it has their dtype."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is F.dropout:
@@ -296,27 +302,28 @@ TP2 = "--tensor-model-parallel-size 2"
         f"{LIKE_1B} --lora-rank 16 --lora-targets linear_fc2",
     ],
 )
-def test_activations_are_what_autograd_keeps(tmp_path, flags):
+def test_activation_bytes_are_those_that_autograd_keeps(tmp_path, flags):
     kept, config, layout = activations_of(tmp_path, flags)
-    row = 512 * config.shape.hidden_size  # numbers
-    # On a CPU attention works document by document; linear_proj, or its adapter without dropout, keeps the whole once more.
+    hidden = 512 * config.shape.hidden_size  # elements
+    # On the CPU, attention runs per document, so linear_proj, or its adapter without dropout, keeps
+    # a concatenated copy of its output.
     again = not config.lora.rank or ("linear_proj" in layout.lora_targets and not layout.lora_dropout)
-    copy = again * row // layout.tensor_parallel * layout.number_bytes
+    copy = again * hidden // layout.tensor_parallel * layout.element_bytes
     for number in range(2, config.shape.num_layers + 1):  # with LoRA the first layer's input needs no gradient
         expected = cost.layer_activation_bytes(config.shape, layout, 512)
         assert kept[number] - copy == pytest.approx(expected, rel=0.005)
     outside = cost.kept_by_head(config.shape, 512, layout, 512)
     if config.model.hidden_dropout and not config.lora.rank:
-        outside += row // (layout.tensor_parallel if config.parallel.sequence else 1)  # mask of the embedding's dropout
+        outside += hidden // (
+            layout.tensor_parallel if config.parallel.sequence else 1
+        )  # mask of the embedding's dropout
     if config.parallel.sequence and not config.lora.rank:
-        outside -= (
-            row * layout.number_bytes
-        )  # gathered, into a buffer of Megatron-Core's own that autograd does not see
+        outside -= hidden * layout.element_bytes  # gathered into a buffer that autograd does not see
     assert kept["outside"] == pytest.approx(outside, rel=0.02)
 
 
 @pytest.mark.parametrize("more", ["", "--lora-rank 16", "--recompute-method block --recompute-num-layers 2"])
-def test_recomputed_layers_keep_their_inputs(tmp_path, more):
+def test_recomputed_layers_keep_only_their_inputs(tmp_path, more):
     kept, config, layout = activations_of(tmp_path, f"{SMALL} --bf16 --recompute-granularity full {more}")
     expected = cost.kept_by_layers(config.shape, layout, 512, 3) + cost.kept_by_head(config.shape, 512, layout, 512)
     copy = 512 * 256 * 2 * ("block" in more)
@@ -324,7 +331,7 @@ def test_recomputed_layers_keep_their_inputs(tmp_path, more):
 
 
 def activations_of(tmp_path, flags):
-    """What a run of these flags, on two documents of 256 tokens and a vocabulary of 512, keeps; its arguments and layout."""
+    """What a run with `flags` keeps, on two documents of 256 tokens and 512 vocabulary entries."""
     words = (
         f"--hidden-dropout 0 --attention-dropout 0 --max-position-embeddings 256 --micro-batch-size 2 {flags}".split()
     )
@@ -340,10 +347,10 @@ def test_flops_are_those_that_torch_counts(tmp_path):
     (counted,) = run_ranks(activations_of_run, 1, config, 512, True)
     linear = cost.flops_per_token(config.shape.with_vocab(512), 0) * 512
     attention = cost.flops_per_token(config.shape.with_vocab(512), 256) * 512 - linear
-    assert counted == linear + 2 * attention  # plain products count all of s x s, twice what is causal
+    assert counted == linear + 2 * attention  # the math kernel computes all of s x s, twice what is causal
 
 
-def test_memory_falls_with_every_layout_that_should_lower_it():
+def test_every_flag_that_saves_memory_lowers_the_estimate():
     shape = PRESETS["starcoderbase"]
 
     def total(**layout):
@@ -360,7 +367,7 @@ def test_memory_falls_with_every_layout_that_should_lower_it():
     assert total(pipeline_parallel=4) < total()
 
 
-def test_known_devices_are_found_and_unknown_ones_are_not_guessed():
+def test_known_gpus_are_found_and_unknown_ones_are_not_guessed():
     names = {
         "NVIDIA H100 80GB HBM3": "h100-80gb",
         "NVIDIA H100 PCIe": "h100-pcie-80gb",
@@ -378,7 +385,7 @@ def test_known_devices_are_found_and_unknown_ones_are_not_guessed():
     assert cost.find_gpu("NVIDIA A10G") is None
 
 
-def test_a_gpu_is_full_before_its_last_byte():
+def test_some_gpu_memory_is_left_free():
     gpu = cost.GPUS["a100-40gb"]
     sizes = [cost.Memory(gib * cost.GIB, 0, 0, 0) for gib in range(30, 41)]
     fits = [size.fits(gpu) for size in sizes]

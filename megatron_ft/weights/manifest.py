@@ -79,7 +79,8 @@ def read_manifest(directory: Path) -> Manifest:
     if content["format"] > FORMAT:
         raise UserError(
             f"{directory} was written by megatron-ft {content['versions'].get('megatron_ft')} in checkpoint format "
-            f"{content['format']}; this is {megatron_ft.__version__}, which reads up to format {FORMAT}: install the newer one"
+            f"{content['format']}; this is {megatron_ft.__version__}, which reads up to format {FORMAT}: "
+            "install the newer package"
         )
     return Manifest(**content)
 

@@ -26,7 +26,8 @@ from collections.abc import Sequence
 from megatron_ft.commits.row import TEXT_FIELDS, parse_commit
 from megatron_ft.config.parser import Help, Parser
 from megatron_ft.errors import UserError, run_program
-from megatron_ft.files.jsonl import BadRow, open_sources, read_blocks, shard_bytes
+from megatron_ft.files.jsonl import open_sources, read_blocks, shard_bytes
+from megatron_ft.files.jsonl_row import BadRow
 from megatron_ft.files.output import OutputFile, writing
 from megatron_ft.progress import Progress
 from megatron_ft.prompts import COMMIT_FORMATS

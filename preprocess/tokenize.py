@@ -36,23 +36,21 @@ from megatron_ft.config.parser import Help, Parser
 from megatron_ft.data.indexed import IndexedWriter, commit, field_paths
 from megatron_ft.data.provenance import Provenance, inputs_of, path_of
 from megatron_ft.errors import UserError, run_program
-from megatron_ft.files.jsonl import (
-    BadRow,
-    Block,
-    Source,
-    open_sources,
-    parse_row,
-    parse_shard,
-    read_blocks,
-    shard_bytes,
-)
+from megatron_ft.files.jsonl import Block, Source, open_sources, parse_shard, read_blocks, shard_bytes
+from megatron_ft.files.jsonl_row import BadRow, parse_row
 from megatron_ft.files.output import OutputFile, writing
+from megatron_ft.printable import printable
 from megatron_ft.progress import Progress
+from megatron_ft.tokenizer.consumer import difference_to_transformers
 from megatron_ft.tokenizer.files import vocabulary_digest
 from megatron_ft.tokenizer.tokenizer import Tokenizer, load_tokenizer
 
 MEMORY = 512 << 20  # bytes of blocks in flight, as estimated by `memory_of`; one block may exceed it
 REMEDY = "fix the row, name other keys (--input-key, --output-key), or skip such rows (--skip-bad-rows)"
+REMEDY_OF_DIFFERENCE = (
+    "the token files have the ids of its tokenizer.json, which models are pretrained with, "
+    "and convert/megatron_to_hf.py writes a tokenizer that transformers loads as it is"
+)
 SAMPLE_ROWS = 64  # rows of the data on which the fast encoder is checked against the reference
 SAMPLE_BYTES = 1 << 18  # longer lines are left out of that sample
 
@@ -112,6 +110,7 @@ def main() -> None:
     rejected = Path(f"{args.output_prefix}_rejected.jsonl")
     sources = open_sources(args.input, [rejected])
     tokenizer = load_tokenizer(args.tokenizer_file, args.literal_special_tokens)
+    print_notices(args, tokenizer)
     keys = [[args.input_key], [args.output_key] if args.output_key else ["outputs", "targets"]]
     encoder = RowEncoder(tokenizer, keys, args.append_eod)
     totals = Totals(special_counts=np.zeros_like(encoder.special_ids))
@@ -130,13 +129,24 @@ def main() -> None:
         commit(writers)
         Provenance(
             tokenizer=tokenizer.path.name,
-            sha256=vocabulary_digest(tokenizer.path),
+            sha256=vocabulary_digest(Path(args.tokenizer_file)),
             append_eod=args.append_eod,
             literal_special_tokens=tuple(sorted(args.literal_special_tokens)),
             shard=args.shard,
             inputs=inputs_of(sources),
         ).write(args.output_prefix)
     print_summary(args, tokenizer, writers, totals, rejected)
+
+
+def print_notices(args: argparse.Namespace, tokenizer: Tokenizer) -> None:
+    """Print what users of the model should know about its tokenizer: its two ends, if it has two,
+    and whether transformers encodes in another way. Raises UserError if their sizes differ."""
+    if args.append_eod and tokenizer.end_notice:
+        print(printable(tokenizer.end_notice), file=sys.stderr)
+    if Path(args.tokenizer_file).is_dir():
+        complete = load_tokenizer(args.tokenizer_file) if args.literal_special_tokens else tokenizer
+        if difference := difference_to_transformers(args.tokenizer_file, complete):
+            print(printable(f"warning: {difference}; {REMEDY_OF_DIFFERENCE}"), file=sys.stderr)
 
 
 @dataclass(frozen=True)
@@ -206,7 +216,7 @@ class RowEncoder:
     def check_fast_encoder(self, block: Block) -> None:
         """Compare the fast encoder with the reference on the first rows of the data.
 
-        If they differ, the reference is used and `tokenizer.notice` gives the reason.
+        If they differ, the reference is used and `tokenizer.notices` has the reason.
         """
         self.tokenizer.encode("")
         texts: list[str] = []
@@ -267,8 +277,8 @@ def encode_in_order(encoder: RowEncoder, blocks: Iterator[Block], workers: int) 
         for number, block in enumerate(blocks):
             if number == 0:
                 encoder.check_fast_encoder(block)
-                if encoder.tokenizer.notice:
-                    print(encoder.tokenizer.notice, file=sys.stderr)
+                for notice in encoder.tokenizer.notices:
+                    print(printable(notice), file=sys.stderr)
             while pending and (in_flight + memory_of(block) > MEMORY or len(pending) > 4 * workers):
                 first, future = pending.popleft()
                 in_flight -= memory_of(first)

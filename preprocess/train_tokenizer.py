@@ -24,7 +24,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from megatron_ft.config.parser import Help, Parser
 from megatron_ft.errors import UserError, run_program
-from megatron_ft.files.jsonl import BadRow, Source, open_sources, parse_row, read_blocks, shard_bytes
+from megatron_ft.files.jsonl import Source, open_sources, read_blocks, shard_bytes
+from megatron_ft.files.jsonl_row import BadRow, parse_row
 from megatron_ft.files.output import OutputFile, writing
 from megatron_ft.progress import Progress
 

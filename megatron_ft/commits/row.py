@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_ft.files.jsonl import BadRow, check_surrogates, keys_of, parse_object
+from megatron_ft.files.jsonl_row import BadRow, keys_of, parse_object, text_of
 
 # The fields that training text is made of; a row without one of them is of no use.
 TEXT_FIELDS = ("old_contents", "new_contents", "subject")
@@ -38,13 +38,11 @@ def parse_commit(line: bytes | None) -> dict[str, Any]:
 
     >>> parse_commit(b'{"old_contents": "", "new_contents": "x", "subject": 1}')
     Traceback (most recent call last):
-    megatron_ft.files.jsonl.BadRow: 'subject' is not a string
+    megatron_ft.files.jsonl_row.BadRow: 'subject' is an integer, not a string
     """
     row = parse_object(line)
     for name in TEXT_FIELDS:
         if name not in row:
             raise BadRow(f"no key {name!r}; {keys_of(row)}")
-        if not isinstance(row[name], str):
-            raise BadRow(f"{name!r} is not a string")
-        check_surrogates(row[name], line or b"")
+        text_of(row, name, line)
     return row

@@ -53,6 +53,7 @@ KINDS = [
         ("nul", rb"\x00{16}|\x00+\Z", f"begins with {NUL}"),
     )
 ]  # fmt: skip
+TEXTS = {kind: text for kind, _, text in KINDS}
 
 
 def what_it_is(path: Path, expected: Collection[str] = ()) -> str | None:
@@ -75,6 +76,11 @@ def describe(start: bytes, expected: Collection[str] = ()) -> str | None:
     'compressed with bzip2; bunzip2 decompresses it'
     >>> describe(b'{"n_layer": 2}')
     """
+    kind = kind_of_bytes(start)
+    return None if kind in expected else TEXTS.get(kind)
+
+
+def kind_of_bytes(start: bytes) -> str:
+    """The name of the kind in KINDS of a file with these first bytes; "" if it has none."""
     start = start[:HEAD_BYTES]
-    found = next(((kind, text) for kind, expression, text in KINDS if expression.match(start)), None)
-    return None if found is None or found[0] in expected else found[1]
+    return next((kind for kind, expression, _ in KINDS if expression.match(start)), "")

@@ -12,6 +12,7 @@ import codecs
 import json
 import math
 import stat
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -183,7 +184,7 @@ def is_a(value: Any, kind: type) -> bool:
     (False, True, False)
     """
     if kind is float:
-        return type(value) in (int, float) and math.isfinite(value)
+        return type(value) in (int, float) and abs(value) <= sys.float_info.max
     return type(value) is kind
 
 

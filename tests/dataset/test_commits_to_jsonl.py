@@ -44,8 +44,8 @@ def test_commits_without_subject_or_new_contents_are_skipped_and_counted(tmp_pat
     "line, message",
     [
         ('{"old_contents": "a", "new_contents": "b"}', "commits.jsonl, line 1: no key 'subject'"),
-        ('{"old_contents": "a", "new_contents": 1, "subject": "s"}', "line 1: 'new_contents' is not a string"),
-        ("[1", "line 1: not JSON"),
+        ('{"old_contents": "a", "new_contents": 1, "subject": "s"}', "line 1: 'new_contents' is an integer, not a string"),
+        ("[1", "line 1: incomplete JSON"),
         ('{"old_contents": "a", "new_contents": "", "subject": "s"}', "no commit with a subject"),
     ],
 )

@@ -1,9 +1,12 @@
-"""Reading JSONL: every line once and in order, for any shards and compression; malformed lines are
-bad rows with a reason."""
+"""Reading JSONL: every line once and in order, for any shards and compression, in bounded memory;
+files of other kinds are named."""
 
+import bz2
+import errno
 import gzip
 import io
 import json
+import lzma
 import os
 
 import pytest
@@ -13,9 +16,7 @@ from hypothesis import strategies as st
 
 from megatron_ft.errors import UserError
 from megatron_ft.files import jsonl
-from megatron_ft.files.jsonl import BadRow, open_sources, parse_row, parse_shard, read_blocks
-
-KEYS = [["inputs"], ["outputs", "targets"]]
+from megatron_ft.files.jsonl import open_sources, parse_shard, read_blocks
 
 
 def lines_of(paths, shard=(1, 1)) -> list[bytes]:
@@ -65,72 +66,6 @@ def test_compressed_files_directories_and_standard_input(tmp_path, monkeypatch):
     assert [line for i in range(1, 4) for line in lines_of([tmp_path], (i, 3))] == expected * 3
     monkeypatch.setattr(jsonl.sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
     assert lines_of(["-"]) == expected
-
-
-@settings(max_examples=300, deadline=None)
-@given(
-    st.one_of(
-        st.binary(max_size=60),
-        st.builds(
-            lambda a, b, c: a + b + c,
-            st.sampled_from([b'{"inputs": "', b'{"inputs": "x", "outputs": "', b"[", b'{"inputs":']),
-            st.binary(max_size=30),
-            st.sampled_from([b'"}', b"}", b""]),
-        ),
-        st.recursive(
-            st.none() | st.floats() | st.text(),
-            lambda c: st.lists(c) | st.dictionaries(st.sampled_from(["inputs", "outputs", "targets", "x"]), c),
-        ).map(lambda value: json.dumps(value).encode()),
-    )
-)
-def test_any_line_is_a_row_of_texts_or_a_bad_row(line):
-    try:
-        inputs, outputs = parse_row(line, KEYS)
-    except BadRow as reason:
-        assert str(reason) and "\n" not in str(reason)
-        return
-    assert inputs.encode() and outputs.encode()  # strings, not empty, no lone surrogate
-    row = json.loads(line.decode())
-    assert (inputs, outputs) == (row["inputs"], row.get("outputs", row.get("targets")))
-
-
-@pytest.mark.parametrize(
-    ("line", "reason"),
-    [
-        (b"", "empty line"),
-        (b"  \r", "empty line"),
-        (b'{"inputs', "not JSON"),
-        (b"{", "JSON over several lines; jq -c . writes one object per line"),
-        (b"[", "JSON over several lines; jq -c '.[]' writes one object per line"),
-        (b"[" * 100_000, "not JSON"),
-        (b"[1]", "a JSON array, not an object; jq -c '.[]' writes one object per line"),
-        (b"1", "not a JSON object"),
-        (b'{"inputs": "a"}', "no key 'outputs' or 'targets'; the row has 'inputs'"),
-        (b'{"prompt": "a", "completion": "b"}', "no key 'inputs'; the row has 'prompt', 'completion'"),
-        (
-            b"{%s}" % b", ".join(b'"k%d": 0' % n for n in range(9)),
-            "no key 'inputs'; the row has " + ", ".join(f"'k{n}'" for n in range(8)) + ", ...",
-        ),
-        (b"{}", "no key 'inputs'; the row has no keys"),
-        ('{"inputs": "a"}'.encode("utf-16"), "UTF-16, not UTF-8; iconv -f UTF-16 -t UTF-8 converts the file"),
-        ('{"inputs": "a"}'.encode("utf-16-be"), "UTF-16, not UTF-8; iconv -f UTF-16 -t UTF-8 converts the file"),
-        (b'{"inputs": 1, "outputs": "a"}', "'inputs' is not a string"),
-        (b'{"inputs": "a", "outputs": null}', "'outputs' is not a string"),
-        (b'{"inputs": "a", "targets": ""}', "'targets' is empty"),
-        (b'{"inputs": "\xff", "outputs": "a"}', "invalid UTF-8"),
-        (b'{"inputs": "\xed\xa0\x80", "outputs": "a"}', "invalid UTF-8"),
-        (b'{"inputs": "a", "outputs": "x\\ud800"}', "lone surrogate"),
-        (None, "longer than 64 MiB"),
-    ],
-)
-def test_each_defect_has_its_reason(line, reason):
-    with pytest.raises(BadRow) as error:
-        parse_row(line, KEYS)
-    assert str(error.value) == reason
-
-
-def test_escaped_surrogate_pairs_are_accepted():
-    assert parse_row(b'{"inputs": "\\ud83d\\ude00", "targets": "b", "outputs": "c"}', KEYS) == ["\U0001f600", "c"]
 
 
 def test_a_line_over_the_limit_is_none(tmp_path, monkeypatch):
@@ -183,9 +118,15 @@ def test_a_byte_order_mark_and_blank_lines_are_skipped(tmp_path, pack):
     path.write_bytes(pack(b'\xef\xbb\xbf{"n": 1}\r\n\n  \r\n{"n": 2}\n\n\n'))
     (block,) = read_blocks(open_sources([path]))
     assert [(block.line_number(i), json.loads(line)) for i, line in block.rows()] == [(1, {"n": 1}), (4, {"n": 2})]
-    (tmp_path / "b.jsonl").write_bytes(b'{"n": "\xef\xbb\xbf"}\n' * 2)  # in the middle of a file it is text
-    parts = [lines_of([tmp_path / "b.jsonl"], (i, 2)) for i in (1, 2)]
-    assert parts == [[b'{"n": "\xef\xbb\xbf"}']] * 2
+
+
+@pytest.mark.parametrize("pack", [bytes, gzip.compress], ids=["plain", "gzip"])
+def test_files_joined_by_cat_keep_no_byte_order_mark(tmp_path, pack):
+    mark = b"\xef\xbb\xbf"
+    (tmp_path / "a.jsonl").write_bytes(pack(mark + b'{"n": 1}\n{"n": 2}\n' + mark + b'{"n": 3}\n' + mark + b"\n"))
+    assert lines_of([tmp_path / "a.jsonl"]) == [b'{"n": 1}', b'{"n": 2}', b'{"n": 3}', b""]
+    (tmp_path / "b.jsonl").write_bytes(b'{"n": "' + mark + b'"}\n')  # within a line it is text
+    assert lines_of([tmp_path / "b.jsonl"]) == [b'{"n": "' + mark + b'"}']
 
 
 def test_outputs_in_an_input_directory_are_left_out(tmp_path, capsys):
@@ -206,6 +147,57 @@ def test_outputs_in_an_input_directory_are_left_out(tmp_path, capsys):
     (tmp_path / "only/x_rejected.jsonl").write_text("{}")
     with pytest.raises(UserError, match="no JSONL file in this directory but x_rejected.jsonl"):
         open_sources([tmp_path / "only"])
+
+
+@pytest.mark.parametrize(("head", "found"), [
+    (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n", "git lfs pull"),
+    (b"<!DOCTYPE html>\n<html>", "an HTML page"),
+    (b"\n  <html lang='en'>", "an HTML page"),
+    (b"PAR1\x15\x04", "a Parquet file"),
+    (b"ARROW1\0\0", "an Arrow file"),
+    (b"\xff\xff\xff\xff\x18\x01\0\0\x10", "an Arrow file"),
+    (bz2.compress(b'{"n": 1}\n'), "bunzip2"),
+    (bz2.compress(b""), "bunzip2"),
+    (lzma.compress(b'{"n": 1}\n'), "unxz"),
+    (b"PK\x03\x04\x14\0", "a zip archive"),
+    (b"\0\5\26\7\0\2\0\0Mac OS X        ", "macOS metadata"),
+])  # fmt: skip
+def test_files_of_other_kinds_are_named(tmp_path, head, found):
+    (tmp_path / "rows.jsonl").write_bytes(head)
+    with pytest.raises(UserError, match=r"rows\.jsonl: ") as error:
+        open_sources([tmp_path / "rows.jsonl"])
+    assert found in str(error.value) and "\n" not in str(error.value)
+
+
+def test_hidden_files_of_a_directory_are_left_out(tmp_path, capsys):
+    (tmp_path / "a.jsonl").write_text('{"n": 1}\n')
+    for name in ("._a.jsonl", ".b.jsonl"):
+        (tmp_path / name).write_bytes(b"\0\5\26\7\0\2\0\0Mac OS X        ")
+    assert [source.path.name for source in open_sources([tmp_path])] == ["a.jsonl"]
+    assert "leaving out ._a.jsonl, .b.jsonl" in capsys.readouterr().err
+
+
+def test_names_of_files_cannot_control_the_terminal(tmp_path, capsys):
+    (tmp_path / "a\x1b[2J\nerror: no.jsonl").write_text('{"n": 1}\n')
+    open_sources([tmp_path])
+    assert r"reading a\x1b[2J\nerror: no.jsonl" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number, remedy", [
+    (errno.EMFILE, "ulimit -n"), (errno.EACCES, "permission"), (errno.EIO, "disk")
+])  # fmt: skip
+def test_a_failed_system_call_is_not_called_damage(tmp_path, monkeypatch, number, remedy):
+    (tmp_path / "a.jsonl").write_text('{"n": 1}\n')
+    sources = open_sources([tmp_path / "a.jsonl"])
+
+    def fail(*args):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("builtins.open", fail)
+    for read in (lambda: list(read_blocks(sources)), lambda: open_sources([tmp_path / "a.jsonl"])):
+        with pytest.raises(UserError, match=remedy) as error:
+            read()
+        assert "again" not in str(error.value) or number == errno.EIO
 
 
 def test_shard_numbers_count_from_one():

@@ -31,9 +31,23 @@ def test_a_reused_pid_is_not_the_process(ours):
     assert dataclasses.replace(ours, process_started=earlier).liveness() is Liveness.DEAD
 
 
+def test_a_clock_that_is_set_kills_no_process(ours, monkeypatch):
+    """Linux knows a start since boot; the time since the epoch moves with the clock."""
+    set_back = 3600
+    boot, created = lease.psutil.boot_time(), lease.psutil.Process().create_time()
+    monkeypatch.setattr(lease.psutil, "boot_time", lambda: boot - set_back)
+    monkeypatch.setattr(lease.psutil.Process, "create_time", lambda process: created - set_back)
+    assert ours.liveness() is Liveness.ALIVE
+
+
+def test_hosts_of_one_name_are_told_apart_by_their_kernels(ours, monkeypatch):
+    monkeypatch.setattr(lease.Path, "read_text", lambda path: "another kernel's boot id\n")
+    assert ours.liveness() is Liveness.UNKNOWN
+
+
 def test_an_ended_process_is_dead_even_before_its_parent_reaps_it(ours):
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    started = lease.psutil.Process(child.pid).create_time()
+    started = lease._started(lease.psutil.Process(child.pid))
     identity = dataclasses.replace(ours, pid=child.pid, process_started=started)
     assert identity.liveness() is Liveness.ALIVE
     child.kill()

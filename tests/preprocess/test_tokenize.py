@@ -96,10 +96,10 @@ def test_byte_order_mark_and_blank_lines_are_skipped(data, tmp_path):
 
 
 BAD_ROWS = {
-    "not JSON": b'{"inputs": ',
-    "not a JSON object": b'"text"',
+    "incomplete JSON, cut off or continued on the next line": b'{"inputs": ',
+    "a string, not a JSON object": b'"text"',
     "no key 'inputs'; the row has 'outputs'": b'{"outputs": "x"}',
-    "'targets' is not a string": b'{"inputs": "x", "targets": 5}',
+    "'targets' is an integer, not a string": b'{"inputs": "x", "targets": 5}',
     "'inputs' is empty": b'{"inputs": "", "targets": "x"}',
     "invalid UTF-8": b'{"inputs": "\xff", "targets": "x"}',
     "lone surrogate": b'{"inputs": "\\udead", "targets": "x"}',
@@ -116,7 +116,7 @@ def bad_rows(tmp_path) -> Path:
 
 def test_bad_row_stops_with_its_file_and_line(data, bad_rows, tmp_path):
     line = one_error_line(tokenize(data, tmp_path / "set", rows=bad_rows, ok=False))
-    assert "bad.jsonl, line 2: not JSON" in line and "--skip-bad-rows" in line
+    assert "bad.jsonl, line 2: incomplete JSON" in line and "--skip-bad-rows" in line
     assert not list(tmp_path.glob("set*"))
 
 

@@ -1,4 +1,4 @@
-"""Tiny training runs for the tests of checkpoints: their data, their flags, ranks that can be killed, and the bytes they end with."""
+"""Tiny training runs for tests of checkpoints: data, flags, ranks to be killed, final bytes."""
 
 import hashlib
 import json
@@ -30,7 +30,7 @@ LAYOUTS = {  # name: (ranks, flags)
 
 
 def write_inputs(folder: Path) -> str:
-    """Two small data sets, a file that blends them, and a byte-level tokenizer; the flags that name these."""
+    """Write two small datasets, a blend of them, a byte-level tokenizer; the flags to use them."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     alphabet = ["<|endoftext|>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
@@ -57,7 +57,7 @@ def write_inputs(folder: Path) -> str:
 
 
 def train(words: list[str]) -> tuple[int | str, list[str]]:
-    """The training program on this rank: its exit status, or the line of its error; and how it said it started."""
+    """Run training on this rank; its exit status or error line, and the log of its start."""
     from megatron_ft.checkpoint.checkpointer import Checkpointer
     from megatron_ft.errors import UserError
     from megatron_ft.finetune import main
@@ -78,7 +78,7 @@ def train(words: list[str]) -> tuple[int | str, list[str]]:
 
 
 def run(inputs: str, save: Path, more: str, layout: str = "1") -> tuple[int | str, str]:
-    """One start: its status or error line, how it said it started."""
+    """Run training once; its exit status or error line, and the log of its start."""
     ranks, flags = LAYOUTS[layout]
     words = FLAGS.replace("--from-scratch", "") if "--load" in more else FLAGS
     results = run_ranks(train, ranks, f"{words} {flags} {inputs} --save {save} {more}".split())
@@ -86,7 +86,7 @@ def run(inputs: str, save: Path, more: str, layout: str = "1") -> tuple[int | st
 
 
 def state_and_checkpointer(words: list[str]):
-    """What finetune.py builds before it trains, without data: (arguments, TrainState, Checkpointer), not yet started."""
+    """What a run builds before training, without data: config, TrainState, new Checkpointer."""
     from megatron_ft.checkpoint.checkpointer import Checkpointer, TrainState
     from megatron_ft.config.arguments import parse_args
     from megatron_ft.engine import parallel
@@ -106,7 +106,10 @@ def state_and_checkpointer(words: list[str]):
 
 
 class FusedAdam(torch.optim.Optimizer):
-    """Adam that keeps its state as Transformer Engine's and apex's do: steps counted in the groups, moments made at the first step."""
+    """Adam with the state of Transformer Engine's and apex's.
+
+    Steps are counted in the parameter groups, moments are made at the first step.
+    """
 
     def __init__(self, params, lr, betas, eps, weight_decay, adam_w_mode):
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
@@ -125,8 +128,8 @@ class FusedAdam(torch.optim.Optimizer):
                 main -= group["lr"] * (first / (second.sqrt() + group["eps"]) + group["weight_decay"] * main)
 
 
-def put_in_place_of_adam(optimizer: type) -> None:
-    """Let Megatron-Core believe that this is the Adam of Transformer Engine."""
+def replace_adam(optimizer: type) -> None:
+    """Replace the Adam that Megatron-Core imports from Transformer Engine."""
     import megatron.core.optimizer as optimizers
     from megatron.core.optimizer import distrib_optimizer
 
@@ -134,11 +137,12 @@ def put_in_place_of_adam(optimizer: type) -> None:
     optimizers.USING_PYTORCH_OPTIMIZER = False
 
 
-def steps_alone(words: list[str], until: int, adam: str = "torch") -> dict:
-    """Start or resume a run, take it to iteration `until` by the optimizer alone, with gradients drawn by iteration, and save.
+def optimizer_steps(words: list[str], until: int, adam: str = "torch") -> dict:
+    """Start or resume a run, take only optimizer steps up to iteration `until`, and save.
 
-    `adam` "offloaded" lets the CPU pass for host and GPU, "fused" takes `FusedAdam`. Returns the start's kind, the optimizer's steps,
-    its count of them, digests of all weights after each, and how far the first moved a weight.
+    Gradients are random, seeded by the iteration. With `adam` "offloaded" the CPU acts as host and
+    GPU, "fused" uses `FusedAdam`. Returns the kind of start, the steps taken, the optimizer's count
+    of them, digests of all weights after each, and the largest change of a weight in the first.
     """
     from engine_runs import tell_host_from_gpu
 
@@ -147,7 +151,7 @@ def steps_alone(words: list[str], until: int, adam: str = "torch") -> dict:
     if adam == "offloaded":
         tell_host_from_gpu()
     if adam == "fused":
-        put_in_place_of_adam(FusedAdam)
+        replace_adam(FusedAdam)
     _, state, checkpointer = state_and_checkpointer(words)
     (part,) = optimizer_state.parts(state.optimizer)
     taken: list[int] = []
@@ -180,25 +184,30 @@ def digest_of(tensors: list[torch.Tensor]) -> str:
 
 
 def wait_for_a_slow_rank(timeout_minutes: float, seconds: float) -> str:
-    """ "heard" when both ranks met, though rank 1 came `seconds` late; else "gave up"."""
+    """ "met" if rank 0 waits for rank 1, which is `seconds` late; else "gave up"."""
     import torch.distributed as dist
 
     from megatron_ft.checkpoint import collective
 
     dist.init_process_group("gloo")
-    collective.MINUTES = 0  # the least it waits is half an hour
+    collective.MINUTES = 0  # otherwise at least half an hour
     ranks = collective.Collective(timeout_minutes)
-    ranks.all_of("here")
+    ranks.all_of("ready")
     time.sleep(seconds * ranks.rank)
     try:
         ranks.all_of("done")
     except RuntimeError:
         return "gave up"
-    return "heard"
+    return "met"
 
 
 class Ranks:
-    """Ranks of a run that the test may signal: `with Ranks(function, 2, words) as ranks: ranks.kill(); ranks.results()`."""
+    """Ranks that a test may send signals to.
+
+    with Ranks(function, 2, words) as ranks:
+        ranks.signal(signal.SIGTERM)
+        ranks.results()
+    """
 
     def __init__(self, function, world_size: int, *args) -> None:
         port = free_port()
@@ -220,21 +229,21 @@ class Ranks:
             process.join()
 
     def signal(self, number: int) -> None:
-        """Send a signal to every rank that still runs."""
+        """Send a signal to every running rank."""
         for process in self.processes:
             if process.is_alive():
                 os.kill(process.pid, number)
 
     @property
     def running(self) -> bool:
-        """Whether a rank still runs."""
+        """Whether any rank is running."""
         return any(process.is_alive() for process in self.processes)
 
     def results(self, timeout: float = 120) -> list:
-        """What every rank returned, None for one that was killed. Raises what a rank raised."""
+        """What every rank returned, None for one that was killed. Raises if a rank raised."""
         found = []
         for connection in self.connections:
-            assert wait([connection], timeout), "a rank neither ended nor died"
+            assert wait([connection], timeout), "a rank has not ended"
             try:
                 ok, value = connection.recv()
             except EOFError:
@@ -256,34 +265,34 @@ def iterations_done(save: Path) -> int:
 
 
 def wait_for_iteration(ranks: Ranks, save: Path, iteration: int, timeout: float = 60) -> None:
-    """Return when the run has finished that iteration, or has ended."""
+    """Return once the run has finished that iteration, or has ended."""
     until = time.monotonic() + timeout
     while ranks.running and iterations_done(save) < iteration:
         assert time.monotonic() < until, f"iteration {iteration} was not reached"
         time.sleep(0.01)
 
 
-def whole_tensors(directory: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of a checkpoint (weights and optimizer), whatever layout wrote it."""
+def full_tensors(directory: Path) -> dict[str, torch.Tensor]:
+    """Every full tensor of a checkpoint, weights and optimizer."""
     from megatron_ft.weights.torch_dist_reader import TorchDistFiles
 
     files, found = TorchDistFiles(directory), {}
     for key in sorted(files.tensors):
-        whole = torch.zeros(files.shape(key), dtype=files.tensors[key].properties.dtype)
+        full = torch.zeros(files.shape(key), dtype=files.tensors[key].properties.dtype)
         for chunk in files.chunks_of(key):
-            whole[tuple(slice(o, o + s) for o, s in zip(chunk.offsets, chunk.sizes, strict=True))] = files.chunk(chunk)
-        found[key] = whole
+            full[tuple(slice(o, o + s) for o, s in zip(chunk.offsets, chunk.sizes, strict=True))] = files.chunk(chunk)
+        found[key] = full
     return found
 
 
 def tensor_bytes(directory: Path) -> dict[str, str]:
-    """Digest of every one of these."""
-    tensors = whole_tensors(directory)
+    """Digests of all `full_tensors`."""
+    tensors = full_tensors(directory)
     return {key: hashlib.sha256(t.view(torch.uint8).numpy().tobytes()).hexdigest() for key, t in tensors.items()}
 
 
 def steps(save: Path) -> list[dict]:
-    """The metrics of every step, without those that measure time."""
+    """The metrics of every step, without those that depend on time."""
     timing = {
         "step_seconds",
         "tokens_per_second",
@@ -297,8 +306,8 @@ def steps(save: Path) -> list[dict]:
     return [{k: v for k, v in line.items() if k not in timing} for line in lines]
 
 
-def the_end(save: Path) -> tuple:
-    """Everything a finished run leaves that a number depends on: weights, optimizer, counters and metrics."""
+def final_state(save: Path) -> tuple:
+    """What must be reproducible of a finished run: weights, optimizer, counters and metrics."""
     newest = max(save.glob("iter_*"))
     state = json.loads((newest / "manifest.json").read_text())["state"]
     return newest.name, tensor_bytes(newest), state, steps(save)

@@ -1,4 +1,4 @@
-"""A run that is stopped and killed many times ends with the bytes of the run that never was."""
+"""A run that is stopped and killed many times ends with the bytes of the uninterrupted run."""
 
 import json
 import random
@@ -13,8 +13,8 @@ from checkpoint_runs import (
     FLAGS,
     LAYOUTS,
     Ranks,
+    final_state,
     iterations_done,
-    the_end,
     train,
     wait_for_iteration,
     write_inputs,
@@ -42,9 +42,9 @@ def command(layout: str, inputs: str, save: Path, more: str) -> tuple[int, list[
 @pytest.mark.parametrize("precision", ["--bf16", ""], ids=["bf16", "fp32"])
 def test_three_sigterms_and_three_sigkills_change_nothing(inputs, tmp_path, layout, precision):
     more = f"{precision} --save-interval 4 --eval-interval 10 --eval-iters 1"
-    ranks, words = command(layout, inputs, tmp_path / "unbroken", more)
+    ranks, words = command(layout, inputs, tmp_path / "uninterrupted", more)
     assert {status for status, _ in run_ranks(train, ranks, words)} == {0}
-    save = tmp_path / "broken"
+    save = tmp_path / "interrupted"
     ranks, words = command(layout, inputs, save, more)
     for number, iteration in ((15, 6), (9, 11), (15, 17), (9, 23), (9, 29), (15, 34)):
         with Ranks(train, ranks, words) as run:
@@ -57,42 +57,42 @@ def test_three_sigterms_and_three_sigkills_change_nothing(inputs, tmp_path, layo
         else:
             assert ended == [None] * ranks
     assert {status for status, _ in run_ranks(train, ranks, words)} == {0}
-    assert the_end(save) == the_end(tmp_path / "unbroken")
+    assert final_state(save) == final_state(tmp_path / "uninterrupted")
 
 
-def assert_only_whole_checkpoints(save: Path) -> None:
-    """Whatever instant the run died at, every directory called iter_* holds what its manifest says."""
+def assert_only_complete_checkpoints(save: Path) -> None:
+    """Every directory called iter_* contains what its manifest lists."""
     for iteration in list_iterations(save):
         where = save / f"iter_{iteration:07d}"
         assert check_files(where, read_manifest(where), checksums=True) == []
 
 
-def test_sigkill_at_25_random_instants_then_damage(inputs, tmp_path):
-    save, unbroken = tmp_path / "save", tmp_path / "unbroken"
+def test_25_sigkills_and_damaged_files_change_nothing(inputs, tmp_path):
+    save, uninterrupted = tmp_path / "save", tmp_path / "uninterrupted"
     draw = random.Random(20261124)
     more = "--save-interval 1 --keep-last 3 --verify-checkpoint"
-    ranks, words = command("DP2", inputs, unbroken, more)
+    ranks, words = command("DP2", inputs, uninterrupted, more)
     assert {status for status, _ in run_ranks(train, ranks, words)} == {0}
-    expected = the_end(unbroken)
+    expected = final_state(uninterrupted)
 
     died_in_a_save, snapshot = 0, None
     ranks, words = command("DP2", inputs, save, more)
     for kill in range(25):
         before = max(list_iterations(save), default=0)
         with Ranks(train, ranks, words + ["--async-save"] * (kill % 2)) as run:
-            if kill % 5:  # most die at work, the others anywhere in their start
+            if kill % 5:  # most die while training, the others while starting
                 wait_for_iteration(run, save, min(before + 1, ITERATIONS))
             time.sleep(draw.uniform(0, 0.25 if kill % 5 else 2))
             run.signal(signal.SIGKILL)
-        assert_only_whole_checkpoints(save)
-        assert max(list_iterations(save), default=0) >= before  # nothing that was saved is lost
+        assert_only_complete_checkpoints(save)
+        assert max(list_iterations(save), default=0) >= before  # no saved checkpoint is lost
         died_in_a_save += any(".writing-" in path.name for path in save.iterdir()) if save.is_dir() else 0
         if snapshot is None and len(list_iterations(save)) == 3:
             snapshot = tmp_path / "snapshot"
             shutil.copytree(save, snapshot)
     assert died_in_a_save > 0
     assert {status for status, _ in run_ranks(train, ranks, words)} == {0}
-    assert the_end(save) == expected
+    assert final_state(save) == expected
 
     for trial in range(6):
         shutil.rmtree(save)
@@ -103,11 +103,14 @@ def test_sigkill_at_25_random_instants_then_damage(inputs, tmp_path):
         reasons = "\n".join(results[0][1])
         for file in damaged:
             assert f"{file.parent.name}: " in reasons and file.name in reasons
-        assert the_end(save) == expected
+        assert final_state(save) == expected
 
 
 def damage(draw: random.Random, save: Path, checkpoints: int) -> list[Path]:
-    """Truncate, flip a bit of, or delete a random file in each of the newest checkpoints; the files."""
+    """Truncate, flip a bit in, or delete a random file of each of the newest checkpoints.
+
+    Returns the files.
+    """
     hit = []
     for iteration in list_iterations(save)[:checkpoints]:
         file = draw.choice(sorted((save / f"iter_{iteration:07d}").iterdir()))
@@ -124,7 +127,7 @@ def damage(draw: random.Random, save: Path, checkpoints: int) -> list[Path]:
     return hit
 
 
-def test_every_checkpoint_damaged_is_an_error_that_names_them(inputs, tmp_path):
+def test_an_error_lists_the_damage_if_every_checkpoint_is_damaged(inputs, tmp_path):
     save = tmp_path / "save"
     ranks, words = command("1", inputs, save, "--save-interval 1 --verify-checkpoint --exit-interval 3")
     assert {status for status, _ in run_ranks(train, ranks, words)} == {75}

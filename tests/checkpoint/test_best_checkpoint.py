@@ -1,4 +1,4 @@
-"""The best checkpoint stays, is named rightly after failures and after going back, and is used by its name."""
+"""The best checkpoint is kept, marked correctly after failures, and accepted as `best`."""
 
 import json
 import os
@@ -19,7 +19,7 @@ def inputs(tmp_path_factory) -> str:
     return write_inputs(tmp_path_factory.mktemp("inputs"))
 
 
-def there(save: Path) -> list[int]:
+def saved_iterations(save: Path) -> list[int]:
     return sorted(int(path.name.removeprefix("iter_")) for path in save.glob("iter_*"))
 
 
@@ -28,12 +28,15 @@ def marks(save: Path) -> list[str | None]:
 
 
 def save_some(words, steps):
-    """Start, and save at each (iteration, loss or None where nothing was validated, whether the disk takes it); what is best on disk."""
+    """Start a run and save at each (iteration, validation loss or None, whether there is space).
+
+    Returns the best checkpoint on disk, and the log.
+    """
     from megatron_ft.checkpoint.train_state import BestCheckpoint, ValidationData
 
     _, state, checkpointer = state_and_checkpointer(words)
-    said: list[str] = []
-    checkpointer.log = said.append
+    log: list[str] = []
+    checkpointer.log = log.append
     checkpointer.start(state)
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     for iteration, loss, possible in steps:
@@ -48,22 +51,22 @@ def save_some(words, steps):
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     best = checkpointer.saved_best()
     checkpointer.finish()
-    return best and best.to_dict(), said
+    return best and best.to_dict(), log
 
 
 @pytest.mark.parametrize("flags", ["", "--async-save"])
-def test_the_best_on_disk_stays_when_a_better_one_could_not_be_saved(inputs, tmp_path, flags):
+def test_the_best_on_disk_is_kept_if_a_better_one_could_not_be_saved(inputs, tmp_path, flags):
     words = f"{FLAGS} {inputs} --train-iters 20 --keep-last 1 --save {tmp_path} {flags}".split()
-    [(best, said)] = run_ranks(save_some, 1, words, [(4, 2.0, True), (8, 1.0, False), (10, None, True)])
-    assert any("File too large" in line for line in said)
-    assert there(tmp_path) == [4, 10] and marks(tmp_path) == ["10", "4"]
+    [(best, log)] = run_ranks(save_some, 1, words, [(4, 2.0, True), (8, 1.0, False), (10, None, True)])
+    assert any("File too large" in line for line in log)
+    assert saved_iterations(tmp_path) == [4, 10] and marks(tmp_path) == ["10", "4"]
     assert (best["iteration"], best["loss"]) == (4, 2.0)
     [(best, _)] = run_ranks(save_some, 1, words, [(12, None, True), (14, 0.5, True), (16, None, True)])
-    assert there(tmp_path) == [14, 16] and marks(tmp_path) == ["16", "14"] and best["loss"] == 0.5
+    assert saved_iterations(tmp_path) == [14, 16] and marks(tmp_path) == ["16", "14"] and best["loss"] == 0.5
 
 
 def train_with_a_full_disk(words, full_at):
-    """A run whose save of the best at iteration `full_at` finds no room."""
+    """A run whose save of the best at iteration `full_at` fails for lack of disk space."""
     from megatron_ft.checkpoint.checkpointer import Checkpointer
 
     save = Checkpointer.save
@@ -81,8 +84,11 @@ def train_with_a_full_disk(words, full_at):
     return train(words)
 
 
-def test_a_best_that_could_not_be_saved_is_none_to_beat(inputs, tmp_path):
-    """From step 5 on the learning rate is 0: iteration 6 is as good as 4, which found no room, and better than 2."""
+def test_a_best_that_could_not_be_saved_is_not_compared_with(inputs, tmp_path):
+    """From step 5 on the learning rate is 0.
+
+    So iteration 6 is as good as 4, which could not be saved, and better than 2.
+    """
     save = tmp_path / "save"
     words = f"{FLAGS} {inputs} --save {save} --train-iters 6 --eval-interval 2 --eval-iters 4 --keep-last 1"
     words += " --lr 1e-3 --lr-decay-style linear --lr-decay-iters 4 --min-lr 0"
@@ -92,7 +98,7 @@ def test_a_best_that_could_not_be_saved_is_none_to_beat(inputs, tmp_path):
     assert losses[0] > losses[1] == losses[2]
 
 
-def test_tracker_and_best_mark_follow_a_run_that_goes_back(inputs, tmp_path):
+def test_tracker_and_best_mark_follow_a_run_that_resumes_from_an_older_checkpoint(inputs, tmp_path):
     save = tmp_path / "save"
     words = f"{FLAGS} {inputs} --train-iters 20 --keep-last 0 --save {save}".split()
     run_ranks(save_some, 1, words, [(4, 2.0, True), (6, None, True), (8, 1.0, True)])
@@ -108,31 +114,31 @@ def test_tracker_and_best_mark_follow_a_run_that_goes_back(inputs, tmp_path):
 
 @pytest.fixture(scope="module")
 def trained(inputs, tmp_path_factory) -> Path:
-    """A run of 6 steps that was best at 4: its last steps' learning rate makes it worse."""
+    """A run of 6 steps whose best is at 4: the learning rate of its last steps makes it worse."""
     save = tmp_path_factory.mktemp("trained") / "save"
     flags = "--eval-interval 2 --eval-iters 4 --keep-last 0 --lr-decay-style constant"
     assert run(inputs, save, f"{flags} --train-iters 6 --exit-interval 4 --lr 1e-3")[0] == 75
     assert run(inputs, save, f"{flags} --train-iters 6 --lr 10 --override-checkpoint-args")[0] == 0
-    assert there(save) == [2, 4, 6] and marks(save) == ["6", "4"]
+    assert saved_iterations(save) == [2, 4, 6] and marks(save) == ["6", "4"]
     return save
 
 
-def test_the_last_line_names_the_best(trained):
+def test_the_last_event_names_the_best(trained):
     events = [json.loads(line)["event"] for line in (trained / "events.jsonl").open()]
     loss = json.loads((trained / "iter_0000004/manifest.json").read_text())["state"]["best"]["loss"]
     assert events[-1] == f"best: iteration 4 (valid loss {loss:.6f}); convert it with --iteration best"
 
 
-def test_best_is_taken_wherever_an_iteration_is(trained, inputs, tmp_path):
+def test_best_is_accepted_wherever_an_iteration_is(trained, inputs, tmp_path):
     out = ("--load", trained, "--iteration", "best")
     convert("megatron_to_hf", *out, "--output", tmp_path / "hf")
     convert("megatron_to_hf", "--load", trained, "--iteration", "4", "--output", tmp_path / "by-number")
     convert("verify", tmp_path / "hf", tmp_path / "by-number")
     convert("verify", trained, tmp_path / "hf", "--iteration-a", "best")
     convert("reshard", *out, "--save", tmp_path / "resharded", "--tensor-parallel", "1")
-    assert there(tmp_path / "resharded") == [4]
-    status, said = run(inputs, tmp_path / "next", f"--load {trained} --load-iteration best --train-iters 1")
-    assert status == 0 and f"{trained / 'iter_0000004'}" in said
+    assert saved_iterations(tmp_path / "resharded") == [4]
+    status, log = run(inputs, tmp_path / "next", f"--load {trained} --load-iteration best --train-iters 1")
+    assert status == 0 and f"{trained / 'iter_0000004'}" in log
 
     unknown = tmp_path / "unknown"
     shutil.copytree(trained, unknown)
@@ -144,7 +150,7 @@ def test_best_is_taken_wherever_an_iteration_is(trained, inputs, tmp_path):
     assert "neither a number, 'release', 'best' nor 'latest'" in refusal(*back, "worst")
 
 
-def test_readers_take_the_newest_whole_one_where_the_tracker_is_wrong(trained, inputs, tmp_path):
+def test_readers_take_the_newest_complete_checkpoint_if_the_tracker_is_wrong(trained, inputs, tmp_path):
     save = tmp_path / "save"
     shutil.copytree(trained, save)
     (save / TRACKER).write_text("8")
@@ -152,8 +158,8 @@ def test_readers_take_the_newest_whole_one_where_the_tracker_is_wrong(trained, i
     printed = convert("megatron_to_hf", "--load", save, "--output", tmp_path / "hf")
     assert f"{TRACKER} names 8, which does not exist; using the newest intact checkpoint, iteration 4" in printed
     convert("verify", trained, tmp_path / "hf", "--iteration-a", "4")
-    status, said = run(inputs, tmp_path / "next", f"--load {save} --train-iters 1")
-    assert status == 0 and "using the newest intact checkpoint, iteration 4" in said
+    status, log = run(inputs, tmp_path / "next", f"--load {save} --train-iters 1")
+    assert status == 0 and "using the newest intact checkpoint, iteration 4" in log
     (save / TRACKER).unlink()
     assert "is missing; using the newest intact checkpoint, iteration 4" in convert("verify", save, tmp_path / "hf")
     assert "iteration 8 was asked for" in refusal("verify", save, tmp_path / "hf", "--iteration-a", "8")

@@ -1,4 +1,4 @@
-"""Checkpoints of real runs: exact resume, any layout to any other, damage named and skipped, what may change on a resume."""
+"""Checkpoints of real runs: exact resume, any layout to any other, damage, what may change."""
 
 import json
 import math
@@ -7,7 +7,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
-from checkpoint_runs import DROPOUT, FLAGS, LAYOUTS, steps, steps_alone, the_end, train, write_inputs
+from checkpoint_runs import DROPOUT, FLAGS, LAYOUTS, final_state, optimizer_steps, steps, train, write_inputs
 from ranks import run_ranks
 
 from megatron_ft.checkpoint.resume import compare, describe_data
@@ -26,7 +26,7 @@ def inputs(tmp_path_factory) -> str:
 
 
 def run(layout: str, inputs: str, save: Path, *more: str) -> list:
-    """One start of the training program on the ranks of a layout; (status or error line, reasons) of each rank."""
+    """Run the training program in a layout; (status or error line, start's log) of each rank."""
     ranks, flags = LAYOUTS[layout]
     words = f"{FLAGS} {flags} {inputs} --save {save} {' '.join(more)}".split()
     return run_ranks(train, ranks, words)
@@ -36,7 +36,7 @@ def statuses(results: list) -> set:
     return {status for status, _ in results}
 
 
-def said(results: list) -> str:
+def start_log(results: list) -> str:
     return "\n".join(results[0][1])
 
 
@@ -49,9 +49,9 @@ def source(inputs, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def unbroken(source, inputs, tmp_path_factory) -> list[float]:
+def uninterrupted(source, inputs, tmp_path_factory) -> list[float]:
     """Losses of the same run when nothing stops it."""
-    save = tmp_path_factory.mktemp("unbroken") / "save"
+    save = tmp_path_factory.mktemp("uninterrupted") / "save"
     assert statuses(run("TP2 DP2", inputs, save, NO_DROPOUT, "--train-iters 6")) == {0}
     return [step["loss"] for step in steps(save)]
 
@@ -65,25 +65,25 @@ def unbroken(source, inputs, tmp_path_factory) -> list[float]:
         ("TP2 PP2", ""),
     ],
 )
-def test_any_layout_continues_any_other(source, unbroken, inputs, tmp_path, layout, more):
+def test_any_layout_resumes_from_any_other(source, uninterrupted, inputs, tmp_path, layout, more):
     save = tmp_path / "save"
     shutil.copytree(source, save)
     results = run(layout, inputs, save, NO_DROPOUT, "--train-iters 6", more)
     assert statuses(results) == {0}
-    assert "weights and optimizer are resharded" in said(results)
+    assert "weights and optimizer are resharded" in start_log(results)
     continued = [step["loss"] for step in steps(save)]
     assert len(continued) == 6
-    assert max(abs(a - b) for a, b in zip(continued, unbroken, strict=True)) < 1e-5
+    assert max(abs(a - b) for a, b in zip(continued, uninterrupted, strict=True)) < 1e-5
     assert math.isfinite(continued[-1]) and continued[-1] < continued[0]
 
 
-def test_interrupted_run_ends_with_the_bytes_of_the_unbroken_one(inputs, tmp_path):
+def test_an_interrupted_run_ends_with_the_bytes_of_the_uninterrupted_one(inputs, tmp_path):
     flags = [DROPOUT, "--bf16 --train-iters 6 --eval-interval 3 --eval-iters 1 --async-save"]
-    assert statuses(run("DP2", inputs, tmp_path / "unbroken", *flags)) == {0}
+    assert statuses(run("DP2", inputs, tmp_path / "uninterrupted", *flags)) == {0}
     for stop in ("--exit-interval 1", "--exit-interval 3", ""):
-        results = run("DP2", inputs, tmp_path / "broken", *flags, stop)
+        results = run("DP2", inputs, tmp_path / "interrupted", *flags, stop)
     assert statuses(results) == {0}
-    assert the_end(tmp_path / "broken") == the_end(tmp_path / "unbroken")
+    assert final_state(tmp_path / "interrupted") == final_state(tmp_path / "uninterrupted")
 
 
 ADAMS = [
@@ -95,24 +95,24 @@ ADAMS = [
 
 
 @pytest.mark.parametrize("adam, flags", ADAMS)
-def test_every_optimizer_resumes_without_a_step_of_its_own(inputs, tmp_path, adam, flags):
+def test_every_optimizer_resumes_without_an_extra_step(inputs, tmp_path, adam, flags):
     def start(name, until):
         words = f"{FLAGS} {flags} {inputs} --train-iters 6 --save {tmp_path / name}".split()
-        return run_ranks(steps_alone, 2, words, until, adam)
+        return run_ranks(optimizer_steps, 2, words, until, adam)
 
-    unbroken, first, second = start("unbroken", 6), start("broken", 3), start("broken", 6)
-    for whole, before, after in zip(unbroken, first, second, strict=True):
+    uninterrupted, first, second = start("uninterrupted", 6), start("interrupted", 3), start("interrupted", 6)
+    for complete, before, after in zip(uninterrupted, first, second, strict=True):
         assert before["kind"] == "scratch" and after["kind"] == "resume"
         assert before["taken"] == [0, 1, 2] and after["taken"] == [3, 4, 5]
-        assert whole["count"] == after["count"] and whole["count"] in (6, None)
-        assert before["digests"] + after["digests"] == whole["digests"]
-        assert len(set(whole["digests"])) == 6
+        assert complete["count"] == after["count"] and complete["count"] in (6, None)
+        assert before["digests"] + after["digests"] == complete["digests"]
+        assert len(set(complete["digests"])) == 6
 
 
-def test_an_offloaded_optimizer_starts_from_the_weights_that_were_loaded(source, inputs, tmp_path):
+def test_an_offloaded_optimizer_starts_from_the_loaded_weights(source, inputs, tmp_path):
     flags = FLAGS.replace("--from-scratch", f"--load {source}") + " --bf16 --optimizer-cpu-offload --seed 7"
     words = f"{flags} {inputs} --train-iters 6 --save {tmp_path}".split()
-    for rank in run_ranks(steps_alone, 2, words, 1, "offloaded"):
+    for rank in run_ranks(optimizer_steps, 2, words, 1, "offloaded"):
         assert rank["kind"] == "weights"
         assert rank["moved"] < 0.002  # a step at --lr 1e-3; initial weights differ by a hundred times that
 
@@ -127,7 +127,7 @@ def three(inputs, tmp_path_factory) -> Path:
     return save
 
 
-def test_damaged_checkpoints_are_named_skipped_and_put_aside(three, inputs, tmp_path):
+def test_damaged_checkpoints_are_reported_skipped_and_renamed(three, inputs, tmp_path):
     save = tmp_path / "save"
     shutil.copytree(three, save)
     shard = save / "iter_0000006/__0_0.distcp"
@@ -137,14 +137,14 @@ def test_damaged_checkpoints_are_named_skipped_and_put_aside(three, inputs, tmp_
     (save / "iter_0000004/.metadata").write_bytes(flipped)
     results = run("1", inputs, save, NO_DROPOUT, "--train-iters 8 --exit-interval 3")
     assert statuses(results) == {75}
-    assert "iter_0000006: " in said(results) and "__0_0.distcp has" in said(results)
-    assert ".metadata does not have the checksum" in said(results)
-    assert "iter_0000002 (iteration 2" in said(results)
+    assert "iter_0000006: " in start_log(results) and "__0_0.distcp has" in start_log(results)
+    assert ".metadata does not have the checksum" in start_log(results)
+    assert "iter_0000002 (iteration 2" in start_log(results)
     assert (save / "damaged-iter_0000006").is_dir() and (save / "damaged-iter_0000004").is_dir()
     assert [step["iteration"] for step in steps(save)] == [1, 2, 3]
 
 
-def test_never_a_fresh_start_over_damaged_checkpoints(three, inputs, tmp_path):
+def test_a_run_never_starts_over_damaged_checkpoints(three, inputs, tmp_path):
     save = tmp_path / "save"
     shutil.copytree(three, save)
     (save / "iter_0000006/manifest.json").unlink()
@@ -154,13 +154,11 @@ def test_never_a_fresh_start_over_damaged_checkpoints(three, inputs, tmp_path):
     before = sorted(p.name for p in save.iterdir())
     (status,) = statuses(run("1", inputs, save, NO_DROPOUT, "--train-iters 8"))
     assert "none of its 3 checkpoints is complete" in status
-    assert (
-        "manifest.json is missing" in status and "__0_0.distcp is missing" in status and "its own checksum" in status
-    )
+    assert "manifest.json is missing" in status and "__0_0.distcp is missing" in status and "its own checksum" in status
     assert set(before) <= {p.name for p in save.iterdir()}  # nothing was renamed or removed
 
 
-def test_what_may_change_on_a_resume_and_what_may_not(three, inputs, tmp_path):
+def test_data_and_seed_may_not_change_on_a_resume_but_the_schedule_may(three, inputs, tmp_path):
     save = tmp_path / "save"
     shutil.copytree(three, save)
     first = inputs.split()[1]
@@ -180,7 +178,7 @@ def test_what_may_change_on_a_resume_and_what_may_not(three, inputs, tmp_path):
         assert expected in line
     (line,) = statuses(run("1", inputs, save, NO_DROPOUT, "--train-iters 8 --ffn-hidden-size 64"))
     assert "ffn-hidden-size was 128, is 64" in line
-    elsewhere = tmp_path / "elsewhere"  # the same data in another place are no change
+    elsewhere = tmp_path / "elsewhere"  # a copy of the data in another directory is the same data
     shutil.copytree(Path(first).parent, elsewhere)
     moved = elsewhere / "train.txt"
     moved.write_text(Path(first).read_text().replace(str(Path(first).parent), str(elsewhere)))
@@ -188,13 +186,14 @@ def test_what_may_change_on_a_resume_and_what_may_not(three, inputs, tmp_path):
         "1", inputs.replace(first, str(moved)), save, NO_DROPOUT, "--train-iters 9 --lr 2e-3 --exit-interval 7"
     )
     assert statuses(allowed) == {75}
-    assert "--lr was 0.001, is 0.002" in said(allowed) and "--train-iters was 8, is 9" in said(allowed)
+    assert "--lr was 0.001, is 0.002" in start_log(allowed) and "--train-iters was 8, is 9" in start_log(allowed)
     overridden = run("1", inputs, save, NO_DROPOUT, "--train-iters 8 --seed 7 --override-checkpoint-args")
     assert statuses(overridden) == {0}
-    assert "--seed was 1234, is 7 (--override-checkpoint-args)" in said(overridden)
+    assert "--seed was 1234, is 7 (--override-checkpoint-args)" in start_log(overridden)
 
 
-ANOTHER_RUN = {  # every flag that makes a resume another run, with a value that is not the first start's
+# Every flag that may not change on a resume, with another value than the first start's.
+DIFFERENT_RUN = {
     "seq_length": "--seq-length 16",
     "packing": "--packing greedy",
     "packing_lookahead": "--packing-lookahead 8",
@@ -218,7 +217,7 @@ ANOTHER_RUN = {  # every flag that makes a resume another run, with a value that
 }
 
 
-def test_every_change_that_makes_another_run_is_seen(tmp_path):
+def test_every_change_that_makes_it_a_different_run_is_noticed(tmp_path):
     words = f"{FLAGS} {write_inputs(tmp_path)} --train-iters 8".split()
     config = parse_args(words)
     Manifest(0, config.shape.as_dict(), config.values(), {}, {}, describe_data(config)).write(tmp_path)
@@ -228,8 +227,8 @@ def test_every_change_that_makes_another_run_is_seen(tmp_path):
         return compare(saved, config, shape, describe_data(config)).refused
 
     assert changed(config) == []
-    assert set(ANOTHER_RUN) == {dest for dest, entry in ENTRIES.items() if entry.flag.resume is Resume.FIXED}
-    for name, flag in ANOTHER_RUN.items():
+    assert set(DIFFERENT_RUN) == {dest for dest, entry in ENTRIES.items() if entry.flag.resume is Resume.FIXED}
+    for name, flag in DIFFERENT_RUN.items():
         (line,) = changed(parse_args([*words, *flag.split()]))
         assert line.startswith(f"{flag.split()[0].replace('--no-', '--')} was "), name
     for field in fields(config.shape):
@@ -246,7 +245,7 @@ def test_every_change_that_makes_another_run_is_seen(tmp_path):
     assert changed(config) == []
 
 
-def test_the_saved_batch_is_asked_for_where_it_can_be_given(inputs, tmp_path):
+def test_the_error_suggests_how_to_get_the_saved_batch_size(inputs, tmp_path):
     save = tmp_path / "save"
     small = FLAGS.replace("--global-batch-size 4", "")
 
@@ -290,7 +289,7 @@ def test_directories_that_cannot_be_resumed_are_explained(three, inputs, tmp_pat
         content = json.loads(path.read_text()) | {"format": 99}
         content.pop("checksum")
         path.write_text(json.dumps(content | {"checksum": manifests._checksum(content)}))
-    assert "install the newer one" in start(newer)[0]
+    assert "install the newer package" in start(newer)[0]
     file = tmp_path / "file"
     file.write_text("")
     assert "File exists" in start(file)[0] or "Not a directory" in start(file)[0]
@@ -307,7 +306,7 @@ def test_directories_that_cannot_be_resumed_are_explained(three, inputs, tmp_pat
     assert (untracked / tracker).read_text() == "7"
 
 
-def test_a_checkpoint_every_half_epoch_is_kept_whatever_the_batch_and_however_often_it_is_resumed(inputs, tmp_path):
+def test_half_epoch_checkpoints_are_kept_for_any_batch_size_and_any_number_of_resumes(inputs, tmp_path):
     save = tmp_path / "save"
     flags = "--save-epochs 0.5 --train-epochs 2.5 --save-interval 1 --keep-last 1 --micro-batch-size 1 --rampup-batch-size 2 1 13"
     starts = 1
@@ -320,12 +319,12 @@ def test_a_checkpoint_every_half_epoch_is_kept_whatever_the_batch_and_however_of
     assert max(expected) == max(done) and len(expected) == 5
     assert {int(path.name.removeprefix("iter_")) for path in save.glob("iter_*")} == expected
 
-    save = tmp_path / "alone"  # with no other reason to save
+    save = tmp_path / "epochs-only"
     assert statuses(run("1", inputs, save, NO_DROPOUT, flags, "--save-interval 0 --keep-last 2")) == {0}
     assert {int(path.name.removeprefix("iter_")) for path in save.glob("iter_*")} == expected
 
 
-def test_keeps_the_last_the_best_and_every_nth(inputs, tmp_path):
+def test_the_last_the_best_and_every_nth_checkpoint_are_kept(inputs, tmp_path):
     save = tmp_path / "save"
     flags = "--train-iters 9 --save-interval 1 --keep-last 2 --keep-every 4 --eval-interval 3 --eval-iters 1 --lr 1e-30 --lr-decay-style constant"
     assert statuses(run("1", inputs, save, NO_DROPOUT, flags)) == {0}

@@ -1,4 +1,4 @@
-"""What is on disk: who may write it, who else can read it, what happens when it cannot be written, and that no pickle of it runs."""
+"""Checkpoint files: who may write them, who can read them, failed saves, and pickles."""
 
 import dataclasses
 import json
@@ -45,29 +45,29 @@ def inputs(tmp_path_factory) -> str:
     return write_inputs(tmp_path_factory.mktemp("inputs"))
 
 
-# ---- pieces of tensors ------------------------------------------------------------------------------------------------
+# ---- pieces of tensors ---------------------------------------------------------------------------
 
 
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=3), st.data())
-def test_boxes_of_a_range_are_the_range(shape, data):
-    whole = np.arange(np.prod(shape)).reshape(shape)
-    start = data.draw(st.integers(0, whole.size))
-    end = data.draw(st.integers(start, whole.size))
+def test_the_boxes_of_a_range_contain_it_in_order(shape, data):
+    full = np.arange(np.prod(shape)).reshape(shape)
+    start = data.draw(st.integers(0, full.size))
+    end = data.draw(st.integers(start, full.size))
     read = []
     for offsets, sizes, flat in boxes(tuple(shape), start, end):
-        box = whole[tuple(slice(o, o + s) for o, s in zip(offsets, sizes, strict=True))].reshape(-1)
+        box = full[tuple(slice(o, o + s) for o, s in zip(offsets, sizes, strict=True))].reshape(-1)
         assert box[0] == flat
         read += box.tolist()
     assert read == list(range(start, end))
     assert len(boxes(tuple(shape), start, end)) <= 2 * len(shape) - 1
 
 
-def test_ranks_wait_for_the_slowest_as_long_as_the_flag_says():
-    assert run_ranks(wait_for_a_slow_rank, 2, 0.5, 3) == ["heard"] * 2
+def test_ranks_wait_for_the_slowest_as_long_as_the_flag_allows():
+    assert run_ranks(wait_for_a_slow_rank, 2, 0.5, 3) == ["met"] * 2
     assert run_ranks(wait_for_a_slow_rank, 2, 0.02, 3)[0] == "gave up"
 
 
-# ---- who may write ----------------------------------------------------------------------------------------------------
+# ---- who may write -------------------------------------------------------------------------------
 
 
 def test_a_live_owner_keeps_the_directory_and_a_dead_one_loses_it(tmp_path, monkeypatch):
@@ -82,20 +82,20 @@ def test_a_live_owner_keeps_the_directory_and_a_dead_one_loses_it(tmp_path, monk
     second = SaveDirectoryLease(tmp_path)
     second.claim()
     with pytest.raises(UserError, match="has been taken over"), first.writing():
-        raise AssertionError("a stale owner was let in")
+        raise AssertionError("a stale owner may write")
     with second.writing():
         pass
-    first.release()  # gives nothing up that is another's
+    first.release()  # must not release the lease of the second
     with second.writing():
         pass
-    # a requeued SLURM job is the next life of the same job, whatever its old nodes still do
+    # a requeued SLURM job takes over, whatever still runs on its old nodes
     (tmp_path / save_lease.OWNER).write_text(json.dumps(claim | {"slurm_job": "17", "slurm_restarts": 0}))
     monkeypatch.setenv("SLURM_JOB_ID", "17")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     SaveDirectoryLease(tmp_path).claim()
 
 
-def test_an_owner_on_another_host_is_watched_for_signs_of_life(tmp_path, monkeypatch):
+def test_the_heartbeat_of_an_owner_on_another_host_is_watched(tmp_path, monkeypatch):
     first = SaveDirectoryLease(tmp_path)
     first.claim()
     elsewhere = json.loads((tmp_path / save_lease.OWNER).read_text()) | {"host": "node17"}
@@ -105,9 +105,9 @@ def test_an_owner_on_another_host_is_watched_for_signs_of_life(tmp_path, monkeyp
     with pytest.raises(UserError, match="node17.*its heartbeat is advancing"):
         SaveDirectoryLease(tmp_path).claim(log=lambda line: None)
     monkeypatch.setattr(save_lease.time, "sleep", lambda seconds: threading_wait(0.6))
-    said = []
-    SaveDirectoryLease(tmp_path).claim(log=said.append)
-    assert "waiting" in said[0]
+    log: list[str] = []
+    SaveDirectoryLease(tmp_path).claim(log=log.append)
+    assert "waiting" in log[0]
 
 
 def threading_wait(seconds: float) -> None:
@@ -130,11 +130,11 @@ def test_two_runs_never_share_a_save_directory(inputs, tmp_path):
     assert status == 75
 
 
-# ---- who else can read ------------------------------------------------------------------------------------------------
+# ---- who else can read ---------------------------------------------------------------------------
 
 
 def save_and_read_with_megatron(words, save):
-    """Save; then read with nothing but Megatron-Core's own load into zeroed weights. Largest difference."""
+    """Save, load with Megatron-Core's own function into zeroed weights; the largest difference."""
     from megatron.core import dist_checkpointing
 
     from megatron_ft.checkpoint.load_weights import unwrap
@@ -154,17 +154,17 @@ def save_and_read_with_megatron(words, save):
 
 
 @pytest.mark.parametrize("flags", ["--tensor-model-parallel-size 2", "--pipeline-model-parallel-size 2 --bf16"])
-def test_megatron_core_reads_it(inputs, tmp_path, flags):
+def test_megatron_core_reads_the_checkpoint(inputs, tmp_path, flags):
     words = f"{FLAGS} {flags} {inputs} --train-iters 5 --save {tmp_path}".split()
     assert run_ranks(save_and_read_with_megatron, 2, words, tmp_path) == [0.0, 0.0]
 
 
-# ---- saves that fail --------------------------------------------------------------------------------------------------
+# ---- saves that fail -----------------------------------------------------------------------------
 
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of 3 MiB, or None where mounting is not permitted."""
+    """A file system of 3 MiB, None if mounting is not permitted."""
     point = tmp_path / "disk"
     point.mkdir()
     done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "none", point], capture_output=True)
@@ -174,7 +174,7 @@ def small_disk(tmp_path):
 
 
 class Full:
-    """Nothing more can be written: the disk is filled, or (where none could be mounted) files may not grow, as under a quota."""
+    """Nothing more can be written: the disk is full, or files may not grow, as under a quota."""
 
     def __init__(self, disk: str | None, rank: int) -> None:
         self.filler = Path(disk) / "filler" if disk and rank == 0 else None
@@ -200,9 +200,9 @@ def save_on_a_full_disk(words, disk):
     """Outcome of each save on this rank, and what was logged."""
     import torch.distributed as dist
 
-    said = []
+    log: list[str] = []
     _, state, checkpointer = state_and_checkpointer(words)
-    checkpointer.log = said.append
+    checkpointer.log = log.append
     checkpointer.start(state)
     full = Full(disk, dist.get_rank())
     outcomes = []
@@ -218,7 +218,7 @@ def save_on_a_full_disk(words, disk):
         dist.barrier()
         save()
         dist.barrier()
-    there = sorted(p.name for p in checkpointer.save_directory.path.glob("iter_*"))
+    saved = sorted(p.name for p in checkpointer.save_directory.path.glob("iter_*"))
     save()
     try:
         with full:
@@ -231,22 +231,22 @@ def save_on_a_full_disk(words, disk):
         checkpointer.finish()
     except UserError as error:
         outcomes.append(str(error))
-    return outcomes, said, there, checkpointer.failures
+    return outcomes, log, saved, checkpointer.failures
 
 
 @pytest.mark.parametrize("layer", ["full disk", "quota of one rank", "full disk, async"])
-def test_a_failed_save_is_survived_once_and_ends_the_run_twice(inputs, tmp_path, small_disk, layer):
+def test_one_failed_save_is_logged_and_two_in_a_row_end_the_run(inputs, tmp_path, small_disk, layer):
     if layer.startswith("full disk") and small_disk is None:
-        pytest.skip("mounting a small tmpfs is not permitted here; the quota layer is tested instead")
+        pytest.skip("mounting a small tmpfs is not permitted; the quota layer is tested instead")
     disk = None if layer.startswith("quota") else str(small_disk)
     save = Path(disk or tmp_path) / "save"
     words = f"{FLAGS} {inputs} --train-iters 5 --keep-last 1 --save {save} {'--async-save' if 'async' in layer else ''}".split()
     results = run_ranks(save_on_a_full_disk, 2, words, disk)
-    for outcomes, _, there, failures in results:
+    for outcomes, _, saved, failures in results:
         if "async" not in layer:
             assert outcomes[:4] == [True, False, True, False]
         assert "2 saves in a row failed" in outcomes[-2] and "the last save failed" in outcomes[-1]
-        assert there == ["iter_0000001"] and failures == 3
+        assert saved == ["iter_0000001"] and failures == 3
     reason = "File too large" if disk is None else "No space left on device"
     assert any(reason in line and "failed saves so far: 1" in line for line in results[0][1])
     assert sorted(p.name for p in save.glob("iter_*")) == ["iter_0000003"]
@@ -255,26 +255,26 @@ def test_a_failed_save_is_survived_once_and_ends_the_run_twice(inputs, tmp_path,
 
 def start_only(words):
     _, state, checkpointer = state_and_checkpointer(words)
-    said = []
-    checkpointer.log = said.append
+    log: list[str] = []
+    checkpointer.log = log.append
     try:
-        return " ".join([checkpointer.start(state).kind, *said])
+        return " ".join([checkpointer.start(state).kind, *log])
     except UserError as error:
         return str(error)
 
 
-def test_too_little_space_is_said_before_the_first_step(inputs, small_disk):
+def test_too_little_disk_space_is_an_error_before_the_first_step(inputs, small_disk):
     if small_disk is None:
-        pytest.skip("mounting a small tmpfs is not permitted here")
+        pytest.skip("mounting a small tmpfs is not permitted")
     (small_disk / "filler").write_bytes(bytes(int(2.8 * 2**20)))
     words = f"{FLAGS} {inputs} --train-iters 5 --save {small_disk / 'save'}".split()
     (line,) = run_ranks(start_only, 1, words)
     assert "a checkpoint takes 0.00" in line and "are free" in line
 
 
-def test_a_disk_that_one_checkpoint_fits_and_the_run_does_not_is_warned_of(inputs, small_disk):
+def test_too_little_disk_space_for_later_checkpoints_is_a_warning(inputs, small_disk):
     if small_disk is None:
-        pytest.skip("mounting a small tmpfs is not permitted here")
+        pytest.skip("mounting a small tmpfs is not permitted")
     (small_disk / "filler").write_bytes(bytes(2**20))
 
     def start(*flags):
@@ -290,7 +290,7 @@ def test_a_disk_that_one_checkpoint_fits_and_the_run_does_not_is_warned_of(input
 @pytest.mark.parametrize(
     "existing, until, flags, most",
     [
-        ([], 100, {}, 4),  # two kept, the best, one being written
+        ([], 100, {}, 4),  # two kept, the best, and the one being written
         ([], 100, {"tracks_best": False}, 3),
         ([], 20, {}, 2),
         ([], None, {}, 4),
@@ -307,11 +307,11 @@ def test_most_checkpoints_on_disk_at_once(existing, until, flags, most):
     assert most_at_once(existing, until, Retention(**{**usual, **flags})) == most
 
 
-# ---- pickles ----------------------------------------------------------------------------------------------------------
+# ---- pickles -------------------------------------------------------------------------------------
 
 
 class Evil:
-    """Pickled, it leaves a file behind when it is run."""
+    """Unpickling it creates a directory."""
 
     def __init__(self, trace: Path) -> None:
         self.trace = trace
@@ -320,7 +320,7 @@ class Evil:
         return os.mkdir, (str(self.trace),)
 
 
-def test_pickles_in_a_checkpoint_are_never_run(inputs, tmp_path):
+def test_pickles_in_a_checkpoint_are_never_executed(inputs, tmp_path):
     save, trace = tmp_path / "save", tmp_path / "ran"
     words = f"{FLAGS} {inputs} --train-iters 5 --save {save}".split()
     run_ranks(save_once, 1, words)
@@ -331,7 +331,7 @@ def test_pickles_in_a_checkpoint_are_never_run(inputs, tmp_path):
         shutil.copytree(base, save)
         manifest = read_manifest(where)
         (where / name).write_bytes(content)
-        manifest.files[name] = describe_file(where / name)  # whoever forges a file forges its checksum too
+        manifest.files[name] = describe_file(where / name)  # an attacker would forge the checksum too
         manifest.write(where)
         (answer,) = run_ranks(start_only, 1, words)
         assert not trace.exists()
@@ -341,10 +341,10 @@ def test_pickles_in_a_checkpoint_are_never_run(inputs, tmp_path):
     shutil.copytree(save, base)
     pickles = pickle.dumps(Evil(trace))
     pickle.loads(pickles)
-    assert trace.is_dir()  # it does what it says when it is loaded carelessly
+    assert trace.is_dir()  # unpickling it is harmful
     trace.rmdir()
     assert "refused" in forge(".metadata", pickles, base) and "mkdir" in forge(".metadata", pickles, base)
-    assert forge("common.pt", pickles, base) == "resume"  # written for Megatron-Core, not read here
+    assert forge("common.pt", pickles, base) == "resume"  # written for Megatron-Core, never read
     torch.save(Evil(trace), tmp_path / "evil.pt")
     evil, shard = (tmp_path / "evil.pt").read_bytes(), (base / "iter_0000001/__0_0.distcp").read_bytes()
     (base / "iter_0000001/__0_0.distcp").write_bytes(shard + evil)
@@ -369,10 +369,10 @@ def save_once(words):
     return saved
 
 
-# ---- LoRA -------------------------------------------------------------------------------------------------------------
+# ---- LoRA ----------------------------------------------------------------------------------------
 
 
-def test_adapters_are_saved_alone_and_resumed_on_their_base(inputs, tmp_path):
+def test_only_adapters_are_saved_and_resumed_on_their_base(inputs, tmp_path):
     from checkpoint_runs import train
 
     base, save = tmp_path / "base", tmp_path / "lora"
@@ -381,12 +381,11 @@ def test_adapters_are_saved_alone_and_resumed_on_their_base(inputs, tmp_path):
         f"{FLAGS.replace('--from-scratch', '')} {inputs} {DROPOUT} --lora-rank 2 --load {base} --train-iters 4 "
         "--tensor-model-parallel-size 2 --bf16 --save"
     ).split()
-    assert [status for status, _ in run_ranks(train, 2, [*words, str(tmp_path / "unbroken")])] == [0, 0]
+    assert [status for status, _ in run_ranks(train, 2, [*words, str(tmp_path / "uninterrupted")])] == [0, 0]
     run_ranks(train, 2, [*words, str(save), "--exit-interval", "1"])
-    # The base goes on; its adapters stay on what they were trained on.
-    assert [status for status, _ in run_ranks(train, 1, f"{FLAGS} {inputs} --train-iters 4 --save {base}".split())] == [
-        0
-    ]
+    # The base run continues; the adapters still need the weights they were trained on.
+    [(status, _)] = run_ranks(train, 1, f"{FLAGS} {inputs} --train-iters 4 --save {base}".split())
+    assert status == 0
     assert read_tracker(base) == "4"
     run_ranks(train, 2, [*words, str(save), "--exit-interval", "2"])
     base.rename(tmp_path / "moved")
@@ -394,7 +393,7 @@ def test_adapters_are_saved_alone_and_resumed_on_their_base(inputs, tmp_path):
     results = run_ranks(train, 2, [*words, str(save), "--load-iteration", "2"])
     assert [status for status, _ in results] == [0, 0]
     tensors = tensor_bytes(save / "iter_0000004")
-    assert tensors == tensor_bytes(tmp_path / "unbroken/iter_0000004")
+    assert tensors == tensor_bytes(tmp_path / "uninterrupted/iter_0000004")
     assert all("lora" in name for name in tensors) and any(
         name.startswith("optimizer.state.exp_avg.") for name in tensors
     )
@@ -402,7 +401,7 @@ def test_adapters_are_saved_alone_and_resumed_on_their_base(inputs, tmp_path):
     assert (manifest.base["path"], manifest.base["iteration"]) == (str(tmp_path / "moved"), 2)
 
 
-# ---- intervals --------------------------------------------------------------------------------------------------------
+# ---- intervals -----------------------------------------------------------------------------------
 
 
 def saves_by_the_clock(words):
@@ -418,7 +417,7 @@ def saves_by_the_clock(words):
     return saved
 
 
-def test_save_interval_in_minutes_follows_one_clock(inputs, tmp_path):
+def test_save_interval_mins_is_measured_by_one_clock(inputs, tmp_path):
     words = f"{FLAGS} {inputs} --train-iters 5 --save-interval 1000 --save-interval-mins 0.01 --save {tmp_path}".split()
     assert run_ranks(saves_by_the_clock, 2, words) == [[False, False, True, False]] * 2
 

@@ -1,4 +1,4 @@
-"""Tokens added to the tokenizer: full fine-tuning starts them at the mean row in every layout, LoRA says that it cannot learn them."""
+"""Tokens added to the tokenizer: full training starts them at the mean row, LoRA refuses them."""
 
 import json
 from pathlib import Path
@@ -14,11 +14,12 @@ from megatron_ft.weights.open import open_weights
 from megatron_ft.weights.source import WeightSource
 
 SHAPE = ModelShape(num_layers=2, hidden_size=32, num_attention_heads=4, max_position_embeddings=64, vocab_size=40)
-KNOWN, TOKENS = 37, 47  # of the source's 40 rows 3 are padding; the run has 10 tokens more than the source knows
+# Of the source's 40 rows, 3 are padding; the run has 10 tokens more than the source.
+KNOWN, TOKENS = 37, 47
 
 
 class Source(WeightSource):
-    """A random model whose last rows are padding that must not count."""
+    """A random model whose last rows are padding, to be left out of the mean."""
 
     kind, path, shape, vocab_size, dtype = "random", Path("random"), SHAPE, KNOWN, torch.float32
 
@@ -32,7 +33,7 @@ class Source(WeightSource):
 
 
 def fill(tp: int, pp: int) -> tuple[list, int, list[str]]:
-    """This rank's embedding after a load, its place among the tensor-parallel ranks, what the report says."""
+    """This rank's embedding after loading, its tensor-parallel rank, the lines of the report."""
     from megatron.core import parallel_state
 
     from megatron_ft.checkpoint.load_weights import load_weights
@@ -105,8 +106,8 @@ def test_lora_refuses_tokens_that_the_base_has_no_weights_for(inputs, tmp_path):
     assert not list((tmp_path / "lora").glob("iter_*"))
     assert start(inputs, base, tmp_path / "same", "--lora-rank 2")[0] == 0
 
-    ended, said = start(more, base, tmp_path / "full", "", "TP2")
-    assert ended == 0 and ": 3 new tokens without weights in the checkpoint" in said
+    ended, log = start(more, base, tmp_path / "full", "", "TP2")
+    assert ended == 0 and ": 3 new tokens without weights in the checkpoint" in log
     convert("megatron_to_hf", "--load", tmp_path / "full", "--output", tmp_path / "hf")
     assert open_weights(tmp_path / "hf").shape.vocab_size == 260
 

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from checkpoint_runs import whole_tensors
+from checkpoint_runs import full_tensors
 from ranks import run_ranks
 from safetensors.torch import load_file, save_file
 
@@ -121,7 +121,7 @@ def train_adapters(words, base, world_size, save):
 
 def model_tensors(save):
     """The model's unsharded stacked tensors in a run's checkpoint, without the optimizer's."""
-    found = whole_tensors(save / "iter_0000004")
+    found = full_tensors(save / "iter_0000004")
     return {name: tensor for name, tensor in found.items() if not name.startswith("optimizer.")}
 
 

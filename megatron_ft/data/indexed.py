@@ -10,39 +10,42 @@ A dataset is two such pairs, one per field (`field_paths`). Writers use temporar
 `commit` makes all files appear together, so a killed run leaves nothing that looks complete.
 """
 
-import mmap
 import os
 import re
 import shutil
 import struct
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from functools import cached_property
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
+from megatron_ft.data.file_array import FileArray, FileVersion, file_version, read_error
 from megatron_ft.errors import UserError
 from megatron_ft.files.atomic import sync_file
+from megatron_ft.files.first_bytes import describe, what_it_is
 from megatron_ft.files.output import open_locked
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
 HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, document bounds
-# Integer dtypes of Megatron's table (megatron/data/indexed_dataset.py); codes 6 and 7 are floats.
+# Megatron's table of dtypes (megatron/data/indexed_dataset.py): those of token ids, and the others.
 DTYPES: dict[int, np.dtype] = {
-    1: np.dtype(np.uint8),
-    2: np.dtype(np.int8),
     3: np.dtype("<i2"),
     4: np.dtype("<i4"),
     5: np.dtype("<i8"),
     8: np.dtype("<u2"),
 }
+OTHER_DTYPES = {1: "uint8 values", 2: "int8 values", 6: "float64 values", 7: "float32 values"}
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 _FILES_OF_A_PREFIX = re.compile(
     r"(_(inputs|targets)_document(\.(bin|idx))?|_rejected\.jsonl|_made_from\.json|_packing/?)$"
 )
-CHUNK = 1 << 20  # sequences per step of writing an .idx, to bound memory
+CHUNK = 1 << 16  # sequences per step of checking or writing an .idx, to bound memory
+BLOCK = 64  # sequences per start kept in memory
+MISSING = "make a tokenized dataset with preprocess/tokenize.py"
+DAMAGED = "copy the file again, or make the dataset again with preprocess/tokenize.py"
 
 
 def field_paths(prefix: str | Path) -> tuple[str, str]:
@@ -67,76 +70,124 @@ def prefix_of(path: str) -> str:
 
 
 class IndexedReader:
-    """Sequences of one `.bin/.idx` pair, memory-mapped. `reader[i]` is an array [tokens] of
-    `reader.dtype`, a view of the file.
+    """Sequences of one `.bin/.idx` pair. `reader[i]` is an array [tokens] of `reader.dtype`, read
+    from the file.
 
-    Raises UserError if a file is missing, has another format, or its length does not match the
-    index.
+    sizes: int32 [n], tokens of each sequence. num_tokens: their sum.
+
+    The complete index is checked when it is opened: no length is negative, each sequence starts
+    where the previous one ends, as every writer of Megatron's format lays them out, and the last
+    one ends with the `.bin`. Raises UserError if a file is missing, has another format or fails
+    this check, and later if a file is truncated while it is in use.
     """
 
     def __init__(self, path: str | Path):
         self.path = str(path)
-        index = _map(self.path + ".idx")
-        if len(index) < HEADER.size or index[: len(MAGIC)] != MAGIC:
-            raise UserError(f"{self.path}.idx: not a Megatron MMIDIDX index; make it with preprocess/tokenize.py")
-        _, version, code, self._count, bounds = HEADER.unpack_from(index)
-        if version != VERSION or code not in DTYPES:
-            raise UserError(
-                f"{self.path}.idx: version {version}, dtype code {code}; expected version 1 of integer tokens"
+        index = file_version(self.path + ".idx", MISSING)
+        data = file_version(self.path + ".bin", MISSING)
+        try:
+            with open(index.path, "rb") as file:
+                self.dtype, self.sizes, self._starts = _read_index(file, index)
+        except OSError as error:
+            raise read_error(index.path, error, MISSING) from error
+        self.num_tokens = int(self._starts[-1])
+        expected = self.num_tokens * self.dtype.itemsize
+        if data.size != expected:
+            found = (
+                what_it_is(Path(data.path), {"nul"})
+                or f"{data.size} bytes, expected {expected} from its index; {DAMAGED}"
             )
-        expected = HEADER.size + 12 * self._count + 8 * bounds
-        if len(index) != expected:
-            raise UserError(
-                f"{self.path}.idx: {len(index)} bytes, expected {expected} from its header; make the file again"
-            )
-        self.dtype = DTYPES[code]
-        self._index = index
-        self._pointers = np.frombuffer(index, "<i8", self._count, HEADER.size + 4 * self._count)
-        data = _map(self.path + ".bin")
-        expected = int(self._pointers[-1]) + int(self.sizes[-1]) * self.dtype.itemsize if self._count else 0
-        if len(data) != expected:
-            raise UserError(
-                f"{self.path}.bin: {len(data)} bytes, expected {expected} from its index; make the file again"
-            )
-        self._tokens = np.frombuffer(data, self.dtype)
-
-    @cached_property
-    def sizes(self) -> np.ndarray:
-        """int32 [n], tokens of each sequence; a copy, because the file's are not aligned."""
-        return np.frombuffer(self._index, "<i4", self._count, HEADER.size).astype(np.int32)
-
-    @cached_property
-    def document_bounds(self) -> np.ndarray:
-        """int64 [documents + 1], the first sequence of each document; 0..n if each document is one
-        sequence."""
-        return np.frombuffer(self._index, "<i8", offset=HEADER.size + 12 * self._count).astype(np.int64)
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of the file."""
-        return len(self._tokens)
+            raise UserError(f"{data.path}: {found}")
+        self._tokens = FileArray(data, self.dtype, (self.num_tokens,))
 
     def __len__(self) -> int:
-        return self._count
+        return len(self.sizes)
 
     def __getitem__(self, i: int) -> np.ndarray:
-        if not -self._count <= i < self._count:
-            raise IndexError(f"sequence {i} of {self._count} in {self.path}")
-        start = int(self._pointers[i]) // self.dtype.itemsize
-        return self._tokens[start : start + int(self.sizes[i])]
+        i = range(len(self.sizes))[i]
+        first = i - i % BLOCK
+        start = int(self._starts[i // BLOCK]) + int(self.sizes[first:i].sum(dtype=np.int64))
+        return self._tokens.read(start, int(self.sizes[i]))
 
 
-def _map(path: str) -> mmap.mmap | bytes:
-    """The file's bytes, memory-mapped read-only; b'' for an empty file, which cannot be mapped."""
-    try:
-        with open(path, "rb") as file:
-            if os.fstat(file.fileno()).st_size == 0:
-                return b""
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except OSError as error:
+def _read_index(file: BinaryIO, index: FileVersion) -> tuple[np.dtype, np.ndarray, np.ndarray]:
+    """The dtype, lengths and block starts (see `_check_pointers`) of an `.idx`, after checking all of
+    it."""
+    header = file.read(HEADER.size)
+    if len(header) < HEADER.size or header[: len(MAGIC)] != MAGIC:
+        found = describe(header) or "not a Megatron MMIDIDX index; make it with preprocess/tokenize.py"
+        raise UserError(f"{index.path}: {found}")
+    _, version, code, count, num_bounds = HEADER.unpack(header)
+    if version != VERSION:
+        raise UserError(f"{index.path}: version {version} of the format, expected {VERSION}; {DAMAGED}")
+    if code not in DTYPES:
+        found = OTHER_DTYPES.get(code, "values of an unknown type")
+        supported = ", ".join(dtype.name for dtype in DTYPES.values())
         raise UserError(
-            f"{path}: {error.strerror or error}; make a tokenized dataset with preprocess/tokenize.py"
-        ) from error
+            f"{index.path}: {found} (dtype code {code}), expected token ids of one of {supported}; "
+            "make it with preprocess/tokenize.py"
+        )
+    expected = HEADER.size + 12 * count + 8 * num_bounds
+    if index.size != expected:
+        raise UserError(
+            f"{index.path}: {index.size} bytes, expected {expected} from its header "
+            f"({count} sequences, {num_bounds} document bounds); {DAMAGED}"
+        )
+    sizes = _read_values(file, index, np.dtype("<i4"), count)
+    if count and sizes.min() < 0:
+        i = int(np.argmax(sizes < 0))
+        raise UserError(f"{index.path}: sequence {i} has a length of {sizes[i]} tokens; {DAMAGED}")
+    starts = _check_pointers(file, index, sizes, DTYPES[code].itemsize)
+    _check_bounds(file, index, count, num_bounds)
+    return DTYPES[code], sizes, starts
+
+
+def _check_pointers(file: BinaryIO, index: FileVersion, sizes: np.ndarray, itemsize: int) -> np.ndarray:
+    """Check that each sequence starts where the previous one ends.
+
+    Returns int64 [ceil(n / BLOCK) + 1], the first token of every BLOCK-th sequence and the end of
+    the last one: a table of all starts would take twice the memory of the lengths.
+    """
+    starts = [np.zeros(0, np.int64)]
+    edges = np.zeros(CHUNK + 1, np.int64)
+    for first in range(0, len(sizes), CHUNK):
+        lengths = sizes[first : first + CHUNK]
+        count = len(lengths)
+        np.cumsum(lengths, dtype=np.int64, out=edges[1 : count + 1])
+        edges[1 : count + 1] += edges[0]
+        pointers = _read_values(file, index, np.dtype("<i8"), count)
+        expected = edges[:count] * itemsize
+        if not (pointers == expected).all():
+            i = int(np.argmax(pointers != expected))
+            raise UserError(
+                f"{index.path}: sequence {first + i} starts at byte {pointers[i]} of the .bin, expected {expected[i]}, "
+                f"where the previous one ends; {DAMAGED}"
+            )
+        starts.append(edges[-first % BLOCK : count : BLOCK].copy())
+        edges[0] = edges[count]
+    return np.concatenate([*starts, edges[:1]])
+
+
+def _check_bounds(file: BinaryIO, index: FileVersion, count: int, num_bounds: int) -> None:
+    """The first sequences of documents rise from 0 to `count`. An old merge_datasets of Megatron
+    wrote only the 0."""
+    last = 0
+    for first in range(0, num_bounds, CHUNK):
+        bounds = _read_values(file, index, np.dtype("<i8"), min(CHUNK, num_bounds - first))
+        rises = bounds[0] >= last and bool((bounds[1:] >= bounds[:-1]).all())
+        if not rises or (first == 0 and bounds[0] != 0):
+            raise UserError(f"{index.path}: its document bounds do not rise from 0 to {count}; {DAMAGED}")
+        last = int(bounds[-1])
+    if num_bounds == 0 or (num_bounds > 1 and last != count):
+        raise UserError(f"{index.path}: its document bounds end at {last}, expected {count}; {DAMAGED}")
+
+
+def _read_values(file: BinaryIO, index: FileVersion, dtype: np.dtype, count: int) -> np.ndarray:
+    """The next `count` values of an open index."""
+    data = file.read(count * dtype.itemsize)
+    if len(data) < count * dtype.itemsize:
+        raise UserError(f"{index.path}: truncated while it was read; {DAMAGED}")
+    return np.frombuffer(data, dtype)
 
 
 class IndexedWriter:
@@ -177,8 +228,14 @@ class IndexedWriter:
                 f"{path}.idx: tokens are {other.dtype}, expected {self.dtype}; tokenize all parts with the same tokenizer"
             )
         self._bin.flush()
+        start = self._bin.tell()
         with open(f"{path}.bin", "rb") as file:
             shutil.copyfileobj(file, self._bin, 1 << 20)
+        copied, expected = self._bin.tell() - start, other.num_tokens * self.dtype.itemsize
+        if copied != expected:
+            raise UserError(
+                f"{path}.bin: {copied} bytes when it was copied, {expected} when it was opened; run merge.py again"
+            )
         self._sizes.write(other.sizes.astype("<i4").tobytes())
         self.num_sequences += len(other)
         self.num_tokens += other.num_tokens

@@ -2,7 +2,7 @@
 
 Training sequences are addressed by their sample number: sequence i is the same in every run with
 the same data and flags, so a resumed run continues with the next number. Nothing here needs a
-process group; every rank reads its own sequences, from memory-mapped files.
+process group; every rank reads its own sequences.
 """
 
 from dataclasses import dataclass, field
@@ -13,7 +13,14 @@ import numpy as np
 
 from megatron_ft.config.config import Config
 from megatron_ft.data import _packing
-from megatron_ft.data.packing import PackedIndex, Packing, TokenizedDocuments, load_index, load_index_covering
+from megatron_ft.data.packing import (
+    PackedIndex,
+    Packing,
+    TokenizedDocuments,
+    damaged,
+    load_index,
+    load_index_covering,
+)
 from megatron_ft.data.provenance import tokenizer_warning
 from megatron_ft.data.splits import Group, Part, groups_of
 from megatron_ft.errors import UserError
@@ -37,20 +44,33 @@ class PackedSample(NamedTuple):
 class PackedDocuments:
     """One dataset as packed sequences: its documents and their packing index.
 
-    `pad` is the token id at the ends of sequences.
+    `pad` is the token id at the ends of sequences. With `vocab_size`, a sequence with a token id
+    outside the vocabulary raises UserError, as does a damaged index.
     """
 
-    def __init__(self, documents: TokenizedDocuments, packing: Packing, index: PackedIndex, pad: int):
+    def __init__(
+        self,
+        documents: TokenizedDocuments,
+        packing: Packing,
+        index: PackedIndex,
+        pad: int,
+        vocab_size: int | None = None,
+    ) -> None:
         self.documents, self.packing, self.index, self.pad = documents, packing, index, pad
-        self.capacity = packing.capacity
+        self.capacity, self.vocab_size = packing.capacity, vocab_size
 
     def __len__(self) -> int:
         return len(self.index)
 
     def document_ids(self, i: int) -> np.ndarray:
         """The documents of sequence i in order, int64 [documents]."""
-        start, end = self.index.bounds[i]
-        return self.index.documents[start:end]
+        start, end = self.index.bounds[i].tolist()
+        if not 0 <= start < end <= len(self.index.documents):
+            raise damaged(self.index.directory, f"sequence {i} has documents {start} to {end}")
+        documents = self.index.documents[start:end]
+        if documents.min() < self.packing.start or documents.max() >= self.packing.stop:
+            raise damaged(self.index.directory, f"sequence {i} has a document outside its range")
+        return documents
 
     def __getitem__(self, i: int) -> PackedSample:
         pieces: list[np.ndarray] = []
@@ -62,9 +82,14 @@ class PackedDocuments:
             pieces += (inputs, targets)
             lengths += (len(inputs), len(targets))
         padding = self.capacity - sum(lengths)
+        if padding < 0:
+            raise damaged(self.index.directory, f"sequence {i} has more than {self.capacity} tokens")
         pieces.append(np.full(padding, self.pad, np.int64))
         tokens = np.empty(self.capacity, np.int64)
         np.concatenate(pieces, out=tokens, casting="unsafe")
+        if self.vocab_size is not None and _outside(tokens, self.vocab_size):
+            for document in self.document_ids(i).tolist():
+                check_document(self.documents, document, self.vocab_size)
         pairs = len(lengths) // 2
         numbers = np.repeat(np.arange(1, pairs + 1, dtype=np.int32), 2)
         segment_ids = np.repeat(np.append(numbers, np.int32(0)), [*lengths, padding])
@@ -208,7 +233,7 @@ def _build(
             for (documents, packing), count in zip(opened, needed, strict=True)
         ]
     parts = [
-        PackedDocuments(documents, packing, index, pad)
+        PackedDocuments(documents, packing, index, pad, vocab_size)
         for (documents, packing), index in zip(opened, indices, strict=True)
     ]
     return PackedDataset(group, parts, source, sequence, sum(_epoch_length(index) for index in once))
@@ -243,16 +268,27 @@ def _documents_and_packing(part: Part, config: Config, split: str) -> tuple[Toke
 
 
 def check_vocabulary(documents: TokenizedDocuments, vocab_size: int) -> None:
-    """Raise UserError if a probed document has a token id of `vocab_size` or more: the data was
-    made with another tokenizer."""
+    """Raise UserError if a probed document has a token id outside the vocabulary: the data was made
+    with another tokenizer."""
+    for document in range(0, len(documents), max(1, len(documents) // PROBED_DOCUMENTS)):
+        check_document(documents, document, vocab_size)
+
+
+def check_document(documents: TokenizedDocuments, document: int, vocab_size: int) -> None:
+    """Raise UserError if this document has a token id below 0, or of `vocab_size` or more."""
     for reader in (documents.inputs, documents.targets):
-        for i in range(0, len(reader), max(1, len(reader) // PROBED_DOCUMENTS)):
-            sequence = reader[i]
-            if len(sequence) and sequence.max() >= vocab_size:
-                raise UserError(
-                    f"{reader.path}: document {i} has token id {sequence.max()}, the tokenizer has {vocab_size} entries; "
-                    "give the --tokenizer-file that the data was made with"
-                )
+        tokens = reader[document].astype(np.int64)
+        if _outside(tokens, vocab_size):
+            worst = tokens.min() if tokens.min() < 0 else tokens.max()
+            raise UserError(
+                f"{reader.path}: document {document} has token id {worst}, the tokenizer has {vocab_size} entries; "
+                "give the --tokenizer-file that the data was made with"
+            )
+
+
+def _outside(tokens: np.ndarray, vocab_size: int) -> bool:
+    """Whether one of these int64 token ids is negative, or `vocab_size` or more."""
+    return len(tokens) > 0 and bool(tokens.view(np.uint64).max() >= vocab_size)
 
 
 def _overlaps(train: PackedDataset, others: list[PackedDataset]) -> list[str]:

@@ -9,8 +9,10 @@
 
 #include <algorithm>
 #include <array>
+#include <cmath>
 #include <cstdint>
 #include <stdexcept>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -20,6 +22,15 @@ using Ids = py::array_t<int64_t, py::array::c_style | py::array::forcecast>;
 using Weights = py::array_t<double, py::array::c_style | py::array::forcecast>;
 
 namespace {
+
+// Bounds that all code below relies on: no index leaves its array, and no sum of lengths overflows.
+void check(const Lengths& lengths, int64_t capacity) {
+    if (capacity < 1 || capacity > INT32_MAX - 1) throw std::invalid_argument("capacity must be positive and fit 31 bits");
+    if (lengths.size() > INT32_MAX) throw std::invalid_argument("more than 2^31 - 1 documents");
+    const int32_t* length = lengths.data();
+    for (py::ssize_t i = 0; i < lengths.size(); ++i)
+        if (length[i] < 0) throw std::invalid_argument("document " + std::to_string(i) + " has a negative length");
+}
 
 // A numpy array that takes over a vector without a copy.
 template <typename T>
@@ -263,6 +274,7 @@ private:
 };
 
 py::tuple greedy(const Lengths& lengths, const Ids& order, int64_t capacity) {
+    check(lengths, capacity);
     const int64_t documents = lengths.size(), count = order.size();
     const int32_t* length = lengths.data();
     const int64_t* id = order.data();
@@ -278,7 +290,8 @@ py::tuple greedy(const Lengths& lengths, const Ids& order, int64_t capacity) {
 }
 
 py::tuple best_fit(const Lengths& lengths, int64_t capacity, int64_t lookahead, uint64_t seed) {
-    if (capacity < 1 || capacity > INT32_MAX - 1 || lookahead < 1) throw std::invalid_argument("capacity and lookahead must be positive");
+    check(lengths, capacity);
+    if (lookahead < 1) throw std::invalid_argument("lookahead must be positive");
     const int64_t count = lengths.size();
     const int32_t* length = lengths.data();
     BestFit packer(length, capacity, lookahead, seed);
@@ -294,14 +307,19 @@ py::tuple best_fit(const Lengths& lengths, int64_t capacity, int64_t lookahead, 
 py::tuple blend(const Weights& weights, const Ids& limits, int64_t size) {
     const int64_t sets = weights.size();
     if (sets < 1 || sets > INT16_MAX || limits.size() != sets) throw std::invalid_argument("expected one weight and one limit per dataset");
+    if (size < 0) throw std::invalid_argument("size must not be negative");
     const double* weight = weights.data();
     const int64_t* limit = limits.data();
+    double total = 0;
+    for (int64_t d = 0; d < sets; ++d) {
+        if (!(weight[d] > 0)) throw std::invalid_argument("weights must be positive");
+        total += weight[d];
+    }
+    if (!std::isfinite(total)) throw std::invalid_argument("the sum of weights must be finite");
     std::vector<int16_t> source(size);
     std::vector<int64_t> sample(size);
     {
         py::gil_scoped_release release;
-        double total = 0;
-        for (int64_t d = 0; d < sets; ++d) total += weight[d];
         std::vector<int64_t> given(sets, 0);
         for (int64_t i = 0; i < size; ++i) {
             const double drawn = std::max(static_cast<double>(i), 1.0);

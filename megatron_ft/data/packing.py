@@ -11,17 +11,29 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from math import ceil
+from math import ceil, prod
 from pathlib import Path
 
 import numpy as np
 
 from megatron_ft.data import _packing
 from megatron_ft.data.build_once import build_once
+from megatron_ft.data.file_array import FileArray, file_version, read_error
 from megatron_ft.data.indexed import IndexedReader, field_paths
 from megatron_ft.errors import UserError
+from megatron_ft.files.json_file import read_json, require
 
 FORMAT = 1  # increase when the same settings would give another index
+REBUILD = "remove the directory and start again"
+FACTS = (
+    "documents",
+    "tokens",
+    "overlong_documents",
+    "left_out_documents",
+    "lost_tokens",
+    "capacity",
+    "packed_tokens",
+)
 
 
 class TokenizedDocuments:
@@ -77,13 +89,14 @@ class Packing:
 class PackedIndex:
     """Packed sequence i consists of `documents[bounds[i, 0] : bounds[i, 1]]`.
 
-    `documents`: int64 [n]. `bounds`: int64 [sequences, 2]. Both are memory-mapped if loaded from
-    disk. `facts` are the counts computed by `pack`.
+    `documents`: int64 [n]. `bounds`: int64 [sequences, 2]. Both are read piece by piece if the
+    index is on disk, in `directory`. `facts` are the counts computed by `pack`.
     """
 
-    documents: np.ndarray
-    bounds: np.ndarray
+    documents: np.ndarray | FileArray
+    bounds: np.ndarray | FileArray
     facts: dict[str, int]
+    directory: Path | None = None
 
     def __len__(self) -> int:
         return len(self.bounds)
@@ -197,22 +210,69 @@ def load_index(documents: TokenizedDocuments, packing: Packing, cache: str | Non
     directory = parent / name
 
     def build(partial: Path) -> None:
-        index = pack(documents, packing)
-        np.save(partial / "documents.npy", index.documents)
-        np.save(partial / "rows.npy", index.bounds)
+        try:
+            index = pack(documents, packing)
+        except MemoryError:
+            raise UserError(
+                f"{documents.prefix}: the packing index of {packing.epochs:,} epochs of {packing.stop - packing.start:,} documents "
+                "does not fit in memory; use more data, train for fewer iterations, or use a larger machine"
+            ) from None
+        _save_array(partial / "documents.npy", np.asarray(index.documents))
+        _save_array(partial / "rows.npy", np.asarray(index.bounds))
         (partial / "index.json").write_text(json.dumps({"settings": settings, "facts": index.facts}, indent=1))
 
     build_once(directory, build)
+    return _open_index(directory, packing)
+
+
+def _open_index(directory: Path, packing: Packing) -> PackedIndex:
+    """An index on disk. Its arrays are checked as far as their sizes tell; `PackedDocuments` checks
+    each sequence that it reads."""
+    facts = require(read_json(directory / "index.json", remedy=REBUILD), "facts", dict, str(directory / "index.json"))
+    for name in FACTS:
+        require(facts, name, int, str(directory / "index.json"), low=0, high=2**62)
+    documents, bounds = _open_array(directory / "documents.npy"), _open_array(directory / "rows.npy", 2)
+    per_epoch = facts["documents"] - (0 if packing.order == "greedy" else facts["left_out_documents"])
+    if (
+        facts["documents"] != packing.stop - packing.start
+        or facts["capacity"] != packing.capacity
+        or facts["tokens"] < max(1, facts["lost_tokens"])
+        or len(documents) != packing.epochs * per_epoch
+    ):
+        raise damaged(directory, "its files do not fit together")
+    return PackedIndex(documents, bounds, facts, directory)
+
+
+def _save_array(path: Path, array: np.ndarray) -> None:
+    """Write the bytes of np.save, which reports a full disk without an errno."""
+    array = np.ascontiguousarray(array)
+    with open(path, "wb") as file:
+        np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
+        file.write(array.data)
+
+
+def _open_array(path: Path, *rest: int) -> FileArray:
+    """An int64 array [n, *rest] in a .npy file."""
+    file = file_version(str(path), REBUILD)
     try:
-        return PackedIndex(
-            np.load(directory / "documents.npy", mmap_mode="r").view(np.ndarray),
-            np.load(directory / "rows.npy", mmap_mode="r").view(np.ndarray),
-            json.loads((directory / "index.json").read_text())["facts"],
-        )
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(
-            f"{directory}: this packing index is damaged ({error}); remove the directory and start again"
-        ) from error
+        with open(path, "rb") as content:
+            version = np.lib.format.read_magic(content)
+            shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(content)
+            offset = content.tell()
+    except OSError as error:
+        raise read_error(str(path), error, REBUILD) from error
+    except ValueError as error:
+        raise damaged(path, str(error)) from error
+    if version != (1, 0) or fortran_order or dtype != np.int64 or len(shape) != 1 + len(rest) or shape[1:] != rest:
+        raise damaged(path, f"{dtype} {list(shape)}, expected int64 {['n', *rest]}")
+    if not 0 <= shape[0] or file.size != offset + 8 * prod(shape):
+        raise damaged(path, f"{file.size} bytes, expected {offset + 8 * prod(shape)}")
+    return FileArray(file, np.dtype(np.int64), shape, offset)
+
+
+def damaged(path: Path | None, reason: str) -> UserError:
+    """The error for an index whose content cannot be right."""
+    return UserError(f"{path}: this packing index is damaged ({reason}); {REBUILD}")
 
 
 def load_index_covering(
@@ -224,8 +284,13 @@ def load_index_covering(
     shorter run.
     """
     epochs, index = 1, load_index(documents, packing, cache)
+    kept = index.facts["tokens"] - index.facts["lost_tokens"]  # per epoch, at least 1
+    # A sequence has at most `capacity` tokens, and greedy order leaves less than one incomplete.
+    enough = ceil((num_sequences + 1) * packing.capacity / max(1, kept))
     while len(index) < num_sequences:
-        per_epoch = len(index) / epochs if len(index) else 0.5
-        epochs = max(epochs + 1, ceil(num_sequences / per_epoch))
+        if epochs >= enough:
+            raise damaged(index.directory, f"{epochs} epochs have {len(index)} sequences")
+        estimate = ceil(num_sequences * epochs / len(index)) if len(index) else enough
+        epochs = min(max(epochs + 1, estimate), enough)
         index = load_index(documents, replace(packing, epochs=epochs), cache)
     return index

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum, auto
+from pathlib import Path
 
 import psutil
 
@@ -32,8 +33,10 @@ class Liveness(Enum):
 class ProcessIdentity:
     """One process among all hosts of a cluster.
 
-    `namespace` is its pid namespace: two containers may share a host name. `process_started` is its
-    start time in seconds since the epoch, which tells it from a later process with the same pid.
+    `namespace` is its pid namespace with the boot id of its kernel: two containers, or two nodes of
+    a misconfigured cluster, may share a host name. `process_started` is its start time in seconds
+    since the kernel booted, which tells it from a later process with the same pid; a time since the
+    epoch would change when the clock is set.
     """
 
     host: str
@@ -45,7 +48,7 @@ class ProcessIdentity:
     def of_this_process(cls) -> "ProcessIdentity":
         """The identity of the calling process."""
         process = psutil.Process()
-        return cls(socket.gethostname(), _pid_namespace(), process.pid, process.create_time())
+        return cls(socket.gethostname(), _pid_namespace(), process.pid, _started(process))
 
     def liveness(self) -> Liveness:
         """Whether the process is running; UNKNOWN from another host or pid namespace."""
@@ -53,19 +56,28 @@ class ProcessIdentity:
             return Liveness.UNKNOWN
         try:
             process = psutil.Process(self.pid)
-            same = abs(process.create_time() - self.process_started) < START_TIME_TOLERANCE
+            same = abs(_started(process) - self.process_started) < START_TIME_TOLERANCE
             running = same and process.status() != psutil.STATUS_ZOMBIE
         except psutil.NoSuchProcess:
             return Liveness.DEAD
         return Liveness.ALIVE if running else Liveness.DEAD
 
 
+def _started(process: psutil.Process) -> float:
+    """Seconds from the kernel's boot to the start of a process."""
+    boot = psutil.boot_time()  # first: psutil may keep it for create_time
+    return process.create_time() - boot
+
+
 def _pid_namespace() -> str:
-    """`pid:[4026531836]`, or "" where /proc is not available."""
-    try:
-        return os.readlink("/proc/self/ns/pid")
-    except OSError:
-        return ""
+    """`pid:[4026531836] ` and the boot id, as far as /proc has them. The number is the same in the
+    initial namespaces of all hosts; the boot id differs."""
+    parts = []
+    with suppress(OSError):
+        parts.append(os.readlink("/proc/self/ns/pid"))
+    with suppress(OSError):
+        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
+    return " ".join(parts)
 
 
 class Heartbeat:

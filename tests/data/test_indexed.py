@@ -2,6 +2,8 @@
 if damaged."""
 
 import filecmp
+import os
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_ft.data import indexed
-from megatron_ft.data.indexed import IndexedReader, IndexedWriter, commit, field_paths
+from megatron_ft.data.indexed import HEADER, IndexedReader, IndexedWriter, commit, field_paths
 from megatron_ft.errors import UserError
 from megatron_ft.tokenizer.tokenizer import token_dtype
+
+LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 134217728\n"
 
 
 def write(path: Path, sequences, dtype) -> None:
@@ -37,7 +41,6 @@ def test_sequences_survive_a_round_trip(tmp_path_factory, vocab, sequences, chun
     assert reader.dtype == (np.uint16 if vocab < 65500 else np.int32)
     assert [reader[i].tolist() for i in range(len(reader))] == sequences
     assert reader.sizes.tolist() == [len(s) for s in sequences]
-    assert reader.document_bounds.tolist() == list(range(len(sequences) + 1))
     assert reader.num_tokens == sum(map(len, sequences))
 
 
@@ -128,6 +131,10 @@ def test_a_second_writer_is_refused(tmp_path):
         (lambda p: Path(f"{p}.idx").write_bytes(Path(f"{p}.idx").read_bytes()[:-1]), "from its header"),
         (lambda p: Path(f"{p}.bin").write_bytes(Path(f"{p}.bin").read_bytes()[:-2]), "from its index"),
         (lambda p: Path(f"{p}.bin").write_bytes(Path(f"{p}.bin").read_bytes() + b"xx"), "from its index"),
+        (lambda p: Path(f"{p}.idx").write_bytes(LFS_POINTER), r"set\.idx: a Git LFS pointer"),
+        (lambda p: Path(f"{p}.bin").write_bytes(LFS_POINTER), r"set\.bin: a Git LFS pointer"),
+        (lambda p: (Path(f"{p}.idx").unlink(), Path(f"{p}.idx").mkdir()), r"set\.idx: a directory"),
+        (lambda p: (Path(f"{p}.bin").unlink(), os.mkfifo(f"{p}.bin")), r"set\.bin: not a regular file"),
     ],
 )
 def test_damaged_files_are_refused_by_name(tmp_path, damage, message):
@@ -136,3 +143,104 @@ def test_damaged_files_are_refused_by_name(tmp_path, damage, message):
     with pytest.raises(UserError, match=message) as error:
         IndexedReader(tmp_path / "set")
     assert "\n" not in str(error.value)
+
+
+COUNT = 200  # sequences of 1 to 5 tokens
+LENGTHS, POINTERS, BOUNDS = HEADER.size, HEADER.size + 4 * COUNT, HEADER.size + 12 * COUNT
+
+
+@pytest.mark.parametrize(
+    ("offset", "form", "change", "message"),
+    [
+        (9, "<Q", lambda old: 2, "version 2 of the format, expected 1"),
+        (
+            17,
+            "<B",
+            lambda old: 1,
+            r"uint8 values \(dtype code 1\), expected token ids of one of int16, int32, int64, uint16",
+        ),
+        (17, "<B", lambda old: 2, r"int8 values \(dtype code 2\)"),
+        (17, "<B", lambda old: 6, r"float64 values \(dtype code 6\)"),
+        (17, "<B", lambda old: 7, r"float32 values \(dtype code 7\)"),
+        (17, "<B", lambda old: 200, r"values of an unknown type \(dtype code 200\)"),
+        (17, "<B", lambda old: 4, "starts at byte"),
+        (18, "<Q", lambda old: 2**64 - 1, "from its header"),
+        (18, "<Q", lambda old: old + 2, "from its header"),
+        (26, "<Q", lambda old: 2**63, "from its header"),
+        (26, "<Q", lambda old: 0, "from its header"),
+        (LENGTHS, "<i", lambda old: -1, "sequence 0 has a length of -1 tokens"),
+        (LENGTHS + 4 * 70, "<i", lambda old: -(2**31), "sequence 70 has a length of -2147483648 tokens"),
+        (LENGTHS + 4 * 70, "<i", lambda old: 2**31 - 1, "sequence 71 starts at byte"),
+        (LENGTHS + 4 * 70, "<i", lambda old: old + 1, "sequence 71 starts at byte"),
+        (LENGTHS + 4 * (COUNT - 1), "<i", lambda old: old + 1, r"set\.bin: .* bytes, expected"),
+        (LENGTHS + 4 * (COUNT - 1), "<i", lambda old: 0, r"set\.bin: .* bytes, expected"),
+        (POINTERS, "<q", lambda old: 2, "sequence 0 starts at byte 2 of the .bin, expected 0"),
+        (POINTERS + 8 * 70, "<q", lambda old: -old, "sequence 70 starts at byte -"),
+        (POINTERS + 8 * 70, "<q", lambda old: old + 1, "sequence 70 starts at byte"),
+        (POINTERS + 8 * 70, "<q", lambda old: old - 2, "sequence 70 starts at byte"),
+        (POINTERS + 8 * (COUNT - 1), "<q", lambda old: 2**63 - 1, "sequence 199 starts at byte 9223372036854775807"),
+        (BOUNDS, "<q", lambda old: 1, "document bounds do not rise from 0 to 200"),
+        (BOUNDS + 8 * 70, "<q", lambda old: -1, "document bounds do not rise from 0 to 200"),
+        (BOUNDS + 8 * 70, "<q", lambda old: 201, "document bounds do not rise from 0 to 200"),
+        (BOUNDS + 8 * COUNT, "<q", lambda old: 2**62, "document bounds end at 4611686018427387904, expected 200"),
+    ],
+)
+@pytest.mark.parametrize("chunk", [7, 1 << 16])
+def test_every_value_of_an_index_is_checked(tmp_path, monkeypatch, chunk, offset, form, change, message):
+    monkeypatch.setattr(indexed, "CHUNK", chunk)
+    write(tmp_path / "set", [[i] * (i % 5 + 1) for i in range(COUNT)], np.uint16)
+    index = bytearray((tmp_path / "set.idx").read_bytes())
+    (old,) = struct.unpack_from(form, index, offset)
+    struct.pack_into(form, index, offset, change(old))
+    (tmp_path / "set.idx").write_bytes(index)
+    with pytest.raises(UserError, match=message) as error:
+        IndexedReader(tmp_path / "set")
+    assert "\n" not in str(error.value) and str(tmp_path / "set.") in str(error.value)
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_an_index_with_the_right_totals_but_other_sequences_is_refused(tmp_path_factory, data):
+    """Lengths moved from one sequence to another, and swapped pointers, keep every sum."""
+    path = tmp_path_factory.mktemp("indexed") / "set"
+    write(path, [[i] * 3 for i in range(9)], np.uint16)
+    index = bytearray(Path(f"{path}.idx").read_bytes())
+    i, j = data.draw(st.permutations(range(9)))[:2]
+    if data.draw(st.booleans()):
+        moved = data.draw(st.integers(1, 3))
+        struct.pack_into("<i", index, HEADER.size + 4 * i, 3 - moved)
+        struct.pack_into("<i", index, HEADER.size + 4 * j, 3 + moved)
+    else:
+        for k, start in ((i, 6 * j), (j, 6 * i)):
+            struct.pack_into("<q", index, HEADER.size + 4 * 9 + 8 * k, start)
+    Path(f"{path}.idx").write_bytes(index)
+    with pytest.raises(UserError, match="starts at byte"):
+        IndexedReader(path)
+
+
+@pytest.mark.parametrize(
+    "bounds", [[0, 2, 3], [0, 0, 3, 3], [0]], ids=["split into sentences", "empty documents", "old merge"]
+)
+def test_document_bounds_of_other_writers_are_accepted(tmp_path, bounds):
+    """Megatron's merge_datasets of 2021 wrote only the first bound."""
+    write(tmp_path / "set", [[1, 2], [3], [4]], np.uint16)
+    index = bytearray((tmp_path / "set.idx").read_bytes()[: HEADER.size + 12 * 3])
+    struct.pack_into("<Q", index, 26, len(bounds))
+    (tmp_path / "set.idx").write_bytes(index + struct.pack(f"<{len(bounds)}q", *bounds))
+    reader = IndexedReader(tmp_path / "set")
+    assert [reader[i].tolist() for i in range(3)] == [[1, 2], [3], [4]]
+
+
+def test_a_file_that_is_cut_while_it_is_merged_is_an_error(tmp_path, monkeypatch):
+    write(tmp_path / "part", [[1] * 9] * 9, np.uint16)
+    with IndexedWriter(tmp_path / "merged", np.uint16) as writer:
+        opened = indexed.IndexedReader
+
+        def open_and_cut(path):
+            reader = opened(path)
+            os.truncate(f"{path}.bin", 10)
+            return reader
+
+        monkeypatch.setattr(indexed, "IndexedReader", open_and_cut)
+        with pytest.raises(UserError, match=r"part\.bin: 10 bytes when it was copied, 162 when it was opened"):
+            writer.add_file(tmp_path / "part")

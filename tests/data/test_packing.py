@@ -166,3 +166,34 @@ def test_a_dataset_in_which_no_document_fits_is_an_error(tmp_path, order, overlo
     with pytest.raises(UserError) as error:
         pack(documents, Packing(0, 2, 33, order, overlong=overlong))
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: _packing.best_fit(np.array([3, -1], np.int32), 10, 4, 0), "document 1 has a negative length"),
+        (lambda: _packing.best_fit(np.array([-(2**31)], np.int32), 10, 4, 0), "document 0 has a negative length"),
+        (lambda: _packing.best_fit(np.array([3], np.int32), 0, 4, 0), "capacity must be positive"),
+        (lambda: _packing.best_fit(np.array([3], np.int32), 2**31, 4, 0), "capacity must be positive and fit 31 bits"),
+        (lambda: _packing.best_fit(np.array([3], np.int32), 10, 0, 0), "lookahead must be positive"),
+        (
+            lambda: _packing.greedy(np.array([3, -1], np.int32), np.array([0, 1]), 10),
+            "document 1 has a negative length",
+        ),
+        (lambda: _packing.greedy(np.array([3], np.int32), np.array([0]), -5), "capacity must be positive"),
+        (
+            lambda: _packing.greedy(np.array([3], np.int32), np.array([0]), 2**62),
+            "capacity must be positive and fit 31 bits",
+        ),
+        (lambda: _packing.greedy(np.array([3], np.int32), np.array([1]), 10), "a document without a length"),
+        (lambda: _packing.greedy(np.array([3], np.int32), np.array([-1]), 10), "a document without a length"),
+        (lambda: _packing.blend([1.0], [-1], -1), "size must not be negative"),
+        (lambda: _packing.blend([1.0, 0.0], [-1, -1], 5), "weights must be positive"),
+        (lambda: _packing.blend([1.0, float("nan")], [-1, -1], 5), "weights must be positive"),
+        (lambda: _packing.blend([1e308, 1e308], [-1, -1], 5), "the sum of weights must be finite"),
+        (lambda: _packing.blend([1.0], [2], 5), "the limits add up to less"),
+    ],
+)
+def test_arguments_that_would_leave_an_array_are_refused(call, message):
+    with pytest.raises((ValueError, IndexError), match=message):
+        call()

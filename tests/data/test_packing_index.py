@@ -60,12 +60,82 @@ def test_changed_data_gets_a_new_index(prefix, lengths):
     assert len(indices(prefix)) == 2
 
 
-def test_a_damaged_index_is_reported(prefix):
+def change_json(path: Path, **changes) -> None:
+    content = json.loads(path.read_text())
+    content["facts"] |= changes
+    path.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda index: os.truncate(index / "documents.npy", (index / "documents.npy").stat().st_size - 1),
+        lambda index: os.truncate(index / "rows.npy", 50),
+        lambda index: (index / "rows.npy").write_bytes(b"PK\x03\x04" * 99),
+        lambda index: (index / "rows.npy").unlink(),
+        lambda index: np.save(index / "rows.npy", np.zeros((5, 2), np.int32)),
+        lambda index: np.save(index / "rows.npy", np.zeros((5, 3), np.int64)),
+        lambda index: np.save(index / "rows.npy", np.zeros(5, np.int64)),
+        lambda index: np.save(index / "documents.npy", np.arange(39)),
+        lambda index: (index / "index.json").write_text("{"),
+        lambda index: (index / "index.json").write_text("[" * 100_000),
+        lambda index: (index / "index.json").write_text("{}"),
+        lambda index: change_json(index / "index.json", tokens=0),
+        lambda index: change_json(index / "index.json", tokens="40"),
+        lambda index: change_json(index / "index.json", lost_tokens=-1),
+        lambda index: change_json(index / "index.json", lost_tokens=10**6),
+        lambda index: change_json(index / "index.json", capacity=21),
+        lambda index: change_json(index / "index.json", documents=True),
+    ],
+)
+def test_a_damaged_index_is_reported(prefix, damage):
     load_index(TokenizedDocuments(prefix), Packing(0, 40, 20))
-    damaged = indices(prefix)[0] / "documents.npy"
-    os.truncate(damaged, damaged.stat().st_size - 1)
-    with pytest.raises(UserError, match="this packing index is damaged .* remove the directory"):
+    damage(indices(prefix)[0])
+    with pytest.raises(UserError, match="epochs1_.*") as error:
         load_index(TokenizedDocuments(prefix), Packing(0, 40, 20))
+    assert "\n" not in str(error.value) and str(indices(prefix)[0]) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "message"),
+    [
+        ("documents", [-1], "sequence 0 has a document outside its range"),
+        ("documents", [38], "sequence 0 has a document outside its range"),
+        ("documents", [2**62], "sequence 0 has a document outside its range"),
+        ("rows", [-1, 4], "sequence 0 has documents -1 to 4"),
+        ("rows", [0, 2**40], "sequence 0 has documents 0 to 1099511627776"),
+        ("rows", [3, 3], "sequence 0 has documents 3 to 3"),
+        ("rows", [0, 30], "sequence 0 has more than 33 tokens"),
+    ],
+)
+def test_a_damaged_sequence_is_reported_when_it_is_read(prefix, name, values, message):
+    flags = training_flags("--data-prefix", prefix)
+    build_datasets(flags, train_samples=3, pad=0)
+    path = next(index for index in indices(prefix) if index.name.startswith("0-38")) / f"{name}.npy"
+    damaged = np.load(path)
+    damaged.reshape(-1)[: len(values)] = values
+    np.save(path, damaged)
+    dataset = build_datasets(flags, train_samples=3, pad=0).train
+    with pytest.raises(UserError, match=f"this packing index is damaged .{message}.; remove the directory"):
+        dataset[0]
+
+
+def test_a_dataset_far_smaller_than_a_sequence_needs_few_indices(tmp_path):
+    """One token per epoch: 40 sequences need 1,300 epochs, but not an index per number of epochs."""
+    prefix = write_documents(tmp_path / "set", [([1], [])])
+    for order in ("greedy", "best-fit"):
+        flags = training_flags("--data-prefix", prefix, "--packing", order, "--validation-fraction", 0)
+        dataset = build_datasets(flags, train_samples=40, pad=0).train
+        assert len(dataset) == 40 and dataset[39].tokens[0] == 1
+    assert len(indices(prefix)) <= 6
+
+
+def test_epochs_that_do_not_fit_in_memory_are_an_error(tmp_path):
+    prefix = write_documents(tmp_path / "set", [([1], [])] * 100)
+    packing = Packing(0, 100, 20, "greedy", epochs=2**50)
+    with pytest.raises(UserError, match="epochs of 100 documents does not fit in memory"):
+        load_index(TokenizedDocuments(prefix), packing)
+    assert indices(prefix) == []
 
 
 def test_unrelated_flags_share_an_index(prefix):

@@ -89,7 +89,7 @@ def test_training_continues_from_a_peft_directory_which_merges(trained, inputs, 
     head = {"base_model.model.lm_head.weight": torch.zeros(1)}
     assert "base_model.model.lm_head.weight is not supported" in broken({}, head)
     wide = {"base_model.model.transformer.h.1.attn.c_attn.lora_A.weight": torch.zeros(2, 32)}
-    assert "not of one rank in all 2 layers" in broken({}, wide)
+    assert "does not have one rank in all 2 layers" in broken({}, wide)
     assert "has shape [2, 4, 32]" in broken({"r": 8}, {})
 
 
@@ -131,7 +131,7 @@ def test_exported_adapter_names_its_base_or_reports_how_to_set_it(trained, tmp_p
         adapted = AutoPeftModelForCausalLM.from_pretrained(peft).eval()(tokens).logits
     assert (adapted - whole).abs().max() < 1e-4
     assert AutoTokenizer.from_pretrained(peft).eos_token == "<|endoftext|>"
-    completion = convert("generate", peft, "--prompt", "a", "--max-new-tokens", "4")
+    completion = convert("complete", peft, "--prompt", "a", "--max-new-tokens", "4")
     assert completion.startswith("a")
 
     named = tmp_path / "named"

@@ -419,7 +419,7 @@ def test_watchdog_ends_a_hanging_rank_with_stack_traces(runs):
         ("--lr-decay-style WSD --train-iters 5", ["--lr-wsd-decay-iters"]),
         (
             "--rampup-batch-size 1 2 6 --global-batch-size 4 --train-iters 5",
-            ["--rampup-batch-size", "whole increments"],
+            ["--rampup-batch-size", "complete increments"],
         ),
         ("--best-group other --train-iters 5", ["--best-group other", "valid"]),
     ],

@@ -36,8 +36,8 @@ class RankWriter:
     """One rank's file of one checkpoint.
 
     With `background`, the tensors are copied to the CPU on construction and written by a thread.
-    After `wait`, either `error` says what failed, or `file` is {"size": bytes, "sha256": digest}
-    (None where this rank had nothing to write) and `entries` the chunks for `.metadata`.
+    After `wait`, either `error` is the reason of a failure, or `file` is {"size": bytes, "sha256":
+    digest} (None if this rank had nothing to write) and `entries` are the chunks for `.metadata`.
     """
 
     def __init__(

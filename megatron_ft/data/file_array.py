@@ -9,6 +9,7 @@ import errno
 import os
 import resource
 import stat
+from collections.abc import Sequence
 from functools import lru_cache
 from math import prod
 from typing import NamedTuple
@@ -75,30 +76,41 @@ class FileArray:
 
     def read(self, start: int, count: int) -> np.ndarray:
         """`count` items from `start` on, a read-only copy. The caller checks the bounds."""
-        size = self._item_bytes
-        data = _read(self._file, self._offset + start * size, count * size)
-        items = np.frombuffer(data, self.dtype)
-        return items if len(self.shape) == 1 else items.reshape(count, *self.shape[1:])
+        return self.read_many([start], [count])[0]
 
-    def __array__(self, dtype: np.dtype | None = None, copy: bool | None = None) -> np.ndarray:
-        return np.array(self.read(0, len(self)), dtype)
+    def read_many(self, starts: Sequence[int], counts: Sequence[int]) -> list[np.ndarray]:
+        """Several times `read`."""
+        size, dtype, rest = self._item_bytes, self.dtype, self.shape[1:]
+        found = []
+        try:
+            descriptor = _open(self._file)  # open while this name exists, even if it leaves the pool
+            for start, count in zip(starts, counts, strict=True):
+                offset, num_bytes = self._offset + start * size, count * size
+                data = os.pread(descriptor.number, num_bytes, offset)
+                if len(data) < num_bytes:
+                    data += self._read_rest(descriptor, offset + len(data), num_bytes - len(data))
+                items = np.frombuffer(data, dtype)
+                found.append(items.reshape(count, *rest) if rest else items)
+        except OSError as error:
+            raise read_error(self._file.path, error, "run the command again") from error
+        return found
 
-
-def _read(file: FileVersion, offset: int, count: int) -> bytes:
-    try:
-        descriptor = _open(file)  # stays open while this name exists, even if it leaves the pool
-        data = os.pread(descriptor.number, count, offset)
-        while len(data) < count:  # Linux reads at most 2 GiB at once
-            more = os.pread(descriptor.number, count - len(data), offset + len(data))
+    def _read_rest(self, descriptor: "_Descriptor", offset: int, num_bytes: int) -> bytes:
+        """What a pread left out: Linux reads at most 2 GiB at once."""
+        data = b""
+        while len(data) < num_bytes:
+            more = os.pread(descriptor.number, num_bytes - len(data), offset + len(data))
             if not more:
                 size = os.fstat(descriptor.number).st_size
                 raise UserError(
-                    f"{file.path}: {size} bytes, but {file.size} when it was opened; restore the file, and run the command again"
+                    f"{self._file.path}: {size} bytes, but {self._file.size} when it was opened; "
+                    "restore the file, and run the command again"
                 )
             data += more
-    except OSError as error:
-        raise read_error(file.path, error, "run the command again") from error
-    return data
+        return data
+
+    def __array__(self, dtype: np.dtype | None = None, copy: bool | None = None) -> np.ndarray:
+        return np.array(self.read(0, len(self)), dtype)
 
 
 class _Descriptor:

@@ -44,6 +44,7 @@ _FILES_OF_A_PREFIX = re.compile(
 )
 CHUNK = 1 << 16  # sequences per step of checking or writing an .idx, to bound memory
 BLOCK = 64  # sequences per start kept in memory
+_COLUMNS = np.arange(BLOCK)
 MISSING = "make a tokenized dataset with preprocess/tokenize.py"
 DAMAGED = "copy the file again, or make the dataset again with preprocess/tokenize.py"
 
@@ -104,15 +105,19 @@ class IndexedReader:
         return len(self.sizes)
 
     def __getitem__(self, i: int) -> np.ndarray:
-        i = range(len(self.sizes))[i]
-        first = i - i % BLOCK
-        start = int(self._starts[i // BLOCK]) + int(self.sizes[first:i].sum(dtype=np.int64))
-        return self._tokens.read(start, int(self.sizes[i]))
+        return self.read_many(np.array([range(len(self.sizes))[i]]))[0]
+
+    def read_many(self, ids: np.ndarray) -> list[np.ndarray]:
+        """The sequences of these numbers, int64 [m], each 0 or more."""
+        blocks, before = np.divmod(ids, BLOCK)
+        # [m, BLOCK], the lengths of each sequence's block; those before it lead to its start.
+        lengths = self.sizes.take(blocks[:, None] * BLOCK + _COLUMNS, mode="clip")
+        starts = self._starts[blocks] + np.where(_COLUMNS < before[:, None], lengths, 0).sum(axis=1, dtype=np.int64)
+        return self._tokens.read_many(starts.tolist(), self.sizes[ids].tolist())
 
 
 def _read_index(file: BinaryIO, index: FileVersion) -> tuple[np.dtype, np.ndarray, np.ndarray]:
-    """The dtype, lengths and block starts (see `_check_pointers`) of an `.idx`, after checking all of
-    it."""
+    """The dtype, the lengths and the block starts (see `_check_pointers`) of a checked `.idx`."""
     header = file.read(HEADER.size)
     if len(header) < HEADER.size or header[: len(MAGIC)] != MAGIC:
         found = describe(header) or "not a Megatron MMIDIDX index; make it with preprocess/tokenize.py"

@@ -75,8 +75,9 @@ class PackedDocuments:
     def __getitem__(self, i: int) -> PackedSample:
         pieces: list[np.ndarray] = []
         lengths: list[int] = []
-        for document in self.document_ids(i).tolist():
-            inputs, targets = self.documents.inputs[document], self.documents.targets[document]
+        ids = self.document_ids(i)
+        fields = [reader.read_many(ids) for reader in (self.documents.inputs, self.documents.targets)]
+        for inputs, targets in zip(*fields, strict=True):
             if (excess := len(inputs) + len(targets) - self.capacity) > 0:  # --overlong truncate
                 inputs = inputs[excess:]
             pieces += (inputs, targets)

@@ -121,7 +121,7 @@ def test_a_damaged_sequence_is_reported_when_it_is_read(prefix, name, values, me
 
 
 def test_a_dataset_far_smaller_than_a_sequence_needs_few_indices(tmp_path):
-    """One token per epoch: 40 sequences need 1,300 epochs, but not an index per number of epochs."""
+    """One token per epoch: 40 sequences need 1,300 epochs, but few indices are built."""
     prefix = write_documents(tmp_path / "set", [([1], [])])
     for order in ("greedy", "best-fit"):
         flags = training_flags("--data-prefix", prefix, "--packing", order, "--validation-fraction", 0)

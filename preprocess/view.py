@@ -32,6 +32,7 @@ from megatron_ft.data.packing import Packing, TokenizedDocuments, pack
 from megatron_ft.data.provenance import tokenizer_warning
 from megatron_ft.errors import UserError, run_program
 from megatron_ft.files.output import OutputFile, writing
+from megatron_ft.printable import printable
 from megatron_ft.tokenizer.tokenizer import Tokenizer, load_tokenizer
 
 # A document's color on a terminal (of the 256: context as text, loss as background) and its hue in
@@ -39,6 +40,8 @@ from megatron_ft.tokenizer.tokenizer import Tokenizer, load_tokenizer
 COLORS = [(75, 24, 210), (114, 22, 130), (179, 94, 40), (176, 53, 290), (174, 88, 5)]
 PLOT_FORMATS = (".png", ".pdf", ".svg")
 NUMBER = r"(\d+\.?\d*|\.\d+)"
+# The largest values of flags: a sequence is held in memory, and the packing counts in 31 bits.
+MOST = {"seq_length": 10**7, "packing_lookahead": 2**31 - 1, "global_batch_size": 2**31 - 1}
 
 
 def parse_args() -> argparse.Namespace:
@@ -95,13 +98,11 @@ def parse_args() -> argparse.Namespace:
         raise UserError("--html shows packed sequences, which need --tokenizer-file PATH")
     if args.plot and args.plot.suffix not in PLOT_FORMATS:
         raise UserError(f"--plot {args.plot}: the name must end in .png, .pdf or .svg")
-    for flag, value in (
-        ("seq-length", args.seq_length),
-        ("packing-lookahead", args.packing_lookahead),
-        ("global-batch-size", min(args.global_batch_size)),
-    ):
-        if value < 1:
-            raise UserError(f"--{flag} {value}: must be at least 1")
+    for flag, most in MOST.items():
+        values = getattr(args, flag)
+        for value in values if isinstance(values, list) else [values]:
+            if not 1 <= value <= most:
+                raise UserError(f"--{flag.replace('_', '-')} {value}: must be at least 1 and at most {most:,}")
     return args
 
 
@@ -132,9 +133,15 @@ def packing_of(args: argparse.Namespace, num_documents: int) -> Packing:
     start, end = (float(match[1]), float(match[2])) if match else (1.0, 0.0)
     if not 0 <= start < end <= 1:
         raise UserError(f"--range {args.range}: not START:END with 0 <= START < END <= 1, like 0:0.95")
+    first, stop = round(start * num_documents), round(end * num_documents)
+    if first == stop:
+        raise UserError(
+            f"{args.prefix}: --range {args.range} holds none of its {num_documents:,} documents; "
+            "widen the range, or use a larger dataset"
+        )
     return Packing(
-        start=round(start * num_documents),
-        stop=round(end * num_documents),
+        start=first,
+        stop=stop,
         capacity=args.seq_length + 1,
         order=args.packing,
         lookahead=args.packing_lookahead,
@@ -192,7 +199,7 @@ def decoded_sequences(
     tokenizer = load_tokenizer(args.tokenizer_file)
     check_vocabulary(documents, tokenizer.vocab_size)
     if warning := tokenizer_warning(documents.prefix, tokenizer.path):
-        print(warning, file=sys.stderr)
+        print(printable(warning), file=sys.stderr)
     pad = tokenizer.pad if tokenizer.pad is not None else tokenizer.eod
     packed = PackedDocuments(documents, packing, pack(documents, packing), pad)
     sequences = []
@@ -213,7 +220,7 @@ def decoded_sequences(
 
 def sequence_numbers(text: str, count: int) -> range:
     """--sequences as a range of the `count` packed sequences."""
-    match = re.fullmatch(r"(\d+)(?::(\d+))?", text)
+    match = re.fullmatch(r"(\d{1,15})(?::(\d{1,15}))?", text)
     if not match:
         raise UserError(f"--sequences {text}: give one number like 7, or FIRST:END like 0:3")
     first = int(match[1])
@@ -235,20 +242,9 @@ def decode(
         if segment == 0:
             padding += end - start
             continue
-        text = visible(tokenizer.decode(sample.tokens[start:end].tolist()))
+        text = printable(tokenizer.decode(sample.tokens[start:end].tolist()), limit=None, keep="\n\t")
         documents[segment - 1].spans.append(Span(end - start, float(weights[start]), text))
     return DecodedSequence(number, documents, padding)
-
-
-def visible(text: str) -> str:
-    r"""Escape control characters, so that data cannot control the terminal.
-
-    >>> visible("a\x1b[31mb\n")
-    'a\\x1b[31mb\n'
-    """
-    return re.sub(
-        r"[^\S \n\t]|[\x00-\x08\x0e-\x1f\x7f-\x9f]", lambda c: c.group().encode("unicode_escape").decode(), text
-    )
 
 
 def terminal_lines(sequences: list[DecodedSequence], colored: bool) -> Iterator[str]:

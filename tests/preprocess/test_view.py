@@ -4,12 +4,14 @@ import html
 import os
 import re
 import shutil
+import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import one_error_line, run_program
+from conftest import ROOT, one_error_line, run_program
 from doc_commands import run_page
 from token_files import numbered_documents, training_flags, write_documents
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -26,7 +28,7 @@ def data(tmp_path_factory):
     Returns (prefix, tokenizer file, texts, tokenizer).
     """
     folder = tmp_path_factory.mktemp("view")
-    texts = [(f"question {i} <b>&\x1b[31m", f"answer {i}é\nline two of {i}<|endoftext|>") for i in range(40)]
+    texts = [(f"question {i} <b>&\x1b[31m\u202e", f"answer {i}é\nline two of {i}<|endoftext|>") for i in range(40)]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -110,16 +112,36 @@ def test_neighboring_documents_differ_in_color(colored):
 def test_data_cannot_send_escape_sequences_to_the_terminal(data, colored):
     assert "\x1b[31m" in data[2][0][0]
     assert "\x1b[31m" not in colored and "\\x1b[31m" in colored
+    assert "\u202e" not in colored and "\\u202e" in colored
 
 
 def escaped(text: str) -> str:
-    return text.replace("\x1b", "\\x1b")
+    return text.replace("\x1b", "\\x1b").replace("\u202e", "\\u202e")
+
+
+@pytest.mark.parametrize(
+    "env",
+    [
+        {"PYTHONIOENCODING": "ascii"},
+        {"PYTHONIOENCODING": "latin-1"},
+        {"LC_ALL": "C", "PYTHONUTF8": "0"},
+        {"LANG": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+    ],
+    ids=str,
+)
+def test_terminals_that_are_not_utf8_show_escapes(data, env):
+    command = [sys.executable, ROOT / VIEW, data[0], "--tokenizer-file", data[1], "--seq-length", "128", "--stats"]
+    for flags in ([], ["--help"]):
+        done = subprocess.run([*map(str, command), *flags], capture_output=True, env={**os.environ, **env})
+        assert done.returncode == 0 and done.stderr == b""
+    shown = subprocess.run(list(map(str, command)), capture_output=True, env={**os.environ, **env}).stdout
+    assert b"\\u250c document 1" in shown and "é" not in shown.decode("utf-8", "replace")
 
 
 def test_page_is_self_contained_and_shows_the_documents_of_training(data, trained, tmp_path):
     _, _, texts, tokenizer = data
     view_second_sequence(data, "--html", tmp_path / "page.html", "--norm-target-loss", "--stats")
-    text = (tmp_path / "page.html").read_text()
+    text = (tmp_path / "page.html").read_text(encoding="utf-8")
     page = Page(text)
     assert page.open == [] and not re.search(r"https?://|src=|<link|<script", text)
     documents = trained.provenance(1)["documents"]
@@ -203,6 +225,11 @@ def test_stats_compare_packing_orders(stats):
     (["--tokenizer-file", "TOKENIZER", "--rows", "900"], "--sequences 900: not found; there are "),
     (["--tokenizer-file", "TOKENIZER", "--sequences", "a"], "--sequences a: give one number like 7"),
     (["--stats", "--seq-length", "0"], "--seq-length 0: must be at least 1"),
+    (["--stats", "--seq-length", "9" * 20], "must be at least 1 and at most 10,000,000"),
+    (["--stats", "--packing-lookahead", "2147483648"], "must be at least 1 and at most 2,147,483,647"),
+    (["--tokenizer-file", "TOKENIZER", "--sequences", "9" * 5000], "give one number like 7"),
+    (["--plot", "x.png", "--range", "0.5:0.501"], "--range 0.5:0.501 holds none of its 40 documents"),
+    (["--stats", "--range", "0.5:0.501"], "--range 0.5:0.501 holds none of its 40 documents"),
 ])  # fmt: skip
 def test_usage_errors_report_one_line(data, flags, message):
     flags = [str(data[1]) if flag == "TOKENIZER" else flag for flag in flags]

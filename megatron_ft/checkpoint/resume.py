@@ -194,8 +194,9 @@ def find_base(base: dict, config: Config, where: Path) -> WeightsLocation:
 def compare(manifest: Manifest, config: Config, shape: ModelShape, data: dict[str, str]) -> Differences:
     """Differences between a saved run and a command line, whose `describe_data` is `data`."""
     found = Differences()
+    shape_now = shape.as_dict()
     for f in fields(ModelShape):
-        saved, now = manifest.shape.get(f.name), getattr(shape, f.name)
+        saved, now = manifest.shape.get(f.name), shape_now.get(f.name)
         if saved != now:
             found.refused.append(f"{f.name.replace('_', '-')} was {saved}, is {now}")
     for name, entry in sorted(ENTRIES.items()):

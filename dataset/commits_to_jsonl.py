@@ -20,14 +20,13 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse
-import json
 from collections.abc import Sequence
 
 from megatron_ft.commits.row import TEXT_FIELDS, parse_commit
 from megatron_ft.config.parser import Help, Parser
 from megatron_ft.errors import UserError, run_program
 from megatron_ft.files.jsonl import open_sources, read_blocks, shard_bytes
-from megatron_ft.files.jsonl_row import BadRow
+from megatron_ft.files.jsonl_row import BadRow, to_line
 from megatron_ft.files.output import OutputFile, writing
 from megatron_ft.progress import Progress
 from megatron_ft.prompts import COMMIT_FORMATS
@@ -73,7 +72,7 @@ def main() -> None:
                     continue
                 inputs, outputs = to_texts(old, new, subject)
                 row = {"inputs": inputs, "outputs": outputs, **{key: commit[key] for key in COPIED if key in commit}}
-                output.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+                output.write(to_line(row))
                 written += 1
             progress.update(block.consumed)
         if not written:

@@ -20,7 +20,6 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from hashlib import blake2b
-from typing import BinaryIO
 
 from megatron_ft.config.parser import Help, Parser
 from megatron_ft.errors import UserError, run_program
@@ -29,7 +28,9 @@ from megatron_ft.files.jsonl_row import BadRow, parse_row
 from megatron_ft.files.output import STANDARD_OUTPUT, OutputFile, scratch_directory, writing
 from megatron_ft.progress import Progress
 
-RECORD = struct.Struct("<16sI")  # header of a spilled row: its key and the length of its line
+KEY_BYTES = 16
+DIGIT_BITS = 6
+RECORD = struct.Struct(f"<{KEY_BYTES}sI")  # header of a spilled row: its key and the length of its line
 REMEDY = "fix the row, name other keys (--input-key, --output-key), or skip such rows (--skip-bad-rows)"
 ROW_OVERHEAD = 200  # bytes per row in memory in addition to its line: key, objects, dict entry
 
@@ -101,27 +102,29 @@ def spill(sources: list[Source], args: argparse.Namespace, buckets: "Buckets") -
 
 
 def key_of(texts: list[str], seed: int) -> bytes:
-    """16-byte hash of the seed and the texts, by which rows are compared and ordered."""
-    digest = blake2b(f"{seed} {len(texts[0])} ".encode(), digest_size=RECORD.size - 4)
+    """Hash of the seed and the texts, KEY_BYTES long, by which rows are compared and ordered."""
+    digest = blake2b(f"{seed} {len(texts[0])} ".encode(), digest_size=KEY_BYTES)
     for text in texts:
         digest.update(text.encode())
     return digest.digest()
 
 
 class Buckets:
-    """Rows on disk, distributed over 256 files by one byte of their keys: byte `depth`.
+    """Rows on disk, distributed over 2^DIGIT_BITS files by a digit of their keys: digit `depth`.
 
-    A file that does not fit in memory is distributed again by the next byte.
+    A file that does not fit in memory is distributed again by the next digit. Few files are open at
+    a time, since a process may be limited to 256.
     """
 
     def __init__(self, directory: Path, depth: int):
         self.directory, self.depth = directory, depth
+        self._shift = 8 * KEY_BYTES - DIGIT_BITS * (depth + 1)
         directory.mkdir(exist_ok=True)
-        self._files = [open(directory / f"{byte:02x}", "w+b", buffering=1 << 15) for byte in range(256)]
+        self._files = [open(directory / f"{digit:02x}", "wb", buffering=1 << 15) for digit in range(1 << DIGIT_BITS)]
 
     def add(self, key: bytes, line: bytes) -> None:
         """Append a row to its file."""
-        file = self._files[key[self.depth]]
+        file = self._files[int.from_bytes(key) >> self._shift & ((1 << DIGIT_BITS) - 1)]
         file.write(RECORD.pack(key, len(line)))
         file.write(line)
 
@@ -130,12 +133,13 @@ class Buckets:
 
         No more than `memory` bytes of rows are held at a time, unless all have the same key.
         """
-        for byte, file in enumerate(self._files):
-            path = self.directory / f"{byte:02x}"
+        for file in self._files:
+            file.close()
+        for path in [Path(file.name) for file in self._files]:
             first: dict[bytes, bytes] = {}
             size = count = 0
             deeper: Buckets | None = None
-            for key, line in records(file):
+            for key, line in records(path):
                 count += 1
                 if deeper is not None:
                     deeper.add(key, line)
@@ -147,7 +151,6 @@ class Buckets:
                         for item in first.items():
                             deeper.add(*item)
                         first.clear()
-            file.close()
             path.unlink()
             if deeper is not None:
                 yield from deeper.in_order(memory, progress)
@@ -156,12 +159,12 @@ class Buckets:
             progress.update(count if deeper is None else 0)
 
 
-def records(file: BinaryIO) -> Iterator[tuple[bytes, bytes]]:
+def records(path: Path) -> Iterator[tuple[bytes, bytes]]:
     """Keys and lines of a spilled file, in the order they were written."""
-    file.seek(0)
-    while head := file.read(RECORD.size):
-        key, length = RECORD.unpack(head)
-        yield key, file.read(length)
+    with open(path, "rb") as file:
+        while head := file.read(RECORD.size):
+            key, length = RECORD.unpack(head)
+            yield key, file.read(length)
 
 
 if __name__ == "__main__":

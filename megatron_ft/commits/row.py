@@ -1,10 +1,9 @@
 """The row schema of CommitPack: a commit that modified one file, with the file before and after."""
 
-import json
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_ft.files.jsonl_row import BadRow, keys_of, parse_object, text_of
+from megatron_ft.files.jsonl_row import NO_KEY, BadRow, keys_of, parse_object, text_of, to_line
 
 # The fields that training text is made of; a row without one of them is of no use.
 TEXT_FIELDS = ("old_contents", "new_contents", "subject")
@@ -27,7 +26,7 @@ class CommitRow:
 
     def to_json(self) -> bytes:
         """The row as one JSONL line, in UTF-8, with its newline."""
-        return json.dumps(vars(self), ensure_ascii=False).encode() + b"\n"
+        return to_line(vars(self))
 
 
 def parse_commit(line: bytes | None) -> dict[str, Any]:
@@ -43,6 +42,6 @@ def parse_commit(line: bytes | None) -> dict[str, Any]:
     row = parse_object(line)
     for name in TEXT_FIELDS:
         if name not in row:
-            raise BadRow(f"no key {name!r}; {keys_of(row)}")
+            raise BadRow(f"{NO_KEY} {name!r}; {keys_of(row)}")
         text_of(row, name, line)
     return row

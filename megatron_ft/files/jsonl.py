@@ -26,7 +26,7 @@ import zstandard
 
 from megatron_ft.errors import UserError
 from megatron_ft.files.first_bytes import HEAD_BYTES, describe, kind_of_bytes
-from megatron_ft.files.jsonl_row import MAX_LINE_BYTES, BadRow
+from megatron_ft.files.jsonl_row import MAX_LINE_BYTES, BadRow, of_the_file
 from megatron_ft.files.os_error import remedy
 from megatron_ft.files.zstd_file import ZstdFile
 from megatron_ft.printable import printable
@@ -82,8 +82,10 @@ class Block:
         return before + self.first_line + i
 
     def error(self, i: int, reason: BadRow, remedy: str) -> UserError:
-        """The error for a program that stops at lines[i]."""
-        return UserError(f"{self.source.name}, line {self.line_number(i)}: {reason}; {remedy}")
+        """The error for a program that stops at lines[i]; `remedy` is for a defect of the row, not
+        of the file."""
+        what_to_do = "" if of_the_file(reason) else f"; {remedy}"
+        return UserError(f"{self.source.name}, line {self.line_number(i)}: {reason}{what_to_do}")
 
 
 def open_sources(paths: Iterable[str | Path], outputs: Sequence[str | Path] = ()) -> list[Source]:

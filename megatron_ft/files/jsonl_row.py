@@ -9,6 +9,7 @@ from megatron_ft.files.json_file import kind_of, parse_integer
 
 MAX_LINE_BYTES = 64 << 20
 SHOWN_KEYS = 8
+NO_KEY = "no key"
 ONE_PER_LINE = "writes one object per line"
 PIECE_DEPTH = 100  # levels that are parsed at a time where all are too many for the stack
 # A string, complete or not, or one bracket.
@@ -17,6 +18,15 @@ STRING_OR_BRACKET = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"?|[\[\]{}]', re.DOTA
 
 class BadRow(ValueError):
     """A line that is not a valid row; the message is the reason, equal for all such lines."""
+
+
+def of_the_file(reason: BadRow) -> bool:
+    """Whether the reason is a defect of the file, not of the row, and so tells what to do.
+
+    >>> of_the_file(BadRow("a zip archive; unzip extracts it"))
+    True
+    """
+    return "; " in str(reason) and not str(reason).startswith(NO_KEY)
 
 
 def parse_object(line: bytes | None) -> dict:
@@ -125,12 +135,24 @@ def parse_row(line: bytes | None, keys: Sequence[Sequence[str]]) -> list[str]:
     for names in keys:
         name = next((name for name in names if name in row), None)
         if name is None:
-            raise BadRow(f"no key {' or '.join(map(repr, names))}; {keys_of(row)}")
+            raise BadRow(f"{NO_KEY} {' or '.join(map(repr, names))}; {keys_of(row)}")
         text = text_of(row, name, line)
         if not text:
             raise BadRow(f"{name!r} is empty")
         texts.append(text)
     return texts
+
+
+def to_line(row: dict) -> bytes:
+    r"""The row as a line of JSONL in UTF-8, with its newline.
+
+    >>> to_line({"a": "é"}).decode(), to_line({"a": "\ud800"}).decode()
+    ('{"a": "é"}\n', '{"a": "\\ud800"}\n')
+    """
+    try:
+        return json.dumps(row, ensure_ascii=False).encode() + b"\n"
+    except UnicodeEncodeError:  # a lone surrogate, which only an escape can express
+        return json.dumps(row).encode() + b"\n"
 
 
 def text_of(row: dict, name: str, line: bytes | None) -> str:

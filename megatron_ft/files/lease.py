@@ -76,7 +76,7 @@ def _pid_namespace() -> str:
     with suppress(OSError):
         parts.append(os.readlink("/proc/self/ns/pid"))
     with suppress(OSError):
-        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
+        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip())
     return " ".join(parts)
 
 

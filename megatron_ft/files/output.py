@@ -20,6 +20,7 @@ import zstandard
 
 from megatron_ft.errors import UserError
 from megatron_ft.files.atomic import sync_file
+from megatron_ft.files.os_error import remedy
 
 STANDARD_OUTPUT = ("-", "/dev/stdout")
 
@@ -162,12 +163,12 @@ def _lock(handle: int, wait: bool = False) -> None:
 
 @contextmanager
 def writing(path: str | Path) -> Iterator[None]:
-    """Turn an OSError raised while writing `path` (no space, no permission) into a UserError."""
+    """Turn an OSError raised while writing `path` (no space, no permission, too many open files)
+    into a UserError."""
     try:
         yield
     except BrokenPipeError:
         raise
     except OSError as error:
-        raise UserError(
-            f"{path}: cannot be written ({error.strerror or error}); free disk space, or choose another path"
-        ) from error
+        what_to_do = remedy(error, "choose another path")
+        raise UserError(f"{path}: cannot be written ({error.strerror or error}); {what_to_do}") from error

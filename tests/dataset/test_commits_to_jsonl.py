@@ -5,6 +5,8 @@ import json
 import pytest
 from conftest import one_error_line, run_program
 
+from megatron_ft.files.jsonl_row import parse_object
+
 TO_ROWS = "dataset/commits_to_jsonl.py"
 COMMIT = {"old_contents": "one\n", "new_contents": "λ two\n", "subject": "Count up"}
 
@@ -40,11 +42,23 @@ def test_commits_without_subject_or_new_contents_are_skipped_and_counted(tmp_pat
     assert "1 rows -> -; 2 commits without a subject or new contents skipped" in stderr
 
 
+@pytest.mark.parametrize("repos", ['"\\ud800"', "9" * 5000, "[" * 990 + "]" * 990, "[" * 5000 + "]" * 5000, "NaN"])
+def test_unusual_values_of_copied_keys_are_no_obstacle(tmp_path, repos):
+    commit = f'{{"old_contents": "a", "new_contents": "b", "subject": "s", "repos": {repos}}}'
+    (tmp_path / "commits.jsonl").write_text(commit + "\n", encoding="utf-8")
+    done = run_program(TO_ROWS, "--input", tmp_path / "commits.jsonl", "--output", "-")
+    row = parse_object(done.stdout.encode().removesuffix(b"\n"))
+    assert (row["outputs"], list(row)) == ("b", ["inputs", "outputs", "repos"])
+
+
 @pytest.mark.parametrize(
     "line, message",
     [
         ('{"old_contents": "a", "new_contents": "b"}', "commits.jsonl, line 1: no key 'subject'"),
-        ('{"old_contents": "a", "new_contents": 1, "subject": "s"}', "line 1: 'new_contents' is an integer, not a string"),
+        (
+            '{"old_contents": "a", "new_contents": 1, "subject": "s"}',
+            "line 1: 'new_contents' is an integer, not a string",
+        ),
         ("[1", "line 1: incomplete JSON"),
         ('{"old_contents": "a", "new_contents": "", "subject": "s"}', "no commit with a subject"),
     ],

@@ -4,6 +4,7 @@ import gzip
 import importlib.util
 import json
 import random
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -59,7 +60,7 @@ def test_seed_changes_the_order_only(lines, tmp_path):
 def test_memory_is_bounded_while_rows_spill(tmp_path):
     """40 MB of rows in 1 MiB of memory: files are distributed again and again."""
     rng = random.Random(3)
-    with open(tmp_path / "rows.jsonl", "w") as file:
+    with open(tmp_path / "rows.jsonl", "w", encoding="utf-8") as file:
         for n in range(40_000):
             row = {"inputs": f"{n % 30_000}", "outputs": f"{n % 30_000}" + "x" * rng.randint(900, 1000)}
             file.write(json.dumps(row) + "\n")
@@ -79,6 +80,18 @@ def test_memory_is_bounded_while_rows_spill(tmp_path):
     keys = [json.loads(line)["inputs"] for line in rows.splitlines()]
     assert len(set(keys)) == 30_000 and len(keys) >= 30_000
     assert peaks[1] < 45_000  # KiB, of which the interpreter with our imports takes 25,000
+
+
+@pytest.mark.parametrize(("files", "message"), [(256, ""), (40, "raise the limit with ulimit -n")])
+def test_few_open_files_suffice(lines, tmp_path, files, message):
+    expected, _ = shuffled(tmp_path, lines)
+    command = [sys.executable, ROOT / DEDUP, tmp_path / "rows.jsonl", "--output", "-"]
+    limit = f"ulimit -n {files}; exec " + shlex.join(map(str, command))
+    done = subprocess.run(["bash", "-c", limit], capture_output=True, text=True)
+    if message:
+        assert message in one_error_line(done)
+    else:
+        assert done.stdout.encode() == b"".join(expected)
 
 
 def test_order_is_independent_of_memory(tmp_path):

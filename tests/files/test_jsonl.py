@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from megatron_ft.errors import UserError
 from megatron_ft.files import jsonl
 from megatron_ft.files.jsonl import open_sources, parse_shard, read_blocks
+from megatron_ft.files.jsonl_row import BadRow, parse_row
 
 
 def lines_of(paths, shard=(1, 1)) -> list[bytes]:
@@ -64,7 +65,7 @@ def test_compressed_files_directories_and_standard_input(tmp_path, monkeypatch):
     expected = data.splitlines()
     assert lines_of([tmp_path]) == expected * 3
     assert [line for i in range(1, 4) for line in lines_of([tmp_path], (i, 3))] == expected * 3
-    monkeypatch.setattr(jsonl.sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
+    monkeypatch.setattr(jsonl.sys, "stdin", io.TextIOWrapper(io.BytesIO(data), encoding="utf-8"))
     assert lines_of(["-"]) == expected
 
 
@@ -167,6 +168,20 @@ def test_files_of_other_kinds_are_named(tmp_path, head, found):
     with pytest.raises(UserError, match=r"rows\.jsonl: ") as error:
         open_sources([tmp_path / "rows.jsonl"])
     assert found in str(error.value) and "\n" not in str(error.value)
+
+
+def test_defect_of_a_file_keeps_its_own_remedy(tmp_path):
+    (tmp_path / "rows.jsonl").write_bytes(b'{"inputs": "a"}\n' + bytes(4096) + b"\n[1\n")
+    (block,) = read_blocks(open_sources([tmp_path / "rows.jsonl"]))
+    errors = []
+    for i, line in block.rows():
+        with pytest.raises(BadRow) as reason:
+            parse_row(line, [["inputs"], ["outputs"]])
+        errors.append(str(block.error(i, reason.value, "fix the row")))
+    assert [error.endswith("; fix the row") for error in errors] == [True, False, True]
+    assert errors[1].endswith(
+        ", line 2: begins with NUL bytes, as an interrupted copy leaves them; copy the file again"
+    )
 
 
 def test_hidden_files_of_a_directory_are_left_out(tmp_path, capsys):

@@ -107,6 +107,6 @@ def test_signal_stops_training_at_once(tmp_path, stop):
 
 def training_has_begun(pid: int) -> bool:
     """Whether the library is loaded and Python's own handler of SIGINT is removed."""
-    status = Path(f"/proc/{pid}/status").read_text().splitlines()
+    status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines()
     caught = next(int(line.split()[1], 16) for line in status if line.startswith("SigCgt"))
     return b"tokenizers" in Path(f"/proc/{pid}/maps").read_bytes() and not caught & 2

@@ -41,7 +41,7 @@ def test_a_clock_that_is_set_kills_no_process(ours, monkeypatch):
 
 
 def test_hosts_of_one_name_are_told_apart_by_their_kernels(ours, monkeypatch):
-    monkeypatch.setattr(lease.Path, "read_text", lambda path: "another kernel's boot id\n")
+    monkeypatch.setattr(lease.Path, "read_text", lambda path, encoding: "another kernel's boot id\n")
     assert ours.liveness() is Liveness.UNKNOWN
 
 

@@ -34,7 +34,8 @@ import numpy as np
 
 from megatron_ft.config.parser import Help, Parser
 from megatron_ft.data.indexed import IndexedWriter, commit, field_paths
-from megatron_ft.data.provenance import Provenance, inputs_of, path_of
+from megatron_ft.data.provenance import MAX_SHARDS, Provenance, inputs_of, path_of
+from megatron_ft.data.shards import missing_shards
 from megatron_ft.errors import UserError, run_program
 from megatron_ft.files.jsonl import Block, Source, open_sources, parse_shard, read_blocks, shard_bytes
 from megatron_ft.files.jsonl_row import BadRow, parse_row
@@ -94,6 +95,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         metavar="I/N",
         help="tokenize only the I-th of N parts of the input, split by bytes; I starts at 1",
     )
+    add(
+        "--missing-shards",
+        type=int,
+        metavar="N",
+        help="tokenize nothing; of the shards PREFIX-shard-I-of-N list those that do not exist or were made by another "
+        "command, each with the reason",
+    )
     add("--workers", type=int, default=len(os.sched_getaffinity(0)), metavar="N", help="encoder threads")
     args = parser.parse_args(argv)
     args.input += args.more_input or []
@@ -101,6 +109,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args.shard = parse_shard(args.shard)
     if args.workers < 1:
         raise UserError(f"--workers {args.workers}: must be at least 1")
+    if args.missing_shards is not None and not 1 <= args.missing_shards <= MAX_SHARDS:
+        raise UserError(f"--missing-shards {args.missing_shards}: expected 1 to {MAX_SHARDS}")
     return args
 
 
@@ -109,9 +119,14 @@ def main() -> None:
     os.environ["RAYON_NUM_THREADS"] = str(args.workers)  # threads of the tokenizers library
     rejected = Path(f"{args.output_prefix}_rejected.jsonl")
     sources = open_sources(args.input, [rejected])
+    keys = [[args.input_key], [args.output_key] if args.output_key else ["outputs", "targets"]]
+    if args.missing_shards:
+        expected = provenance(args, Path(args.tokenizer_file), sources, keys)
+        for index, reason in missing_shards(args.output_prefix, args.missing_shards, expected):
+            print(f"{index}\t{printable(reason)}")
+        return
     tokenizer = load_tokenizer(args.tokenizer_file, args.literal_special_tokens)
     print_notices(args, tokenizer)
-    keys = [[args.input_key], [args.output_key] if args.output_key else ["outputs", "targets"]]
     encoder = RowEncoder(tokenizer, keys, args.append_eod)
     totals = Totals(special_counts=np.zeros_like(encoder.special_ids))
     with ExitStack() as stack:
@@ -127,15 +142,23 @@ def main() -> None:
             rejected.unlink(missing_ok=True)  # of an earlier run
         path_of(args.output_prefix).unlink(missing_ok=True)
         commit(writers)
-        Provenance(
-            tokenizer=tokenizer.path.name,
-            sha256=vocabulary_digest(Path(args.tokenizer_file)),
-            append_eod=args.append_eod,
-            literal_special_tokens=tuple(sorted(args.literal_special_tokens)),
-            shard=args.shard,
-            inputs=inputs_of(sources),
-        ).write(args.output_prefix)
+        provenance(args, tokenizer.path, sources, keys).write(args.output_prefix)
     print_summary(args, tokenizer, writers, totals, rejected)
+
+
+def provenance(
+    args: argparse.Namespace, tokenizer: Path, sources: Sequence[Source], keys: Sequence[Sequence[str]]
+) -> Provenance:
+    """What this command makes its output from."""
+    return Provenance(
+        tokenizer=tokenizer.name,
+        sha256=vocabulary_digest(Path(args.tokenizer_file)),
+        append_eod=args.append_eod,
+        literal_special_tokens=tuple(sorted(args.literal_special_tokens)),
+        shard=args.shard,
+        inputs=inputs_of(sources),
+        keys=tuple(map(tuple, keys)),
+    )
 
 
 def print_notices(args: argparse.Namespace, tokenizer: Tokenizer) -> None:

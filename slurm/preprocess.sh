@@ -10,7 +10,8 @@
 #   SHARDS=16 TOKENIZER_FILE=tokenizer.json OUTPUT_PREFIX=data/rows \
 #     bash slurm/preprocess.sh rows.jsonl [more.jsonl ...] [flags of preprocess/tokenize.py]
 # It submits the missing shards and a merge that waits for them; after a failed task, the same
-# command submits only what is missing. SBATCH_OPTIONS="--cpus-per-task=32" sets options of both
+# command submits only what is missing. A shard that was made by another command (other rows, another
+# tokenizer or other flags) is missing, too. SBATCH_OPTIONS="--cpus-per-task=32" sets options of both
 # jobs. The last line printed is the job id of the merge.
 OWN_SUBMISSION=1
 script=$(realpath -- "$0")
@@ -24,13 +25,22 @@ if [ "${1:-}" = shard ] || [ "${1:-}" = merge ]; then
   shift 4
 fi
 SHARDS=${SHARDS:-16}
-part() { echo "$OUTPUT_PREFIX-shard-$1-of-$SHARDS"; }
+part() { echo "$OUTPUT_PREFIX-shard-$1-of-$SHARDS"; } # as shard_prefix in megatron_ft/data/shards.py
+# One line per shard that this command has to make: its number, a tab and the reason.
+missing_shards() {
+  run preprocess/tokenize.py "$@" --tokenizer-file "$TOKENIZER_FILE" --output-prefix "$OUTPUT_PREFIX" --missing-shards "$SHARDS"
+}
 case ${task:-submit} in
 shard)
   run preprocess/tokenize.py "$@" --tokenizer-file "$TOKENIZER_FILE" --shard "$SLURM_ARRAY_TASK_ID/$SHARDS" \
     --output-prefix "$(part "$SLURM_ARRAY_TASK_ID")" --workers "${SLURM_CPUS_PER_TASK:-1}"
   ;;
 merge)
+  missing=$(missing_shards "$@")
+  if [ -n "$missing" ]; then
+    first=${missing%%$'\n'*}
+    fail "shard ${first%%$'\t'*} of $SHARDS cannot be merged: ${first#*$'\t'}; run the command that submitted this merge again"
+  fi
   parts=()
   for ((shard = 1; shard <= SHARDS; shard++)); do parts+=("$(part "$shard")"); done
   run preprocess/merge.py "${parts[@]}" --output-prefix "$OUTPUT_PREFIX"
@@ -46,10 +56,13 @@ submit)
     [ -e "$word" ] || fail "$word does not exist"
   done
   mkdir -p "$(dirname -- "$OUTPUT_PREFIX")"
+  found=$(missing_shards "$@")
   missing=()
-  for ((shard = 1; shard <= SHARDS; shard++)); do
-    [ -f "$(part "$shard")_inputs_document.idx" ] && [ -f "$(part "$shard")_targets_document.idx" ] || missing+=("$shard")
-  done
+  while IFS=$'\t' read -r shard reason; do
+    [ -n "$shard" ] || continue
+    missing+=("$shard")
+    [ ! -e "$(part "$shard")_inputs_document.idx" ] || echo "shard $shard is tokenized again: $reason" >&2
+  done <<<"$found"
   read -ra options <<<"${SBATCH_OPTIONS:-}"
   settings=("$SHARDS" "$TOKENIZER_FILE" "$OUTPUT_PREFIX")
   after=()
@@ -59,7 +72,7 @@ submit)
     echo "tokenize: job ${array%%;*}, shards $shards of $SHARDS"
     after=(--dependency="afterok:${array%%;*}" --kill-on-invalid-dep=yes)
   fi
-  merge=$(sbatch --parsable "${options[@]}" "${after[@]}" --output=%x-merge-%j.log "$script" merge "${settings[@]}")
+  merge=$(sbatch --parsable "${options[@]}" "${after[@]}" --output=%x-merge-%j.log "$script" merge "${settings[@]}" "$@")
   echo "merge: job"
   echo "${merge%%;*}"
   ;;

@@ -7,6 +7,9 @@ import pytest
 from conftest import one_error_line, run_program
 from tokenize_runs import token_bytes, tokenize, write_rows_and_tokenizer
 
+from megatron_ft.data.provenance import Provenance, join
+from megatron_ft.errors import UserError
+
 MERGE = "preprocess/merge.py"
 
 
@@ -60,6 +63,12 @@ def test_provenance_of_all_shards_is_that_of_a_single_run(data, parts, tmp_path)
     assert merged["inputs"] == [["rows.jsonl", (data / "rows.jsonl").stat().st_size]]
 
 
+def test_provenance_of_parts_with_the_same_keys_keeps_them(data, parts, tmp_path):
+    assert Provenance.read(parts / "part-1").keys == (("inputs",), ("outputs", "targets"))
+    merge(parts, "part-1", "part-2", "part-10", output=tmp_path / "merged")
+    assert Provenance.read(tmp_path / "merged").keys == (("inputs",), ("outputs", "targets"))
+
+
 @pytest.mark.parametrize(
     "names, message",
     [
@@ -89,11 +98,86 @@ def copy_of(prefix: Path, to: Path) -> None:
         (to.parent / path.name.replace(prefix.name, to.name)).write_bytes(path.read_bytes())
 
 
-def test_damaged_provenance_is_refused(parts, tmp_path):
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ("{", "JSON that ends too early"),
+        ("[" * 100_000, "JSON of more than 100 levels"),
+        ("null", "holds null, expected a JSON object"),
+        ({"version": True}, '"version" is true, expected an integer'),
+        ({"shard": [1, 2**40]}, '"shard" is [1, 1099511627776], expected [I, N] with 1 <= I <= N <= 1000000'),
+        ({"shard": [3, 2]}, '"shard" is [3, 2]'),
+        ({"shard": [0, 2]}, '"shard" is [0, 2]'),
+        ({"shard": [-1, -1]}, '"shard" is [-1, -1]'),
+        ({"shard": [1.0, 2]}, '"shard" has 1.0 at 0, expected a list of integers of 2 to 2 values'),
+        ({"shard": [1]}, '"shard" is a list'),
+        ({"shard": "12"}, '"shard" is "12"'),
+        ({"inputs": "ab"}, '"inputs" is "ab", expected a list'),
+        ({"inputs": [["a", -1]]}, '"inputs" has a list that is not a name and a size in bytes'),
+        ({"inputs": [["a", "1"]]}, '"inputs" has a list that is not'),
+        ({"inputs": [[["a"], 1]]}, '"inputs" has a list that is not'),
+        ({"inputs": [None]}, '"inputs" has null that is not'),
+        ({"sha256": 5}, '"sha256" is 5, expected a string of 64 to 64 characters'),
+        ({"sha256": "00"}, '"sha256" is "00"'),
+        ({"tokenizer": {}}, '"tokenizer" is an object, expected a string'),
+        ({"append_eod": 1}, '"append_eod" is 1, expected true or false'),
+        ({"literal_special_tokens": [1, None]}, '"literal_special_tokens" has 1 at 0'),
+        ({"keys": [["a"], [1]]}, '"keys" has a name that is not a string'),
+        ({"keys": "ab"}, '"keys" is "ab"'),
+    ],
+    ids=str,
+)
+def test_damaged_provenance_is_refused(parts, tmp_path, change, reason):
+    made_from = parts / "part-2_made_from.json"
+    content = change if isinstance(change, str) else json.dumps(json.loads(made_from.read_text()) | change)
+    (tmp_path / "damaged_made_from.json").write_text(content)
+    with pytest.raises(UserError) as error:
+        Provenance.read(tmp_path / "damaged")
+    remedy = "tokenize this dataset again, or remove the file"
+    assert str(error.value).startswith(f"{tmp_path}/damaged_made_from.json: damaged ({reason}")
+    assert str(error.value).endswith(remedy) and "\n" not in str(error.value)
+
+
+def test_a_merge_with_damaged_provenance_ends_in_one_line(parts, tmp_path):
     copy_of(parts / "part-2", tmp_path / "damaged")
     (tmp_path / "damaged_made_from.json").write_text("{")
     command = (MERGE, parts / "part-1", tmp_path / "damaged", "--output-prefix", tmp_path / "merged")
     assert "damaged_made_from.json: damaged" in one_error_line(run_program(*command, ok=False))
+
+
+def test_unreadable_provenance_is_not_called_damaged(tmp_path):
+    path = tmp_path / "set_made_from.json"
+    path.mkdir()
+    with pytest.raises(UserError, match="a directory, expected a file"):
+        Provenance.read(tmp_path / "set")
+
+
+def made(shard: tuple[int, int], size: int = 100, keys=None) -> Provenance:
+    return Provenance("t.json", "0" * 64, True, (), shard, (("rows.jsonl", size),), keys)
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        (
+            {"a": made((1, 10**6))},
+            "shard 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, ... of 1000000 of rows.jsonl is missing; tokenize it",
+        ),
+        (
+            {"a": made((1, 2)), "b": made((2, 2), 120)},
+            "shard 2 of 2 of rows.jsonl is missing (b was made from rows.jsonl of 120 bytes, expected rows.jsonl of 100 bytes)",
+        ),
+        (
+            {"a": made((1, 2), keys=(("x",),)), "b": made((2, 2), keys=(("y",),))},
+            'shard 2 of 2 of rows.jsonl is missing (b was made from the keys [["y"]] of each row, expected [["x"]])',
+        ),
+    ],
+    ids=["many", "other rows", "other keys"],
+)
+def test_missing_shards_are_named_with_what_is_in_their_place(parts, message):
+    with pytest.raises(UserError) as error:
+        join(parts)
+    assert str(error.value).startswith(message)
 
 
 def test_parts_of_unknown_provenance_are_merged_without_one(parts, tmp_path):

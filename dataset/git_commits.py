@@ -19,8 +19,11 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse
 import re
+import shutil
 import subprocess
+import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import IO
 
@@ -30,6 +33,7 @@ from megatron_ft.commits.row import CommitRow
 from megatron_ft.config.parser import Help, Parser
 from megatron_ft.errors import UserError, run_program
 from megatron_ft.files.output import OutputFile, writing
+from megatron_ft.printable import printable
 from megatron_ft.progress import Progress
 
 REGULAR_FILES = ("100644", "100755")  # git's file modes; others are symbolic links and submodules
@@ -92,11 +96,12 @@ def main() -> None:
 
 def why_no_history(repo: Path) -> str | None:
     """Why the repository has no commits to walk; None if it has some."""
-    done = subprocess.run(git(repo, "rev-parse", "--is-shallow-repository"), capture_output=True, text=True)
+    if shutil.which("git") is None:
+        raise UserError("git is not installed, or not in PATH; install it, or load its module")
+    done = subprocess.run(git(repo, "rev-parse", "--is-shallow-repository"), capture_output=True)
     if done.returncode:
-        message = (done.stderr.splitlines() or ["git failed"])[0]
-        return f"{repo} is not a readable git repository ({message})"
-    if done.stdout.strip() == "true":
+        return f"{repo} is not a readable git repository ({first_line(done.stderr)})"
+    if done.stdout.strip() == b"true":
         return f"{repo} is a shallow clone"
     if subprocess.run(git(repo, "rev-parse", "--verify", "--quiet", "HEAD"), capture_output=True).returncode:
         return f"{repo} has no commits yet"
@@ -113,7 +118,7 @@ def write_fallback(args: argparse.Namespace, reason: str) -> None:
         output.write(rows)
         output.commit()
     count = rows.count(b"\n")
-    print(f"{reason}: using the {count} rows of {args.fallback} instead -> {args.output}", file=sys.stderr)
+    print(printable(f"{reason}: using the {count} rows of {args.fallback} instead -> {args.output}"), file=sys.stderr)
 
 
 def write_rows(args: argparse.Namespace, output: OutputFile) -> int:
@@ -158,8 +163,9 @@ def single_file_commits(repo: Path, rev: str) -> Iterator[Commit]:
     """
     options = ("--reverse", "--no-merges", "--raw", "-z", "--no-abbrev", "--no-renames", LOG_FORMAT)
     log = git(repo, "log", rev, *options, "--")
-    with subprocess.Popen(log, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        assert process.stdout is not None and process.stderr is not None  # both are pipes
+    # Warnings go to a file: a pipe that nobody reads would stop git.
+    with tempfile.TemporaryFile() as errors, subprocess.Popen(log, stdout=subprocess.PIPE, stderr=errors) as process:
+        assert process.stdout is not None  # a pipe
         try:
             fields = split_at_nul(process.stdout)
             header: tuple[str, str, str] | None = None
@@ -167,14 +173,14 @@ def single_file_commits(repo: Path, rev: str) -> Iterator[Commit]:
             for field in fields:
                 field = field.strip("\n")
                 if field.startswith(":"):
-                    changes.append((field, next(fields)))
+                    changes.append((field, next(fields, "")))
                 elif field:  # the id of the next commit, followed by its subject and message
                     yield from single_change(header, changes)
-                    header, changes = (field, next(fields), next(fields)), []
+                    header, changes = (field, next(fields, ""), next(fields, "")), []
+            if process.wait():  # the last commit may be truncated
+                errors.seek(0)
+                raise UserError(f"--rev {rev}: git log failed ({first_line(errors.read())})")
             yield from single_change(header, changes)
-            if process.wait():
-                message = process.stderr.read().decode(errors="replace").splitlines()[0]
-                raise UserError(f"--rev {rev}: git log failed ({message})")
         finally:
             process.kill()
 
@@ -193,6 +199,11 @@ def single_change(header: tuple[str, str, str] | None, changes: list[tuple[str, 
         yield Commit(id, subject.strip(), message.strip(), path, old_blob, new_blob)
 
 
+def first_line(stderr: bytes) -> str:
+    """The first line of what git printed, without its hints."""
+    return (stderr.decode("utf-8", "replace").splitlines() or ["git failed"])[0]
+
+
 def split_at_nul(stream: IO[bytes]) -> Iterator[str]:
     """The NUL-terminated fields of a stream; bytes that are not UTF-8 become U+FFFD."""
     rest = b""
@@ -208,44 +219,64 @@ class BlobReader:
     """Reads files of a repository through one long-running `git cat-file --batch` process."""
 
     def __init__(self, repo: Path):
-        pipe = subprocess.PIPE
-        self._process = subprocess.Popen(git(repo, "cat-file", "--batch"), stdin=pipe, stdout=pipe)
+        self._repo, pipe = repo, subprocess.PIPE
+        self._process = subprocess.Popen(
+            git(repo, "cat-file", "--batch"), stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL
+        )
         assert self._process.stdin is not None and self._process.stdout is not None  # both are pipes
         self._requests, self._replies = self._process.stdin, self._process.stdout
 
-    def text(self, name: str, max_bytes: int) -> str | None:
-        """Text of the blob `name`, an id or REV:PATH.
-
-        None if it does not exist, is larger than `max_bytes`, or is binary: contains a NUL byte or
-        is not UTF-8.
-        """
-        self._requests.write(name.encode() + b"\n")
-        self._requests.flush()
-        header = self._replies.readline().split()
-        if len(header) != 3:  # "<name> missing" instead of "<id> <type> <size>"
+    def text(self, id: str, max_bytes: int) -> str | None:
+        """Text of a blob; None if it is larger than `max_bytes`, or binary: contains a NUL byte or
+        is not UTF-8. UserError if git cannot read it."""
+        try:
+            self._requests.write(id.encode() + b"\n")
+            self._requests.flush()
+            reply = self._replies.readline()
+        except BrokenPipeError:
+            reply = b""
+        header = reply.split()
+        if len(header) != 3:  # "<id> missing" instead of "<id> blob <size>"
+            raise UserError(
+                f"{self._repo}: git cannot read {id}; check the repository with git fsck, and complete a partial clone "
+                "with git fetch --refetch --no-filter"
+            )
+        size = int(header[2])
+        if size > max_bytes:
+            self._skip(size + 1)
             return None
-        data = self._replies.read(int(header[2]) + 1)[:-1]
-        if header[1] != b"blob" or len(data) > max_bytes or b"\0" in data:
+        data = self._replies.read(size + 1)[:-1]
+        if b"\0" in data:
             return None
         try:
             return data.decode("utf-8")
         except UnicodeDecodeError:
             return None
 
+    def _skip(self, size: int) -> None:
+        while size and (skipped := self._replies.read(min(size, 1 << 20))):
+            size -= len(skipped)
+
     def __enter__(self) -> "BlobReader":
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._requests.close()
+        with suppress(BrokenPipeError):
+            self._requests.close()
         self._replies.close()
         self._process.wait()
 
 
 def find_license(repo: Path, blobs: BlobReader) -> str:
     """License of the repository by its license files at HEAD; "unknown" if none is recognized."""
-    listed = subprocess.run(git(repo, "ls-tree", "-z", "--name-only", "HEAD"), capture_output=True).stdout
-    for name in sorted(filter(LICENSE_FILE.match, listed.decode("utf-8", "replace").split("\0"))):
-        license = license_of(blobs.text(f"HEAD:{name}", 1 << 20) or "")
+    listed = subprocess.run(git(repo, "ls-tree", "-z", "HEAD"), capture_output=True).stdout
+    blobs_by_name = {}  # by id, since a name may hold a line break
+    for entry in filter(None, listed.decode("utf-8", "replace").split("\0")):
+        (_, kind, id), name = entry[: entry.index("\t")].split(), entry[entry.index("\t") + 1 :]
+        if kind == "blob" and LICENSE_FILE.match(name):
+            blobs_by_name[name] = id
+    for _, id in sorted(blobs_by_name.items()):
+        license = license_of(blobs.text(id, 1 << 20) or "")
         if license != UNKNOWN:
             return license
     return UNKNOWN
@@ -253,8 +284,8 @@ def find_license(repo: Path, blobs: BlobReader) -> str:
 
 def name_of(repo: Path) -> str:
     """OWNER/NAME from the URL of the remote `origin`, or the directory's name without one."""
-    config = subprocess.run(git(repo, "config", "--get", "remote.origin.url"), capture_output=True, text=True)
-    url = config.stdout.strip()
+    config = subprocess.run(git(repo, "config", "--get", "remote.origin.url"), capture_output=True)
+    url = config.stdout.decode("utf-8", "replace").strip()
     match = re.search(r"([^/:@]+/[^/:@]+?)(?:\.git)?/?$", url) if "://" in url or "@" in url else None
     return match[1] if match else repo.resolve().name
 

@@ -65,9 +65,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="keys of the texts to train on; 'outputs' also accepts 'targets'",
     )
     args = parser.parse_args(argv)
-    if args.vocab_size < MIN_VOCAB_SIZE:
+    if not MIN_VOCAB_SIZE <= args.vocab_size < 1 << 31:
         raise UserError(
-            f"--vocab-size {args.vocab_size}: must be at least {MIN_VOCAB_SIZE}, the number of bytes and special tokens"
+            f"--vocab-size {args.vocab_size}: must be at least {MIN_VOCAB_SIZE}, the number of bytes and special tokens, "
+            "and below 2^31"
         )
     return args
 

@@ -157,6 +157,59 @@ def test_usage_errors_report_one_line_and_write_nothing(repo, tmp_path, flags, m
     assert not list(tmp_path.iterdir())
 
 
+def test_git_that_is_not_installed_is_named(repo, tmp_path):
+    command = (COMMITS, "--repo", repo, "--output", tmp_path / "c.jsonl")
+    line = one_error_line(run_program(*command, ok=False, env={**os.environ, "PATH": str(tmp_path)}))
+    assert "git is not installed" in line
+
+
+def copy_of(repo: Path, tmp_path: Path) -> Path:
+    subprocess.run(["git", "clone", "-q", repo, tmp_path / "copy"], check=True)
+    return tmp_path / "copy"
+
+
+def add_file(repo: Path, name: str, content: str, subject: str) -> None:
+    (repo / name).write_text(content, encoding="utf-8")
+    git = ["git", "-C", str(repo), "-c", "user.name=A", "-c", "user.email=a@b.c"]
+    subprocess.run([*git, "add", "-A"], check=True)
+    subprocess.run([*git, "commit", "-qm", subject], check=True)
+
+
+def test_names_of_license_files_may_hold_newlines_and_spaces(repo, rows, tmp_path):
+    copy = copy_of(repo, tmp_path)
+    add_file(copy, "COPYING\nHEAD:a.py\nx", "none", "Odd name")
+    add_file(copy, "COPYING as missing", "none", "Odd name")
+    found = rows_of(run_program(COMMITS, "--repo", copy, "--output", "-").stdout)
+    assert [row | {"repos": ""} for row in found] == [row | {"repos": ""} for row in rows]
+
+
+def test_large_files_are_skipped(repo, tmp_path):
+    copy = copy_of(repo, tmp_path)
+    for size in (3 << 20, 4 << 20, 2):
+        add_file(copy, "a.py", "x" * size, f"Size {size}")
+    add_file(copy, "a.py", "small", "Small again")
+    found = rows_of(run_program(COMMITS, "--repo", copy, "--output", "-", "--rev", "HEAD~4..HEAD").stdout)
+    assert [row["subject"] for row in found] == ["Small again"]
+
+
+def test_damaged_repository_is_an_error(repo, tmp_path):
+    copy = copy_of(repo, tmp_path)
+    blob = subprocess.run(
+        ["git", "-C", copy, "rev-parse", "HEAD~2:c.py"], capture_output=True, text=True
+    ).stdout.strip()
+    subprocess.run(["git", "-C", copy, "repack", "-adq"], check=True)
+    pack = next((copy / ".git/objects/pack").glob("*.pack"))
+    unpacked = tmp_path / "x.pack"
+    pack.rename(unpacked)
+    with open(unpacked, "rb") as file:
+        subprocess.run(["git", "-C", copy, "unpack-objects", "-q"], stdin=file, check=True)
+    damaged = copy / ".git/objects" / blob[:2] / blob[2:]
+    damaged.chmod(0o644)
+    damaged.write_bytes(b"no object")
+    line = one_error_line(run_program(COMMITS, "--repo", copy, "--output", tmp_path / "c.jsonl", ok=False))
+    assert "git fsck" in line and not (tmp_path / "c.jsonl").exists()
+
+
 def test_example_rows_are_complete_and_enough_for_the_demonstration():
     rows = rows_of(EXAMPLE_ROWS.read_text(encoding="utf-8"))
     assert 150 <= len(rows) <= 300 and len({row["commit"] for row in rows}) == len(rows)

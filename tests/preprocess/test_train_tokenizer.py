@@ -51,7 +51,7 @@ def test_text_survives_a_round_trip(trained):
     tokenizer = load_tokenizer(trained)
     text = "<commit_before>x = 1234  # λ 🙂\n<commit_msg>Änder<commit_after>"
     assert tokenizer.decode(tokenizer.encode(text)) == text
-    assert tokenizer.notice is None  # the fast encoder was used
+    assert tokenizer.notices == []  # the fast encoder was used
 
 
 def test_vocabulary_has_the_size_requested_and_special_ids(trained):
@@ -75,6 +75,7 @@ def test_special_tokens_have_starcoders_ids(shared_data, tmp_path):
     "line, flags, message",
     [
         ('{"inputs": "a", "outputs": "b"}', ["--vocab-size", 274], "--vocab-size 274: must be at least 275"),
+        ('{"inputs": "a", "outputs": "b"}', ["--vocab-size", 1 << 31], "and below 2^31"),
         ('{"old_contents": "a", "subject": "b"}', [], "line 1: no key 'inputs'"),
         ("", [], "rows.jsonl: no rows"),
     ],

@@ -1,4 +1,4 @@
-"""Files that are not what their name says, recognized by their first bytes: pointers, pages,
+"""Files that are not what their name promises, recognized by their first bytes: pointers, pages,
 archives.
 
     if found := what_it_is(path, expected={"zip"}):

@@ -39,6 +39,24 @@ def test_split_files_are_parsed(tmp_path, text, groups):
     ("train: 1 0.5:0.5 x", 10, "range '0.5:0.5'"),
     ("train: 1 0-1 x", 10, "range '0-1'"),
     ("train: 1 0:0.5:1 x", 10, "range '0:0.5:1'"),
+    ("train: inf 0:1 x", 8, "weight 'inf'"),
+    ("train: 1e400 0:1 x", 8, "weight '1e400'"),
+    ("train: 1e308 0:1 x, 1e308 0:1 y", 8, "weight '1e308' is not a number above 0 and at most 1e+12, like 0.5"),
+    ("train: 0 0:1 x", 8, "weight '0'"),
+    ("train: 1_0 0:1 x", 8, "weight '1_0'"),
+    ("train: \u0661 0:1 x", 8, "weight '\u0661'"),
+    ("train: 0x1 0:1 x", 8, "weight '0x1'"),
+    ("train: " + "9" * 5000 + " 0:1 x", 8, "99 ... 99"),
+    ("train: 1 nan:1 x", 10, "range 'nan:1'"),
+    ("train: 1 0:inf x", 10, "range '0:inf'"),
+    ("train: 1 -0.5:1 x", 10, "range '-0.5:1'"),
+    ("train: 1 0:1e400 x", 10, "range '0:1e400'"),
+    ("train: 1 0:1 a\0b", 15, "the character U+0000 does not belong here"),
+    ("t\x1brain: 1 0:1 x", 2, "the character U+001B"),
+    ("train: 1 0:1 x\ry: 1 0:1 z", 15, "the character U+000D"),
+    ("train: 1 0:1 x\u2028", 15, "the character U+2028"),
+    ('train: 1 0:1 a"b', 1, "is outside the quotes, which enclose complete groups"),
+    ('train: 1 0:1 "a"', 1, "'train: 1 0:1' is outside the quotes"),
     ('"train: 1 0:1 x', 1, "this quote is not closed"),
     ('"train: 1 0:1 x" valid: 1 0:1 y', 18, "'valid: 1 0:1 y' is outside the quotes"),
     ('"a: 1 0:1 x" "b: 2 0:1"', 20, "'2 0:1' has 2 words"),
@@ -59,12 +77,33 @@ def test_errors_name_the_line_of_the_file(tmp_path):
 
 @pytest.mark.parametrize("content, message", [
     (b"\n# nothing\n", "no groups"),
-    (b"\xff\xfe", "cannot be read as a split file"),
+    (b"", "no groups"),
+    (b"\xff\xfe", "cannot be read as a split file .UTF-16, not UTF-8"),
+    (b"train: 1 0:1 caf\xe9", "cannot be read as a split file .not UTF-8 at byte 16"),
+    (b"PAR1\xff", "cannot be read as a split file .a Parquet file"),
 ])  # fmt: skip
 def test_files_without_groups_are_refused(tmp_path, content, message):
     path = tmp_path / "split.txt"
     path.write_bytes(content)
     with pytest.raises(UserError, match=message):
+        read_split_file(path)
+
+
+@pytest.mark.parametrize("path, message", [
+    ("/dev/zero", "/dev/zero: more than 16,777,216 bytes, which is not a split file"),
+    ("/", "/: cannot be read as a split file .Is a directory"),
+    ("/missing", "/missing: cannot be read as a split file .No such file"),
+])  # fmt: skip
+def test_what_is_not_a_file_is_refused(path, message):
+    with pytest.raises(UserError, match=message):
+        read_split_file(path)
+
+
+def test_only_newlines_end_a_line(tmp_path):
+    """A form feed or U+2028 does not, so that line numbers are those of an editor."""
+    path = tmp_path / "split.txt"
+    path.write_bytes("# a\x0cb\u2028c\r\ntrain: 1 0:2 x\r\n".encode())
+    with pytest.raises(UserError, match="split.txt, line 2, column 10: range '0:2'"):
         read_split_file(path)
 
 

@@ -46,7 +46,7 @@ MOST_PADDING = 128 * 16  # rows; padding is below 128 x tensor-parallel ranks
 LOGITS_TOLERANCE = 1e-4  # fp32, other order of summation
 ARCHITECTURE = (
     "num_layers", "hidden_size", "num_attention_heads", "max_position_embeddings", "ffn_hidden_size", "multi_query",
-    "layernorm_epsilon",
+    "layernorm_epsilon", "exact_gelu",
 )  # fmt: skip
 
 

@@ -56,6 +56,9 @@ def transformer_config(config: Config, shape: ModelShape) -> TransformerConfig:
     """Megatron-Core's configuration for `shape` and the flags of `config`."""
     dtype = compute_dtype(config)
     fuse = torch.cuda.is_available()
+    # Megatron's fused kernel computes the tanh approximation of GELU, which StarCoder was trained
+    # with; plain F.gelu is the exact form with erf.
+    fuse_gelu = fuse and not shape.exact_gelu
     return TransformerConfig(
         num_layers=shape.num_layers,
         hidden_size=shape.hidden_size,
@@ -68,10 +71,8 @@ def transformer_config(config: Config, shape: ModelShape) -> TransformerConfig:
         normalization="LayerNorm",
         layernorm_epsilon=shape.layernorm_epsilon,
         add_bias_linear=True,
-        # StarCoder uses the tanh approximation of GELU, as Megatron's fused kernel does; plain
-        # F.gelu is the exact form with erf.
-        bias_activation_fusion=fuse,
-        activation_func=F.gelu if fuse else partial(F.gelu, approximate="tanh"),
+        bias_activation_fusion=fuse_gelu,
+        activation_func=F.gelu if fuse_gelu or shape.exact_gelu else partial(F.gelu, approximate="tanh"),
         bias_dropout_fusion=fuse,
         gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,

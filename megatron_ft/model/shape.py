@@ -4,19 +4,32 @@ There is one table of models (`PRESETS`) and one class for a model's shape (`Mod
 take their defaults from it, the engine builds the model from it, conversion writes config.json.
 """
 
-from dataclasses import asdict, dataclass, replace
+import math
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
+from typing import Any, TypeVar
 
 from megatron_ft.errors import UserError
+from megatron_ft.files.json_file import kind_of, optional, require
 
-_TANH_GELU = ("gelu_pytorch_tanh", "gelu_new", "gelu_fast")  # three spellings of it in transformers
+# Names in transformers of StarCoder's GELU, the tanh approximation, and of the exact one.
+TANH_GELU = ("gelu_pytorch_tanh", "gelu_new", "gelu_fast", "gelu_accurate")
+EXACT_GELU = ("gelu", "gelu_python")
+# Our own argument in a Megatron checkpoint that was converted from a model with the exact GELU.
+ACTIVATION_ARG = "hf_activation_function"
+# Limits of what a file may claim, far above any model: names and sizes are computed from it.
+MOST_LAYERS, MOST_WIDTH, MOST_ROWS = 10_000, 1 << 20, 1 << 31
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelShape:
     """Shape of a GPTBigCode model. Raises UserError, naming the flags, when heads do not divide it.
 
-    `vocab_size` is the tokenizer's (unpadded) number of embedding rows.
+    `vocab_size` is the tokenizer's (unpadded) number of embedding rows. `exact_gelu`: the
+    activation is GELU itself and not its tanh approximation, with which StarCoder was trained.
     """
 
     num_layers: int
@@ -30,6 +43,7 @@ class ModelShape:
     init_method_std: float = 0.02
     hidden_dropout: float = 0.1
     attention_dropout: float = 0.1
+    exact_gelu: bool = False
 
     def __post_init__(self) -> None:
         if not self.ffn_hidden_size:
@@ -50,6 +64,11 @@ class ModelShape:
     def qkv_rows(self) -> int:
         """Rows of the fused query-key-value weight [rows, hidden_size]."""
         return (self.num_attention_heads + 2 * self.num_query_groups) * self.kv_channels
+
+    @property
+    def activation(self) -> str:
+        """transformers' name of the activation."""
+        return EXACT_GELU[0] if self.exact_gelu else TANH_GELU[0]
 
     def num_parameters(self, padded_vocab_size: int | None = None) -> int:
         """Number of parameters, with tied embeddings counted once.
@@ -98,7 +117,7 @@ class ModelShape:
         return {
             "architectures": ["GPTBigCodeForCausalLM"],
             "model_type": "gpt_bigcode",
-            "activation_function": "gelu_pytorch_tanh",
+            "activation_function": self.activation,
             "attention_softmax_in_fp32": True,
             "scale_attention_softmax_in_fp32": True,
             "scale_attn_weights": True,
@@ -119,69 +138,62 @@ class ModelShape:
         }
 
     @classmethod
-    def from_hf_config(cls, config: dict, where: str) -> "ModelShape":
+    def from_hf_config(cls, config: Mapping[str, Any], where: str) -> "ModelShape":
         """Shape of a GPTBigCode config.json, which is at `where`.
 
         Raises UserError, naming that file and the field, for what is missing or malformed and for
         what Megatron's GPTBigCode cannot express.
         """
         if config.get("model_type") != "gpt_bigcode":
+            found = config.get("model_type", "missing")
             raise UserError(
-                f"{where}: model_type is {config.get('model_type')!r}, expected 'gpt_bigcode' (StarCoder, SantaCoder)"
+                f"{where}: model_type is {found if found == 'missing' else _shown(found)}, "
+                "expected 'gpt_bigcode' (StarCoder, SantaCoder)"
             )
-        activation = config.get("activation_function", "gelu_pytorch_tanh")
-        if activation not in _TANH_GELU:
+        activation = config.get("activation_function", TANH_GELU[0])
+        if activation not in (*TANH_GELU, *EXACT_GELU):
             raise UserError(
-                f"{where}: activation_function is {activation!r}, expected the tanh GELU 'gelu_pytorch_tanh'"
+                f"{where}: activation_function is {_shown(activation)}, "
+                f"expected the tanh GELU {TANH_GELU[0]!r} or the exact one, {EXACT_GELU[0]!r}"
             )
-        if not config.get("scale_attn_weights", True) or not config.get("tie_word_embeddings", True):
-            raise UserError(f"{where}: scale_attn_weights and tie_word_embeddings must be true, as in every StarCoder")
-        if config.get("embd_pdrop", 0.1) != config.get("resid_pdrop", 0.1):
+        for name in ("scale_attn_weights", "tie_word_embeddings"):
+            if not _given(config, name, bool, where, True):
+                raise UserError(f"{where}: {name} is false, expected true, as in every StarCoder")
+        dropout = _given(config, "resid_pdrop", float, where, 0.1, high=1)
+        if dropout != _given(config, "embd_pdrop", float, where, 0.1, high=1):
             raise UserError(
                 f"{where}: embd_pdrop and resid_pdrop differ; Megatron has one hidden dropout, give them one value"
             )
-
-        def count(name: str) -> int:
-            value = config.get(name)
-            if type(value) is not int or value < 1:
-                found = f"is {value!r}" if name in config else "is missing"
-                raise UserError(f"{where}: {name} {found}, expected a positive integer; copy the file again")
-            return value
-
-        def number(name: str, default: float) -> float:
-            value = config.get(name, default)
-            if type(value) not in (int, float) or not 0 <= value < float("inf"):
-                raise UserError(f"{where}: {name} is {value!r}, expected a number, at least 0")
-            return value
-
-        multi_query = config.get("multi_query", True)
-        if type(multi_query) is not bool:
-            raise UserError(f"{where}: multi_query is {multi_query!r}, expected true or false")
-        hidden, heads = count("n_embd"), count("n_head")
+        hidden = require(config, "n_embd", int, where, low=1, high=MOST_WIDTH)
+        heads = require(config, "n_head", int, where, low=1, high=MOST_WIDTH)
         _check_heads(hidden, heads, f"{where}: n_embd", "n_head")
         return cls(
-            num_layers=count("n_layer"),
+            num_layers=require(config, "n_layer", int, where, low=1, high=MOST_LAYERS),
             hidden_size=hidden,
             num_attention_heads=heads,
-            max_position_embeddings=count("n_positions"),
-            vocab_size=count("vocab_size"),
-            ffn_hidden_size=0 if config.get("n_inner") is None else count("n_inner"),
-            multi_query=multi_query,
-            layernorm_epsilon=number("layer_norm_epsilon", 1e-5),
-            init_method_std=number("initializer_range", 0.02),
-            hidden_dropout=number("resid_pdrop", 0.1),
-            attention_dropout=number("attn_pdrop", 0.1),
+            max_position_embeddings=require(config, "n_positions", int, where, low=1, high=MOST_ROWS),
+            vocab_size=require(config, "vocab_size", int, where, low=1, high=MOST_ROWS),
+            ffn_hidden_size=optional(config, "n_inner", int, where, 0, low=1, high=MOST_WIDTH),
+            multi_query=_given(config, "multi_query", bool, where, True),
+            layernorm_epsilon=_given(config, "layer_norm_epsilon", float, where, 1e-5),
+            init_method_std=_given(config, "initializer_range", float, where, 0.02),
+            hidden_dropout=dropout,
+            attention_dropout=_given(config, "attn_pdrop", float, where, 0.1, high=1),
+            exact_gelu=activation in EXACT_GELU,
         )
 
     @classmethod
-    def from_megatron_args(cls, args: dict, vocab_rows: int, where: Path | str) -> "ModelShape":
+    def from_megatron_args(cls, args: Mapping[str, Any], vocab_rows: int, where: Path | str) -> "ModelShape":
         """Shape from the arguments that a Megatron run saved in the checkpoint `where`.
 
-        Raises UserError for what is not GPTBigCode (a gated activation, experts) or is missing.
+        Raises UserError for what is not GPTBigCode (a gated activation, experts), missing or
+        malformed.
 
-        The activation is always StarCoder's tanh GELU. On merging, checkpoint tools set
-        `bias_gelu_fusion=False`, Megatron's exact GELU, but the weights were trained with tanh.
+        The activation is StarCoder's tanh GELU, unless `ACTIVATION_ARG` says otherwise. On merging,
+        checkpoint tools set `bias_gelu_fusion=False`, Megatron's exact GELU, but the weights were
+        trained with tanh.
         """
+        where = f"{where}: arguments"
         for name, allowed, what in (
             ("glu_activation", (None,), "a gated activation"),
             ("num_experts", (None, 0), "experts"),
@@ -189,42 +201,73 @@ class ModelShape:
             ("swiglu", (None, False), "a gated activation"),
             ("untie_embeddings_and_output_weights", (None, False), "untied embeddings"),
         ):
-            if args.get(name) not in allowed:
+            value = args.get(name)
+            if not any(type(value) is type(one) and value == one for one in allowed):
                 raise UserError(
-                    f"{where}: trained with {what} ({name}={args[name]!r}); expected a GPTBigCode (StarCoder)"
+                    f"{where}: trained with {what} ({name}={_shown(value)}); expected a GPTBigCode (StarCoder)"
                 )
-        try:
-            hidden, heads = args["hidden_size"], args["num_attention_heads"]
-            _check_heads(hidden, heads, f"{where}: hidden_size", "num_attention_heads")
-            if "attention_head_type" in args:
-                multi_query = args["attention_head_type"] == "multiquery"
-            else:
-                groups = args.get("num_query_groups") if args.get("group_query_attention") else heads
-                multi_query = groups == 1
-                if groups not in (1, heads):
-                    raise UserError(
-                        f"{where}: {groups} key/value heads for {heads} query heads; "
-                        "expected a GPTBigCode (StarCoder), which has one, or one per query head"
-                    )
-            return cls(
-                num_layers=args["num_layers"],
-                hidden_size=hidden,
-                num_attention_heads=heads,
-                max_position_embeddings=args["max_position_embeddings"],
-                vocab_size=vocab_rows,
-                ffn_hidden_size=args.get("ffn_hidden_size") or 0,
-                multi_query=multi_query,
-                layernorm_epsilon=args.get("layernorm_epsilon", args.get("norm_epsilon", 1e-5)),
-                init_method_std=args.get("init_method_std", 0.02),
-                hidden_dropout=args.get("hidden_dropout", 0.1),
-                attention_dropout=args.get("attention_dropout", 0.1),
-            )
-        except KeyError as error:
-            raise UserError(f"{where}: its arguments lack {error}, expected those of a Megatron GPT run") from None
+        hidden = require(args, "hidden_size", int, where, low=1, high=MOST_WIDTH)
+        heads = require(args, "num_attention_heads", int, where, low=1, high=MOST_WIDTH)
+        _check_heads(hidden, heads, f"{where}: hidden_size", "num_attention_heads")
+        if "attention_head_type" in args:
+            multi_query = args["attention_head_type"] == "multiquery"
+        else:
+            grouped = optional(args, "group_query_attention", bool, where, False)
+            groups = optional(args, "num_query_groups", int, where, heads) if grouped else heads
+            multi_query = groups == 1
+            if groups not in (1, heads):
+                raise UserError(
+                    f"{where}: {groups} key/value heads for {heads} query heads; "
+                    "expected a GPTBigCode (StarCoder), which has one, or one per query head"
+                )
+        epsilon = "layernorm_epsilon" if "layernorm_epsilon" in args else "norm_epsilon"
+        return cls(
+            num_layers=require(args, "num_layers", int, where, low=1, high=MOST_LAYERS),
+            hidden_size=hidden,
+            num_attention_heads=heads,
+            max_position_embeddings=require(args, "max_position_embeddings", int, where, low=1, high=MOST_ROWS),
+            vocab_size=vocab_rows,
+            ffn_hidden_size=optional(args, "ffn_hidden_size", int, where, 0, low=0, high=MOST_WIDTH),
+            multi_query=multi_query,
+            layernorm_epsilon=_given(args, epsilon, float, where, 1e-5),
+            init_method_std=_given(args, "init_method_std", float, where, 0.02),
+            hidden_dropout=optional(args, "hidden_dropout", float, where, 0.1, low=0, high=1),
+            attention_dropout=optional(args, "attention_dropout", float, where, 0.1, low=0, high=1),
+            exact_gelu=str(args.get(ACTIVATION_ARG)) in EXACT_GELU,
+        )
 
-    def as_dict(self) -> dict:
-        """Plain fields, for manifests; `ModelShape(**fields)` is the inverse."""
-        return asdict(self)
+    @classmethod
+    def from_dict(cls, found: Mapping[str, Any], where: str) -> "ModelShape":
+        """The inverse of `as_dict`, for a manifest at `where`.
+
+        A field with a default may be missing. Raises UserError for any other difference.
+        """
+        known = {field.name: field for field in fields(cls)}
+        if unknown := [name for name in found if name not in known]:
+            raise UserError(f"{where}: unknown field {unknown[0]!r}; a newer megatron-ft may have written it")
+        limits = {"num_layers": MOST_LAYERS, "vocab_size": MOST_ROWS, "max_position_embeddings": MOST_ROWS}
+        values: dict[str, Any] = {}
+        for name, field in known.items():
+            if name not in found and field.default is not MISSING:
+                continue
+            assert isinstance(field.type, type)
+            low = 1 if field.type is int and name != "ffn_hidden_size" else 0
+            high = limits.get(name, MOST_WIDTH)
+            values[name] = require(found, name, field.type, where, low=low, high=high)
+        _check_heads(
+            values["hidden_size"], values["num_attention_heads"], f"{where}: hidden_size", "num_attention_heads"
+        )
+        return cls(**values)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain fields, for manifests; `from_dict` is the inverse.
+
+        Without `exact_gelu` where it is false, as older versions write them.
+        """
+        found = asdict(self)
+        if not self.exact_gelu:
+            del found["exact_gelu"]
+        return found
 
     def with_vocab(self, vocab_size: int) -> "ModelShape":
         """The same model for a tokenizer of another size."""
@@ -237,6 +280,15 @@ def _check_heads(hidden_size: int, heads: int, hidden_name: str, heads_name: str
             f"{hidden_name} {hidden_size} is not divisible by {heads_name} {heads}; "
             "choose a number of heads that divides it"
         )
+
+
+def _given(found: Mapping[str, Any], name: str, kind: type[T], where: str, default: T, *, high: float = math.inf) -> T:
+    """The value of `name`, at least 0; the default if there is none, an error if it is null."""
+    return require(found, name, kind, where, low=0, high=high) if name in found else default
+
+
+def _shown(value: object) -> str:
+    return repr(value) if value is None or isinstance(value, str | bool | int | float) else kind_of(value)
 
 
 def padded_vocab_size(vocab_size: int, make_divisible_by: int, tensor_parallel: int) -> int:

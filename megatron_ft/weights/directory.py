@@ -18,12 +18,20 @@ import shutil
 import threading
 from pathlib import Path
 
+from megatron_ft.errors import UserError
 from megatron_ft.files.atomic import rename_directory, replace_file
+from megatron_ft.files.hub_cache import leads_outside
+from megatron_ft.files.json_file import kind_of
 
 TRACKER = "latest_checkpointed_iteration.txt"
 BEST = "best_checkpointed_iteration.txt"
 OWNER = ".owner.json"  # names the training run that writes here
-_ITERATION = re.compile(r"iter_(\d{7,})")
+MAX_ITERATION = 10**12
+# What a run leaves half written or half deleted, and nothing that anybody else may be writing:
+# converters' directories are named iter_0000300.writing-HOST-0123abcd.
+_LEFTOVER = re.compile(
+    r"iter_[0-9]{7,}\.writing-[0-9a-f]{12}|deleting-iter_[0-9]{7,}(\.writing-[0-9a-f]{12})?(-[0-9]+)?"
+)
 
 
 def iteration_directory(save: Path, iteration: int) -> Path:
@@ -36,25 +44,91 @@ def staging_directory(save: Path, iteration: int, token: str) -> Path:
     return save / f"iter_{iteration:07d}.writing-{token}"
 
 
+def parse_iteration(text: str) -> int | None:
+    """The number that `text` is in ASCII digits, None if it is not one from 0 to MAX_ITERATION.
+
+    >>> parse_iteration("0000250"), parse_iteration("\u00b3"), parse_iteration("-1")
+    (250, None, None)
+    """
+    if not (text.isascii() and text.isdigit()) or len(text) > len(str(MAX_ITERATION)):
+        return None
+    return int(text) if int(text) <= MAX_ITERATION else None
+
+
+def iteration_of(name: str) -> int | None:
+    """The iteration whose directory has this name, None if it is none's.
+
+    >>> iteration_of("iter_0000250"), iteration_of("iter_250"), iteration_of("release")
+    (250, None, None)
+    """
+    number = parse_iteration(name.removeprefix("iter_"))
+    return number if number is not None and iteration_directory(Path(), number).name == name else None
+
+
 def list_iterations(save: Path) -> list[int]:
     """Iterations that have a directory in `save`, newest first; [] if `save` does not exist."""
     if not save.is_dir():
         return []
-    found = [_ITERATION.fullmatch(entry.name) for entry in save.iterdir() if entry.is_dir()]
-    return sorted((int(match.group(1)) for match in found if match), reverse=True)
+    found = [iteration_of(entry.name) for entry in save.iterdir() if entry.is_dir()]
+    return sorted((number for number in found if number is not None), reverse=True)
 
 
 def read_tracker(save: Path) -> str | None:
-    """Text of the tracker file, None when it does not exist."""
-    path = save / TRACKER
-    return path.read_text(errors="replace").strip() if path.is_file() else None
+    """The iteration in the tracker file: ASCII digits or "release"; None if it does not exist.
+
+    Anything else is quoted for messages, so that it is no name of an iteration.
+    """
+    return _read_tracker(save / TRACKER)
 
 
 def read_best(save: Path) -> int | None:
     """Iteration of the best checkpoint, None when it is unknown."""
-    path = save / BEST
-    text = path.read_text(errors="replace").strip() if path.is_file() else ""
-    return int(text) if text.isdigit() else None
+    return parse_iteration(_read_tracker(save / BEST) or "")
+
+
+def _read_tracker(path: Path) -> str | None:
+    try:
+        with path.open("rb") as file:
+            content = file.read(100)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        return repr(error.strerror)
+    text = content.decode("utf-8", "replace").strip(" \t\r\n")
+    number = parse_iteration(text)
+    return text if text == "release" else repr(text) if number is None else str(number)
+
+
+def check_file_name(name: object, where: str) -> None:
+    """Raise UserError unless `name`, found at `where`, is the plain name of a file.
+
+    A file must not name others outside of its directory, by a path or "..".
+    """
+    if not isinstance(name, str) or name in ("", ".", "..") or any(c in name for c in "/\\\0") or _too_long(name):
+        shown = repr(name[:80]) if isinstance(name, str) else kind_of(name)
+        raise UserError(f"{where} names {shown}, expected the name of a file in the same directory")
+
+
+def _too_long(name: str) -> bool:
+    try:
+        return len(os.fsencode(name)) > 255
+    except UnicodeEncodeError:  # no file can have this name
+        return True
+
+
+def check_link(file: Path, directory: Path) -> None:
+    """Raise UserError when a file of `directory` is a link to somewhere else.
+
+    It may lead into the directory itself, or from a snapshot in the Hub's cache to its blobs.
+    """
+    if not file.is_symlink():
+        return
+    cached = [parent for parent in file.absolute().parents if parent.parent.name == "snapshots"]
+    if all(leads_outside(file, home) for home in (directory, *cached)):
+        raise UserError(
+            f"{file}: a link to {os.path.realpath(file)}, which is outside of its directory; "
+            "copy the file there if it belongs to the checkpoint"
+        )
 
 
 def write_trackers(save: Path, newest: int, best: int | None) -> None:
@@ -92,7 +166,7 @@ def move_damaged(save: Path, iteration: int) -> Path:
 
 def remove_leftovers(save: Path) -> list[str]:
     """Remove what a killed run left half written or half deleted; the names of what was removed."""
-    leftovers = [p for p in save.iterdir() if ".writing-" in p.name or p.name.startswith("deleting-")]
+    leftovers = [path for path in save.iterdir() if _LEFTOVER.fullmatch(path.name)]
     for path in leftovers:
         shutil.rmtree(path, ignore_errors=True)
     return sorted(path.name for path in leftovers)

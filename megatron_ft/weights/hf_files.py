@@ -1,8 +1,7 @@
-"""The small files of a Hugging Face directory: configurations, tokenizer, model card."""
+"""The small files of a Hugging Face directory: configurations and model card."""
 
 import json
 import re
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,6 @@ import torch
 
 from megatron_ft.errors import UserError
 from megatron_ft.model.shape import ModelShape
-from megatron_ft.tokenizer import files as tokenizer_files
-from megatron_ft.tokenizer.tokenizer import Tokenizer
 
 
 def write_configs(
@@ -26,33 +23,6 @@ def write_configs(
     config = {**shape.to_hf_config(), **ids, "dtype": str(dtype).removeprefix("torch.")}
     _write_json(directory / "config.json", config)
     _write_json(directory / "generation_config.json", {"_from_model_config": True, **ids})
-
-
-def write_tokenizer(directory: Path, source: Path, tokenizer: Tokenizer, positions: int) -> None:
-    """Copy the tokenizer's files, with a tokenizer_config.json so that transformers loads them.
-
-    `source` is a Hugging Face directory, whose own tokenizer_config.json is kept, or a bare
-    tokenizer.json or SentencePiece model.
-    """
-    if source.is_dir():
-        for file in tokenizer_files.files_of(source):
-            shutil.copyfile(file, directory / file.name)
-        if (directory / "tokenizer_config.json").is_file():
-            return
-    elif source.suffix == ".model":
-        shutil.copyfile(source, directory / "tokenizer.model")
-    else:
-        shutil.copyfile(source, directory / "tokenizer.json")
-    config: dict[str, Any]
-    if tokenizer.kind == "sentencepiece":
-        config = {"tokenizer_class": "LlamaTokenizer"}
-    else:
-        end = _text_of(tokenizer, tokenizer.eod)
-        config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": end, "eos_token": end, "unk_token": end}
-        if tokenizer.pad is not None:
-            config["pad_token"] = _text_of(tokenizer, tokenizer.pad)
-    config |= {"model_max_length": positions, "clean_up_tokenization_spaces": False}
-    _write_json(directory / "tokenizer_config.json", config)
 
 
 def write_model_card(
@@ -135,10 +105,6 @@ def parse_size(text: str) -> int:
 
 def _cell(value: object) -> str:
     return str(value).replace("|", "\\|").replace("\n", " ")
-
-
-def _text_of(tokenizer: Tokenizer, token: int) -> str:
-    return next((text for text, i in tokenizer.special_ids.items() if i == token), None) or tokenizer.decode([token])
 
 
 def _write_json(path: Path, content: dict) -> None:

@@ -1,29 +1,39 @@
 """Weights of a Hugging Face GPTBigCode directory: safetensors or `.bin`, one file or shards."""
 
+import zipfile
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from megatron_ft.errors import UserError
-from megatron_ft.files.json_file import read_json
+from megatron_ft.files.first_bytes import what_it_is
+from megatron_ft.files.json_file import read_json, require
+from megatron_ft.files.os_error import remedy
 from megatron_ft.model.shape import ModelShape
 from megatron_ft.model.tensor_names import WTE, hf_names
+from megatron_ft.weights.directory import check_file_name, check_link
 from megatron_ft.weights.safe_pickle import load_pt
-from megatron_ft.weights.source import WeightSource, check_shape
+from megatron_ft.weights.source import WeightSource, check_shape, is_plain
 
 HEAD = "lm_head.weight"
 INDEX = ".index.json"
 # In the order in which transformers looks for them; it loads the first that exists.
 WEIGHTS = ("model.safetensors", f"model.safetensors{INDEX}", "pytorch_model.bin", f"pytorch_model.bin{INDEX}")
+WRAPPERS = ("_orig_mod.", "module.")  # torch.compile and data parallelism, around the same model
+PREFIXES = {
+    "base_model.model.": "PEFT's wrapper: call merge_and_unload() of the PEFT model, and save_pretrained() of the result",
+    "model.": "a wrapper such as a Lightning module: call save_pretrained() of the model inside",
+}
 
 
 class HFSource(WeightSource):
     """See WeightSource.
 
-    Names in the files may lack the `transformer.` prefix (a bare GPTBigCodeModel), and there may be
-    a tied lm_head. Raises UserError for a directory that is damaged, incomplete, of another
-    architecture, or whose lm_head is not tied.
+    All tensors of the files are read, as transformers does, whichever an index lists. Their names
+    may lack the `transformer.` prefix (a bare GPTBigCodeModel) or have one of `WRAPPERS`, and of
+    the tied embedding and lm_head one may be missing. Raises UserError for a directory that is
+    damaged, incomplete, of another architecture, or whose lm_head is not tied.
     """
 
     kind = "Hugging Face"
@@ -31,52 +41,83 @@ class HFSource(WeightSource):
     def __init__(self, path: Path) -> None:
         self.path = path
         self.shape = ModelShape.from_hf_config(read_json(path / "config.json"), str(path / "config.json"))
-        self._files: dict[Path, _Safetensors | _Bin] = {}
+        self._opened: dict[Path, _Safetensors | _Bin] = {}
         self._where: dict[str, tuple[Path, str]] = {}
-        for file, stored_name in self._stored_names():
-            name = stored_name if stored_name.startswith(("transformer.", "lm_head.")) else f"transformer.{stored_name}"
-            self._where[name] = (file, stored_name)
-        missing = [name for name in hf_names(self.shape) if name not in self._where]
-        if missing:
-            raise UserError(
-                f"{path}: {len(missing)} tensors are missing, the first is {missing[0]}; copy the checkpoint again"
-            )
-        # `.attn.bias` and `.attn.masked_bias` are causal masks that old transformers saved.
-        expected = {*hf_names(self.shape), HEAD}
-        unknown = [n for n in self._where if n not in expected and not n.endswith((".attn.bias", ".masked_bias"))]
-        if unknown:
-            raise UserError(f"{path}: {unknown[0]} does not belong to a GPTBigCode of {self.shape.num_layers} layers")
+        for file in self._files():
+            for stored_name in self._open(file).names():
+                name = _without_wrappers(stored_name)
+                name = name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"
+                if name in self._where and self._where[name][1] != stored_name:
+                    raise UserError(
+                        f"{file}: {stored_name} and {self._where[name][1]} are the same tensor of the model"
+                    )
+                self._where[name] = (file, stored_name)
+        if HEAD in self._where and WTE not in self._where:
+            self._where[WTE] = self._where.pop(HEAD)
+        self._check_names()
         for name in hf_names(self.shape):
             check_shape(self.shape, name, self._shape_of(name), self._where[name][0])
+        self.check_dtypes()
         if HEAD in self._where and not self._head_is_tied():
             raise UserError(
                 f"{path}: lm_head.weight differs from {WTE}; only models with tied embeddings can be converted"
             )
 
-    def _stored_names(self) -> list[tuple[Path, str]]:
-        """(file, tensor name in it) of every stored tensor."""
+    def _files(self) -> list[Path]:
+        """The files of weights, in the order in which transformers reads them."""
         found = [name for name in WEIGHTS if (self.path / name).is_file()]
         if not found:
+            links = [name for name in WEIGHTS if (self.path / name).is_symlink()]
             raise UserError(
-                f"{self.path}: config.json but no weights; expected model.safetensors or pytorch_model.bin, or shards"
+                f"{self.path / links[0]}: a link to a file that does not exist"
+                if links
+                else f"{self.path}: config.json but no weights; expected model.safetensors or pytorch_model.bin, or shards"
             )
         file = self.path / found[0]
         if len(found) > 1:
             self.notice = f"{self.path}: reading {found[0]}, as transformers does, and ignoring {', '.join(found[1:])}"
         if not file.name.endswith(INDEX):
-            return [(file, name) for name in self._open(file).names()]
-        weight_map = read_json(file).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise UserError(f"{file}: has no weight_map; copy it again")
-        missing = sorted({shard for shard in weight_map.values() if not (self.path / shard).is_file()})
+            return [file]
+        weight_map = require(read_json(file), "weight_map", dict, str(file), low=1, of=str)
+        for name, shard in weight_map.items():
+            check_file_name(shard, f'{file}: "weight_map" of {name!r:.100}')
+        shards = sorted(set(weight_map.values()))
+        if missing := [shard for shard in shards if not (self.path / shard).is_file()]:
+            raise UserError(f"{self.path}: {file.name} names shards that are missing: {', '.join(missing[:10])}")
+        return [self.path / shard for shard in shards]
+
+    def _check_names(self) -> None:
+        """Raise UserError unless the stored tensors are those of the model."""
+        expected = hf_names(self.shape)
+        missing = [name for name in expected if name not in self._where]
+        # `.attn.bias` and `.attn.masked_bias` are causal masks that old transformers saved.
+        known = {*expected, HEAD}
+        unknown = [n for n in self._where if n not in known and not n.endswith((".attn.bias", ".masked_bias"))]
+        if missing and (prefix := _foreign_prefix([stored for _, stored in self._where.values()])):
+            raise UserError(
+                f"{self.path}: names of tensors begin with {prefix!r}, expected {WTE}; "
+                f"they were saved from {PREFIXES.get(prefix, PREFIXES['model.'])}"
+            )
+        if missing and unknown:
+            raise UserError(
+                f"{self.path}: {len(missing)} of {len(expected)} tensors are missing, the first is {missing[0]}, and there is "
+                f"{self._where[unknown[0]][1]}; expected those of a GPTBigCode of {self.shape.num_layers} layers, as config.json says"
+            )
         if missing:
-            raise UserError(f"{self.path}: {file.name} names shards that are missing: {', '.join(missing)}")
-        return [(self.path / shard, name) for name, shard in weight_map.items()]
+            raise UserError(
+                f"{self.path}: {len(missing)} of {len(expected)} tensors are missing, the first is {missing[0]}; "
+                "config.json is of another model, or the weights were not saved or copied completely"
+            )
+        if unknown:
+            raise UserError(
+                f"{self.path}: {unknown[0]} does not belong to a GPTBigCode of {self.shape.num_layers} layers"
+            )
 
     def _open(self, file: Path) -> "_Safetensors | _Bin":
-        if file not in self._files:
-            self._files[file] = _Safetensors(file) if file.suffix == ".safetensors" else _Bin(file)
-        return self._files[file]
+        if file not in self._opened:
+            check_link(file, self.path)
+            self._opened[file] = _Safetensors(file) if file.suffix == ".safetensors" else _Bin(file)
+        return self._opened[file]
 
     def _shape_of(self, name: str) -> tuple[int, ...]:
         file, stored_name = self._where[name]
@@ -86,37 +127,74 @@ class HFSource(WeightSource):
         """Compares a few rows at a time, so that two embeddings are never in memory together."""
         if tuple(self._shape_of(HEAD)) != tuple(self._shape_of(WTE)):
             return False
-        return all(
-            torch.equal(self.read_slice(HEAD, 0, row, stop), self.read_slice(WTE, 0, row, stop))
-            for row in range(0, self.shape.vocab_size, rows)
-            for stop in [min(row + rows, self.shape.vocab_size)]
-        )
+        for row in range(0, self.shape.vocab_size, rows):
+            stop = min(row + rows, self.shape.vocab_size)
+            head, words = (self.read_slice(name, 0, row, stop) for name in (HEAD, WTE))
+            if not torch.equal(head, words) and not torch.allclose(head, words, rtol=0, atol=0, equal_nan=True):
+                return False
+        return True
 
     def pieces(self, name: str) -> tuple[int, list[torch.Tensor]]:
         file, stored_name = self._where[name]
         return 0, [self._open(file).tensor(stored_name)]
 
 
+def _without_wrappers(name: str) -> str:
+    """A tensor's name without the prefixes of wrappers that do not change the model.
+
+    >>> _without_wrappers("module._orig_mod.transformer.wte.weight")
+    'transformer.wte.weight'
+    """
+    while name.startswith(WRAPPERS):
+        name = name[name.index(".") + 1 :]
+    return name
+
+
+def _foreign_prefix(names: list[str]) -> str | None:
+    """What names of a GPTBigCode's tensors begin with, if it is not `transformer.`.
+
+    >>> _foreign_prefix(["model.transformer.h.0.ln_1.weight"])
+    'model.'
+    """
+    for end in ("wte.weight", "h.0.ln_1.weight", "lm_head.weight"):
+        for name in names:
+            if name.endswith(f".{end}"):
+                prefix = _without_wrappers(name.removesuffix(end).removesuffix("transformer."))
+                return prefix if prefix and prefix != "transformer." else None
+    return None
+
+
 class _Safetensors:
     """A safetensors file."""
 
     def __init__(self, file: Path) -> None:
+        self._path = file
         try:
             self._file = safe_open(file, framework="pt")
         except (SafetensorError, OSError) as error:
-            raise UserError(f"{file}: not a readable safetensors file ({error}); copy it again") from None
-        self._path = file
+            raise UserError(f"{file}: {_not_safetensors(file, error)}") from None
 
     def names(self) -> list[str]:
         return list(self._file.keys())
 
     def shape(self, name: str) -> tuple[int, ...]:
-        if name not in self._file.keys():  # noqa: SIM118 (a Rust object, not a dict)
-            raise UserError(f"{self._path}: has no {name}, which the index expects in it; copy the checkpoint again")
         return tuple(self._file.get_slice(name).get_shape())
 
     def tensor(self, name: str) -> torch.Tensor:
-        return self._file.get_tensor(name)
+        try:
+            return self._file.get_tensor(name)
+        except (SafetensorError, AttributeError, RuntimeError) as error:  # a dtype that torch does not have
+            raise UserError(f"{self._path}: {name} cannot be read ({str(error)[:200]})") from None
+
+
+def _not_safetensors(file: Path, error: Exception) -> str:
+    if isinstance(error, OSError) and (todo := remedy(error, "")):
+        return f"cannot be read ({error.strerror or error}); {todo}"
+    if zipfile.is_zipfile(file):
+        return "a zip archive, as torch.save writes; if it holds weights, name it pytorch_model.bin"
+    if other := what_it_is(file, expected=("safetensors",)):
+        return other
+    return f"not a readable safetensors file ({str(error)[:200]}); if it was copied, copy it again"
 
 
 class _Bin:
@@ -126,16 +204,24 @@ class _Bin:
         self._path = file
         found = load_pt(file)
         if not isinstance(found, dict):
-            raise UserError(f"{file}: holds a {type(found).__name__}, expected a dictionary of tensors")
-        self._tensors = {name: tensor for name, tensor in found.items() if isinstance(tensor, torch.Tensor)}
+            raise UserError(f"{file}: holds {type(found).__name__}, expected a dictionary of tensors")
+        self._tensors = {name: found[name] for name in found if isinstance(name, str) and is_plain(found[name])}
+        if not self._tensors:
+            inner = [
+                key for key, value in found.items() if isinstance(value, dict) and any(map(is_plain, value.values()))
+            ]
+            if inner:
+                raise UserError(
+                    f"{file}: a training checkpoint, as Lightning and others save them: its tensors are in {inner[0]!r}; "
+                    "save the model itself with save_pretrained()"
+                )
+            raise UserError(f"{file}: holds no tensors, expected a dictionary of tensors")
 
     def names(self) -> list[str]:
         return list(self._tensors)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self.tensor(name).shape)
+        return tuple(self._tensors[name].shape)
 
     def tensor(self, name: str) -> torch.Tensor:
-        if name not in self._tensors:
-            raise UserError(f"{self._path}: has no {name}, which the index expects in it; copy the checkpoint again")
         return self._tensors[name]

@@ -13,19 +13,24 @@ multi-query attention, norms, output biases, positions) must be equal on all ran
 stage's copy of the tied embedding must equal the first stage's.
 """
 
-import argparse
 import re
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from megatron_ft.errors import UserError
+from megatron_ft.files.json_file import optional
 from megatron_ft.model.shape import ModelShape
-from megatron_ft.model.tensor_names import WTE, layer_of, weight_of
+from megatron_ft.model.tensor_names import WTE, hf_shape, layer_of, weight_of
+from megatron_ft.weights.directory import check_link
 from megatron_ft.weights.safe_pickle import load_pt
-from megatron_ft.weights.source import WeightSource, check_shape, widest
+from megatron_ft.weights.source import WeightSource, arguments_of, check_shape, is_plain, widest
 
 MODEL_FILES = ("model_optim_rng.pt", "model_rng.pt")
+TENSOR_PARALLEL_ARGS = ("tensor_model_parallel_size", "model_parallel_size")
+MOST_RANKS, MOST_LEVELS = 10_000, 20
 
 
 class LegacySource(WeightSource):
@@ -42,14 +47,17 @@ class LegacySource(WeightSource):
         self.iteration = iteration
         ranks = self._rank_directories()
         first = self._load(ranks[min(ranks)])
-        self.args = vars(first["args"]) if isinstance(first["args"], argparse.Namespace) else dict(first["args"])
-        self.version = float(first.get("checkpoint_version", 0))
-        tp = self.args.get("tensor_model_parallel_size", self.args.get("model_parallel_size", 1))
-        pp = self.pipeline_parallel = self.args.get("pipeline_model_parallel_size", 1)
-        missing = [self._rank_name(t, p) for p in range(pp) for t in range(tp) if (t, p) not in ranks]
-        if missing:
+        self.args = arguments_of(first["args"], directory)
+        self.version = float(optional(first, "checkpoint_version", float, str(directory), 0.0))
+        where = f"{directory}: arguments"
+        tensor_parallel = next((name for name in TENSOR_PARALLEL_ARGS if name in self.args), TENSOR_PARALLEL_ARGS[0])
+        tp = optional(self.args, tensor_parallel, int, where, 1, low=1, high=MOST_RANKS)
+        pp = optional(self.args, "pipeline_model_parallel_size", int, where, 1, low=1, high=MOST_RANKS)
+        self.pipeline_parallel = pp
+        missing = ((t, p) for p in range(pp) for t in range(tp) if (t, p) not in ranks)
+        if names := [self._rank_name(*rank) for rank in islice(missing, 5)]:
             raise UserError(
-                f"{directory}: TP{tp} PP{pp} according to its arguments, but {', '.join(missing)} is missing; "
+                f"{directory}: TP{tp} PP{pp} according to its arguments, but {', '.join(names)} is missing; "
                 "copy the checkpoint again"
             )
         # [pipeline stage][tensor rank] -> flat names; `layers.N.` counts from the stage's first
@@ -61,7 +69,7 @@ class LegacySource(WeightSource):
             raise UserError(
                 f"{directory}: the first stage has no word and learned position embeddings; expected a GPTBigCode"
             )
-        rows = sum(rank[embedding].shape[0] for rank in self._stages[0])
+        rows = sum((*tensor.shape, 0)[0] for tensor in self._shards(0, embedding))
         self.shape = ModelShape.from_megatron_args(self.args, rows, directory)
         if self.version not in (0, 1, 2, 3) or (self.version < 2 and self.shape.multi_query):
             raise UserError(
@@ -72,10 +80,21 @@ class LegacySource(WeightSource):
         self._first_layers = self._count_layers()
         self._compared: set[str] = set()  # HF names of tensors whose replicas are equal
         for name in self.names():
-            dim, pieces = self._cuts(name)
-            total = list(pieces[0].shape)
-            total[dim] = sum(piece.shape[dim] for piece in pieces)
-            check_shape(self.shape, name, total, directory)
+            self._check_shape(name)
+        self.check_dtypes()
+
+    def _check_shape(self, name: str) -> None:
+        """Raise UserError unless the pieces of a tensor make its shape in the model."""
+        expected = hf_shape(self.shape, name)
+        dim, pieces = self._stored(name)
+        for piece in pieces:
+            if [*piece.shape[:dim], *piece.shape[dim + 1 :]] != [*expected[:dim], *expected[dim + 1 :]]:
+                check_shape(self.shape, name, piece.shape, self.path)
+        total = list(expected)
+        total[dim] = sum(piece.shape[dim] for piece in pieces)
+        check_shape(self.shape, name, total, self.path)
+        if self.version < 2 and "c_attn" in name and any(len(piece) % (3 * self.shape.kv_channels) for piece in pieces):
+            raise UserError(f"{self.path}: {name} is cut within a head, expected complete heads on each rank")
 
     def _rank_name(self, tensor_rank: int, stage: int) -> str:
         return f"mp_rank_{tensor_rank:02d}" + (f"_{stage:03d}" if self.pipeline_parallel > 1 else "")
@@ -87,7 +106,7 @@ class LegacySource(WeightSource):
         """
         found = {}
         for path in self.path.iterdir():
-            match = re.fullmatch(r"mp_rank_(\d+)(?:_(\d{3}))?", path.name)
+            match = re.fullmatch(r"mp_rank_([0-9]{2,6})(?:_([0-9]{3}))?", path.name)
             if match and any((path / name).is_file() for name in MODEL_FILES):
                 found[int(match.group(1)), int(match.group(2) or 0)] = path
         if not found:
@@ -96,14 +115,16 @@ class LegacySource(WeightSource):
             )
         return found
 
-    def _load(self, rank: Path) -> dict:
+    def _load(self, rank: Path) -> dict[str, Any]:
         file = next(rank / name for name in MODEL_FILES if (rank / name).is_file())
+        check_link(file, self.path)
         found = load_pt(file)
-        if not isinstance(found, dict) or "model" not in found or "args" not in found:
+        if not isinstance(found, dict) or not isinstance(found.get("model"), dict) or "args" not in found:
             raise UserError(f"{file}: has no 'model' and 'args', expected a checkpoint of Megatron-LM")
+        optional(found, "iteration", int, str(file), None)
         return found
 
-    def _tensors(self, found: dict, first: dict, rank: Path) -> dict[str, torch.Tensor]:
+    def _tensors(self, found: dict[str, Any], first: dict[str, Any], rank: Path) -> dict[str, torch.Tensor]:
         if found.get("iteration") != first.get("iteration"):
             raise UserError(
                 f"{rank}: from iteration {found.get('iteration')}, but the first rank is from {first.get('iteration')}; "
@@ -111,14 +132,16 @@ class LegacySource(WeightSource):
             )
         flat: dict[str, torch.Tensor] = {}
 
-        def walk(tree: dict, prefix: str) -> None:
+        def walk(tree: dict[Any, Any], prefix: str, levels: int) -> None:
+            if not levels:
+                raise UserError(f"{rank}: 'model' has more than {MOST_LEVELS} levels, expected those of Megatron-LM")
             for key, value in tree.items():
                 if isinstance(value, dict):
-                    walk(value, f"{prefix}{key}.")
-                elif isinstance(value, torch.Tensor):
+                    walk(value, f"{prefix}{key}.", levels - 1)
+                elif is_plain(value):
                     flat[f"{prefix}{key}"] = value
 
-        walk(found["model"], "")
+        walk(found["model"], "", MOST_LEVELS)
         # Older versions have the names transformer for encoder and attention for self_attention.
         return {
             name.removeprefix("language_model.")
@@ -132,10 +155,12 @@ class LegacySource(WeightSource):
         """Number of the first layer of every stage, and the total at the end."""
         firsts = [0]
         for stage in self._stages:
-            numbers = {int(m.group(1)) for name in stage[0] if (m := re.match(r"encoder\.layers\.(\d+)\.", name))}
+            numbers = {
+                int(m.group(1)) for name in stage[0] if (m := re.match(r"encoder\.layers\.([0-9]{1,6})\.", name))
+            }
             if numbers != set(range(len(numbers))):
                 raise UserError(
-                    f"{self.path}: layers {sorted(numbers)} on a pipeline stage, expected consecutive ones from 0; "
+                    f"{self.path}: layers {sorted(numbers)[:20]} on a pipeline stage, expected consecutive ones from 0; "
                     "copy the checkpoint again"
                 )
             firsts.append(firsts[-1] + len(numbers))
@@ -147,7 +172,7 @@ class LegacySource(WeightSource):
         return firsts
 
     def dtype_of(self, name: str) -> torch.dtype:
-        return widest(piece.dtype for piece in self._cuts(name)[1])  # compares nothing, so reads nothing
+        return widest(piece.dtype for piece in self._stored(name)[1])  # compares nothing, so reads nothing
 
     def pieces(self, name: str) -> tuple[int, list[torch.Tensor]]:
         cuts = self._cuts(name, compare=name not in self._compared)
@@ -155,7 +180,16 @@ class LegacySource(WeightSource):
         return cuts
 
     def _cuts(self, name: str, compare: bool = False) -> tuple[int, list[torch.Tensor]]:
-        """Axis and shards in rank order; with `compare`, UserError when replicas are not equal."""
+        """Axis and shards in rank order, with rows in today's order.
+
+        With `compare`, UserError when replicas are not equal.
+        """
+        axis, shards = self._stored(name, compare)
+        if name.endswith((".attn.c_attn.weight", ".attn.c_attn.bias")) and self.version < 2:
+            shards = [self._reordered(shard) for shard in shards]
+        return axis, shards
+
+    def _stored(self, name: str, compare: bool = False) -> tuple[int, list[torch.Tensor]]:
         layer, weight = layer_of(name), weight_of(name)
         if layer is None:
             stage = self.pipeline_parallel - 1 if weight.legacy.startswith("encoder.") else 0
@@ -170,8 +204,6 @@ class LegacySource(WeightSource):
             key_value = key.replace("query_key_value", "key_value")
             return 0, [*self._shards(stage, query), self._replica(stage, key_value, name, compare)]
         shards = self._shards(stage, key)
-        if "query_key_value" in key and self.version < 2:
-            shards = [self._reordered(shard) for shard in shards]
         if name == WTE and self.pipeline_parallel > 1 and compare:
             for rank, shard in enumerate(shards):
                 copy = self._stages[-1][rank].get("word_embeddings_for_head.weight")

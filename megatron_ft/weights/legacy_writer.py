@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 
 from megatron_ft.model.boxes import Box, part, shard
-from megatron_ft.model.shape import ModelShape
+from megatron_ft.model.shape import ACTIVATION_ARG, ModelShape
 from megatron_ft.model.tensor_names import LAYER, WHOLE, Weight, hf_shape
 from megatron_ft.weights.directory import TRACKER
 from megatron_ft.weights.pt_writer import LazyTensor, write_pt
@@ -57,7 +57,7 @@ def legacy_args(
         tensor_model_parallel_size=tensor_parallel,
         pipeline_model_parallel_size=pipeline_parallel,
         data_parallel_random_init=False,
-        bias_gelu_fusion=True,
+        bias_gelu_fusion=not shape.exact_gelu,  # Megatron's fused kernel is the tanh approximation
         apply_residual_connection_post_layernorm=False,
         glu_activation=None,
         bf16=dtype == torch.bfloat16,
@@ -66,6 +66,7 @@ def legacy_args(
         consumed_train_samples=0,
         consumed_valid_samples=0,
         iteration=0,
+        **({ACTIVATION_ARG: shape.activation} if shape.exact_gelu else {}),
     )
 
 

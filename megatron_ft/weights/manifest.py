@@ -9,7 +9,7 @@ import json
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import version
@@ -19,6 +19,9 @@ import megatron_ft
 from megatron_ft.errors import UserError
 from megatron_ft.files.atomic import replace_file
 from megatron_ft.files.checksum import file_checksum
+from megatron_ft.files.first_bytes import describe
+from megatron_ft.files.json_file import optional, parse_json, read_small_file, require
+from megatron_ft.weights.directory import MAX_ITERATION, check_file_name
 
 NAME = "manifest.json"
 FORMAT = 1  # raised when an older package could not read what a newer one writes
@@ -67,22 +70,58 @@ class Manifest:
 def read_manifest(directory: Path) -> Manifest:
     """Read and check manifest.json. Raises Damaged, or UserError when a newer package wrote it."""
     path = directory / NAME
+    if not path.is_file():
+        raise Damaged(f"{path} is missing")
+    written = read_small_file(path)  # a lack of permission or of descriptors is not damage
     try:
-        content = json.loads(path.read_bytes())
-        claimed = content.pop("checksum")
-    except FileNotFoundError:
-        raise Damaged(f"{path} is missing") from None
-    except (ValueError, KeyError, TypeError, AttributeError):  # not JSON, no object, no checksum
-        raise Damaged(f"{path} is truncated or not a manifest") from None
-    if claimed != _checksum(content):
-        raise Damaged(f"{path} does not match its own checksum")
-    if content["format"] > FORMAT:
+        if other := describe(written):
+            raise UserError(f"{path}: {other}")
+        content = parse_json(written, str(path))
+        claimed = content.pop("checksum", None)
+        if claimed is None:
+            raise UserError(f"{path}: not a manifest, it has no checksum of its own")
+        if claimed != _checksum(content):
+            raise UserError(f"{path} does not match its own checksum")
+        version = require(content, "format", int, str(path), low=1)
+    except UserError as error:
+        raise Damaged(str(error)) from None
+    if version > FORMAT:
+        written_by = content["versions"].get("megatron_ft") if isinstance(content.get("versions"), dict) else None
         raise UserError(
-            f"{directory} was written by megatron-ft {content['versions'].get('megatron_ft')} in checkpoint format "
-            f"{content['format']}; this is {megatron_ft.__version__}, which reads up to format {FORMAT}: "
-            "install the newer package"
+            f"{directory} was written by megatron-ft {written_by} in checkpoint format {version}; "
+            f"this is {megatron_ft.__version__}, which reads up to format {FORMAT}: install the newer package"
         )
+    try:
+        _check_schema(content, str(path))
+    except UserError as error:
+        raise Damaged(str(error)) from None
     return Manifest(**content)
+
+
+def _check_schema(content: dict, where: str) -> None:
+    """Raise UserError unless these are the fields of a Manifest, of their types."""
+    known = {f.name for f in fields(Manifest)}
+    if unknown := [name for name in content if name not in known]:
+        raise UserError(f"{where}: not a manifest, it has a field {unknown[0]!r}")
+    require(content, "iteration", int, where, low=0, high=MAX_ITERATION)
+    for name in ("shape", "args", "state", "layout"):
+        require(content, name, dict, where, of=int if name == "layout" else None)
+    for name in ("data", "special_ids", "versions", "base"):
+        optional(content, name, dict, where, {})
+    for token, number in content.get("special_ids", {}).items():
+        if number is not None:
+            require(content["special_ids"], token, int, where, low=0)
+    if base := content.get("base"):
+        require(base, "path", str, where, low=1)
+        optional(base, "fingerprint", str, where, None)
+        if type(base.get("iteration")) not in (int, str, type(None)):
+            require(base, "iteration", int, where)
+    optional(content, "git_revision", str, where, None)
+    optional(content, "saved_at", str, where, "")
+    for name, described in optional(content, "files", dict, where, {}, of=dict).items():
+        check_file_name(name, f'{where}: "files"')
+        require(described, "size", int, f"{where}: {name}", low=0)
+        require(described, "sha256", str, f"{where}: {name}", low=64, high=64)
 
 
 def check_files(directory: Path, manifest: Manifest, *, checksums: bool, part: int = 0, parts: int = 1) -> list[str]:
@@ -109,14 +148,25 @@ def read_intact_manifest(directory: Path) -> Manifest:
     Adapters are small and are read completely, so all of their checksums are compared. Raises
     Damaged for the first file that is wrong, UserError as `read_manifest` does.
     """
-    try:
-        manifest = read_manifest(directory)
-        wrong = check_files(directory, manifest, checksums=bool(manifest.base))
-    except TypeError as error:  # valid JSON of another kind
-        raise Damaged(f"{directory / NAME}: not a manifest ({error})") from None
+    manifest = read_manifest(directory)
+    wrong = check_files(directory, manifest, checksums=bool(manifest.base))
     if wrong:
         raise Damaged(wrong[0])
     return manifest
+
+
+def saved_version(path: Path) -> str | None:
+    """The version of this package that saved a checkpoint's file, if it is still as it was saved.
+
+    None unless an intact manifest next to it has its checksum.
+    """
+    try:
+        manifest = read_manifest(path.parent)
+        described = manifest.files[path.name]
+        same = described["size"] == path.stat().st_size and described["sha256"] == file_checksum(path)
+    except (Damaged, UserError, KeyError, OSError):
+        return None
+    return str(manifest.versions.get("megatron_ft")) if same else None
 
 
 @cache

@@ -10,7 +10,16 @@ Of a Megatron directory's iterations, `find_iteration` selects one.
 from pathlib import Path
 
 from megatron_ft.errors import UserError
-from megatron_ft.weights.directory import BEST, TRACKER, iteration_directory, list_iterations, read_tracker
+from megatron_ft.files.hub_cache import download_hint, resolve_hub_cache
+from megatron_ft.weights.directory import (
+    BEST,
+    TRACKER,
+    iteration_directory,
+    list_iterations,
+    parse_iteration,
+    read_best,
+    read_tracker,
+)
 from megatron_ft.weights.hf_reader import HFSource
 from megatron_ft.weights.legacy_reader import LegacySource
 from megatron_ft.weights.manifest import NAME, Damaged, check_files, read_manifest
@@ -25,11 +34,16 @@ def open_weights(path: Path | str, iteration: int | str = "latest") -> WeightSou
     `iteration` selects one of a Megatron directory's checkpoints (`find_iteration`). Raises
     UserError when there is no checkpoint, or one that is incomplete, damaged or not a GPTBigCode.
     """
-    path = Path(path)
+    path, snapshot = resolve_hub_cache(Path(path))
     if not path.is_dir():
-        raise UserError(f"{path}: no such directory; give a torch_dist, legacy Megatron or Hugging Face checkpoint")
+        problem = "a file" if path.exists() else "no such directory"
+        raise UserError(
+            f"{path}: {problem}; give a torch_dist, legacy Megatron or Hugging Face checkpoint{download_hint(path)}"
+        )
     if (path / "config.json").is_file():
-        return HFSource(path)
+        hugging_face = HFSource(path)
+        hugging_face.notice = "; ".join(filter(None, (snapshot, hugging_face.notice))) or None
+        return hugging_face
     if (path / "adapter_config.json").is_file():
         raise UserError(
             f"{path}: a PEFT adapter, not a complete model; merge it with convert/megatron_to_hf.py --merge-lora"
@@ -45,7 +59,7 @@ def open_weights(path: Path | str, iteration: int | str = "latest") -> WeightSou
             f"{directory}: not a checkpoint; "
             "expected config.json (Hugging Face), mp_rank_* (legacy Megatron) or .metadata (torch_dist)"
         )
-    source.notice = notice
+    source.notice = "; ".join(filter(None, (snapshot, notice))) or None
     return source
 
 
@@ -58,37 +72,44 @@ def find_iteration(path: Path, iteration: int | str = "latest") -> tuple[Path, i
     Raises UserError when there is no such iteration.
     """
     if any(path.glob("mp_rank_*")) or (path / METADATA).is_file():  # an iteration's own directory
-        name = path.name.removeprefix("iter_")
-        return path, int(name) if name.isdigit() else "release" if name == "release" else None, None
+        number = parse_iteration(path.name.removeprefix("iter_"))
+        return path, "release" if path.name == "release" else number, None
     names = sorted(p.name for p in path.iterdir() if p.name == "release" or p.name.startswith("iter_"))
-    listed = f"there are {', '.join(names)}" if names else "there are none"
+    listed = f"there are {_some(names)}" if names else "there are none"
     asked = str(iteration)
     if asked == "latest":
         tracked = read_tracker(path)
-        if tracked is None or not _is_name(tracked) or not _directory_of(path, tracked).is_dir():
+        directory = tracked and _directory_of(path, tracked)
+        if not directory or not directory.is_dir():
             return _newest_intact(path, tracked, listed)
-        asked = tracked
-    elif asked == "best":
-        if not (path / BEST).is_file():
+        return directory, parse_iteration(tracked or "") if tracked != "release" else "release", None
+    if asked == "best":
+        best = read_best(path)
+        if best is None:
+            problem = f"{BEST} names no iteration" if (path / BEST).exists() else f"no {BEST}"
             raise UserError(
-                f"{path}: no {BEST}, so the best checkpoint is unknown (validation writes it; {listed}); give a number"
+                f"{path}: {problem}, so the best checkpoint is unknown (validation writes it; {listed}); give a number"
             )
-        asked = (path / BEST).read_text().strip()
-    if not _is_name(asked):
-        raise UserError(f"{path}: iteration {asked!r} is neither a number, 'release', 'best' nor 'latest' ({listed})")
+        asked = str(best)
     directory = _directory_of(path, asked)
+    if directory is None:
+        raise UserError(f"{path}: iteration {asked!r} is neither a number, 'release', 'best' nor 'latest' ({listed})")
     if not directory.is_dir():
         why = f"iteration {asked} was asked for" if str(iteration) == asked else f"{BEST} names iteration {asked}"
         raise UserError(f"{directory}: no such directory, though {why}; {listed}")
-    return directory, "release" if asked == "release" else int(asked), None
+    return directory, "release" if asked == "release" else parse_iteration(asked), None
 
 
-def _is_name(iteration: str) -> bool:
-    return iteration == "release" or iteration.isdigit()
+def _directory_of(path: Path, iteration: str) -> Path | None:
+    """The directory of a number or "release", None for any other text."""
+    if iteration == "release":
+        return path / iteration
+    number = parse_iteration(iteration)
+    return None if number is None else iteration_directory(path, number)
 
 
-def _directory_of(path: Path, iteration: str) -> Path:
-    return path / "release" if iteration == "release" else iteration_directory(path, int(iteration))
+def _some(names: list[str]) -> str:
+    return ", ".join(names if len(names) <= 20 else [*names[:10], "...", *names[-10:]])
 
 
 def _newest_intact(path: Path, tracked: str | None, listed: str) -> tuple[Path, int, str]:
@@ -96,7 +117,7 @@ def _newest_intact(path: Path, tracked: str | None, listed: str) -> tuple[Path, 
     if tracked is None:
         problem = f"{TRACKER} is missing"
     else:
-        problem = f"{TRACKER} names {tracked or 'nothing'}, which does not exist"
+        problem = f"{TRACKER} names {tracked}, which does not exist"
     for iteration in list_iterations(path):
         directory = iteration_directory(path, iteration)
         if _is_intact(directory):

@@ -6,12 +6,14 @@ pickle (`load_dcp_metadata`). Errors name what a file references.
 """
 
 import argparse
+import io
 import pickle
 import re
+import struct
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -19,10 +21,23 @@ from numpy._core import multiarray
 from torch.distributed.checkpoint import filesystem, metadata
 
 from megatron_ft.errors import UserError
+from megatron_ft.files.first_bytes import what_it_is
+from megatron_ft.files.os_error import remedy
+from megatron_ft.weights.manifest import saved_version
+
+# What readers of pickles and archives raise for a damaged or hostile file.
+UNREADABLE = (
+    pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError, AssertionError,
+    ArithmeticError, MemoryError, StopIteration, ImportError, struct.error, zipfile.BadZipFile,
+)  # fmt: skip
+_COPY = "if it was copied, copy it again"
 
 
 class InertEnum:
-    """Stand-in for one of Megatron's enums in a checkpoint's arguments: its value, no behavior."""
+    """Stand-in for one of Megatron's enums in a checkpoint's arguments, without behavior.
+
+    Its value, or the member's name where Python 3.11.2 and the like pickled it by name.
+    """
 
     def __init__(self, value: Any = None) -> None:
         self.value = value
@@ -31,17 +46,43 @@ class InertEnum:
         return f"InertEnum({self.value!r})"
 
 
+class _Discarded:
+    """Stand-in for objects in `.metadata` that reading does not use (planners' records)."""
+
+    def __init__(self, *args: Any) -> None: ...
+
+    def __setstate__(self, state: Any) -> None: ...
+
+
+class _DiscardedEnum(_Discarded):
+    """Stand-in for an enum among them."""
+
+
+def _enum_member(enum: Any, name: Any) -> Any:
+    """What `getattr` is in a pickle: Python 3.11.2 and the like pickle an enum's member as
+    `getattr(enum, name)`. Gives members of the enums on the allow-lists, and nothing else."""
+    if isinstance(name, str) and name.isidentifier() and not name.startswith("__"):
+        if enum is metadata._MEM_FORMAT_ENCODING and name in metadata._MEM_FORMAT_ENCODING.__members__:
+            return metadata._MEM_FORMAT_ENCODING[name]
+        if enum is InertEnum or enum is _DiscardedEnum:
+            return enum(name)
+    where = f"{enum.__module__}.{enum.__qualname__}" if isinstance(enum, type) else type(enum).__name__
+    raise pickle.UnpicklingError(f"GLOBAL getattr({where}, {name!r:.60}) is not allowed")
+
+
+_GETATTR = ("builtins.getattr", "__builtin__.getattr")  # the latter before protocol 3
 _ENUM_MODULES = ("megatron.model.enums", "megatron.core.enums", "megatron.core.transformer.enums")
 _ENUM_NAMES = ("ModelType", "LayerType", "AttnType", "AttnMaskType", "AttnBackend", "PositionEmbeddingType")
 _DTYPE_CLASSES = [cls for name, cls in vars(np.dtypes).items() if name.endswith("DType")]
 
-# What a legacy `.pt` may reference in addition to torch's own weights-only list. numpy has renamed
-# its core module since these files were written.
+# What a `.pt` may reference in addition to torch's own weights-only list. numpy has renamed its
+# core module since legacy checkpoints were written.
 _PT_ALLOWED = [
     argparse.Namespace,
     np.ndarray,
     np.dtype,
     *_DTYPE_CLASSES,
+    *((_enum_member, name) for name in _GETATTR),
     *((InertEnum, f"{module}.{name}") for module in _ENUM_MODULES for name in _ENUM_NAMES),
     *(
         (function, f"numpy.{core}.multiarray.{name}")
@@ -55,42 +96,68 @@ def load_pt(path: Path | str) -> Any:
     """The object in a torch `.pt` or `.bin` file, its tensors memory-mapped on the CPU.
 
     Raises UserError when the file references a name that is not on the allow-list, and when it is
-    missing or damaged.
+    missing, damaged or of another kind.
     """
     path = Path(path)
     try:
-        with torch.serialization.safe_globals(_PT_ALLOWED):
-            # Files from before torch 1.6 are not zip archives and cannot be mapped.
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        zipped = zipfile.is_zipfile(path)  # files from before torch 1.6 are not, and cannot be mapped
+        if zipped:
+            with zipfile.ZipFile(path) as archive:
+                check_stored(archive)
+        return _load(path, mmap=zipped)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except PermissionError:
-        raise UserError(f"{path}: no permission to read it") from None
-    except pickle.UnpicklingError as error:
-        raise UserError(_refusal(path, str(error))) from None
-    except (RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError, IndexError, OSError) as error:
-        raise UserError(f"{path}: not a readable torch file ({_first_line(error)}); copy it again") from None
+    except (*UNREADABLE, OSError) as error:
+        raise UserError(_unreadable(path, error, "a readable torch file")) from None
 
 
-class _AllowListUnpickler(pickle.Unpickler):
-    """Unpickler that resolves the given names and imports nothing."""
+def load_pt_bytes(content: bytes, where: str) -> Any:
+    """The object in the bytes of a torch file; `where` names it in the UserError."""
+    try:
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            check_stored(archive)
+        return _load(io.BytesIO(content), mmap=False)
+    except UNREADABLE as error:
+        found = referenced(error)
+        reason = f"refused, it references {found}" if found else f"not readable ({why_unreadable(error)})"
+        raise UserError(f"{where}: {reason}") from None
 
-    def __init__(self, file, allowed: dict[str, Any]) -> None:
-        super().__init__(file)
-        self.allowed = allowed
+
+def _load(file: Path | BinaryIO, mmap: bool) -> Any:
+    with torch.serialization.safe_globals(_PT_ALLOWED):
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
+
+
+def check_stored(archive: zipfile.ZipFile) -> None:
+    """Raise ValueError unless all records of an archive are uncompressed, as torch writes them.
+
+    So they can be mapped, and a small file takes little memory.
+    """
+    for info in archive.infolist():
+        if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size:
+            raise ValueError("compressed records, which torch does not write")
+
+
+class _AllowListUnpickler(pickle._Unpickler):
+    """Unpickler that resolves the names of `_DCP_ALLOWED` and imports nothing.
+
+    Python's own implementation: the one in C allocates as much memory as a file asks for.
+    """
+
+    stack: list[Any]
 
     def find_class(self, module: str, name: str) -> Any:
-        if f"{module}.{name}" not in self.allowed:
+        if f"{module}.{name}" not in _DCP_ALLOWED:
             raise pickle.UnpicklingError(f"GLOBAL {module}.{name} is not allowed")
-        return self.allowed[f"{module}.{name}"]
+        return _DCP_ALLOWED[f"{module}.{name}"]
 
+    def load_build(self) -> None:
+        """Set the state of an object; never attributes of the classes and functions allowed."""
+        if callable(self.stack[-2]):
+            raise pickle.UnpicklingError("the state of a class or function")
+        super().load_build()  # type: ignore[misc]  # not in typeshed
 
-class _Discarded:
-    """Stand-in for objects in `.metadata` that reading does not use (planners' records)."""
-
-    def __init__(self, *args: Any) -> None: ...
-
-    def __setstate__(self, state: Any) -> None: ...
+    dispatch = {**pickle._Unpickler.dispatch, pickle.BUILD[0]: load_build}  # type: ignore[dict-item]  # of this class
 
 
 _DCP_ALLOWED: dict[str, Any] = {
@@ -107,6 +174,7 @@ _DCP_ALLOWED: dict[str, Any] = {
             metadata._MEM_FORMAT_ENCODING,
         )
     },
+    **dict.fromkeys(_GETATTR, _enum_member),
     "torch.distributed.checkpoint.filesystem._StorageInfo": filesystem._StorageInfo,
     "torch.Size": torch.Size,
     "torch.serialization._get_layout": torch.serialization._get_layout,
@@ -120,8 +188,9 @@ _DCP_ALLOWED: dict[str, Any] = {
     },
     **{
         f"torch.distributed.checkpoint.planner.{name}": _Discarded
-        for name in ("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData")
+        for name in ("SavePlan", "WriteItem", "TensorWriteData")
     },
+    "torch.distributed.checkpoint.planner.WriteItemType": _DiscardedEnum,
     "megatron.core.dist_checkpointing.strategies.torch.MCoreMetadata": metadata.Metadata,
     "megatron.core.dist_checkpointing.strategies.torch.MCoreSavePlan": _Discarded,
 }
@@ -130,33 +199,64 @@ _DCP_ALLOWED: dict[str, Any] = {
 def load_dcp_metadata(path: Path | str) -> metadata.Metadata:
     """The content of a torch distributed checkpoint's `.metadata`.
 
-    Raises UserError as `load_pt` does.
+    Raises UserError as `load_pt` does. Types of the object's fields are not checked.
     """
     path = Path(path)
     try:
-        with path.open("rb") as file:
-            found = _AllowListUnpickler(file, _DCP_ALLOWED).load()
+        found = _AllowListUnpickler(io.BytesIO(path.read_bytes())).load()
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; the checkpoint is incomplete") from None
-    except pickle.UnpicklingError as error:
-        raise UserError(_refusal(path, str(error))) from None
-    except (EOFError, ValueError, KeyError, TypeError, AttributeError, IndexError, OSError) as error:
-        raise UserError(f"{path}: not readable ({_first_line(error)}); copy it again") from None
+    except (*UNREADABLE, OSError) as error:
+        raise UserError(_unreadable(path, error, "readable")) from None
     if not isinstance(found, metadata.Metadata):
         raise UserError(f"{path}: contains a {type(found).__name__}, expected a torch_dist checkpoint's metadata")
     return found
 
 
-def _refusal(path: Path, message: str) -> str:
-    found = re.search(r"GLOBAL ([\w.]+)|function (<[^>]+>|\S+)", message)
-    if found:
+def _unreadable(path: Path, error: BaseException, expected: str) -> str:
+    """The message for a file that cannot be loaded."""
+    if found := referenced(error):
+        return refusal(path, f"the pickle references {found}")
+    if other := what_it_is(path, expected=("zip", "pickle")):
+        return f"{path}: {other}" + ("" if ";" in other else ", expected a file of torch.save")
+    if isinstance(error, OSError) and (todo := remedy(error, "")):
+        return f"{path}: cannot be read ({error.strerror}); {todo}"
+    return f"{path}: not {expected} ({why_unreadable(error)}); {_COPY}"
+
+
+def refusal(path: Path, what: str) -> str:
+    """The message for a file with `what`, a reference that is not on the allow-list.
+
+    It warns of the file unless that is as a run of this package saved it, by its manifest.
+    """
+    if version := saved_version(path):
         return (
-            f"{path}: refused, the pickle references {found[1] or found[2]}, which is not on the allow-list and which "
-            "no checkpoint of weights needs; do not load it elsewhere"
+            f"{path}: refused, {what}, which is not on the allow-list; the file is as megatron-ft {version} saved it: "
+            "read it with that version, and report this"
         )
-    return f"{path}: refused, not a pickle of plain weights ({_first_line(message)})"
+    return (
+        f"{path}: refused, {what}, which is not on the allow-list and which no checkpoint of weights needs; "
+        "do not load it elsewhere"
+    )
 
 
-def _first_line(error: Exception | str) -> str:
+def referenced(error: BaseException) -> str | None:
+    """The name in the refusal of a pickle, None if that is not the reason of an error."""
+    if not isinstance(error, pickle.UnpicklingError):
+        return None
+    found = re.search(r"GLOBAL (getattr\(.*\)|\S+)|function (<[^>]+>|\S+)", str(error))
+    return found and (found[1] or found[2])
+
+
+def why_unreadable(error: BaseException) -> str:
+    """One line about an error, without torch's advice to load the file unsafely."""
     text = str(error).strip()
-    return text.splitlines()[0][:200] if text else type(error).__name__
+    if "TorchScript" in text:
+        return "a TorchScript archive, expected a file of torch.save"
+    if "legacy .tar" in text:
+        return "torch's oldest format, expected a file that torch 0.4 or newer saved"
+    text = text.rpartition("WeightsUnpickler error:")[2].strip()
+    line = text.splitlines()[0][:200] if text else ""
+    return (
+        type(error).__name__ if not line or "weights_only" in line.lower() or "weights only" in line.lower() else line
+    )

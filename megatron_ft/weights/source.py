@@ -4,10 +4,12 @@ A source gives tensors under their Hugging Face names, complete or in slices, me
 one reads names and shapes; weights are read when they are asked for.
 """
 
+import argparse
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from functools import cached_property, reduce
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -15,6 +17,8 @@ from megatron_ft.errors import UserError
 from megatron_ft.model.shape import ModelShape
 from megatron_ft.model.tensor_names import hf_names, hf_shape
 from megatron_ft.weights.manifest import Manifest
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class WeightSource(ABC):
@@ -41,6 +45,15 @@ class WeightSource(ABC):
         """The widest of all tensors' dtypes: it holds every value of the checkpoint."""
         return widest(map(self.dtype_of, self.names()))
 
+    def check_dtypes(self) -> None:
+        """Raise UserError for the first tensor whose dtype is not that of unquantized weights."""
+        for name in self.names():
+            if self.dtype_of(name) not in DTYPES:
+                raise UserError(
+                    f"{self.path}: {name} in {self.dtype_of(name)}; expected weights that are not quantized, "
+                    "in float32, bfloat16 or float16"
+                )
+
     def dtype_of(self, name: str) -> torch.dtype:
         """The dtype of one tensor."""
         return widest(piece.dtype for piece in self.pieces(name)[1])
@@ -61,6 +74,11 @@ class WeightSource(ABC):
         """Entries start..stop of axis `dim`; only the pieces that hold them are read."""
         cut_dim, pieces = self.pieces(name)
         return slice_of_pieces(cut_dim, pieces, dim, start, stop)
+
+
+def is_plain(value: object) -> bool:
+    """Whether an object of a `.pt` file is a tensor whose elements are in memory, one by one."""
+    return isinstance(value, torch.Tensor) and value.layout == torch.strided and not value.is_quantized
 
 
 def widest(dtypes: Iterable[torch.dtype]) -> torch.dtype:
@@ -86,11 +104,19 @@ def slice_of_pieces(cut_dim: int, pieces: list[torch.Tensor], dim: int, start: i
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, cut_dim)
 
 
+def arguments_of(found: object, where: Path) -> dict[str, Any]:
+    """The arguments that a Megatron run saved in `where`: a Namespace or a dictionary."""
+    args = vars(found) if isinstance(found, argparse.Namespace) else found
+    if not isinstance(args, dict) or not all(isinstance(name, str) for name in args):
+        raise UserError(f"{where}: its 'args' are {type(found).__name__}, expected the arguments of a Megatron run")
+    return dict(args)
+
+
 def check_shape(shape: ModelShape, name: str, found: Sequence[int], where: Path | str) -> None:
     """Raise UserError when a tensor's shape is not what the model's configuration requires."""
     expected = hf_shape(shape, name)
     if tuple(found) != expected:
         raise UserError(
             f"{where}: {name} has shape {list(found)}, expected {list(expected)} from the checkpoint's own configuration; "
-            "the files do not belong together, copy the checkpoint again"
+            "the files do not belong together"
         )

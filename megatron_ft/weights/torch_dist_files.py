@@ -6,26 +6,25 @@ conversion (torch_dist_reader.py) and the state of a resumed run (checkpoint/ran
 """
 
 import io
+import math
 import mmap
-import pickle
-import re
 import zipfile
 from bisect import bisect_left
-from collections import defaultdict
 from collections.abc import Iterator
-from operator import attrgetter
 from pathlib import Path
 from typing import BinaryIO
 
 import torch
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata
 
 from megatron_ft.errors import UserError
+from megatron_ft.files.first_bytes import what_it_is
+from megatron_ft.files.os_error import remedy
 from megatron_ft.model.boxes import Box, overlap, whole
+from megatron_ft.weights.directory import check_link
 from megatron_ft.weights.manifest import Damaged
-from megatron_ft.weights.torch_dist_metadata import METADATA, StoredChunk, read_metadata
-
-_REFERENCE = r"GLOBAL (\S+)|function (\S+)"  # in torch's refusal of a pickle
+from megatron_ft.weights.safe_pickle import UNREADABLE, check_stored, referenced, refusal, why_unreadable
+from megatron_ft.weights.torch_dist_metadata import StoredChunk, read_metadata, stored_parts
 
 
 class TorchDistFiles:
@@ -37,36 +36,10 @@ class TorchDistFiles:
 
     def __init__(self, directory: Path, metadata: Metadata | None = None) -> None:
         self.path = directory
-        metadata = metadata or read_metadata(directory)
-        self.tensors: dict[str, TensorStorageMetadata] = {}
-        self.objects: dict[str, StoredChunk] = {}
-        self._chunks: defaultdict[str, list[StoredChunk]] = defaultdict(list)
+        parts = stored_parts(directory, metadata or read_metadata(directory))
+        self.tensors, self._chunks, self.objects = parts
         self._maps: dict[str, mmap.mmap] = {}
         self._opened: dict[tuple[str, int], torch.Tensor] = {}
-        sizes = {}
-        for key, stored in metadata.state_dict_metadata.items():
-            if isinstance(stored, TensorStorageMetadata):
-                self.tensors[key] = stored
-                for box in stored.chunks:
-                    sizes[key, tuple(box.offsets)] = tuple(box.sizes)
-        for index, place in metadata.storage_data.items():
-            key, file = index.fqn, place.relative_path
-            if getattr(place, "transform_descriptors", None):
-                raise UserError(
-                    f"{directory / file}: stored compressed ({place.transform_descriptors}), which is not supported"
-                )
-            if isinstance(metadata.state_dict_metadata.get(key), BytesStorageMetadata):
-                self.objects[key] = StoredChunk(key, file, place.offset, place.length)
-                continue
-            offsets = tuple(index.offset or ())
-            if (key, offsets) not in sizes:
-                raise Damaged(f"{directory / METADATA} contradicts itself: no tensor {key} with a part at {offsets}")
-            dtype, shape = self.tensors[key].properties.dtype, self.shape(key)
-            self._chunks[key].append(
-                StoredChunk(key, file, place.offset, place.length, dtype, shape, offsets, sizes[key, offsets])
-            )
-        for chunks in self._chunks.values():
-            chunks.sort(key=attrgetter("offsets"))
         self._tallest = {key: max(map(_rows, chunks)) for key, chunks in self._chunks.items()}
 
     def check_sizes(self) -> None:
@@ -118,14 +91,12 @@ class TorchDistFiles:
 
         Raises Damaged when parts of it are not stored, and as `chunk` does.
         """
-        out = torch.empty(box.sizes, dtype=self.tensors[key].properties.dtype)
-        filled = 0
-        for chunk, common in self.overlapping(key, box):
-            target = out[common.within(box)]
-            target.copy_(self.chunk(chunk)[common.within(chunk)])
-            filled += target.numel()
-        if filled != out.numel():
+        found = list(self.overlapping(key, box))
+        if sum(math.prod(common.sizes) for _, common in found) != math.prod(box.sizes):
             raise Damaged(f"{self.path}: {key} is stored only in part")
+        out = torch.empty(box.sizes, dtype=self.tensors[key].properties.dtype)
+        for chunk, common in found:
+            out[common.within(box)].copy_(self.chunk(chunk)[common.within(chunk)])
         return out
 
     def read(self, key: str) -> torch.Tensor:
@@ -145,47 +116,58 @@ class TorchDistFiles:
     def _open(self, chunk: StoredChunk) -> torch.Tensor:
         try:
             return self._mapped(chunk)
-        except (
-            pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError, IndexError,
-            StopIteration, zipfile.BadZipFile,
-        ) as error:  # fmt: skip
-            file, message = self.path / chunk.file, str(error) or "no data record"
-            if isinstance(error, pickle.UnpicklingError) and (found := re.search(_REFERENCE, message)):
-                raise UserError(
-                    f"{file}: refused, a pickle in it (byte {chunk.start}) references {found[1] or found[2]}; "
-                    "the file was tampered with"
-                ) from None
-            raise Damaged(f"{file}: damaged at byte {chunk.start} ({message.splitlines()[0][:100]})") from None
+        except UNREADABLE as error:
+            file = self.path / chunk.file
+            if found := referenced(error):
+                what = f"a pickle in it (byte {chunk.start}) references {found}"
+                raise UserError(refusal(file, what)) from None
+            if other := what_it_is(file, ("zip",)):
+                raise Damaged(f"{file}: {other}") from None
+            raise Damaged(f"{file}: damaged at byte {chunk.start} ({why_unreadable(error)[:100]})") from None
 
     def _mapped(self, chunk: StoredChunk) -> torch.Tensor:
         mapped = self._map(chunk.file)
         view = io.BufferedReader(_Range(mapped, chunk.start, chunk.length))
+        with zipfile.ZipFile(view) as archive:
+            check_stored(archive)
+            record = next((info for info in archive.infolist() if info.filename.endswith("/data/0")), None)
+        view.seek(0)
         # On the meta device torch reads only the small pickle: dtype, shape and strides.
         described = torch.load(view, map_location="meta", weights_only=True)
         if tuple(described.shape) != chunk.sizes:
             raise ValueError(f"shape {list(described.shape)}, expected {list(chunk.sizes)}")
+        if described.dtype != chunk.dtype:
+            raise ValueError(f"{described.dtype}, expected {chunk.dtype}")
         if described.numel() == 0:
             return torch.empty(chunk.sizes, dtype=described.dtype)
-        with zipfile.ZipFile(view) as archive:
-            record = next(info for info in archive.infolist() if info.filename.endswith("/data/0"))
-        if record.compress_type != zipfile.ZIP_STORED:
-            raise ValueError("compressed data")
+        if record is None:
+            raise ValueError("no data record")
+        start = record.header_offset + _local_header_length(view, record.header_offset)
+        if start + record.file_size > chunk.length:
+            raise ValueError("a data record that ends outside of its archive")
         flat = torch.frombuffer(
             mapped,
             dtype=described.dtype,
             count=record.file_size // described.element_size(),
-            offset=chunk.start + record.header_offset + _local_header_length(view, record.header_offset),
+            offset=chunk.start + start,
         )
         return flat.as_strided(described.shape, described.stride(), described.storage_offset())
 
     def _map(self, file: str) -> mmap.mmap:
         if file not in self._maps:
+            path = self.path / file
+            check_link(path, self.path)
             try:
-                with (self.path / file).open("rb") as handle:
+                with path.open("rb") as handle:
                     # Copy on write: torch requires a writable buffer, and nothing is written.
                     self._maps[file] = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_COPY)
             except FileNotFoundError:
-                raise Damaged(f"{self.path / file} is missing") from None
+                raise Damaged(f"{path} is missing") from None
+            except ValueError:
+                raise Damaged(f"{path} is empty") from None
+            except OSError as error:
+                reason = f"cannot be read ({error.strerror})"
+                raise UserError(f"{path}: {reason}; {remedy(error, 'copy the checkpoint again')}") from None
         return self._maps[file]
 
 

@@ -9,7 +9,9 @@ import math
 import pickle
 from collections.abc import Iterable
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _StorageInfo
@@ -23,11 +25,15 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from megatron_ft.errors import UserError
 from megatron_ft.files.atomic import sync_file
+from megatron_ft.weights.directory import check_file_name
 from megatron_ft.weights.manifest import Damaged
 from megatron_ft.weights.safe_pickle import load_dcp_metadata
 
 METADATA = ".metadata"
+MOST_BYTES = 1 << 60  # no tensor and no file is larger
+T = TypeVar("T")
 # CheckpointingConfig in megatron/core/dist_checkpointing/core.py
 _FORMAT = {
     "sharded_backend": "torch_dist",
@@ -100,6 +106,82 @@ def read_metadata(directory: Path) -> Metadata:
     if not (directory / METADATA).is_file():
         raise Damaged(f"{directory / METADATA} is missing, so its save did not finish")
     return load_dcp_metadata(directory / METADATA)
+
+
+class StoredParts(NamedTuple):
+    """What `.metadata` lists: tensors by key, the chunks of each by offset, byte objects by key."""
+
+    tensors: dict[str, TensorStorageMetadata]
+    chunks: dict[str, list[StoredChunk]]
+    objects: dict[str, StoredChunk]
+
+
+def stored_parts(directory: Path, metadata: Metadata) -> StoredParts:
+    """The content of `.metadata`, checked: types, boxes within their tensors, no box larger than
+    the bytes that are said to hold it, files of this directory.
+
+    Raises Damaged for the first contradiction, UserError when files are compressed.
+    """
+    where = directory / METADATA
+    parts = StoredParts({}, {}, {})
+    sizes: dict[tuple[str, tuple[int, ...]], tuple[int, ...]] = {}
+    described = _field(metadata, "state_dict_metadata", dict, where)
+    for key, stored in described.items():
+        if isinstance(stored, TensorStorageMetadata):
+            parts.tensors[key] = stored
+            _field(_field(stored, "properties", TensorProperties, where), "dtype", torch.dtype, where)
+            shape = _extent(stored, "size", where)
+            for box in _field(stored, "chunks", list, where):
+                offsets, size = _extent(box, "offsets", where), _extent(box, "sizes", where)
+                if (
+                    len(offsets) != len(shape)
+                    or len(size) != len(shape)
+                    or any(first + count > end for first, count, end in zip(offsets, size, shape, strict=True))
+                ):
+                    raise Damaged(f"{where} contradicts itself: part of {key} outside of its shape {list(shape)}")
+                sizes[key, offsets] = size
+    for index, place in _field(metadata, "storage_data", dict, where).items():
+        key, file = _field(index, "fqn", str, where), _field(place, "relative_path", str, where)
+        start, length = _field(place, "offset", int, where), _field(place, "length", int, where)
+        try:
+            check_file_name(file, f"{where}: {key!r}")
+        except UserError as error:
+            raise Damaged(str(error)) from None
+        if found := getattr(place, "transform_descriptors", None):
+            raise UserError(f"{directory / file}: stored compressed ({found!r:.80}), which is not supported")
+        if not (0 <= start <= MOST_BYTES and 0 <= length <= MOST_BYTES):
+            raise Damaged(f"{where} contradicts itself: {key} at byte {start} of {file}, {length} bytes")
+        if isinstance(described.get(key), BytesStorageMetadata):
+            parts.objects[key] = StoredChunk(key, file, start, length)
+            continue
+        offsets = () if getattr(index, "offset", None) is None else _extent(index, "offset", where)
+        if (key, offsets) not in sizes:
+            raise Damaged(f"{where} contradicts itself: no tensor {key} with a part at {offsets}")
+        size, dtype = sizes[key, offsets], parts.tensors[key].properties.dtype
+        if math.prod(size) * dtype.itemsize > length:
+            raise Damaged(f"{where} contradicts itself: {key} of {list(size)} in {dtype} in {length} bytes")
+        chunk = StoredChunk(key, file, start, length, dtype, tuple(parts.tensors[key].size), offsets, size)
+        parts.chunks.setdefault(key, []).append(chunk)
+    for chunks in parts.chunks.values():
+        chunks.sort(key=attrgetter("offsets"))
+    return parts
+
+
+def _field(value: object, name: str, kind: type[T], where: Path) -> T:
+    """An attribute of what was unpickled. Raises Damaged unless it is of this type."""
+    found = getattr(value, name, None)
+    if not isinstance(found, kind) or isinstance(found, bool):
+        what = f"{name} of {type(value).__name__} is {found!r:.80}"
+        raise Damaged(f"{where} contradicts itself: {what}, expected {kind.__name__}")
+    return found
+
+
+def _extent(value: object, name: str, where: Path) -> tuple[int, ...]:
+    """A shape, or offsets: one size per axis."""
+    sizes = tuple(_field(value, name, tuple, where))
+    if not all(type(size) is int and 0 <= size <= MOST_BYTES for size in sizes) or math.prod(sizes) > MOST_BYTES:
+        raise Damaged(f"{where} contradicts itself: {name} of {type(value).__name__} is {sizes!r:.80}")
+    return sizes
 
 
 def _write_durably(path: Path, content: bytes) -> None:

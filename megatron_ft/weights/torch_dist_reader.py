@@ -1,6 +1,7 @@
 """Weights of a torch_dist checkpoint (Megatron-Core's format), without a process group."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -8,17 +9,22 @@ from megatron_ft.errors import UserError
 from megatron_ft.model.shape import ModelShape
 from megatron_ft.model.tensor_names import WPE, WTE, hf_to_core, hf_to_stacked
 from megatron_ft.weights.manifest import NAME, damage_as_user_error, read_intact_manifest
-from megatron_ft.weights.safe_pickle import load_pt
-from megatron_ft.weights.source import WeightSource, check_shape
+from megatron_ft.weights.safe_pickle import load_pt, load_pt_bytes
+from megatron_ft.weights.source import WeightSource, arguments_of, check_shape
 from megatron_ft.weights.torch_dist_files import TorchDistFiles
 from megatron_ft.weights.torch_dist_metadata import StoredChunk
+
+COMMON = "common.pt"
+# Where Megatron-Core 0.19 and newer have the content of common.pt: an object in the .distcp files.
+COMMON_STATE = "common_state/shard_0_1"
 
 
 class TorchDistSource(WeightSource):
     """See WeightSource.
 
-    The shape and arguments come from our manifest.json, else from Megatron-LM's common.pt. Raises
-    UserError for a checkpoint that is damaged, not a GPTBigCode or only the adapters of a LoRA run.
+    The shape and arguments come from our manifest.json, else from what Megatron-LM saved: common.pt
+    or, since Megatron-Core 0.19, the object `COMMON_STATE`. Raises UserError for a checkpoint that
+    is damaged, not a GPTBigCode or only the adapters of a LoRA run.
     """
 
     kind = "torch_dist"
@@ -40,13 +46,10 @@ class TorchDistSource(WeightSource):
             raise UserError(
                 f"{directory}: has no word and learned position embeddings; expected a GPTBigCode (StarCoder)"
             )
-        rows = self.files.shape(embedding)[0]
+        rows = self._rows(embedding)
         if manifest is not None:
             self.args = manifest.args
-            try:
-                shape = ModelShape(**manifest.shape)
-            except TypeError as error:
-                raise UserError(f"{directory / NAME}: has no usable shape ({error}); copy it again") from None
+            shape = ModelShape.from_dict(manifest.shape, f"{directory / NAME}: shape")
             self.vocab_size, self.shape = min(shape.vocab_size, rows), shape.with_vocab(rows)
         else:
             self.args = self._args_of_megatron()
@@ -55,24 +58,38 @@ class TorchDistSource(WeightSource):
             key, layer = self._key(name)
             found = self.files.shape(key) if layer is None else self.files.shape(key)[1:]
             check_shape(self.shape, name, found, directory)
+        self.check_dtypes()
 
-    def _args_of_megatron(self) -> dict:
-        common = load_pt(self.path / "common.pt")
-        if not isinstance(common, dict) or "args" not in common:
+    def _rows(self, key: str) -> int:
+        shape = self.files.shape(key)
+        if len(shape) != 2 or 0 in shape:
+            raise UserError(f"{self.path}: {key} has shape {list(shape)}, expected [rows, hidden size]")
+        return shape[0]
+
+    def _args_of_megatron(self) -> dict[str, Any]:
+        found, where = None, self.path / COMMON
+        if where.is_file():
+            found = load_pt(where)
+        if COMMON_STATE in self.files.objects and not (isinstance(found, dict) and "args" in found):
+            where = self.path / self.files.objects[COMMON_STATE].file
+            with damage_as_user_error():
+                content = self.files.bytes_of(COMMON_STATE)
+            found = load_pt_bytes(content, f"{where}: {COMMON_STATE}")
+        if not isinstance(found, dict) or "args" not in found:
             raise UserError(
-                f"{self.path}: neither manifest.json nor arguments in common.pt, so its architecture is unknown"
+                f"{self.path}: neither {NAME} nor a run's arguments in {COMMON} or {COMMON_STATE}, "
+                "so its architecture is unknown"
             )
-        return dict(common["args"] if isinstance(common["args"], dict) else vars(common["args"]))
+        return arguments_of(found["args"], where)
 
     def _key(self, name: str) -> tuple[str, int | None]:
         """Key, and the layer's row on axis 0 where layers are stacked."""
         stacked, layer = hf_to_stacked(name)
         if stacked in self.files.tensors:
-            layers = self.files.shape(stacked)[0]
+            layers = (*self.files.shape(stacked), 0)[0]
             if layer is not None and layers != self.shape.num_layers:
                 raise UserError(
-                    f"{self.path}: {layers} layers stored, expected {self.shape.num_layers} from its configuration; "
-                    "copy the checkpoint again"
+                    f"{self.path}: {layers} layers of {stacked}, expected {self.shape.num_layers} from its configuration"
                 )
             return stacked, layer
         if hf_to_core(name) in self.files.tensors:

@@ -191,7 +191,7 @@ def test_a_killed_builder_is_replaced(tmp_path):
 
 
 def test_a_builder_on_another_node_is_waited_for_until_its_heartbeat_stops(tmp_path, monkeypatch):
-    monkeypatch.setattr(build_once_module, "STALE_SECONDS", 0.5)
+    monkeypatch.setattr(build_once_module, "STALE_SECONDS", 2.0)
     directory, log = tmp_path / "index", tmp_path / "log"
     lock = tmp_path / "index.lock"
     lock.write_text("another-node 1\n")
@@ -202,7 +202,7 @@ def test_a_builder_on_another_node_is_waited_for_until_its_heartbeat_stops(tmp_p
     assert not log.exists()
     began = time.monotonic()  # the heartbeat stops
     waiting.join(20)
-    assert waiting.exitcode == 0 and time.monotonic() - began < 5
+    assert waiting.exitcode == 0 and time.monotonic() - began < 15
     assert len(log.read_text().split()) == 1 and not lock.exists()
 
 

@@ -98,8 +98,8 @@ def tokenize(directory: Path) -> None:
 
 def write_for_transformers(directory: Path) -> None:
     """The tokenizer files of a converted model."""
+    from megatron_ft.tokenizer.export import write_tokenizer
     from megatron_ft.tokenizer.tokenizer import load_tokenizer
-    from megatron_ft.weights.hf_files import write_tokenizer
 
     out = directory.parent / "out"
     out.mkdir()

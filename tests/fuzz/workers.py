@@ -87,7 +87,10 @@ def fuzz(reader: Reader, folder: Path, numbers: Sequence[int] | None = None) -> 
         raise RuntimeError(f"{reader.name}: the process that runs the inputs died") from None
     finally:
         supervisor.join(5)
-        supervisor.kill()
+        if supervisor.is_alive():  # after Ctrl-C
+            assert supervisor.pid
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(supervisor.pid, signal.SIGKILL)  # its group: it and its workers
     if isinstance(report, Failure):
         raise RuntimeError(f"{reader.name}: the intact input ended wrongly: {report.kind}: {report.detail}")
     return report

@@ -30,6 +30,7 @@ from megatron_ft.config.parser import Help, Parser
 from megatron_ft.errors import UserError, run_program
 from megatron_ft.progress import Progress
 from megatron_ft.tokenizer import files as tokenizer_files
+from megatron_ft.tokenizer.export import write_tokenizer
 from megatron_ft.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from megatron_ft.weights.adapters import (
     PEFT_CONFIG,
@@ -43,7 +44,6 @@ from megatron_ft.weights.hf_files import (
     parse_size,
     write_configs,
     write_model_card,
-    write_tokenizer,
 )
 from megatron_ft.weights.hf_writer import write_safetensors, write_tensors
 from megatron_ft.weights.open import open_weights
@@ -160,14 +160,15 @@ def write_model(source: WeightSource, found: FoundTokenizer | None, rows: int, a
     }
     sources = [args.load, found and found.path, source.base.path if isinstance(source, MergedSource) else None]
     with new_directory(output, needed=nbytes, sources=sources, overwrite=args.overwrite) as directory:
+        kept = source.manifest.special_ids if source.manifest else {}
+        write_configs(directory, shape, dtype, found.tokenizer.config_ids if found else kept)
+        if found:
+            for line in write_tokenizer(directory, found.path, found.tokenizer, shape.max_position_embeddings):
+                print(line)
         with Progress("converting", nbytes, "B") as progress:
             files = write_safetensors(
                 source, directory, dtype=dtype, vocab_rows=rows, max_shard_bytes=parse_size(args.max_shard_size), advance=progress.update
             )  # fmt: skip
-        kept = source.manifest.special_ids if source.manifest else {}
-        write_configs(directory, shape, dtype, found.tokenizer.config_ids if found else kept)
-        if found:
-            write_tokenizer(directory, found.path, found.tokenizer, shape.max_position_embeddings)
         shown = {name: entry.default for name, entry in ENTRIES.items() if not entry.flag.local}
         args_of_run = card_args(source.args, shown)
         write_model_card(directory, name=output.name, shape=shape, facts=facts, args=args_of_run)
@@ -196,7 +197,8 @@ def write_adapter(adapters: AdapterSource, args: argparse.Namespace) -> None:
         (directory / PEFT_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         if found:
             positions = adapters.manifest.shape["max_position_embeddings"]
-            write_tokenizer(directory, found.path, found.tokenizer, positions)
+            for line in write_tokenizer(directory, found.path, found.tokenizer, positions):
+                print(line)
     print(f"{args.output}: PEFT adapter of rank {adapters.config.rank}, {len(tensors)} tensors, {nbytes / 1e6:.2f} MB")
     if base:
         print(f"to be loaded on {base}")

@@ -6,8 +6,9 @@
 Conversion takes the copy, so it does not need the path that the run was given. Two digests answer
 two questions, and both are stored, so neither can replace the other:
 
-- `vocabulary_digest`: do token ids mean the same? Covers only the file that maps text to ids.
-  Stored with a tokenized dataset (`data.provenance`), which has no use for the other files.
+- `vocabulary_digest`: do token ids mean the same? Covers only the file that maps text to ids, and
+  tokens that other files add to it. Stored with a tokenized dataset (`data.provenance`), which has
+  no use for the rest.
 - `fingerprint`: is it the same tokenizer in every respect? Covers all its files, among them special
   tokens and the chat template. Stored in a checkpoint's manifest and compared on a resume.
 """
@@ -15,11 +16,17 @@ two questions, and both are stored, so neither can replace the other:
 import hashlib
 from pathlib import Path
 
+from megatron_ft.errors import UserError
 from megatron_ft.files.atomic import replace_file
 from megatron_ft.files.checksum import file_checksum
-from megatron_ft.tokenizer.tokenizer import SENTENCEPIECE_FILES
+from megatron_ft.files.hub_cache import leads_outside, resolve_hub_cache
+from megatron_ft.tokenizer.declared import Declared, identity
+from megatron_ft.tokenizer.spec import read_spec
+from megatron_ft.tokenizer.tokenizer import SENTENCEPIECE_FILES, vocabulary_file
 
-# The files that transformers reads a tokenizer from.
+# The files that transformers reads a tokenizer from. What is in the first ones is checked: they
+# hold a vocabulary. The others are copied as they are, and so must not link to any file there is.
+VOCABULARIES = ("tokenizer.json", *SENTENCEPIECE_FILES)
 NAMES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -30,22 +37,49 @@ NAMES = (
     "chat_template.jinja",
     *SENTENCEPIECE_FILES,
 )
+TEMPLATES = "additional_chat_templates"
 
 
 def files_of(path: Path) -> list[Path]:
-    """`path` if it is a file, else the tokenizer files of the directory; [] if there are none."""
+    """`path` if it is a file, else the tokenizer files of the directory; [] if there are none.
+
+    Raises UserError if one of them is a link to a file elsewhere: its content would be copied into
+    what people publish.
+    """
     if path.is_file():
         return [path]
-    return [path / name for name in NAMES if (path / name).is_file()]
+    path, _ = resolve_hub_cache(path)
+    templates = sorted(file for file in (path / TEMPLATES).glob("*.jinja") if not file.name.startswith("."))
+    files = [file for file in (*(path / name for name in NAMES), *templates) if file.is_file()]
+    for file in files:
+        if file.name not in VOCABULARIES and leads_outside(file, path):
+            raise UserError(
+                f"{file}: a link to {file.resolve()}, outside of the tokenizer's directory; copy the file there if it belongs to it"
+            )
+    return files
+
+
+def relative_name(file: Path, path: Path) -> str:
+    """The name of one of `files_of(path)` within a copy: `additional_chat_templates/tool_use.jinja`
+    or a plain name."""
+    return f"{TEMPLATES}/{file.name}" if file != path and file.parent.name == TEMPLATES else file.name
 
 
 def vocabulary_digest(path: Path) -> str | None:
     """sha256 of the file that maps text to ids: `path`, or in a Hugging Face directory its
-    tokenizer.json or SentencePiece model. None if no single file does."""
-    if path.is_dir():
-        files = [path / name for name in ("tokenizer.json", *SENTENCEPIECE_FILES)]
-        path = next((file for file in files if file.is_file()), path)
-    return file_checksum(path) if path.is_file() else None
+    tokenizer.json or SentencePiece model. None if no single file does.
+
+    Tokens that other files of the directory add change it. Raises UserError if those are damaged.
+    """
+    path, _ = resolve_hub_cache(path)
+    if path.is_file():
+        return file_checksum(path)
+    file = vocabulary_file(path) if path.is_dir() else None
+    if file is None:
+        return None
+    digest = file_checksum(file)
+    new = Declared.read(path).beyond(read_spec(file)) if file.suffix == ".json" else []
+    return hashlib.sha256(f"{digest}\n{identity(new)}".encode()).hexdigest() if new else digest
 
 
 def fingerprint(path: Path) -> str | None:
@@ -57,24 +91,26 @@ def fingerprint(path: Path) -> str | None:
     digests = [file_checksum(file) for file in files]
     if path.is_dir():  # also with one file: a directory's special tokens are found in another way
         digests = [hashlib.sha256("\n".join(digests).encode()).hexdigest()]
-    names = ", ".join(file.name for file in files)
+    names = ", ".join(relative_name(file, path) for file in files)
     return f"{'directory of ' * path.is_dir()}{names} (sha256 {digests[0][:12]})"
 
 
 def keep(path: Path, save: Path) -> None:
-    """Copy the tokenizer into the save directory, except files already there. Raises OSError."""
+    """Copy the tokenizer into the save directory, except files already there. Raises OSError, or
+    UserError like `files_of`."""
     target = save
+    files = {relative_name(file, path): file for file in files_of(path)}
     if path.is_dir():
         target = save / "tokenizer"
         target.mkdir(exist_ok=True)
-        kept = {file.name for file in files_of(path)}
         for stale in files_of(target):
-            if kept and stale.name not in kept:
+            if files and relative_name(stale, target) not in files:
                 stale.unlink()
-    for file in files_of(path):
+    for name, file in files.items():
         content = file.read_bytes()
-        if not (target / file.name).is_file() or (target / file.name).read_bytes() != content:
-            replace_file(target / file.name, content)
+        if not (target / name).is_file() or (target / name).read_bytes() != content:
+            (target / name).parent.mkdir(exist_ok=True)
+            replace_file(target / name, content)
 
 
 def find(checkpoint: Path, given: str | None, expected: str | None) -> Path | None:

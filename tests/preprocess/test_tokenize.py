@@ -167,7 +167,7 @@ def test_training_and_view_warn_of_another_tokenizer(data, single, tmp_path, for
         (["ROWS", "--shard", "5/4"], "--shard 5/4"),
         (["ROWS", "--literal-special-tokens", "<no>"], "<no>"),
         (["ROWS", "--output-prefix", "/proc/nowhere/x"], "/proc/nowhere/x: cannot be written"),
-        (["ROWS", "--tokenizer-file", "ROWS"], "rows.jsonl: not a tokenizer.json"),
+        (["ROWS", "--tokenizer-file", "ROWS"], "give the tokenizer.json that comes with the model"),
         (["ROWS", "--tokenizer", "x"], "unrecognized arguments: --tokenizer"),
     ],
 )

@@ -56,7 +56,7 @@ def pairs(tmp_path_factory):
         backend.save(str(directory / f"{name}.json"))
         ours = load_tokenizer(directory / f"{name}.json")
         ours.encode("")
-        assert ours.notice is None
+        assert ours.notices == []
         pairs.append((ours, backend))
     return pairs
 
@@ -101,7 +101,7 @@ def test_starcoder_reference_vectors(shared_data):
     assert len(rows) == 47
     for row in rows:
         assert tokenizer.encode(row["text"]) == row["ids"]
-    assert tokenizer.notice is None
+    assert tokenizer.notices == []
     assert (tokenizer.vocab_size, tokenizer.eod, tokenizer.pad, tokenizer.dtype) == (49152, 0, None, np.uint16)
     assert tokenizer.special_ids["<commit_msg>"] == 16 and len(tokenizer.special_ids) == 19
 
@@ -131,7 +131,7 @@ def test_every_code_point_has_the_same_ids(shared_data):
     for start in range(0, len(points), 2048):
         text = "".join(f"a{c}a {c} !{c}!  {c}1{c}\n" for c in points[start : start + 2048])
         assert tokenizer.encode(text) == reference.encode(text, add_special_tokens=False).ids, hex(start)
-    assert tokenizer.notice is None
+    assert tokenizer.notices == []
 
 
 @pytest.mark.slow
@@ -150,7 +150,7 @@ def notice_of(backend: Backend | dict, path) -> str:
     tokenizer = load_tokenizer(path)
     text = "def f(x): return 12  # don't <|endoftext|>"
     assert tokenizer.encode(text) == Backend.from_str(json.dumps(spec)).encode(text, add_special_tokens=False).ids
-    return tokenizer.notice or ""
+    return " ".join(tokenizer.notices)
 
 
 def test_unsupported_tokenizers_fall_back_with_a_reason(tmp_path, monkeypatch):
@@ -178,9 +178,9 @@ def test_a_difference_on_real_data_falls_back(tmp_path, monkeypatch):
     monkeypatch.setattr(fast_bpe, "DIGITS_BYTE_LEVEL", r"\p{L}|[^\p{L}]+")
     tokenizer = load_tokenizer(tmp_path / "tokenizer.json")
     tokenizer.encode("=")
-    assert tokenizer.notice is None
+    assert tokenizer.notices == []
     tokenizer.check_sample(["=", "return x"])
-    assert "ids differ on 'return" in tokenizer.notice
+    assert "ids differ on 'return" in tokenizer.notices[0]
     reference = Backend.from_file(str(tmp_path / "tokenizer.json"))
     assert tokenizer.encode("return x") == reference.encode("return x").ids
 
@@ -231,14 +231,3 @@ def test_hugging_face_directories_load(pairs, tmp_path):
     (slow / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "GPT2Tokenizer"}))
     text = "def f(x):\n    return x  # don't"
     assert load_tokenizer(slow).encode(text) == tokenizer.encode(text) == backend.encode(text).ids
-
-
-def test_unreadable_tokenizers_report_one_line_errors(tmp_path):
-    (tmp_path / "broken.json").write_text("{")
-    (tmp_path / "binary.json").write_bytes(b"\xff\xfe")
-    (tmp_path / "broken.model").write_bytes(b"nothing")
-    (tmp_path / "empty").mkdir()
-    for name in ("missing.json", "broken.json", "binary.json", "broken.model", "empty"):
-        with pytest.raises(UserError, match=name) as error:
-            load_tokenizer(tmp_path / name)
-        assert "\n" not in str(error.value) and "give" in str(error.value) or "needs" in str(error.value)

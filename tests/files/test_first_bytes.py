@@ -1,4 +1,4 @@
-"""First bytes: a file of another kind is recognized, and one of the expected kind is not accused."""
+"""First bytes: a file of another kind is recognized, one of the expected kind is not accused."""
 
 import io
 import pickle

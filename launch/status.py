@@ -6,8 +6,8 @@ Reads the logs that training writes next to its checkpoints, and asks squeue (an
 has accounting) for the states of jobs. Without SLURM these columns are empty.
 """
 
-import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -20,12 +20,13 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from megatron_ft.config.parser import Help, Parser
 from megatron_ft.errors import UserError, run_program
-from megatron_ft.files.log_lines import read_lines
 from megatron_ft.launcher.slurm_job import STARTS, read_starts
+from megatron_ft.metrics.lines import EVENTS, METRICS, read_log
+from megatron_ft.printable import printable
 from megatron_ft.weights.directory import iteration_directory, list_iterations
 
-METRICS, EVENTS = "metrics.jsonl", "events.jsonl"
 COLUMNS = ("RUN", "JOB", "STATE", "STEP", "LOSS", "TOKENS/S", "ETA", "RESTARTS", "CHECKPOINT")
+JOB_ID = "[0-9]+([_+][0-9]+)?"
 TAIL_BYTES = 64 << 10  # of a metrics file, from its end
 
 
@@ -57,7 +58,7 @@ def main() -> None:
     if not saves:
         raise UserError(f"{args.directory}: no runs found (no {METRICS} up to three levels below it)")
     starts = {save: read_starts(save) for save in saves}
-    states = job_states([str(start["job"]) for lines in starts.values() for start in lines[-1:]])
+    states = job_states([job_of(lines[-1]) for lines in starts.values() if lines])
     rows = [COLUMNS, *(astuple(describe(save, args.directory, starts[save], states)) for save in saves)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(COLUMNS))]
     for row in rows:
@@ -76,44 +77,49 @@ def find_runs(directory: Path) -> list[Path]:
 
 
 def describe(save: Path, root: Path, starts: Sequence[dict], states: dict[str, str]) -> Run:
-    """The line of the run in `save`; `states` maps jobs to states."""
-    run = Run(name=str(save.relative_to(root)) if save != root else save.name)
-    total = next((e["train_iters"] for e in reversed(read_lines(save / EVENTS)) if e["event"] == "start"), None)
+    """The line of the run in `save`; `states` maps jobs to states. A run whose directory cannot be
+    read has the reason in place of its numbers."""
+    run = Run(name=printable(save.relative_to(root) if save != root else save.name))
     if starts:
-        run.job = str(starts[-1]["job"])
+        run.job = job_of(starts[-1])
         run.state = states.get(run.job, "ended")
         run.restarts = str(len(starts) - 1)
-    steps = last_steps(save / METRICS)
-    if steps:
-        last = steps[-1]
-        run.step = f"{last['iteration']}" + (f"/{total}" if total else "")
-        run.loss = "" if last.get("loss") is None else f"{last['loss']:.4f}"
-        run.speed = f"{last['tokens_per_second']:,.0f}" if last.get("tokens_per_second") else ""
-        if total and last.get("step_seconds"):
-            recent = [step["step_seconds"] for step in steps[-20:] if step.get("step_seconds")]
-            left = (total - last["iteration"]) * sum(recent) / len(recent)
-            run.eta = duration(left) if left > 0 else "done"
-    iterations = list_iterations(save)
-    if iterations:
-        age = time.time() - os.stat(iteration_directory(save, iterations[0])).st_mtime
-        run.checkpoint = f"{iterations[0]}, {duration(age)} ago"
+    try:
+        describe_progress(run, save)
+        iterations = list_iterations(save)
+        if iterations:
+            age = time.time() - os.stat(iteration_directory(save, iterations[0])).st_mtime
+            run.checkpoint = f"{iterations[0]}, {duration(max(0, age))} ago"
+    except OSError as error:
+        run.checkpoint = f"cannot be read ({error.strerror})"
     return run
 
 
-def last_steps(path: Path) -> list[dict]:
-    """The last steps of a metrics file, without truncated lines."""
-    if not path.is_file():
-        return []
-    with open(path, "rb") as file:
-        file.seek(max(0, path.stat().st_size - TAIL_BYTES))
-        lines = file.read().decode(errors="replace").splitlines()
-    return [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}")]
+def describe_progress(run: Run, save: Path) -> None:
+    """Fill in the step, loss, speed and time left of the run in `save`."""
+    steps = read_log(save, METRICS, last_bytes=TAIL_BYTES)
+    if not steps:
+        return
+    last = steps[-1]
+    total = next((e["train_iters"] for e in reversed(read_log(save, EVENTS)) if e["event"] == "start"), None)
+    run.step = f"{last['iteration']}" + (f"/{total}" if total else "")
+    run.loss = "" if last["loss"] is None else f"{last['loss']:.4f}"
+    run.speed = f"{last['tokens_per_second']:,.0f}" if last["tokens_per_second"] else ""
+    if total and last["step_seconds"]:
+        recent = [step["step_seconds"] for step in steps[-20:] if step["step_seconds"]]
+        left = (total - last["iteration"]) * sum(recent) / len(recent)
+        run.eta = duration(left) if left > 0 else "done"
+
+
+def job_of(start: dict) -> str:
+    """The job of a line of starts.jsonl."""
+    return printable(start["job"])
 
 
 def job_states(jobs: Sequence[str]) -> dict[str, str]:
     """{job: state} of the jobs that squeue still lists, or else sacct."""
     states = dict(_lines("squeue", "--noheader", "--states=all", "--format=%i %T"))
-    unknown = [job for job in jobs if job not in states]
+    unknown = [job for job in jobs if job not in states and re.fullmatch(JOB_ID, job)]
     if unknown:
         states |= dict(
             _lines("sacct", "--noheader", "--allocations", "--format=JobID,State%20", f"--jobs={','.join(unknown)}")
@@ -124,12 +130,13 @@ def job_states(jobs: Sequence[str]) -> dict[str, str]:
 def _lines(*command: str) -> list[tuple[str, str]]:
     """The first two words of each line that a command prints; nothing if it is missing or fails."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=30)
-    except (FileNotFoundError, subprocess.TimeoutExpired):
+        done = subprocess.run(command, capture_output=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
         return []
     if done.returncode:
         return []
-    return [(words[0], words[1]) for line in done.stdout.splitlines() if len(words := line.split()) >= 2]
+    lines = done.stdout.decode("utf-8", "replace").splitlines()
+    return [(words[0], printable(words[1])) for line in lines if len(words := line.split()) >= 2]
 
 
 def duration(seconds: float) -> str:

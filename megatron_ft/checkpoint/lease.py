@@ -9,6 +9,7 @@ ranks of a run that was wrongly taken for dead cannot commit anything.
 import fcntl
 import json
 import os
+import re
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -18,12 +19,16 @@ from pathlib import Path
 
 from megatron_ft.errors import UserError
 from megatron_ft.files.atomic import replace_file
+from megatron_ft.files.json_file import optional, parse_json, require
 from megatron_ft.files.lease import Heartbeat, HeartbeatWatch, Liveness, ProcessIdentity
+from megatron_ft.printable import printable
 from megatron_ft.weights.directory import OWNER
 
 LOCK = ".owner.lock"
 BEAT = 10.0  # seconds between heartbeats
 STALE = 60.0  # seconds without a heartbeat after which an owner on another host counts as dead
+MAX_BYTES = 64 << 10  # of .owner.json; a longer one is damaged
+MAX_PID = 2**31 - 1
 POLL = 2.0  # seconds between checks of an owner that may be dead
 
 
@@ -48,16 +53,21 @@ class Owner:
     def from_json(cls, text: bytes) -> "Owner | None":
         """The owner that a file names; None if the file is damaged."""
         try:
-            data = json.loads(text)
-            process = ProcessIdentity(data["host"], data.get("namespace", ""), data["pid"], data["process_started"])
-            return cls(
-                data["token"],
-                process,
-                data.get("slurm_job"),
-                data.get("slurm_restarts", 0),
-                data["since"],
+            data = parse_json(text, OWNER)
+            process = ProcessIdentity(
+                require(data, "host", str, OWNER),
+                optional(data, "namespace", str, OWNER, ""),
+                require(data, "pid", int, OWNER, low=1, high=MAX_PID),
+                require(data, "process_started", float, OWNER),
             )
-        except (ValueError, KeyError, TypeError, AttributeError):
+            return cls(
+                require(data, "token", str, OWNER),
+                process,
+                optional(data, "slurm_job", str, OWNER, None),
+                optional(data, "slurm_restarts", int, OWNER, 0),
+                require(data, "since", str, OWNER),
+            )
+        except UserError:
             return None
 
     def to_json(self) -> bytes:
@@ -73,7 +83,7 @@ class Owner:
         return self.process.liveness()
 
     def __str__(self) -> str:
-        return f"process {self.process.pid} on {self.process.host}"
+        return printable(f"process {self.process.pid} on {self.process.host}")
 
 
 class SaveDirectoryLease:
@@ -134,7 +144,8 @@ class SaveDirectoryLease:
         """The owner, None if there is none, and its last heartbeat: the file's mtime in ns."""
         path = self.save / OWNER
         try:
-            return Owner.from_json(path.read_bytes()), path.stat().st_mtime_ns
+            with path.open("rb") as file:
+                return Owner.from_json(file.read(MAX_BYTES)), os.fstat(file.fileno()).st_mtime_ns
         except FileNotFoundError:
             return None, 0
 
@@ -149,11 +160,12 @@ class SaveDirectoryLease:
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        with open(self.save / LOCK, "w") as lock:
+        with open(self.save / LOCK, "wb") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
 
 
 def _slurm_restarts() -> int:
     """How often SLURM has requeued this job."""
-    return int(os.environ.get("SLURM_RESTART_COUNT") or 0)
+    text = os.environ.get("SLURM_RESTART_COUNT", "")
+    return int(text) if re.fullmatch("[0-9]{1,9}", text) else 0

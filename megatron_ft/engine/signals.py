@@ -78,7 +78,7 @@ class Watchdog:
         )
         if self._folder is not None:
             self._folder.mkdir(parents=True, exist_ok=True)
-            with open(self._folder / f"rank_{self._rank:05d}.txt", "w") as file:
+            with open(self._folder / f"rank_{self._rank:05d}.txt", "w", encoding="utf-8") as file:
                 print(message, file=file, flush=True)
                 faulthandler.dump_traceback(file=file, all_threads=True)
         print(message, file=sys.stderr, flush=True)

@@ -24,7 +24,7 @@ from megatron_ft.engine.pipeline import run_micro_batches
 from megatron_ft.engine.schedule import Length, changed_rate, global_batch_at
 from megatron_ft.engine.validation import evaluate, sequences_to_evaluate
 from megatron_ft.errors import EXIT_DONE, EXIT_RESUME, UserError
-from megatron_ft.files.log_lines import read_lines
+from megatron_ft.metrics.lines import VALIDATION, read_log
 from megatron_ft.metrics.metrics import MetricsLog
 
 
@@ -85,7 +85,7 @@ def _log_how_the_run_resumes(run: Run) -> None:
         )
     elif _stopped_early(run):
         run.log.event(f"stopped early at {state.iteration}; raise --early-stop-patience, or leave it out, to continue")
-    elif last and last["iteration"] == state.iteration:
+    elif last and last["iteration"] == state.iteration and last["global_batch_size"] and last["lr"] is not None:
         if changed_rate(state.scheduler, last["global_batch_size"], last["lr"]):
             rate = learning_rate(state.optimizer)
             run.log.event(f"learning rate continues at {rate:.3e} (the last step used {last['lr']:.3e})")
@@ -386,7 +386,7 @@ def _logged(run: Run, groups: list[str]) -> bool:
     run has logged it."""
     done = [not groups]
     if groups and run.config.checkpoint.save and dist.get_rank() == 0:
-        lines = read_lines(Path(run.config.checkpoint.save) / "validation.jsonl")
+        lines = read_log(Path(run.config.checkpoint.save), VALIDATION)
         done = [any(line["group"] in groups and line["iteration"] == run.state.iteration for line in lines)]
     dist.broadcast_object_list(done, src=0)
     return done[0]

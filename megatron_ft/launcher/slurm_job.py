@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ft.errors import UserError
-from megatron_ft.weights.directory import list_iterations, read_tracker
+from megatron_ft.files.log_lines import read_lines
+from megatron_ft.weights.directory import list_iterations, parse_iteration, read_tracker
 
 # In the save directory: one line per run of the job, read by launch/status.py.
 STARTS = "starts.jsonl"
@@ -65,34 +66,37 @@ class Job:
     @classmethod
     def from_environment(cls) -> "Job":
         """The job of this process. Raises UserError if its tasks do not fit its nodes and GPUs."""
-        env = os.environ
-        job_id = env["SLURM_JOB_ID"]
-        nodes = tuple(_output("scontrol", "show", "hostnames", env["SLURM_JOB_NODELIST"]).split())
-        gpus = int(env.get("SLURM_GPUS_ON_NODE") or 0)
-        tasks = int(env.get("SLURM_NTASKS_PER_NODE") or 0)
-        if not tasks and env.get("SLURM_NTASKS"):
-            if int(env["SLURM_NTASKS"]) % len(nodes):
+        job_id = os.environ["SLURM_JOB_ID"]
+        if not re.fullmatch("[0-9]+", job_id) or not os.environ.get("SLURM_JOB_NODELIST"):
+            raise UserError(
+                f"SLURM_JOB_ID={job_id} is set, but not by SLURM: the id is not a number, or SLURM_JOB_NODELIST is missing; "
+                "unset SLURM_JOB_ID, or give --num-processes N"
+            )
+        nodes = tuple(_output("scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]).split())
+        if not nodes:
+            raise UserError(f"SLURM_JOB_NODELIST={os.environ['SLURM_JOB_NODELIST']} names no node; unset SLURM_JOB_ID")
+        gpus = _number("SLURM_GPUS_ON_NODE")
+        tasks, all_tasks = _number("SLURM_NTASKS_PER_NODE"), _number("SLURM_NTASKS")
+        if not tasks and all_tasks:
+            if all_tasks % len(nodes):
                 raise UserError(
-                    f"{env['SLURM_NTASKS']} tasks cannot be spread evenly over {len(nodes)} nodes; "
-                    "give sbatch --ntasks-per-node"
+                    f"{all_tasks} tasks cannot be spread evenly over {len(nodes)} nodes; give sbatch --ntasks-per-node"
                 )
-            tasks = int(env["SLURM_NTASKS"]) // len(nodes)
+            tasks = all_tasks // len(nodes)
         tasks = tasks or gpus or 1
         if expects_gpus() and gpus and gpus != tasks:
             raise UserError(
                 f"{tasks} tasks and {gpus} GPUs per node: one task per GPU is needed; "
                 f"give sbatch --ntasks-per-node={gpus}"
             )
-        cpus = env.get("SLURM_CPUS_PER_TASK")
         fields = parse_fields(_output("scontrol", "show", "job", job_id))
-        restarts = int(env.get("SLURM_RESTART_COUNT") or 0) + int(env.get("MEGATRON_FT_RESUBMITTED") or 0)
         return cls(
             id=job_id,
-            name=env.get("SLURM_JOB_NAME", job_id),
+            name=os.environ.get("SLURM_JOB_NAME", job_id),
             nodes=nodes,
             tasks_per_node=tasks,
-            cpus_per_task=int(cpus) if cpus else None,
-            restarts=restarts,
+            cpus_per_task=_number("SLURM_CPUS_PER_TASK") or None,
+            restarts=_number("SLURM_RESTART_COUNT") + _number("MEGATRON_FT_RESUBMITTED"),
             fields=fields,
         )
 
@@ -102,7 +106,7 @@ class Job:
         This process, on a node that lost contact, is then stale.
         """
         now = parse_fields(_output("scontrol", "show", "job", self.id)).get("Restarts")
-        return now is not None and int(now) > int(os.environ.get("SLURM_RESTART_COUNT") or 0)
+        return now is not None and now.isdecimal() and int(now) > _number("SLURM_RESTART_COUNT")
 
     def requeue(self, exclude: Sequence[str] = ()) -> str:
         """Requeue this job without the nodes in `exclude`, or resubmit it.
@@ -112,17 +116,17 @@ class Job:
         """
         if self.was_requeued():
             return f"job {self.id} was already requeued"
-        asked = subprocess.run(["scontrol", "requeue", self.id], capture_output=True, text=True)
+        asked = run_slurm("scontrol", "requeue", self.id)
         if asked.returncode == 0:
             if exclude:  # only a pending job can be updated, hence after the requeue
                 excluded = f"ExcNodeList={self._excluded(exclude)}"
-                subprocess.run(["scontrol", "update", f"JobId={self.id}", excluded], capture_output=True)
+                run_slurm("scontrol", "update", f"JobId={self.id}", excluded)
             return f"job {self.id} is requeued" + (f" without {','.join(exclude)}" if exclude else "")
         state = parse_fields(_output("scontrol", "show", "job", self.id)).get("JobState", "")
         if state in ("COMPLETING", "PENDING", "REQUEUED", "PREEMPTED", "CANCELLED"):
             return f"job {self.id} is already {state}"
         command = self.resubmission(exclude)
-        again = subprocess.run(command, capture_output=True, text=True, env=self._environment_to_submit())
+        again = run_slurm(*command, env=self._environment_to_submit())
         if again.returncode:
             raise UserError(
                 f"job {self.id} can neither be requeued ({_line(asked.stderr)}) nor resubmitted "
@@ -186,9 +190,7 @@ class Job:
         for line in _output("squeue", "-h", "--me", "--states=PENDING", "-o", "%i %E").splitlines():
             waiting, _, dependency = line.partition(" ")
             if f"afterok:{self.id}" in dependency:
-                subprocess.run(
-                    ["scontrol", "update", f"JobId={waiting}", f"Dependency=afterok:{new}"], capture_output=True
-                )
+                run_slurm("scontrol", "update", f"JobId={waiting}", f"Dependency=afterok:{new}")
 
 
 def script_and_arguments(command: str) -> tuple[str, list[str]]:
@@ -216,36 +218,67 @@ def expects_gpus() -> bool:
 def newest_iteration(save: Path) -> int:
     """Iteration of the newest checkpoint in `save`, of either engine; 0 if there is none."""
     tracker = read_tracker(save) or ""
-    return max([0, *list_iterations(save)[:1], *([int(tracker)] if tracker.isdigit() else [])])
+    return max([0, *list_iterations(save)[:1], parse_iteration(tracker) or 0])
 
 
 def record_start(save: Path, **facts: Any) -> None:
-    """Append a start, with these facts about it, to the run's history."""
+    """Append a start, with these facts about it, to the run's history. Raises OSError."""
     save.mkdir(parents=True, exist_ok=True)
-    with open(save / STARTS, "a") as file:
-        file.write(json.dumps({"time": time.strftime("%Y-%m-%d %H:%M:%S"), **facts}) + "\n")
+    line = json.dumps({"time": time.strftime("%Y-%m-%d %H:%M:%S"), **facts}).encode() + b"\n"
+    with open(save / STARTS, "ab+") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":  # a line that a crash or a full disk truncated
+                line = b"\n" + line
+        file.write(line)
 
 
 def read_starts(save: Path) -> list[dict[str, Any]]:
-    """All starts of the run in `save`, oldest first; a truncated last line is left out."""
-    path = save / STARTS
-    lines = path.read_text().splitlines() if path.is_file() else []
-    return [json.loads(line) for line in lines if line.endswith("}")]
+    """All starts of the run in `save`, oldest first, without damaged lines; [] if the file cannot
+    be read. Each has a "job"."""
+    try:
+        return read_lines(save / STARTS, {"job": str})
+    except OSError:
+        return []
 
 
 def max_requeues() -> int:
     """MAX_REQUEUES, as set by the site or the user. Raises UserError."""
     text = os.environ.get("MAX_REQUEUES") or str(DEFAULT_MAX_REQUEUES)
-    if not text.isdigit():
+    if not re.fullmatch("[0-9]{1,9}", text):
         raise UserError(f"MAX_REQUEUES={text}: expected a number of restarts, like {DEFAULT_MAX_REQUEUES}")
     return int(text)
 
 
 def _output(*command: str) -> str:
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = run_slurm(*command)
     if done.returncode:
         raise UserError(f"{shlex.join(command)} failed: {_line(done.stderr)}")
     return done.stdout
+
+
+def run_slurm(*command: str, env: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    """Run one of SLURM's programs; its output as text. Raises UserError if it cannot be started."""
+    try:
+        return subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", env=env)
+    except OSError as error:
+        raise not_started(command[0], error) from error
+
+
+def start_slurm(command: Sequence[str], **options: Any) -> subprocess.Popen:
+    """As subprocess.Popen without stdin; UserError if the program cannot be started."""
+    try:
+        return subprocess.Popen(command, stdin=subprocess.DEVNULL, **options)
+    except OSError as error:
+        raise not_started(command[0], error) from error
+
+
+def not_started(program: str, error: OSError) -> UserError:
+    """The error for one of SLURM's programs that cannot be started."""
+    return UserError(
+        f"SLURM_JOB_ID={os.environ.get('SLURM_JOB_ID', '')} is set, but {program} cannot be started ({error.strerror}): "
+        "add SLURM's programs to PATH, or give --num-processes N (or unset SLURM_JOB_ID) to train on this machine only"
+    )
 
 
 def parse_fields(shown: str) -> dict[str, str]:
@@ -263,6 +296,14 @@ def parse_fields(shown: str) -> dict[str, str]:
             pairs = (word.partition("=") for word in line.split() if "=" in word)
             fields.update({key: value for key, _, value in pairs})
     return fields
+
+
+def _number(name: str) -> int:
+    """A number in the environment, 0 if it is not set. Raises UserError."""
+    text = os.environ.get(name) or "0"
+    if not re.fullmatch("[0-9]{1,9}", text):
+        raise UserError(f"{name}={text}: expected a number; it is set by SLURM, unset it outside of a job")
+    return int(text)
 
 
 def _value(text: str | None) -> str | None:

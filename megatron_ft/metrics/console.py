@@ -14,6 +14,7 @@ from tqdm import tqdm
 from megatron_ft.config.config import Config
 from megatron_ft.model import cost
 from megatron_ft.model.shape import ModelShape, padded_vocab_size
+from megatron_ft.printable import printable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +84,8 @@ class Console:
             self._interval.clear()
 
     def print(self, text: str) -> None:
-        """Print a line, above the bar if there is one."""
+        """Print a line, or several, above the bar if there is one."""
+        text = printable(text, limit=None, keep="\n")
         with self._terminal():
             if self._bar is not None:
                 self._bar.write(text)
@@ -107,7 +109,7 @@ class Console:
             if self._bar is not None:
                 self._bar.disable = True
                 self._bar = None
-            sys.stdout = open(os.devnull, "w")  # for the rest of the process
+            sys.stdout = open(os.devnull, "w", encoding="utf-8")  # for the rest of the process
 
     # --- banner ---
 

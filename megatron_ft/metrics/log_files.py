@@ -1,12 +1,14 @@
 """The .jsonl files of a save directory: appending lines, and removing lines after a resume."""
 
+import contextlib
 import json
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
-from megatron_ft.files.log_lines import parse_log_line
+from megatron_ft.files.log_lines import MAX_LINE_BYTES, parse_log_line
+from megatron_ft.metrics.lines import usable
 
 
 class LogFiles:
@@ -42,15 +44,25 @@ class LogFiles:
     def filter(self, name: str, keep: Callable[[dict], bool]) -> None:
         """Rewrite file `name`, if it exists, with the lines that `keep` accepts, in their order.
 
-        Truncated lines are removed. Raises OSError.
+        `keep` is called with `lines.usable` lines; damaged ones are removed. A write error leaves
+        the file as it was, and is reported with `warn`.
         """
         self._close(name)
         path, filtered = self.directory / name, self.directory / f"{name}.kept"
         if not path.exists():
             return
-        with path.open() as source, filtered.open("w") as target:
-            target.writelines(line for line in source if (record := parse_log_line(line)) is not None and keep(record))
-        os.replace(filtered, path)
+        try:
+            with path.open("rb") as source, filtered.open("wb") as target:
+                while raw := source.readline(MAX_LINE_BYTES):
+                    record = parse_log_line(raw)
+                    line = usable(record, name) if record is not None else None
+                    if line is not None and keep(line):
+                        target.write(raw)
+            os.replace(filtered, path)
+        except OSError as error:
+            self._warn(f"{path}: {error.strerror}; lines of steps that are repeated stay in it")
+            with contextlib.suppress(OSError):
+                filtered.unlink()
 
     def close(self) -> None:
         """Close all files; a further `append` opens its file again."""

@@ -29,27 +29,21 @@ Files in the save directory, one JSON object per line:
 The numbers of a step are logged as they are; only the console averages over an interval.
 """
 
-import contextlib
 import math
+import shlex
 import time
 from collections.abc import Mapping
 from pathlib import Path
 
 from megatron_ft.config.config import Config
-from megatron_ft.files.log_lines import read_lines
+from megatron_ft.errors import UserError
 from megatron_ft.metrics.console import Console, RunPlan
+from megatron_ft.metrics.lines import DETERMINISTIC_KEYS, EVENTS, METRICS, TIMING_KEYS, VALIDATION, read_log
 from megatron_ft.metrics.log_files import LogFiles
 from megatron_ft.metrics.report import write_report
 from megatron_ft.metrics.sinks import Sink, check_sinks, open_sinks
 from megatron_ft.model import cost
 from megatron_ft.model.shape import ModelShape
-
-DETERMINISTIC_KEYS = (
-    "iteration", "consumed_samples", "consumed_tokens", "loss", "lr", "grad_norm", "loss_scale", "global_batch_size",
-    "loss_tokens", "fill_rate", "skipped_iterations", "spikes",
-)  # fmt: skip
-TIMING_KEYS = ("step_seconds", "tokens_per_second", "tflops_per_gpu", "mfu", "memory_bytes", "part", "time")
-METRICS, VALIDATION, EVENTS = "metrics.jsonl", "validation.jsonl", "events.jsonl"
 
 
 class MetricsLog:
@@ -132,8 +126,7 @@ class MetricsLog:
         if not self.writes:
             return
         if self._files and (iteration, group) in self._validated:
-            with contextlib.suppress(OSError):  # a full disk: a second line is better than none
-                self._files.filter(VALIDATION, lambda line: (line["iteration"], line["group"]) != (iteration, group))
+            self._files.filter(VALIDATION, lambda line: (line["iteration"], line["group"]) != (iteration, group))
         self._validated.add((iteration, group))
         finite = _finite(record)
         self._append(VALIDATION, {"iteration": iteration, "group": group, **finite, "time": time.time()})
@@ -155,14 +148,14 @@ class MetricsLog:
         for sink in self._sinks:
             sink.close()
         self._sinks.clear()
-        if self._files and read_lines(self._files.directory / METRICS):
+        if self._files and read_log(self._files.directory, METRICS):
             save_dir = self._files.directory
             try:
                 write_report(save_dir)
-            except OSError as error:
+            except UserError as error:
                 self.console.print(
-                    f"{save_dir / 'report.html'}: {error.strerror}; "
-                    f"write it later with: python -m megatron_ft.metrics.report {save_dir}"
+                    f"warning: no report: {error}; "
+                    f"write it later with: python -m megatron_ft.metrics.report {shlex.quote(str(save_dir))}"
                 )
 
     # --- one step's record ---
@@ -206,7 +199,7 @@ class MetricsLog:
             return True
 
         def keep_event(line: dict) -> bool:  # also events of steps that are repeated
-            self.part = max(self.part, line["part"] + (not skip_train))
+            self.part = max(self.part, (line["part"] or 0) + (not skip_train))
             return True
 
         files.filter(METRICS, keep_step)

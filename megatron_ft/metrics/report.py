@@ -17,7 +17,9 @@ from pathlib import Path
 
 from megatron_ft.errors import UserError, run_program
 from megatron_ft.files.atomic import replace_file
-from megatron_ft.files.log_lines import read_lines
+from megatron_ft.files.os_error import remedy
+from megatron_ft.metrics.lines import EVENTS, METRICS, VALIDATION, read_log
+from megatron_ft.printable import printable
 
 POINTS = 600  # at most, per curve: each bucket keeps its lowest and highest value, so spikes remain
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 720, 260, 64, 34, 14
@@ -42,24 +44,27 @@ class Curve:
 
 def write_report(save_dir: Path) -> Path:
     """Write report.html from the .jsonl files of `save_dir`, replacing an existing one; returns its
-    path. Raises UserError if there are no steps, and OSError."""
-    steps = read_lines(save_dir / "metrics.jsonl")
+    path. Damaged lines are left out. Raises UserError if there are no steps, or if the page cannot
+    be written."""
+    steps = read_log(save_dir, METRICS)
     if not steps:
-        raise UserError(f"{save_dir}: no metrics.jsonl with steps; give the --save directory of a training run")
-    validations = read_lines(save_dir / "validation.jsonl")
-    page = render(steps, validations, read_lines(save_dir / "events.jsonl"), title=save_dir.resolve().name)
+        raise UserError(f"{save_dir}: no {METRICS} with steps; give the --save directory of a training run")
+    page = render(steps, read_log(save_dir, VALIDATION), read_log(save_dir, EVENTS), title=save_dir.resolve().name)
     path = save_dir / "report.html"
-    replace_file(path, page.encode())
+    try:
+        replace_file(path, page.encode())
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror}); {remedy(error, 'make room for it')}") from error
     return path
 
 
 def render(steps: list[dict], validations: list[dict], events: list[dict], title: str) -> str:
-    """The page as text."""
+    """The page as text; lines as `lines.read_log` returns them."""
     resumes = [b["iteration"] for a, b in itertools.pairwise(steps) if b["part"] != a["part"]]
     losses = [curve("training loss", steps, "loss")]
     for group in dict.fromkeys(line["group"] for line in validations):
         of_group = [line for line in validations if line["group"] == group]
-        losses.append(Curve(f"validation: {group}", curve("", of_group, "loss").points, dots=True))
+        losses.append(Curve(f"validation: {printable(group)}", curve("", of_group, "loss").points, dots=True))
     charts = [
         chart("Loss", losses, resumes),
         chart("Learning rate", [curve("lr", steps, "lr")], resumes),
@@ -70,8 +75,8 @@ def render(steps: list[dict], validations: list[dict], events: list[dict], title
         charts.append(chart("Model FLOP/s utilization", [curve("MFU", steps, "mfu")], resumes))
     note = "<p class=key>Dashed lines mark resumes.</p>" if resumes else ""
     return (
-        f"<!DOCTYPE html>\n<html lang=en><meta charset=utf-8><title>{html.escape(title)}</title><style>{STYLE}</style>\n"
-        f"<h1>Training report: {html.escape(title)}</h1>\n{summary(steps, validations)}{note}\n"
+        f"<!DOCTYPE html>\n<html lang=en><meta charset=utf-8><title>{as_html(title)}</title><style>{STYLE}</style>\n"
+        f"<h1>Training report: {as_html(title)}</h1>\n{summary(steps, validations)}{note}\n"
         + "\n".join(charts)
         + f"\n{history(events)}</html>\n"
     )
@@ -79,13 +84,13 @@ def render(steps: list[dict], validations: list[dict], events: list[dict], title
 
 def summary(steps: list[dict], validations: list[dict]) -> str:
     """Table of the results of the run."""
-    last = steps[-1]
-    seconds = sum(step["step_seconds"] for step in steps)
+    last = {key: value or 0 for key, value in steps[-1].items()}
+    seconds = [step["step_seconds"] for step in steps if step["step_seconds"] is not None]
     losses = [step["loss"] for step in steps if step["loss"] is not None]
     rows = [
         ("Steps", f"{last['iteration']:,} in {last['part'] + 1} part{'s' if last['part'] else ''}"),
         ("Sequences, tokens", f"{last['consumed_samples']:,}, {last['consumed_tokens']:,}"),
-        ("Time in steps", f"{seconds / 3600:.2f} h, {1e3 * seconds / len(steps):,.0f} ms per step"),
+        ("Time in steps", f"{sum(seconds) / 3600:.2f} h, {1e3 * sum(seconds) / max(1, len(seconds)):,.0f} ms per step"),
         ("Skipped steps, loss spikes", f"{last['skipped_iterations']}, {last['spikes']}"),
     ]
     if losses:
@@ -105,7 +110,7 @@ def summary(steps: list[dict], validations: list[dict]) -> str:
             if trained:
                 best = min(trained, key=lambda line: line["loss"])
                 untrained.append(f"last {trained[-1]['loss']:.4f}, best {best['loss']:.4f} at {best['iteration']:,}")
-            rows.append((f"Validation {group}", ", ".join(untrained)))
+            rows.append((f"Validation {printable(group)}", ", ".join(untrained)))
     return "<table>" + "".join(f"<tr><th>{html.escape(k)}<td>{html.escape(v)}" for k, v in rows) + "</table>"
 
 
@@ -115,14 +120,19 @@ def history(events: list[dict]) -> str:
         return ""
     rows = []
     for event in events[-200:]:
-        when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(event["time"]))
+        when = "" if event["time"] is None else time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(event["time"]))
         what = event["event"] + "".join(
             f"; {name.replace('_', ' ')}: {text}"
             for name, text in event.items()
-            if name not in ("event", "iteration", "time", "part")
+            if name not in ("event", "iteration", "time", "part") and isinstance(text, (str, int))
         )
-        rows.append(f"<tr><td>{when}<td class=n>{event['iteration']:,}<td>{html.escape(what)}")
+        rows.append(f"<tr><td>{when}<td class=n>{event['iteration']:,}<td>{as_html(what)}")
     return "<h2>Events</h2><table><tr><th>when<th>step<th>" + "".join(rows) + "</table>"
+
+
+def as_html(text: str) -> str:
+    """Text of a file or a path, which may have control characters and lone surrogates."""
+    return html.escape(printable(text, keep="\n"))
 
 
 def curve(name: str, lines: list[dict], key: str) -> Curve:
@@ -198,7 +208,7 @@ def number(value: float) -> str:
 
 def nice_ticks(low: float, high: float) -> list[float]:
     """About five round numbers that span [low, high]."""
-    if high <= low:
+    if high - low < 1e-100:
         low, high = low - (abs(low) or 1) / 2, high + (abs(high) or 1) / 2
     rough = (high - low) / 5
     power = 10 ** math.floor(math.log10(rough))
@@ -212,7 +222,7 @@ def main() -> None:
     if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
         print(__doc__)
         return
-    print(write_report(Path(sys.argv[1])))
+    print(printable(write_report(Path(sys.argv[1]))))
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ def main() -> int:
             "sbatch is not on PATH, so this is not a SLURM login node; without SLURM, use python launch/finetune.py"
         )
     site = read_cluster_env()
-    header = re.findall(r"^#SBATCH (.+)$", script.read_text(), flags=re.MULTILINE)
+    header = re.findall(r"^#SBATCH (.+)$", script.read_text("utf-8", "replace"), flags=re.MULTILINE)
     requested = sizes([word for line in header for word in shlex.split(line)])
     given = sizes(options)
     adapted = adapt(requested, given, site)
@@ -60,12 +60,17 @@ def main() -> int:
     checked = subprocess.run(
         ["bash", str(script), *arguments],
         env={**os.environ, "MEGATRON_FT_CHECK": str(nodes * tasks)},
-        stdout=subprocess.PIPE,
-        text=True,
+        stdout=subprocess.DEVNULL,
     )
     if checked.returncode:
         return checked.returncode  # the script has reported the error
-    tested = subprocess.run([command[0], "--test-only", *command[1:]], env=environment, capture_output=True, text=True)
+    tested = subprocess.run(
+        [command[0], "--test-only", *command[1:]],
+        env=environment,
+        capture_output=True,
+        encoding="utf-8",
+        errors="replace",
+    )
     if tested.returncode:
         raise UserError(f"SLURM refuses {shlex.join(command)}: {' '.join(tested.stderr.split())}")
     if os.environ.get("MEGATRON_FT_DRY_RUN"):
@@ -92,7 +97,7 @@ def read_cluster_env() -> dict[str, str]:
         raise UserError(f"{path} not found: cp '{ROOT}/slurm/cluster.env.example' '{path}', and fill it in")
     read = subprocess.run(
         ["bash", "-euc", 'set -a; source "$1"; exec env -0', "bash", str(path)],
-        env={**os.environ, "MEGATRON_FT": str(ROOT)}, capture_output=True, text=True,
+        env={**os.environ, "MEGATRON_FT": str(ROOT)}, capture_output=True, encoding="utf-8", errors="surrogateescape",
     )  # fmt: skip
     if read.returncode:
         raise UserError(f"{path} does not run: {' '.join(read.stderr.split())}")
@@ -124,7 +129,7 @@ def adapt(requested: dict[str, int], given: dict[str, int], site: dict[str, str]
     """
     adapted: dict[str, int] = {}
     text = site.get("GPUS_PER_NODE") or "0"
-    if not text.isdigit():
+    if not re.fullmatch("[0-9]{1,9}", text):
         raise UserError(f"GPUS_PER_NODE={text} in cluster.env: expected a number, like 8")
     per_node = int(text)
     if per_node and "gpus" in requested and not given.keys() & {"nodes", "tasks", "gpus"}:
@@ -136,8 +141,11 @@ def adapt(requested: dict[str, int], given: dict[str, int], site: dict[str, str]
                 "give --nodes, --ntasks-per-node and --gpus-per-node"
             )
         adapted = {"nodes": total // used, "tasks": used, "gpus": used}
-    if site.get("CPUS_PER_TASK") and "cpus" not in given:
-        adapted["cpus"] = int(site["CPUS_PER_TASK"])
+    cpus = site.get("CPUS_PER_TASK")
+    if cpus and not re.fullmatch("[0-9]{1,9}", cpus):
+        raise UserError(f"CPUS_PER_TASK={cpus} in cluster.env: expected a number, like 12")
+    if cpus and "cpus" not in given:
+        adapted["cpus"] = int(cpus)
     return adapted
 
 

@@ -10,7 +10,10 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from megatron_ft.errors import UserError
+
 ROOT = Path(__file__).resolve().parents[2]
+NVIDIA_SMI_SECONDS = 60  # without its persistence daemon, the driver takes seconds per GPU to load
 
 
 def training_command(flags: Sequence[str]) -> list[str]:
@@ -40,6 +43,7 @@ def shared_environment(ranks_on_node: int, gpus: int) -> dict[str, str]:
         "CUDA_DEVICE_MAX_CONNECTIONS": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONUNBUFFERED": "1",  # logs are followed with tail -f
+        "PYTHONUTF8": "1",  # srun may start ranks with LANG=C; logs are UTF-8 everywhere
     }
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     return {
@@ -80,8 +84,16 @@ def local_gpus() -> int:
         return len([device for device in visible.split(",") if device.strip() not in ("", "-1", "NoDevFiles")])
     if not shutil.which("nvidia-smi"):
         return 0
-    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True)
-    return sum(line.startswith("GPU ") for line in listed.stdout.splitlines())
+    try:
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, timeout=NVIDIA_SMI_SECONDS)
+    except OSError:  # a leftover of a driver that was removed
+        return 0
+    except subprocess.TimeoutExpired:
+        raise UserError(
+            f"nvidia-smi -L has not answered in {NVIDIA_SMI_SECONDS} s: a GPU or its driver hangs; repair or restart this "
+            "machine, or type CUDA_VISIBLE_DEVICES= before the command to train on the CPU"
+        ) from None
+    return sum(line.startswith(b"GPU ") for line in listed.stdout.splitlines())
 
 
 def free_port(first: int) -> int:

@@ -21,8 +21,10 @@ from megatron_ft.config.config import Config
 from megatron_ft.data.splits import groups_of
 from megatron_ft.errors import UserError
 from megatron_ft.files.atomic import free_bytes
+from megatron_ft.files.json_file import require
+from megatron_ft.files.log_lines import parse_log_line
 from megatron_ft.launcher.command import ROOT, local_gpus, training_python
-from megatron_ft.launcher.slurm_job import Job, expects_gpus
+from megatron_ft.launcher.slurm_job import Job, expects_gpus, start_slurm
 from megatron_ft.launcher.slurm_ranks import srun_command
 from megatron_ft.model.cost import checkpoint_bytes
 from megatron_ft.model.shape import padded_vocab_size
@@ -44,6 +46,21 @@ class NodeReport:
         """One line."""
         return json.dumps(asdict(self))
 
+    @classmethod
+    def from_json(cls, line: str) -> "NodeReport | None":
+        """The report on a line of srun's output; None for other text, such as a site's greeting."""
+        record = parse_log_line(line + "\n")
+        if record is None:
+            return None
+        try:
+            return cls(
+                require(record, "node", str, "report"),
+                require(record, "problems", list, "report", of=str),
+                require(record, "software", str, "report"),
+            )
+        except UserError:
+            return None
+
 
 def check_nodes(job: Job, config: Config) -> dict[str, str]:
     """Nodes that cannot take part, each with the reason.
@@ -56,15 +73,13 @@ def check_nodes(job: Job, config: Config) -> dict[str, str]:
     command += ["--save", config.checkpoint.save] if config.checkpoint.save else []
     command += needed_files(config)
     srun = srun_command(job, command, tasks_per_node=1, options=["--job-name=preflight", "--kill-on-bad-exit=0"])
-    process = subprocess.Popen(
-        srun, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, stdin=subprocess.DEVNULL
-    )
+    process = start_slurm(srun, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8", errors="replace")
     try:
         out, err = process.communicate(timeout=SECONDS)
     except subprocess.TimeoutExpired:
         process.kill()
         out, err = process.communicate()
-    reports = [NodeReport(**json.loads(line)) for line in out.splitlines() if line.startswith("{")]
+    reports = [report for line in out.splitlines() if (report := NodeReport.from_json(line))]
     return _unusable_nodes(job.nodes, {report.node: report for report in reports}, err)
 
 
@@ -148,7 +163,14 @@ def _torch_problems(gpus: int) -> list[str]:
     python = training_python()
     count = [*python, "-c", "import torch; print('GPUS', torch.cuda.device_count())"]
     try:
-        done = subprocess.run(count, capture_output=True, text=True, timeout=TORCH_SECONDS, stdin=subprocess.DEVNULL)
+        done = subprocess.run(
+            count,
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=TORCH_SECONDS,
+            stdin=subprocess.DEVNULL,
+        )
     except subprocess.TimeoutExpired:
         return []
     except OSError as error:

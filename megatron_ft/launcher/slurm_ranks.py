@@ -20,7 +20,7 @@ from typing import IO
 
 from megatron_ft.errors import EXIT_DONE, EXIT_RESUME, EXIT_USER_ERROR
 from megatron_ft.launcher.command import ROOT, free_port, shared_environment
-from megatron_ft.launcher.slurm_job import Job, expects_gpus
+from megatron_ft.launcher.slurm_job import Job, expects_gpus, start_slurm
 
 # A user signal would kill a rank that has not installed its handlers, so it is held back this long
 # after srun's start; it is ignored while Python is still starting, so it is repeated.
@@ -49,12 +49,14 @@ class RankExit:
 
     `status` is the exit status of all together: that of the rank that failed first, on `node`, or
     EXIT_DONE or EXIT_RESUME with `rank` None. `lost_nodes` are those that srun lost contact with.
+    `all_done`: every rank has reported EXIT_DONE, which srun's own status does not tell.
     """
 
     status: int
     rank: int | None = None
     node: str | None = None
     lost_nodes: Sequence[str] = ()
+    all_done: bool = False
 
 
 class Signals:
@@ -133,15 +135,10 @@ def ranks_environment(job: Job) -> dict[str, str]:
     }
 
 
-def run_ranks(command: Sequence[str], environment: Mapping[str, str], signals: Signals) -> RankExit:
-    """Run the ranks until they end. A user signal is forwarded, repeatedly, until they do."""
-    srun = subprocess.Popen(
-        command,
-        env={**os.environ, **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        stdin=subprocess.DEVNULL,
-    )
+def run_ranks(command: Sequence[str], environment: Mapping[str, str], signals: Signals, num_ranks: int) -> RankExit:
+    """Run the ranks until they end. A user signal is forwarded, repeatedly, until they do. Raises
+    UserError if srun cannot be started."""
+    srun = start_slurm(command, env={**os.environ, **environment}, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert srun.stdout and srun.stderr
     messages = _SrunMessages()
     threads = [
@@ -164,7 +161,7 @@ def run_ranks(command: Sequence[str], environment: Mapping[str, str], signals: S
         time.sleep(0.1)
     for thread in threads:
         thread.join(5)
-    return messages.rank_exit(srun.returncode)
+    return messages.rank_exit(srun.returncode, num_ranks)
 
 
 def log_line(text: str) -> None:
@@ -238,8 +235,8 @@ class _SrunMessages:
             return True
         return None
 
-    def rank_exit(self, srun_status: int) -> RankExit:
-        """The exit of all ranks, given srun's own status.
+    def rank_exit(self, srun_status: int, num_ranks: int) -> RankExit:
+        """The exit of all ranks, given srun's own status and how many there are.
 
         A rank that failed by itself takes precedence over those that SLURM ended because of it, and
         the earliest over the others. A user error is noticed by every rank, and rank 0 reports it.
@@ -256,7 +253,9 @@ class _SrunMessages:
             return self._exit_of(min(failed))
         if srun_status == 0 and any(report.status == EXIT_RESUME for report in self.reports):
             return RankExit(EXIT_RESUME)
-        return RankExit(srun_status if srun_status >= 0 else 128 - srun_status, lost_nodes=self.lost_nodes)
+        all_done = {report.rank for report in self.reports if report.status == EXIT_DONE} == set(range(num_ranks))
+        status = srun_status if srun_status >= 0 else 128 - srun_status
+        return RankExit(status, lost_nodes=self.lost_nodes, all_done=all_done)
 
     def _exit_of(self, report: _RankReport) -> RankExit:
         return RankExit(report.status, report.rank, report.node, self.lost_nodes)

@@ -1,7 +1,7 @@
 """One run of a SLURM job: check the nodes, start the ranks, and decide what follows when they end.
 
 What happened, first match                      What the job does
-all ranks finished                              end with 0
+every rank reported that it finished            end with 0
 SLURM ends the job with SIGTERM                 end: SLURM requeues a preempted job by itself, and a
                                                 canceled one stays canceled
 saved after a warning, nothing new              end with an error: it would loop
@@ -20,7 +20,15 @@ from megatron_ft.config.config import Config
 from megatron_ft.errors import EXIT_DONE, EXIT_RESUME, UserError
 from megatron_ft.launcher.local_ranks import RankLog
 from megatron_ft.launcher.node_check import check_nodes
-from megatron_ft.launcher.slurm_job import Job, max_requeues, newest_iteration, read_starts, record_start
+from megatron_ft.launcher.slurm_job import (
+    STARTS,
+    Job,
+    max_requeues,
+    newest_iteration,
+    read_starts,
+    record_start,
+    start_slurm,
+)
 from megatron_ft.launcher.slurm_ranks import (
     RankExit,
     Signals,
@@ -45,9 +53,14 @@ def supervise(job: Job, config: Config, command: Sequence[str], extra_environmen
     save = Path(config.checkpoint.save)
     began_at = newest_iteration(save)
     _announce(job, save, began_at)
+    try:
+        unusable = {} if signals.end else check_nodes(job, config)
+    except UserError:
+        if not signals.end:  # otherwise SLURM has ended the check as well
+            raise
     if signals.end:
+        log_line(f"ended by SLURM before its ranks started; the newest checkpoint is of iteration {began_at}")
         return EXIT_RESUME
-    unusable = check_nodes(job, config)
     if unusable:
         for node, reason in unusable.items():
             log_line(f"node {node} cannot take part: {reason}")
@@ -55,7 +68,7 @@ def supervise(job: Job, config: Config, command: Sequence[str], extra_environmen
     logs = save / "logs"
     rank_logs = [RankLog.prepare(rank, logs) for rank in range(job.num_tasks)]
     environment = {**ranks_environment(job), **extra_environment}
-    end = run_ranks(ranks_command(job, command, logs), environment, signals)
+    end = run_ranks(ranks_command(job, command, logs), environment, signals, job.num_tasks)
     return _follow_up(job, end, signals, began_at, newest_iteration(save), rank_logs)
 
 
@@ -70,14 +83,17 @@ def _announce(job: Job, save: Path, began_at: int) -> None:
             f"restart {job.restarts} exceeds MAX_REQUEUES={max_requeues()}; raise it and submit the job again, "
             f"the run resumes from iteration {began_at}"
         )
-    record_start(
-        save,
-        job=job.id,
-        restart=job.restarts,
-        nodes=list(job.nodes),
-        iteration=began_at,
-        log=job.fields.get("StdOut"),
-    )
+    try:
+        record_start(
+            save,
+            job=job.id,
+            restart=job.restarts,
+            nodes=list(job.nodes),
+            iteration=began_at,
+            log=job.fields.get("StdOut"),
+        )
+    except OSError as error:
+        log_line(f"warning: {save / STARTS}: {error.strerror}; launch/status.py will not show this start")
 
 
 def _follow_up(
@@ -87,12 +103,12 @@ def _follow_up(
 
     `began_at` and `reached` are the iterations of the newest checkpoint before and after.
     """
-    if end.status == EXIT_DONE:
+    if end.status == EXIT_DONE and (end.all_done or not signals.end):
         log_line(f"finished at iteration {reached}")
         return EXIT_DONE
     if signals.end:
         log_line(f"ended by SLURM; the newest checkpoint is of iteration {reached}")
-        return end.status
+        return end.status or EXIT_RESUME  # srun ends with 0 if SLURM canceled its step before the ranks started
     if end.status == EXIT_RESUME and reached <= began_at:
         raise UserError(
             f"no progress: this run of the job began at iteration {began_at} and ends there, so it is not requeued; "
@@ -121,9 +137,7 @@ def unresponsive_nodes(job: Job) -> list[str]:
         tasks_per_node=1,
         options=["--job-name=probe", "--overlap", "--kill-on-bad-exit=0"],
     )
-    process = subprocess.Popen(
-        probe, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, stdin=subprocess.DEVNULL
-    )
+    process = start_slurm(probe, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, encoding="utf-8", errors="replace")
     try:
         out, _ = process.communicate(timeout=PROBE_SECONDS)
     except subprocess.TimeoutExpired:

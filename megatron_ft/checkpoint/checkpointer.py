@@ -82,6 +82,7 @@ class Checkpointer:
         self._pending: _Pending | None = None
         self.weights_iteration = 0  # of the weights from --load, if they have a number
         self._base: dict | None = None  # the weights that LoRA adapters belong to
+        self._data: dict[str, str] | None = None
 
     # ---- start -----------------------------------------------------------------------------------
 
@@ -103,6 +104,7 @@ class Checkpointer:
             return self._first_start(state)
         claim = self.ranks.on_rank_0(saves.claim)
         self.token = claim.token
+        self.ranks.on_rank_0(self._data_at_start)
         start = self._resume(state, saves, claim) if claim.iterations else self._first_start(state)
         needed = self.ranks.total(sharded_state.bytes_to_save(state.model, state.optimizer, bool(self._base)))
         self.ranks.on_rank_0(lambda: retention.check_free_space(saves.path, needed, self.config, self.log))
@@ -195,10 +197,17 @@ class Checkpointer:
 
     def _compare(self, manifest: Manifest, where: Path) -> list[str]:
         """Lines on what differs from the saved run. Raises UserError for what must not."""
-        differences = resume.compare(manifest, self.config, self.shape, resume.describe_data(self.config))
+        differences = resume.compare(manifest, self.config, self.shape, self._data_at_start())
         if differences.refused and not self.config.checkpoint.override_args:
             raise resume.refuse_changes(manifest, self.config, differences.refused, where)
         return [f"{line} (--override-checkpoint-args)" for line in differences.refused] + differences.allowed
+
+    def _data_at_start(self) -> dict[str, str]:
+        """What the run reads, as it was when the run began: a later edit must not be recorded as
+        what the steps before it were trained on."""
+        if self._data is None:
+            self._data = resume.describe_data(self.config)
+        return self._data
 
     def _load(self, state: TrainState, where: Path, manifest: Manifest) -> list[str]:
         """Fill `state` from a verified checkpoint; lines for the log."""
@@ -253,7 +262,14 @@ class Checkpointer:
             failure = self.ranks.on_rank_0(lambda: saves.mark_best(state.iteration, state.best))
             return self._failed(saves, failure) if failure else True
         manifest = self.ranks.on_rank_0(
-            lambda: describe(state, self.config, self.shape, base=self._base, special_ids=self.special_ids)
+            lambda: describe(
+                state,
+                self.config,
+                self.shape,
+                data=self._data_at_start(),
+                base=self._base,
+                special_ids=self.special_ids,
+            )
         )
         staging = directory.staging_directory(saves.path, state.iteration, self.token)
         failure = self.ranks.on_rank_0(lambda: saves.open_staging(staging))

@@ -5,21 +5,25 @@ step 0; else --from-scratch allows random weights.
 """
 
 import contextlib
+import time
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
 from megatron_ft.config.config import ENTRIES, Config
 from megatron_ft.config.flag import Resume
-from megatron_ft.data.indexed import field_paths
+from megatron_ft.data.fingerprint import modified, sampled_digest, token_files
 from megatron_ft.data.splits import groups_of
 from megatron_ft.errors import UserError
 from megatron_ft.model.shape import ModelShape
 from megatron_ft.tokenizer import files as tokenizer_files
 from megatron_ft.weights.adapters import open_start
-from megatron_ft.weights.directory import TRACKER, iteration_directory, list_iterations, read_tracker
+from megatron_ft.weights.directory import TRACKER, iteration_directory, list_iterations, parse_iteration, read_tracker
 from megatron_ft.weights.fingerprint import is_base
 from megatron_ft.weights.manifest import NAME, Damaged, Manifest, read_manifest
+
+CONTENT = "content of the training data"
+MODIFIED = "last modification of the training data"  # copies of the same data differ in it
 
 
 @dataclass
@@ -107,7 +111,7 @@ def candidates(save: Path) -> Candidates:
         )
     if tracker is None and iterations:
         return Candidates(iterations, [f"{save / TRACKER} is missing; the newest checkpoint is {iterations[0]}"])
-    if tracker is not None and not (tracker.isdigit() and int(tracker) in iterations):
+    if tracker is not None and parse_iteration(tracker) not in iterations:
         if not iterations:
             raise UserError(
                 f"{save / TRACKER} names iteration {tracker}, but {save} contains no checkpoint; "
@@ -206,9 +210,9 @@ def compare(manifest: Manifest, config: Config, shape: ModelShape, data: dict[st
         line = f"{entry.flag.name} was {manifest.args[name]}, is {now}"
         (found.refused if rule is Resume.FIXED else found.allowed).append(line)
     for name, now in data.items():
-        saved = manifest.data.get(name, now)
+        saved = manifest.data.get(name, now)  # older checkpoints lack some
         if saved != now:
-            found.refused.append(f"{name} was {saved}, is {now}")
+            (found.allowed if name == MODIFIED else found.refused).append(f"{name} was {saved}, is {now}")
     return found
 
 
@@ -236,17 +240,23 @@ def refuse_changes(manifest: Manifest, config: Config, changed: list[str], where
 
 
 def describe_data(config: Config) -> dict[str, str]:
-    """What a run reads: the blend of its training data with file sizes, the tokenizer's digest.
+    """What a run reads: the blend of its training data with file sizes, a digest of samples of its
+    content and when it was modified, and the tokenizer's digest.
 
     File names without directories, so that a copy elsewhere is the same data.
     """
     blend = []
+    files: dict[Path, None] = {}  # in order, each once
     for group in groups_of(config, "train"):
         for part in group.parts:
-            files = [Path(path + suffix) for path in field_paths(part.prefix) for suffix in (".bin", ".idx")]
-            size = sum(file.stat().st_size for file in files if file.is_file())
+            found = [file for file in token_files(part.prefix) if file.is_file()]
+            size = sum(file.stat().st_size for file in found)
             blend.append(f"{part.weight:g} {part.start:g}:{part.end:g} {Path(part.prefix).name} ({size} bytes)")
-    found = {"training data": ", ".join(blend)} if blend else {}  # --skip-train may have none
+            files.update(dict.fromkeys(found))
+    data = {"training data": ", ".join(blend)} if blend else {}  # --skip-train may have none
+    if files:
+        data[CONTENT] = f"sampled digest {sampled_digest(files)}"
+        data[MODIFIED] = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(modified(files)))
     if tokenizer := tokenizer_files.fingerprint(Path(config.data.tokenizer_file)):
-        found["tokenizer"] = tokenizer
-    return found
+        data["tokenizer"] = tokenizer
+    return data

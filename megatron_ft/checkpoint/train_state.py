@@ -11,7 +11,6 @@ from megatron.core.distributed import DistributedDataParallel
 
 from megatron_ft.checkpoint import optimizer_state, sharded_state
 from megatron_ft.checkpoint.rank_files import read_tensors
-from megatron_ft.checkpoint.resume import describe_data
 from megatron_ft.config.config import Config
 from megatron_ft.model.shape import ModelShape
 from megatron_ft.weights.manifest import Manifest, git_revision, now, versions
@@ -105,9 +104,16 @@ def tensors_to_save(state: TrainState, *, adapters_only: bool) -> list[ShardedTe
 
 
 def describe(
-    state: TrainState, config: Config, shape: ModelShape, *, base: dict | None, special_ids: dict[str, int | None]
+    state: TrainState,
+    config: Config,
+    shape: ModelShape,
+    *,
+    data: dict[str, str],
+    base: dict | None,
+    special_ids: dict[str, int | None],
 ) -> Manifest:
-    """The manifest of a checkpoint of `state`, without its files."""
+    """The manifest of a checkpoint of `state`, without its files; `data` as `resume.describe_data`
+    found it when the run began."""
     counters = {name: getattr(state, name) for name in COUNTERS}
     return Manifest(
         iteration=state.iteration,
@@ -125,7 +131,7 @@ def describe(
             "loss_scaler": optimizer_state.get_scaler(state.optimizer),
         },
         layout=sharded_state.layout(),
-        data=describe_data(config),
+        data=data,
         base=base,
         special_ids=special_ids,
         versions=versions(),

@@ -144,13 +144,19 @@ def write_trackers(save: Path, newest: int, best: int | None) -> None:
 def commit(save: Path, iteration: int, staging: Path) -> None:
     """Rename a complete staging directory to its final name. The caller then writes the tracker."""
     final = iteration_directory(save, iteration)
-    if final.exists():  # an earlier attempt that was damaged, or that an override left behind
+    if os.path.lexists(final):  # an earlier attempt that was damaged, or that an override left behind
         discard(final)
     rename_directory(staging, final)
 
 
 def discard(path: Path) -> None:
-    """Rename a directory at once, and delete its files in the background."""
+    """Rename a directory at once, and delete its files in the background.
+
+    Of a link to a directory elsewhere, only the link is deleted.
+    """
+    if path.is_symlink():
+        path.unlink()
+        return
     deleting = path.with_name(f"deleting-{path.name}-{os.getpid()}")
     os.rename(path, deleting)
     threading.Thread(target=shutil.rmtree, args=(deleting,), kwargs={"ignore_errors": True}, daemon=True).start()
@@ -159,6 +165,8 @@ def discard(path: Path) -> None:
 def move_damaged(save: Path, iteration: int) -> Path:
     """Rename a damaged checkpoint to damaged-...: nothing uses it, but it can be inspected."""
     damaged = save / f"damaged-iter_{iteration:07d}"
+    if damaged.is_symlink():
+        damaged.unlink()
     shutil.rmtree(damaged, ignore_errors=True)
     os.rename(iteration_directory(save, iteration), damaged)
     return damaged
@@ -168,5 +176,8 @@ def remove_leftovers(save: Path) -> list[str]:
     """Remove what a killed run left half written or half deleted; the names of what was removed."""
     leftovers = [path for path in save.iterdir() if _LEFTOVER.fullmatch(path.name)]
     for path in leftovers:
-        shutil.rmtree(path, ignore_errors=True)
+        if path.is_symlink():
+            path.unlink()
+        else:
+            shutil.rmtree(path, ignore_errors=True)
     return sorted(path.name for path in leftovers)

@@ -9,6 +9,7 @@ legacy shuffle, documents in that order, and sequences that may cross the end of
 
 import hashlib
 import json
+import re
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from math import ceil, prod
@@ -24,6 +25,13 @@ from megatron_ft.errors import UserError
 from megatron_ft.files.json_file import read_json, require
 
 FORMAT = 1  # increase when the same settings would give another index
+# Of a .npy file of int64 (version 1.0 of NEP 1); numpy's own reader evaluates it as Python.
+NPY_HEADER_BYTES = 1024
+_NPY_HEADER = re.compile(
+    rb"\x93NUMPY\x01\x00(?P<length>..)"
+    rb"\{'descr': '<i8', 'fortran_order': False, 'shape': \((?P<shape>\d{1,18},(?: \d{1,9})?)\), \} *\n",
+    re.DOTALL,
+)
 REBUILD = "remove the directory and start again"
 FACTS = (
     "documents",
@@ -256,16 +264,18 @@ def _open_array(path: Path, *rest: int) -> FileArray:
     file = file_version(str(path), REBUILD)
     try:
         with open(path, "rb") as content:
-            version = np.lib.format.read_magic(content)
-            shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(content)
-            offset = content.tell()
+            start = content.read(NPY_HEADER_BYTES)
     except OSError as error:
         raise read_error(str(path), error, REBUILD) from error
-    except ValueError as error:
-        raise damaged(path, str(error)) from error
-    if version != (1, 0) or fortran_order or dtype != np.int64 or len(shape) != 1 + len(rest) or shape[1:] != rest:
-        raise damaged(path, f"{dtype} {list(shape)}, expected int64 {['n', *rest]}")
-    if not 0 <= shape[0] or file.size != offset + 8 * prod(shape):
+    header = _NPY_HEADER.match(start)
+    expected = f"expected a .npy file of int64 {['n', *rest]}"
+    if header is None:
+        raise damaged(path, expected)
+    shape = tuple(int(size) for size in header["shape"].split(b",") if size)
+    if len(shape) != 1 + len(rest) or shape[1:] != rest:
+        raise damaged(path, f"shape {list(shape)}, {expected}")
+    offset = 10 + int.from_bytes(header["length"], "little")
+    if file.size != offset + 8 * prod(shape):
         raise damaged(path, f"{file.size} bytes, expected {offset + 8 * prod(shape)}")
     return FileArray(file, np.dtype(np.int64), shape, offset)
 

@@ -24,6 +24,7 @@ FORM = "expected NAME: WEIGHT START:END PREFIX, WEIGHT START:END PREFIX ..."
 MAX_BYTES = 16 << 20
 MAX_WEIGHT = 1e12  # sums of weights stay exact enough to follow them
 MAX_PARTS = 32767  # of a group: `_packing.blend` numbers them with int16
+MAX_PREFIX = 3000  # characters; Linux takes paths of at most 4,095 bytes
 MAX_SHOWN = 200  # characters of a mistake, in messages
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 # In no prefix and not between words: no file name has a NUL, and escapes control a terminal.
@@ -167,6 +168,11 @@ def _parse_part(text: str, offset: int, where: str) -> Part:
     if start is None or end is None or not 0 <= start < end <= 1:
         raise UserError(
             f"{where}, column {range_column}: range {_shown(range_text)} is not START:END with 0 <= START < END <= 1, like 0:0.95"
+        )
+    if len(prefix) > MAX_PREFIX:
+        raise UserError(
+            f"{where}, column {prefix_column}: a prefix of {len(prefix):,} characters ({_shown(prefix)}), "
+            f"expected at most {MAX_PREFIX:,}"
         )
     return Part(weight, start, end, prefix, f"{where}, column {prefix_column}")
 

@@ -47,6 +47,7 @@ def test_split_files_are_parsed(tmp_path, text, groups):
     ("train: \u0661 0:1 x", 8, "weight '\u0661'"),
     ("train: 0x1 0:1 x", 8, "weight '0x1'"),
     ("train: " + "9" * 5000 + " 0:1 x", 8, "99 ... 99"),
+    ("train: 1 0:1 " + "x" * 5000, 14, "a prefix of 5,000 characters ('xxxx"),
     ("train: 1 nan:1 x", 10, "range 'nan:1'"),
     ("train: 1 0:inf x", 10, "range '0:inf'"),
     ("train: 1 -0.5:1 x", 10, "range '-0.5:1'"),

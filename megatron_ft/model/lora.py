@@ -14,14 +14,19 @@ GPTBigCode's linear layers are nn.Linear and its fused query-key-value rows are 
 nothing is transposed or permuted.
 """
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from megatron_ft.errors import UserError
+from megatron_ft.files.json_file import optional, require
+from megatron_ft.model.peft_fields import check_plain
+from megatron_ft.model.shape import MOST_WIDTH
 from megatron_ft.model.tensor_names import LAYER, LORA_TARGETS, layer_of, weight_of
 
 _HF_BY_CORE = {weight.core: weight.hf for weight in LAYER}
@@ -44,23 +49,36 @@ class AdapterConfig:
         return self.alpha / self.rank
 
     @classmethod
-    def from_flags(cls, flags: Mapping) -> "AdapterConfig":
-        """From training flags by their names with underscores, as a manifest has them."""
+    def from_flags(cls, flags: Mapping[str, Any]) -> "AdapterConfig":
+        """From training flags by their names with underscores."""
         targets = tuple(dict.fromkeys(flags["lora_targets"].split(",")))
         return cls(flags["lora_rank"], flags["lora_alpha"], flags["lora_dropout"], targets)
 
     @classmethod
-    def from_peft(cls, config: Mapping, tensors: Mapping[str, Tensor], where: str) -> "AdapterConfig":
+    def from_manifest(cls, args: Mapping[str, Any], where: str) -> "AdapterConfig":
+        """From the flags in a manifest. Raises UserError, naming `where`, if they are malformed."""
+        require(args, "lora_rank", int, where, low=1, high=MOST_WIDTH)
+        for name in ("lora_alpha", "lora_dropout"):
+            require(args, name, float, where)
+        if unknown := [t for t in require(args, "lora_targets", str, where).split(",") if t not in LORA_TARGETS]:
+            raise UserError(f"{where}: unknown LoRA target {unknown[0]!r}, expected {', '.join(LORA_TARGETS)}")
+        return cls.from_flags(args)
+
+    @classmethod
+    def from_peft(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str) -> "AdapterConfig":
         """From adapter_config.json; the targets are those in `tensors` (`from_peft`'s result).
 
-        Raises UserError, naming `where`, for an adapter that does not compute alpha / rank * B A.
+        An adapter with rank-stabilized scaling, alpha / sqrt(rank), becomes one with the alpha that
+        gives the same factor. Raises UserError, naming `where`, for an adapter that is not plain
+        LoRA (`check_plain`) or whose numbers are malformed.
         """
-        unknown = [name for name in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern") if config.get(name)]
-        if config.get("peft_type") != "LORA" or unknown:
-            found = unknown[0] if unknown else f"peft_type {config.get('peft_type')}"
-            raise UserError(f"{where}: {found} is not supported, expected plain LoRA")
+        check_plain(config, where)
+        rank = require(config, "r", int, where, low=1, high=MOST_WIDTH)
+        alpha = require(config, "lora_alpha", float, where)
+        if config.get("use_rslora"):
+            alpha *= math.sqrt(rank)
         targets = tuple(target for target in LORA_TARGETS if stacked_name(target, "lora_a") in tensors)
-        return cls(config["r"], config["lora_alpha"], config.get("lora_dropout", 0.0), targets)
+        return cls(rank, alpha, optional(config, "lora_dropout", float, where, 0.0, low=0, high=1), targets)
 
     def differences(self, other: "AdapterConfig") -> list[str]:
         """The settings that differ, by their flags; dropout is ignored."""
@@ -111,18 +129,31 @@ def from_peft(named: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
     """The inverse of `to_peft`: tensors stacked over layers.
 
     Raises UserError, naming `where`, for anything but LoRA of GPTBigCode's linear layers with one
-    rank in all layers.
+    rank in all layers, for one of the factors A and B without the other, and for NaN or Inf.
     """
     targets = {hf_name: target for target, hf_name in HF_TARGETS.items()}
     layers: dict[str, dict[int, Tensor]] = {}
     for name, tensor in named.items():
-        match = re.fullmatch(r"base_model\.model\.transformer\.h\.(\d+)\.(.+)\.lora_([AB])\.weight", name)
+        match = re.fullmatch(r"base_model\.model\.transformer\.h\.(0|[1-9][0-9]{0,4})\.(.+)\.lora_([AB])\.weight", name)
         if not match or match[2] not in targets:
             raise UserError(f"{where}: {name} is not supported, expected only LoRA of {', '.join(targets)}")
+        if tensor.ndim != 2 or not tensor.is_floating_point():
+            raise UserError(f"{where}: {name} has shape {list(tensor.shape)} in {tensor.dtype}, expected a matrix")
+        if not tensor.float().isfinite().all():
+            raise UserError(
+                f"{where}: {name} has values that are NaN or Inf; use a checkpoint from before training diverged"
+            )
         layers.setdefault(stacked_name(targets[match[2]], f"lora_{match[3].lower()}"), {})[int(match[1])] = tensor
-    depth = 1 + max((layer for found in layers.values() for layer in found), default=-1)
+    if not layers:
+        raise UserError(f"{where}: has no LoRA tensors, expected those of {', '.join(targets)}")
+    depth = 1 + max(layer for found in layers.values() for layer in found)
+    for hf_name, target in targets.items():
+        a, b = (layers.get(stacked_name(target, part), {}) for part in ("lora_a", "lora_b"))
+        if odd := sorted(a.keys() ^ b.keys()):
+            part = "lora_B" if odd[0] in a else "lora_A"
+            raise UserError(f"{where}: layer {odd[0]} has no {hf_name}.{part}, only the other factor")
     for key, found in layers.items():
-        if sorted(found) != list(range(depth)) or len({tensor.shape for tensor in found.values()}) > 1:
+        if len(found) < depth or len({tensor.shape for tensor in found.values()}) > 1:
             raise UserError(f"{where}: {key} does not have one rank in all {depth} layers, which is not supported")
     return {key: torch.stack([found[layer] for layer in range(depth)]) for key, found in layers.items()}
 

@@ -5,11 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from megatron_ft.errors import UserError
-from megatron_ft.files.json_file import read_json
+from megatron_ft.files.hub_cache import resolve_hub_cache
+from megatron_ft.files.json_file import read_json, require
 from megatron_ft.model.lora import (
     HF_TARGETS,
     AdapterConfig,
@@ -19,14 +18,18 @@ from megatron_ft.model.lora import (
     stacked_name,
     to_peft,
 )
+from megatron_ft.model.peft_fields import check_plain
 from megatron_ft.model.tensor_names import hf_shape
+from megatron_ft.weights.directory import check_link
 from megatron_ft.weights.fingerprint import is_base
-from megatron_ft.weights.manifest import NAME, Manifest, damage_as_user_error, read_intact_manifest
+from megatron_ft.weights.hf_reader import read_tensors
+from megatron_ft.weights.manifest import NAME, Manifest, damage_as_user_error, read_intact_manifest, read_manifest
 from megatron_ft.weights.open import find_iteration, open_weights
 from megatron_ft.weights.source import WeightSource
 from megatron_ft.weights.torch_dist_files import TorchDistFiles
 
 PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PEFT_PICKLED = "adapter_model.bin"  # as PEFT saved until 2023; read if there is no safetensors file
 
 
 @dataclass
@@ -68,6 +71,8 @@ class AdapterSource:
             outputs, inputs = hf_shape(base.shape, f"transformer.h.0.{HF_TARGETS[target]}.weight")
             layers, rank = base.shape.num_layers, self.config.rank
             for part, shape in (("lora_a", (layers, rank, inputs)), ("lora_b", (layers, outputs, rank))):
+                if stacked_name(target, part) not in self.tensors:
+                    raise UserError(f"{self.path}: has no {stacked_name(target, part)}; use another iteration")
                 found = tuple(self.tensors[stacked_name(target, part)].shape)
                 if found != shape:
                     raise UserError(
@@ -88,39 +93,44 @@ def open_adapters(path: Path | str, iteration: int | str = "latest") -> AdapterS
 
     `iteration` selects a run's checkpoint (`find_iteration`). Raises UserError if it is damaged.
     """
-    path = Path(path)
+    path, _ = resolve_hub_cache(Path(path))
     if not path.is_dir() or (path / "config.json").is_file():
         return None
     if (path / PEFT_CONFIG).is_file():
         return _open_peft(path)
     directory, number, notice = find_iteration(path, iteration)
-    if not (directory / NAME).is_file() or not read_json(directory / NAME).get("base"):
+    if not (directory / NAME).is_file():
         return None
     with damage_as_user_error():
+        base = read_manifest(directory).base
+        if not base:
+            return None
         manifest = read_intact_manifest(directory)
         files = TorchDistFiles(directory)
+        files.check_sizes()
         tensors = {key: files.read(key) for key in files.tensors if is_trainable(key) and "optimizer" not in key}
-    base = manifest.base
-    if not tensors or not base:
+    if not tensors:
         raise UserError(f"{directory}: a LoRA run's checkpoint without adapters in it; use another iteration")
-    config = AdapterConfig.from_flags(manifest.args)
+    config = AdapterConfig.from_manifest(manifest.args, f"{directory / NAME}: args")
     return AdapterSource(
         directory, tensors, config, base["path"], base.get("iteration") or "latest", number, manifest, notice
     )
 
 
 def _open_peft(path: Path) -> AdapterSource:
-    config = read_json(path / PEFT_CONFIG)
-    base = config.get("base_model_name_or_path")
-    if not base:
-        raise UserError(
-            f"{path / PEFT_CONFIG}: has no base_model_name_or_path; write the base model's directory into it"
-        )
-    try:
-        tensors = from_peft(load_file(path / PEFT_WEIGHTS), str(path / PEFT_WEIGHTS))
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path / PEFT_WEIGHTS}: cannot be read ({error}); copy it again") from None
-    return AdapterSource(path, tensors, AdapterConfig.from_peft(config, tensors, str(path / PEFT_CONFIG)), base)
+    where = path / PEFT_CONFIG
+    check_link(where, path)
+    config = read_json(where)
+    check_plain(config, str(where))
+    if not config.get("base_model_name_or_path"):
+        raise UserError(f"{where}: has no base_model_name_or_path; write the base model's directory into it")
+    base = require(config, "base_model_name_or_path", str, str(where), low=1, high=4096)
+    file = next((path / name for name in (PEFT_WEIGHTS, PEFT_PICKLED) if (path / name).is_file()), None)
+    if file is None:
+        raise UserError(f"{path}: {PEFT_CONFIG} but neither {PEFT_WEIGHTS} nor {PEFT_PICKLED}; copy one of them there")
+    check_link(file, path)
+    tensors = from_peft(read_tensors(file), str(file))
+    return AdapterSource(path, tensors, AdapterConfig.from_peft(config, tensors, str(where)), base)
 
 
 def open_start(path: Path | str, iteration: int | str, flags: Mapping) -> tuple[WeightSource, AdapterSource | None]:

@@ -116,7 +116,7 @@ class HFSource(WeightSource):
     def _open(self, file: Path) -> "_Safetensors | _Bin":
         if file not in self._opened:
             check_link(file, self.path)
-            self._opened[file] = _Safetensors(file) if file.suffix == ".safetensors" else _Bin(file)
+            self._opened[file] = open_tensors(file)
         return self._opened[file]
 
     def _shape_of(self, name: str) -> tuple[int, ...]:
@@ -137,6 +137,20 @@ class HFSource(WeightSource):
     def pieces(self, name: str) -> tuple[int, list[torch.Tensor]]:
         file, stored_name = self._where[name]
         return 0, [self._open(file).tensor(stored_name)]
+
+
+def read_tensors(file: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a safetensors or `.bin` file, without prefixes of wrappers, memory-mapped.
+
+    Raises UserError if it is neither.
+    """
+    opened = open_tensors(file)
+    return {_without_wrappers(name): opened.tensor(name) for name in opened.names()}
+
+
+def open_tensors(file: Path) -> "_Safetensors | _Bin":
+    """A safetensors or `.bin` file, by its suffix."""
+    return _Safetensors(file) if file.suffix == ".safetensors" else _Bin(file)
 
 
 def _without_wrappers(name: str) -> str:

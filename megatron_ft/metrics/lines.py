@@ -1,7 +1,7 @@
 """The lines of a run's .jsonl files: their keys, and one reader that no damaged line can stop.
 
 A crash, a full disk or an editor may have truncated or changed any line, and lines of an older
-version lack keys. A line without a usable iteration is skipped; every other key of the line is None
+version lack keys. A line without what it is about (NEEDED) is skipped; every other key is None
 if it is missing or its value cannot be used.
 """
 
@@ -27,7 +27,7 @@ KEYS = {
     VALIDATION: ("iteration", "group", "loss", "time"),
     EVENTS: ("iteration", "event", "train_iters", "part", "time"),
 }
-NEEDED = {METRICS: ("iteration",), VALIDATION: ("iteration", "group"), EVENTS: ("iteration", "event")}
+NEEDED = {METRICS: ("iteration",), VALIDATION: ("iteration", "group"), EVENTS: ("event",)}
 LARGEST_COUNT = 10**18
 LARGEST_NUMBER = 1e100  # sums, squares and differences of such numbers are finite
 LATEST = 253_402_300_799  # the last second of the year 9999, as far as dates go

@@ -126,7 +126,7 @@ def history(events: list[dict]) -> str:
             for name, text in event.items()
             if name not in ("event", "iteration", "time", "part") and isinstance(text, (str, int))
         )
-        rows.append(f"<tr><td>{when}<td class=n>{event['iteration']:,}<td>{as_html(what)}")
+        rows.append(f"<tr><td>{when}<td class=n>{event['iteration'] or 0:,}<td>{as_html(what)}")
     return "<h2>Events</h2><table><tr><th>when<th>step<th>" + "".join(rows) + "</table>"
 
 

@@ -86,7 +86,7 @@ def local_gpus() -> int:
         return 0
     try:
         listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, timeout=NVIDIA_SMI_SECONDS)
-    except OSError:  # a leftover of a driver that was removed
+    except OSError:  # left by a driver that was removed
         return 0
     except subprocess.TimeoutExpired:
         raise UserError(

@@ -54,7 +54,7 @@ def write_report(save_dir: Path) -> Path:
     try:
         replace_file(path, page.encode())
     except OSError as error:
-        raise UserError(f"{path} cannot be written ({error.strerror}); {remedy(error, 'make room for it')}") from error
+        raise UserError(f"{path} cannot be written ({error.strerror}); {remedy(error, 'free disk space')}") from error
     return path
 
 

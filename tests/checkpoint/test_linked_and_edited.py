@@ -36,7 +36,9 @@ def test_a_linked_checkpoint_is_resumed_and_never_deleted_through_its_link(input
     assert contents(elsewhere) == before
 
 
-@pytest.mark.parametrize("change", ["discard", "commit", "commit over a link to nowhere", "leftover", "damaged twice"])
+@pytest.mark.parametrize(
+    "change", ["discard", "commit", "commit over a link to nowhere", "unfinished deletion", "damaged twice"]
+)
 def test_links_are_removed_without_what_they_lead_to(tmp_path, change):
     save, elsewhere = tmp_path / "save", tmp_path / "elsewhere"
     save.mkdir()
@@ -51,7 +53,7 @@ def test_links_are_removed_without_what_they_lead_to(tmp_path, change):
         staging.mkdir()
         directory.commit(save, 100, staging)
         assert final.is_dir() and not final.is_symlink()
-    elif change == "leftover":
+    elif change == "unfinished deletion":
         final.rename(save / "deleting-iter_0000100-7")
         assert directory.remove_leftovers(save) == ["deleting-iter_0000100-7"]
         assert list(save.iterdir()) == []

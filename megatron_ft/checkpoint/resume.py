@@ -22,6 +22,7 @@ from megatron_ft.weights.directory import TRACKER, iteration_directory, list_ite
 from megatron_ft.weights.fingerprint import is_base
 from megatron_ft.weights.manifest import NAME, Damaged, Manifest, read_manifest
 
+BLEND = "training data"
 CONTENT = "content of the training data"
 MODIFIED = "last modification of the training data"  # copies of the same data differ in it
 
@@ -209,9 +210,10 @@ def compare(manifest: Manifest, config: Config, shape: ModelShape, data: dict[st
             continue
         line = f"{entry.flag.name} was {manifest.args[name]}, is {now}"
         (found.refused if rule is Resume.FIXED else found.allowed).append(line)
+    other_files = manifest.data.get(BLEND) != data.get(BLEND)
     for name, now in data.items():
         saved = manifest.data.get(name, now)  # older checkpoints lack some
-        if saved != now:
+        if saved != now and not (name == CONTENT and other_files):
             (found.allowed if name == MODIFIED else found.refused).append(f"{name} was {saved}, is {now}")
     return found
 
@@ -253,7 +255,7 @@ def describe_data(config: Config) -> dict[str, str]:
             size = sum(file.stat().st_size for file in found)
             blend.append(f"{part.weight:g} {part.start:g}:{part.end:g} {Path(part.prefix).name} ({size} bytes)")
             files.update(dict.fromkeys(found))
-    data = {"training data": ", ".join(blend)} if blend else {}  # --skip-train may have none
+    data = {BLEND: ", ".join(blend)} if blend else {}  # --skip-train may have none
     if files:
         data[CONTENT] = f"sampled digest {sampled_digest(files)}"
         data[MODIFIED] = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(modified(files)))

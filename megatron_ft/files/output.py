@@ -139,15 +139,26 @@ def _make_locked(parent: Path, name: str) -> tuple[Path, int]:
 
 
 def _remove_if_abandoned(path: Path) -> None:
-    """Remove a scratch directory whose process is gone, so that its lock is free. A directory that
-    cannot be locked stays."""
-    with suppress(OSError):
-        handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    """Remove a scratch directory whose process is gone. A directory that cannot be locked stays."""
+    with suppress(OSError), locked_if_abandoned(path) as abandoned:
+        if abandoned:
+            shutil.rmtree(path)
+
+
+@contextmanager
+def locked_if_abandoned(path: Path) -> Iterator[bool]:
+    """Whether the process of a scratch directory is gone, so that its lock is free: it is then held
+    here. False where locks are not supported. Raises OSError if the directory cannot be opened."""
+    handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        abandoned = True
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(path)
-        finally:
-            os.close(handle)
+        except OSError:
+            abandoned = False
+        yield abandoned
+    finally:
+        os.close(handle)
 
 
 def _lock(handle: int, wait: bool = False) -> None:

@@ -5,12 +5,14 @@ disk has enough free space.
 """
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from megatron_ft.errors import UserError
-from megatron_ft.files.atomic import free_bytes, rename_directory
-from megatron_ft.files.output import scratch_directory
+from megatron_ft.files.atomic import free_bytes, rename_directory, sync_path
+from megatron_ft.files.exchange import exchange
+from megatron_ft.files.os_error import remedy
+from megatron_ft.files.output import locked_if_abandoned, scratch_directory
 from megatron_ft.model.shape import ModelShape
 from megatron_ft.weights.directory import OWNER, TRACKER, iteration_directory, list_iterations
 from megatron_ft.weights.manifest import Damaged, read_manifest
@@ -31,7 +33,29 @@ def new_directory(
 
     Raises UserError when `path` may not be written, and for an OSError in the block.
     """
-    named, path = path, path.resolve()
+    named = path
+    try:
+        path = path.resolve()
+        _restore_replaced(path)
+        _check_output(named, path, sources, overwrite)
+        free = free_bytes(path.parent)
+        if free < needed + SPARE:
+            raise UserError(
+                f"{named}: {needed / 1e9:.2f} GB will be written, but its disk has {free / 1e9:.2f} GB free; "
+                "free disk space, or choose another disk"
+            )
+        with scratch_directory(path.parent, f"{path.name}.writing") as staging:
+            yield staging
+            _put_in_place(staging, path)
+    except OSError as error:
+        raise UserError(
+            f"{error.filename or named}: {error.strerror or error}; nothing was written to {named}, "
+            f"{remedy(error, 'choose another directory or disk')}"
+        ) from error
+
+
+def _check_output(named: Path, path: Path, sources: Iterable[str | Path | None], overwrite: bool) -> None:
+    """Raise UserError when `path`, which the user named `named`, may not be written."""
     if path.exists() and not path.is_dir():
         raise UserError(f"{named}: is a file, expected a directory to write to; choose another")
     for source in sources:
@@ -41,27 +65,20 @@ def new_directory(
         if not overwrite:
             raise UserError(f"{named}: is not empty; choose another directory, or add --overwrite to replace it")
         _check_replaceable(named)
-    free = free_bytes(path.parent)
-    if free < needed + SPARE:
-        raise UserError(
-            f"{named}: {needed / 1e9:.2f} GB will be written, but its disk has {free / 1e9:.2f} GB free; "
-            "free disk space, or choose another disk"
-        )
-    try:
-        with scratch_directory(path.parent, f"{path.name}.writing") as staging:
-            yield staging
-            _put_in_place(staging, path)
-    except OSError as error:
-        raise UserError(
-            f"{error.filename or named}: {error.strerror or error}; nothing was written to {named}, "
-            "choose another directory or disk"
-        ) from error
 
 
 def _put_in_place(staging: Path, path: Path) -> None:
-    """Rename `staging` to `path`, replacing a directory; when that fails, the old one is kept."""
+    """Rename `staging` to `path`. A directory that it replaces gets the name `staging` in the same
+    step, and is removed with it.
+
+    Where names cannot be exchanged, the old directory is set aside first, and kept when that fails.
+    """
     if not path.exists():
         rename_directory(staging, path)
+        return
+    sync_path(staging)
+    if exchange(staging, path):
+        sync_path(path.parent)
         return
     with scratch_directory(path.parent, f"{path.name}.replaced") as aside:
         old = aside / path.name
@@ -72,6 +89,19 @@ def _put_in_place(staging: Path, path: Path) -> None:
             if old.exists() and not path.exists():
                 old.rename(path)
             raise
+
+
+def _restore_replaced(path: Path) -> None:
+    """Give a directory its name back that a converter, killed while replacing it, had set aside."""
+    if path.exists() or not path.parent.is_dir():
+        return
+    for aside in path.parent.iterdir():
+        if aside.name.startswith(f"{path.name}.replaced-") and (aside / path.name).is_dir():
+            with locked_if_abandoned(aside) as abandoned:
+                if abandoned and not path.exists():
+                    (aside / path.name).rename(path)
+                    with suppress(OSError):
+                        aside.rmdir()
 
 
 def _check_replaceable(path: Path) -> None:
@@ -99,7 +129,7 @@ def _tokenizer_names(iteration: Path) -> set[str]:
     """Possible names of the tokenizer next to a resharded iteration (see tokenizer/files.py)."""
     try:
         return {"tokenizer", Path(read_manifest(iteration).args["tokenizer_file"]).name}
-    except (Damaged, KeyError, TypeError):
+    except (Damaged, UserError, KeyError, TypeError):
         return set()
 
 

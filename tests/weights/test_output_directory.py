@@ -10,6 +10,9 @@ import pytest
 from conftest import ROOT, one_error_line, run_program
 
 from megatron_ft.errors import UserError
+from megatron_ft.files import output as files_output
+from megatron_ft.weights import output_directory
+from megatron_ft.weights.directory import remove_leftovers
 from megatron_ft.weights.output_directory import new_directory
 
 
@@ -110,6 +113,73 @@ def test_a_link_to_a_directory_stays_a_link(tmp_path):
         assert (tmp_path / f"disk/{name}/config.json").read_text() == "newer"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "disk-later", "disk-out"]
     assert sorted(path.name for path in (tmp_path / "disk").iterdir()) == ["later", "out"]
+
+
+KILLED_WHILE_REPLACING = """
+import os, sys
+sys.path.insert(0, {root!r})
+from pathlib import Path
+from megatron_ft.weights import output_directory
+if {fallback}:
+    output_directory.exchange = lambda a, b: False
+
+def killed(*arguments):
+    os._exit(9)
+
+output_directory.{step} = killed
+with output_directory.new_directory(Path({out!r}), needed=1, overwrite=True) as directory:
+    (directory / "config.json").write_text("new")
+    (directory / "model.safetensors").write_text("new")
+"""
+
+
+@pytest.mark.parametrize(("step", "fallback"), [("exchange", False), ("sync_path", False), ("rename_directory", True)])
+def test_a_converter_killed_while_replacing_an_output_loses_nothing(tmp_path, step, fallback):
+    write(tmp_path / "out", "old")
+    script = KILLED_WHILE_REPLACING.format(root=str(ROOT), step=step, fallback=fallback, out=str(tmp_path / "out"))
+    assert subprocess.run([sys.executable, "-c", script]).returncode == 9
+    assert (tmp_path / "out").exists() != fallback
+    with pytest.raises(UserError, match="is not empty"):
+        write(tmp_path / "out")
+    assert set(tree(tmp_path / "out").values()) == {b"old"}
+    write(tmp_path / "out", "newer", overwrite=True)
+    assert set(tree(tmp_path).values()) == {b"newer"} and [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_an_output_is_replaced_where_names_cannot_be_exchanged(tmp_path, monkeypatch):
+    monkeypatch.setattr(output_directory, "exchange", lambda a, b: False)
+    write(tmp_path / "out", "old")
+    write(tmp_path / "out", overwrite=True)
+    assert tree(tmp_path) == {"out/config.json": b"new", "out/model.safetensors": b"new"}
+
+
+def test_a_directory_that_another_converter_is_replacing_is_not_restored(tmp_path):
+    aside = tmp_path / f"out.replaced-{os.uname().nodename}-01234567/out"
+    aside.mkdir(parents=True)
+    with files_output.locked_if_abandoned(aside.parent) as abandoned:
+        assert abandoned
+        write(tmp_path / "out")
+    assert aside.is_dir() and set(tree(tmp_path / "out").values()) == {b"new"}
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "no/access/out"])
+def test_a_path_that_cannot_be_written_is_a_usage_error(tmp_path, name):
+    (tmp_path / "no").write_text("a file")
+    with pytest.raises(UserError, match="nothing was written|is a file"):
+        write(tmp_path / name)
+
+
+def test_a_start_of_training_removes_its_own_leftovers_and_no_work_of_others(tmp_path):
+    ours = ["iter_0000300.writing-0123456789ab", "deleting-iter_0000200-4711", "deleting-iter_0000200"]
+    others = [
+        "iter_0000300.writing-login1-0123abcd", "hf.writing-login1-0123abcd", "iter_0000300", "deleting-me", "deleting-iter_x",
+        "iter_0000300.writing-0123456789ab.bak", "notes.writing-0123456789ab", "out.replaced-login1-0123abcd",
+    ]  # fmt: skip
+    for name in (*ours, *others):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text("x")
+    assert remove_leftovers(tmp_path) == sorted(ours)
+    assert sorted(os.listdir(tmp_path)) == sorted(others)
 
 
 def test_the_next_start_removes_the_scratch_of_a_killed_process_but_not_of_a_running_one(tmp_path):

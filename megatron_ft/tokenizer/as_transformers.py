@@ -17,7 +17,7 @@ def main() -> None:
     sys.modules["torch"] = None  # type: ignore[assignment]  # how Python marks a module as not installed
     try:
         answer = view(request["directory"], request["texts"], request["spec"])
-    except BaseException as error:  # transformers raises many types, Rust's panics are no Exception
+    except BaseException as error:  # many types, and that of a panic in Rust
         if isinstance(error, (KeyboardInterrupt, SystemExit)):
             raise
         answer = {"error": (str(error).strip().splitlines() or [""])[0][:300] or type(error).__name__}

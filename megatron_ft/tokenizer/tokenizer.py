@@ -116,8 +116,8 @@ def _from_model(directory: Path, file: Path, declared: Declared) -> SentencePiec
     """The SentencePiece model of a directory; UserError if transformers adds tokens to it."""
     _check_model(file)
     tokenizer = SentencePieceTokenizer(file, declared.named.get("eos_token"), declared.named.get("pad_token"))
-    pieces = {token: tokenizer.id_of(token.text) for token in declared.tokens}
-    new = [token for token, i in pieces.items() if i is None or token.id not in (None, i)]
+    pieces = [(token, tokenizer.id_of(token.text)) for token in declared.tokens]
+    new = [token for token, i in pieces if i is None or token.id not in (None, i)]
     if not new and (declared.plain_class or declared.class_name == "LlamaTokenizer"):
         return tokenizer
     try:

@@ -4,6 +4,7 @@ import contextlib
 import gzip
 import json
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,8 @@ from tokenize_runs import TOKENIZE, token_bytes, tokenize, write_rows_and_tokeni
 from megatron_ft import progress
 from megatron_ft.data.indexed import IndexedReader, field_paths
 from megatron_ft.data.packed_dataset import build_datasets
+from megatron_ft.data.provenance import tokenizer_warning
+from megatron_ft.tokenizer.tokenizer import load_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -277,3 +280,69 @@ def test_lines_of_64_MiB_take_less_than_1_GiB(shared_data, tmp_path, kind):
     assert done.returncode == 0, done.stderr
     assert int(done.stdout.split("PEAK ")[1]) < 1 << 20  # KiB
     assert len(IndexedReader(field_paths(tmp_path / "set")[0])) == 2
+
+
+def hf_directory(data: Path, directory: Path, **config: object) -> Path:
+    """A Hugging Face directory with the tokenizer of `data`."""
+    directory.mkdir(parents=True)
+    shutil.copy(data / "t.json", directory / "tokenizer.json")
+    (directory / "tokenizer_config.json").write_text(json.dumps(config))
+    return directory
+
+
+def test_two_ends_are_named_before_rows_are_written(data, tmp_path):
+    directory = hf_directory(data, tmp_path / "hf", tokenizer_class="PreTrainedTokenizerFast", eos_token="<fim_pad>")
+    done = tokenize(data, tmp_path / "set", "--tokenizer-file", directory)
+    [line] = done.stderr.splitlines()
+    assert line.startswith(
+        "outputs will end in <|endoftext|> (id 0); the tokenizer's own end-of-sequence token is <fim_pad>"
+    )
+    assert not tokenize(data, tmp_path / "set", "--tokenizer-file", directory, "--no-append-eod").stderr
+
+
+def test_a_directory_that_transformers_encodes_otherwise_gets_a_warning(data, single, tmp_path):
+    directory = hf_directory(data, tmp_path / "hf", tokenizer_class="GPT2TokenizerFast")
+    done = tokenize(data, tmp_path / "set", "--tokenizer-file", directory)
+    [line] = done.stderr.splitlines()
+    assert line.startswith("warning: transformers 5") and "as GPT2Tokenizer, which gives 'a  1' the ids" in line
+    assert token_bytes(tmp_path / "set") == token_bytes(single)
+
+
+def test_a_directory_of_another_size_in_transformers_is_refused(data, tmp_path):
+    directory = hf_directory(data, tmp_path / "hf", tokenizer_class="GPT2TokenizerFast", added_tokens_decoder={})
+    spec = json.loads((directory / "tokenizer.json").read_text())
+    size = len(spec["model"]["vocab"])
+    spec["added_tokens"].append({**spec["added_tokens"][0], "id": size, "content": "<|user|>"})
+    (directory / "tokenizer.json").write_text(json.dumps(spec))
+    error = one_error_line(tokenize(data, tmp_path / "set", "--tokenizer-file", directory, ok=False))
+    assert f"{directory}: {size + 1} tokens as Megatron-FT reads it, but {size} as transformers" in error
+    assert not list(tmp_path.glob("set*"))
+
+
+def test_tokens_of_other_files_are_encoded_and_recognized_in_the_provenance(data, tmp_path):
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "additional_special_tokens": ["<|user|>"]}
+    directory = hf_directory(data, tmp_path / "hf", **config)
+    (tmp_path / "rows.jsonl").write_text('{"inputs": "<|user|>hi", "outputs": "x"}\n')
+    done = tokenize(data, tmp_path / "set", "--tokenizer-file", directory, rows=tmp_path / "rows.jsonl")
+    new = load_tokenizer(directory).vocab_size - 1
+    assert f"added as transformers does: <|user|> (id {new})" in done.stderr and "<|user|> 1" in done.stdout
+    assert IndexedReader(field_paths(tmp_path / "set")[0])[0][0] == new
+    assert tokenizer_warning(tmp_path / "set", directory) is None
+    assert "another tokenizer" in tokenizer_warning(tmp_path / "set", directory / "tokenizer.json")
+
+
+def test_a_model_in_the_hub_cache_is_read_with_a_notice(data, single, tmp_path):
+    cache = tmp_path / "models--bigcode--starcoder"
+    hf_directory(data, cache / "snapshots" / ("a" * 40), tokenizer_class="PreTrainedTokenizerFast")
+    done = tokenize(data, tmp_path / "set", "--tokenizer-file", cache)
+    assert done.stderr == f"{cache}: a Hub cache; reading snapshot aaaaaaaaaaaa, the only one\n"
+    assert token_bytes(tmp_path / "set") == token_bytes(single)
+    assert tokenizer_warning(tmp_path / "set", cache) is None
+
+
+def test_control_characters_of_a_tokenizer_reach_no_terminal(data, tmp_path):
+    forged = "\x1b]0;owned\x07\nerror: forged"
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": forged}
+    done = tokenize(data, tmp_path / "set", "--tokenizer-file", hf_directory(data, tmp_path / "hf", **config))
+    assert "\\x1b]0;owned" in done.stderr and not any(line.startswith("error") for line in done.stderr.splitlines())
+    assert "\x1b" not in done.stderr + done.stdout

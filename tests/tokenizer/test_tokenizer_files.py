@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 from checkpoint_runs import FLAGS, train, write_inputs
+from conftest import ROOT
 from conversions import convert
 from ranks import run_ranks
 
+from megatron_ft.errors import UserError
 from megatron_ft.tokenizer import files as tokenizer_files
 
 
@@ -111,3 +113,61 @@ def test_a_stale_file_is_removed_from_the_copy(tmp_path):
     tokenizer_files.keep(tmp_path / "gone", save)
     assert tokenizer_files.fingerprint(save / "tokenizer") == tokenizer_files.fingerprint(second)
     assert tokenizer_files.fingerprint(tmp_path / "gone") is None
+
+
+def templates(directory: Path) -> Path:
+    """A directory with a tokenizer, a chat template and an additional one."""
+    (directory / "additional_chat_templates").mkdir(parents=True)
+    shutil.copy(ROOT / "tests/fixtures/tokenizer.json", directory)
+    (directory / "chat_template.jinja").write_text("{{ messages }}")
+    (directory / "additional_chat_templates/tool_use.jinja").write_text("{{ tools }}")
+    (directory / "additional_chat_templates/._tool_use.jinja").write_bytes(b"\0\5\x16\7")
+    return directory
+
+
+def test_additional_chat_templates_are_kept_and_recognized(tmp_path):
+    directory, save = templates(tmp_path / "hf"), tmp_path / "save"
+    save.mkdir()
+    tokenizer_files.keep(directory, save)
+    kept = {str(path.relative_to(save / "tokenizer")) for path in (save / "tokenizer").rglob("*") if path.is_file()}
+    assert kept == {"tokenizer.json", "chat_template.jinja", "additional_chat_templates/tool_use.jinja"}
+    before = tokenizer_files.fingerprint(directory)
+    assert before == tokenizer_files.fingerprint(save / "tokenizer") and "tool_use.jinja" in before
+    (directory / "additional_chat_templates/tool_use.jinja").unlink()
+    assert tokenizer_files.fingerprint(directory) != before
+    tokenizer_files.keep(directory, save)
+    assert not (save / "tokenizer/additional_chat_templates/tool_use.jinja").exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["chat_template.jinja", "additional_chat_templates/tool_use.jinja", "tokenizer_config.json", "merges.txt"]
+)
+def test_a_link_to_a_file_elsewhere_is_refused_and_copied_nowhere(tmp_path, name):
+    directory, save, secret = templates(tmp_path / "hf"), tmp_path / "save", tmp_path / "secret"
+    secret.write_text("a password")
+    save.mkdir()
+    (directory / name).unlink(missing_ok=True)
+    (directory / name).symlink_to(secret)
+    for use in (tokenizer_files.fingerprint, lambda path: tokenizer_files.keep(path, save)):
+        with pytest.raises(UserError, match=f"{name}: a link to {secret}"):
+            use(directory)
+    assert not [path for path in save.rglob("*") if path.is_file()]
+
+
+def test_a_tokenizer_in_the_hub_cache_is_kept_with_the_content_of_its_links(tmp_path):
+    cache, save = tmp_path / "models--bigcode--starcoder", tmp_path / "save"
+    snapshot, plain = cache / "snapshots" / ("a" * 40), templates(tmp_path / "hf")
+    (cache / "blobs").mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    save.mkdir()
+    for number, name in enumerate(
+        ("tokenizer.json", "chat_template.jinja", "additional_chat_templates/tool_use.jinja")
+    ):
+        shutil.copy(plain / name, cache / "blobs" / str(number))
+        (snapshot / name).parent.mkdir(exist_ok=True)
+        (snapshot / name).symlink_to(cache / "blobs" / str(number))
+    tokenizer_files.keep(cache, save)
+    assert not [path for path in (save / "tokenizer").rglob("*") if path.is_symlink()]
+    fingerprints = {tokenizer_files.fingerprint(path) for path in (cache, snapshot, save / "tokenizer", plain)}
+    assert len(fingerprints) == 1
+    assert tokenizer_files.vocabulary_digest(cache) == tokenizer_files.vocabulary_digest(plain / "tokenizer.json")

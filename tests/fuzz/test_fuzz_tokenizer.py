@@ -4,10 +4,16 @@ Each input ends in success or in one `error:` line with status 2: see workers.py
 tells how to repeat one input.
 """
 
+import io
 import json
+import os
+import resource
 import shutil
+import subprocess
+import sys
 from functools import cache, partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from minimal import FOREIGN, MINIMAL_JSON
@@ -47,8 +53,6 @@ def tokenizer_directory(directory: Path) -> None:
 
 
 def sentencepiece_model(directory: Path) -> None:
-    import io
-
     import sentencepiece
 
     lines = [json.loads(line)["inputs"] for line in (FIXTURES / "rows.jsonl").read_text().splitlines()]
@@ -58,6 +62,36 @@ def sentencepiece_model(directory: Path) -> None:
         minloglevel=2, num_threads=1,
     )  # fmt: skip
     (directory / "tokenizer.model").write_bytes(model.getvalue())
+
+
+def fork_transformers() -> None:
+    """Let transformers load directories in a fork of this process. As in real use it is a process
+    of its own, but one that need not import transformers, which takes seconds."""
+    from transformers import AutoTokenizer  # noqa: F401 - imported before the fork
+
+    from megatron_ft.tokenizer import as_transformers, transformers_view
+
+    def run(command: list[str], *, input: bytes, **options) -> subprocess.CompletedProcess:
+        reading, writing = os.pipe()
+        child = os.fork()
+        if child == 0:
+            try:
+                resource.setrlimit(resource.RLIMIT_CPU, (20, 20))
+                sys.stdin, sys.stdout, sys.stderr = (
+                    io.StringIO(input.decode()),
+                    open(writing, "w"),
+                    open(os.devnull, "w"),
+                )
+                as_transformers.main()
+            finally:
+                os._exit(0)
+        os.close(writing)
+        with open(reading, "rb") as pipe:
+            answer = pipe.read()
+        _, status = os.waitpid(child, 0)
+        return subprocess.CompletedProcess(command, os.waitstatus_to_exitcode(status), answer, b"")
+
+    transformers_view.subprocess = SimpleNamespace(run=run, TimeoutExpired=subprocess.TimeoutExpired)
 
 
 def read_tokenizer(name: str, directory: Path) -> None:
@@ -96,8 +130,14 @@ def tokenize(directory: Path) -> None:
     )
 
 
+def read_directory(directory: Path) -> None:
+    fork_transformers()
+    read_tokenizer("", directory)
+
+
 def write_for_transformers(directory: Path) -> None:
     """The tokenizer files of a converted model."""
+    fork_transformers()
     from megatron_ft.tokenizer.export import write_tokenizer
     from megatron_ft.tokenizer.tokenizer import load_tokenizer
 
@@ -180,7 +220,7 @@ READERS = [
         FIXED_SPEC,
         count=150,
     ),
-    Reader("tokenizer_config.json", tokenizer_directory, partial(read_tokenizer, ""), CONFIGS, FIXED_CONFIG, count=300),
+    Reader("tokenizer_config.json", tokenizer_directory, read_directory, CONFIGS, FIXED_CONFIG, count=300),
     Reader("tokenizer to be written", tokenizer_directory, write_for_transformers, CONFIGS, FIXED_CONFIG, count=150),
     Reader(
         "sentencepiece",

@@ -193,7 +193,6 @@ class _Worker:
 
     def death(self) -> Failure:
         """The failure of the input during which the process ended."""
-        self.process.join()
         code = self.process.exitcode or 0
         how = self.exceeded or f"crash: {signal.Signals(-code).name if code < 0 else f'exit status {code}'}"
         log = self.log.read_text(errors="replace") if self.log.exists() else ""
@@ -220,6 +219,7 @@ def _run(reader: Reader, folder: Path, numbers: Sequence[int], reference: Any, w
                         message = worker.connection.recv()
                     except EOFError:
                         running.remove(worker)
+                        worker.process.join()
                         if worker.numbers:
                             outcomes.append(worker.death())
                             worker.numbers.popleft()

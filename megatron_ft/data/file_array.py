@@ -72,7 +72,7 @@ class FileArray:
             if step != 1:
                 raise IndexError(f"step {step}; only consecutive items can be read")
             return self.read(start, max(0, stop - start))
-        return self.read(range(len(self))[key], 1)[0]
+        return self.read(range(self.shape[0])[key], 1)[0]
 
     def read(self, start: int, count: int) -> np.ndarray:
         """`count` items from `start` on, a read-only copy. The caller checks the bounds."""

@@ -43,8 +43,7 @@ _FILES_OF_A_PREFIX = re.compile(
     r"(_(inputs|targets)_document(\.(bin|idx))?|_rejected\.jsonl|_made_from\.json|_packing/?)$"
 )
 CHUNK = 1 << 16  # sequences per step of checking or writing an .idx, to bound memory
-BLOCK = 64  # sequences per start kept in memory
-_COLUMNS = np.arange(BLOCK)
+BLOCK = 8  # sequences per start kept in memory
 MISSING = "make a tokenized dataset with preprocess/tokenize.py"
 DAMAGED = "copy the file again, or make the dataset again with preprocess/tokenize.py"
 
@@ -105,15 +104,17 @@ class IndexedReader:
         return len(self.sizes)
 
     def __getitem__(self, i: int) -> np.ndarray:
-        return self.read_many(np.array([range(len(self.sizes))[i]]))[0]
+        return self.read_many([range(len(self.sizes))[i]])[0]
 
-    def read_many(self, ids: np.ndarray) -> list[np.ndarray]:
-        """The sequences of these numbers, int64 [m], each 0 or more."""
-        blocks, before = np.divmod(ids, BLOCK)
-        # [m, BLOCK], the lengths of each sequence's block; those before it lead to its start.
-        lengths = self.sizes.take(blocks[:, None] * BLOCK + _COLUMNS, mode="clip")
-        starts = self._starts[blocks] + np.where(_COLUMNS < before[:, None], lengths, 0).sum(axis=1, dtype=np.int64)
-        return self._tokens.read_many(starts.tolist(), self.sizes[ids].tolist())
+    def read_many(self, ids: Iterable[int]) -> list[np.ndarray]:
+        """The sequences of these numbers, each 0 or more."""
+        starts, counts = [], []
+        for i in ids:
+            block = i // BLOCK
+            *before, count = self.sizes[block * BLOCK : i + 1].tolist()
+            starts.append(int(self._starts[block]) + sum(before))
+            counts.append(count)
+        return self._tokens.read_many(starts, counts)
 
 
 def _read_index(file: BinaryIO, index: FileVersion) -> tuple[np.dtype, np.ndarray, np.ndarray]:

@@ -68,14 +68,15 @@ class PackedDocuments:
         if not 0 <= start < end <= len(self.index.documents):
             raise damaged(self.index.directory, f"sequence {i} has documents {start} to {end}")
         documents = self.index.documents[start:end]
-        if documents.min() < self.packing.start or documents.max() >= self.packing.stop:
+        numbers = documents.tolist()
+        if min(numbers) < self.packing.start or max(numbers) >= self.packing.stop:
             raise damaged(self.index.directory, f"sequence {i} has a document outside its range")
         return documents
 
     def __getitem__(self, i: int) -> PackedSample:
         pieces: list[np.ndarray] = []
         lengths: list[int] = []
-        ids = self.document_ids(i)
+        ids = self.document_ids(i).tolist()
         fields = [reader.read_many(ids) for reader in (self.documents.inputs, self.documents.targets)]
         for inputs, targets in zip(*fields, strict=True):
             if (excess := len(inputs) + len(targets) - self.capacity) > 0:  # --overlong truncate

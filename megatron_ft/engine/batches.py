@@ -1,6 +1,6 @@
 """Micro-batches of packed sequences for this rank, read ahead by threads during the previous step.
 
-Every rank reads its own sequences from the memory-mapped dataset, so nothing is broadcast. In the
+Every rank reads its own sequences from the dataset's files, so nothing is broadcast. In the
 step that starts at `consumed_samples`, micro-batch m of data-parallel rank r consists of sequences
 consumed_samples + (m * data_parallel_size + r) * micro_batch_size + 0, 1, ...: Megatron's order.
 """

@@ -108,7 +108,7 @@ def test_a_builder_whose_files_were_removed_waits_for_its_replacement(tmp_path):
 
 
 def test_a_dead_pid_of_another_kernel_is_not_a_dead_builder(tmp_path, monkeypatch):
-    """Two nodes of one host name: the process table of one says nothing about the other."""
+    """Two nodes of one host name: a process table covers one node."""
     monkeypatch.setattr(build_once_module, "STALE_SECONDS", 60.0)
     child = subprocess.Popen([sys.executable, "-c", ""])
     child.wait()

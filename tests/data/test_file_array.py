@@ -50,7 +50,7 @@ def test_a_file_that_is_cut_while_in_use_is_an_error(pairs):
 
 
 @pytest.mark.parametrize("size", [20, 10, 0])
-def test_training_data_that_is_cut_ends_in_one_line(tmp_path, size):
+def test_training_data_that_is_cut_is_a_user_error(tmp_path, size):
     prefix = write_documents(tmp_path / "set", numbered_documents([(3, 4)] * 40))
     dataset = build_datasets(training_flags("--data-prefix", prefix), train_samples=9, pad=0).train
     assert len(dataset[0].tokens) == 33
@@ -72,7 +72,7 @@ def test_another_file_of_the_same_name_is_not_read_on(pairs):
     np.testing.assert_array_equal(array[0], values[0])
 
 
-def test_a_replaced_dataset_is_read_anew_when_opened_again(tmp_path):
+def test_a_replaced_dataset_is_read_again_when_opened_again(tmp_path):
     for token in (1, 2):
         write_documents(tmp_path / "set", [([token], [token])])
         assert IndexedReader(tmp_path / "set_inputs_document")[0].tolist() == [token]

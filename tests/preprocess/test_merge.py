@@ -138,7 +138,7 @@ def test_damaged_provenance_is_refused(parts, tmp_path, change, reason):
     assert str(error.value).endswith(remedy) and "\n" not in str(error.value)
 
 
-def test_a_merge_with_damaged_provenance_ends_in_one_line(parts, tmp_path):
+def test_merge_reports_damaged_provenance(parts, tmp_path):
     copy_of(parts / "part-2", tmp_path / "damaged")
     (tmp_path / "damaged_made_from.json").write_text("{")
     command = (MERGE, parts / "part-1", tmp_path / "damaged", "--output-prefix", tmp_path / "merged")

@@ -192,7 +192,7 @@ def test_only_a_damaged_shard_is_made_again(site, damage, reason):
     assert token_bytes(site.directory / "out/set") == token_bytes(site.directory / "single")
 
 
-def test_the_merge_refuses_shards_of_another_command_in_one_line(site):
+def test_the_merge_refuses_shards_of_another_command(site):
     """Such as rows that were replaced between the shards and the merge."""
     before = token_bytes(site.directory / "out/set")
     settings = ("merge", str(SHARDS), "t.json", "out/set")

@@ -20,7 +20,7 @@ def main() -> None:
     except BaseException as error:  # many types, and that of a panic in Rust
         if isinstance(error, (KeyboardInterrupt, SystemExit)):
             raise
-        answer = {"error": (str(error).strip().splitlines() or [""])[0][:300] or type(error).__name__}
+        answer = {"error": f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:300]}"}
     json.dump(answer, output)
     output.flush()
 
@@ -42,9 +42,17 @@ def view(directory: str, texts: list[str], with_spec: bool) -> dict[str, Any]:
         "added_tokens": [
             {**token.__getstate__(), "id": i} for i, token in sorted(tokenizer.added_tokens_decoder.items())
         ],
-        "ids": [tokenizer.encode(text, add_special_tokens=False) for text in texts],
+        "ids": [encode(tokenizer, text) for text in texts],
         "spec": json.loads(tokenizer.backend_tokenizer.to_str()) if with_spec else None,
     }
+
+
+def encode(tokenizer: Any, text: str) -> list[int] | None:
+    """The ids of a text, None if it has a character that the tokenizer does not know."""
+    try:
+        return tokenizer.encode(text, add_special_tokens=False)
+    except Exception:  # the tokenizers library raises bare Exception
+        return None
 
 
 if __name__ == "__main__":

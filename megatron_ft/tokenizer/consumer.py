@@ -45,26 +45,29 @@ class Comparison:
     view: TransformersView | None
 
 
-def difference_to_transformers(directory: str | Path, tokenizer: Tokenizer | None = None) -> str | None:
+def difference_to_transformers(
+    directory: str | Path, tokenizer: Tokenizer | None = None, name: str | Path | None = None
+) -> str | None:
     """What transformers' AutoTokenizer.from_pretrained(directory) does otherwise than `tokenizer`:
     one sentence, None if nothing.
 
-    `tokenizer` is by default the directory's own, as `load_tokenizer` reads it. Takes two to three
-    seconds. Raises UserError if the numbers of tokens differ, or an id is beyond the number.
+    `tokenizer` is by default the directory's own, as `load_tokenizer` reads it; `name` is what to
+    call the directory. Takes two to three seconds. Raises UserError if the numbers of tokens
+    differ, or an id is beyond the number.
     """
-    return compare(directory, tokenizer or load_tokenizer(directory)).difference
+    return compare(directory, tokenizer or load_tokenizer(directory), name).difference
 
 
-def compare(directory: str | Path, tokenizer: Tokenizer) -> Comparison:
+def compare(directory: str | Path, tokenizer: Tokenizer, name: str | Path | None = None) -> Comparison:
     """`difference_to_transformers`, with transformers' view of the directory."""
     directory, _ = resolve_hub_cache(Path(directory))
     texts = texts_for(tokenizer)
     try:
         view = transformers_view(directory, texts)
     except CannotLoad as error:
-        return Comparison(str(error), None)
-    check_count(directory, tokenizer.vocab_size, view)
-    loads = f"transformers {view.version} loads {directory} as {view.class_name}"
+        return Comparison(str(error).replace(str(directory), str(name or directory)), None)
+    check_count(Path(name or directory), tokenizer.vocab_size, view)
+    loads = f"transformers {view.version} loads {name or directory} as {view.class_name}"
     ends = {tokenizer.eos} if tokenizer.eos is not None else {None, *tokenizer.stop_ids}
     if view.eos not in ends or view.pad != tokenizer.pad:
         found, expected = (
@@ -74,13 +77,13 @@ def compare(directory: str | Path, tokenizer: Tokenizer) -> Comparison:
         return Comparison(f"{loads} with end-of-sequence and padding ids {found}, expected {expected}", view)
     different = [
         (text, ours, theirs)
-        for text, ours, theirs in zip(texts, (tokenizer.encode(text) for text in texts), view.ids, strict=True)
+        for text, ours, theirs in zip(texts, (_encode(tokenizer, text) for text in texts), view.ids, strict=True)
         if ours != theirs
     ]
     if not different:
         return Comparison(None, view)
     text, ours, theirs = min(different, key=lambda found: len(found[0]))
-    return Comparison(f"{loads}, which gives {_shown(text)} the ids {theirs[:12]}, expected {ours[:12]}", view)
+    return Comparison(f"{loads}, which gives {_shown(text)} the ids {_start(theirs)}, expected {_start(ours)}", view)
 
 
 def texts_for(tokenizer: Tokenizer) -> list[str]:
@@ -99,6 +102,17 @@ def check_ids_fit(tokenizer: Tokenizer, rows: int, model: str | Path) -> None:
             f"({tokenizer.token_of(tokenizer.vocab_size - 1)}), but {model} has {rows} embedding rows; "
             "give the tokenizer the model was trained with"
         )
+
+
+def _encode(tokenizer: Tokenizer, text: str) -> list[int] | None:
+    try:
+        return tokenizer.encode(text)
+    except UserError:  # a character that it does not know
+        return None
+
+
+def _start(ids: list[int] | None) -> str:
+    return "none" if ids is None else str(ids[:12])
 
 
 def _or_none(token_id: int | None) -> str:

@@ -40,7 +40,7 @@ def write_tokenizer(directory: Path, source: Path, tokenizer: Tokenizer, positio
         _write(config_path, _new_config(tokenizer, positions))
     if isinstance(tokenizer, JsonTokenizer) and tokenizer.has_dropout:
         _write(directory / "tokenizer.json", tokenizer.spec, indent=None)
-    found = compare(directory, tokenizer)
+    found = compare(directory, tokenizer, source)
     if not found.difference:
         return []
     if not isinstance(tokenizer, JsonTokenizer):
@@ -49,7 +49,9 @@ def write_tokenizer(directory: Path, source: Path, tokenizer: Tokenizer, positio
     config = {key: value for key, value in read_json(config_path).items() if key not in REBUILDING}
     named = found.view.named if found.view else {}
     _write(config_path, {**named, **config, "tokenizer_class": AS_IT_IS})
-    if rest := difference_to_transformers(directory, tokenizer):
+    if found.view is None or not (directory / "tokenizer.json").is_file():
+        _write(directory / "tokenizer.json", tokenizer.spec, indent=None)
+    if rest := difference_to_transformers(directory, tokenizer, source):
         return [f"warning: {rest}"]
     return [f"tokenizer_config.json: tokenizer_class is now {AS_IT_IS}, because {found.difference}"]
 
@@ -66,5 +68,5 @@ def _new_config(tokenizer: Tokenizer, positions: int) -> dict[str, Any]:
 
 
 def _write(path: Path, content: dict[str, Any], indent: int | None = 2) -> None:
-    text = json.dumps(content, indent=indent, sort_keys=indent is not None, ensure_ascii=False)
+    text = json.dumps(content, indent=indent, sort_keys=indent is not None)
     path.write_text(text + "\n", encoding="utf-8")

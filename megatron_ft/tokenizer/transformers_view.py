@@ -16,7 +16,7 @@ from typing import Any
 from megatron_ft.errors import UserError
 
 PROGRAM = Path(__file__).with_name("as_transformers.py")
-TIMEOUT = 600  # seconds; two suffice for 50,000 tokens
+TIMEOUT = 300  # seconds; two suffice for 50,000 tokens
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,8 @@ class TransformersView:
 
     count: len() of it. last_id: the largest id. named: special tokens by the name of their
     attribute, such as eos_token. added_tokens: as in a tokenizer.json, by id. ids: those of each
-    text that was asked about. spec: its tokenizer.json, if that was asked for.
+    text that was asked about, None for one that it cannot encode. spec: its tokenizer.json, if that
+    was asked for.
     """
 
     version: str
@@ -36,7 +37,7 @@ class TransformersView:
     eos: int | None
     named: dict[str, str]
     added_tokens: list[dict[str, Any]]
-    ids: list[list[int]]
+    ids: list[list[int] | None]
     spec: dict[str, Any] | None
 
 

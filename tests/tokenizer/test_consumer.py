@@ -90,6 +90,10 @@ SOURCES = {
     "a prefix of a space": {"tokenizer_config": GPT2 | {"add_prefix_space": True}},
     "new tokens": {"tokenizer_config": GPT2 | {"pad_token": "[PAD]", "additional_special_tokens": ["<|user|>"]}},
     "dropout": {"spec": DROPOUT, "tokenizer_config": PLAIN},
+    "no list of added tokens": {
+        "spec": {key: SPEC[key] for key in ("model", "pre_tokenizer", "decoder")},
+        "tokenizer_config": PLAIN,
+    },
     "code of its own": {
         "tokenizer_config": {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": [None, "own.Own"]}}
     },

@@ -14,6 +14,8 @@ import argparse
 
 from megatron_ft.config.parser import Help, Parser
 from megatron_ft.errors import UserError, run_program
+from megatron_ft.files.hub_cache import download_hint, resolve_hub_cache
+from megatron_ft.tokenizer.spec import first_line
 
 
 def main() -> None:
@@ -36,7 +38,9 @@ def main() -> None:
         raise UserError(f"--temperature {args.temperature:g}: must be 0 (greedy) or above, like 0.2")
     if not 0 < args.top_p <= 1:
         raise UserError(f"--top-p {args.top_p:g}: must be above 0 and at most 1")
-    directory = Path(args.model)
+    directory, notice = resolve_hub_cache(Path(args.model))
+    if notice:
+        print(notice, file=sys.stderr)
     check_directory(directory)
     prompt = "def print_hello_world():" if args.prompt is None else args.prompt
     if args.prompt_file:
@@ -47,7 +51,9 @@ def main() -> None:
 def check_directory(directory: Path) -> None:
     """Raise UserError, saying what to do, when transformers could not load the directory."""
     if not directory.is_dir():
-        raise UserError(f"{directory}: no such directory; give what convert/megatron_to_hf.py wrote")
+        raise UserError(
+            f"{directory}: no such directory; give what convert/megatron_to_hf.py wrote{download_hint(directory)}"
+        )
     if not any((directory / name).is_file() for name in ("config.json", "adapter_config.json")):
         raise UserError(
             f"{directory}: not a Hugging Face model; convert it with convert/megatron_to_hf.py --load {directory} first"
@@ -76,9 +82,9 @@ def complete(directory: Path, prompt: str, args: argparse.Namespace) -> None:
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
         model = AutoModelForCausalLM.from_pretrained(directory, dtype="auto", local_files_only=True).eval()
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
         raise UserError(
-            f"{directory}: transformers cannot load it ({str(error).splitlines()[0]}); convert it again"
+            f"{directory}: transformers cannot load it ({first_line(error)}); check it with convert/verify.py"
         ) from None
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model.to(device)

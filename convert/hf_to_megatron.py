@@ -17,7 +17,9 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # not this folder: its f
 from megatron_ft.config.parser import Help, Parser
 from megatron_ft.errors import UserError, run_program
 from megatron_ft.model.shape import padded_vocab_size
+from megatron_ft.printable import printable
 from megatron_ft.progress import Progress
+from megatron_ft.weights.its_tokenizer import unfit_tokenizer
 from megatron_ft.weights.legacy_writer import legacy_bytes, write_legacy
 from megatron_ft.weights.open import open_weights
 from megatron_ft.weights.output_directory import check_layout, new_directory
@@ -54,6 +56,13 @@ def main() -> None:
         raise UserError(f"{args.load}: a {source.kind} checkpoint; change its layout with convert/reshard.py")
     if source.notice:
         print(source.notice)
+    for warning in unfit_tokenizer(source):
+        print(printable(f"warning: {warning}"))
+    if source.shape.exact_gelu and args.format == "legacy":
+        print(
+            f"{args.load}: activation_function is {source.shape.activation!r}; the mtf branch computes the tanh GELU, "
+            "with which StarCoder was trained, unless it is started with --no-bias-gelu-fusion"
+        )
     check_layout(source.shape, **layout, divisible_by=args.make_vocab_size_divisible_by)
     dtype = dtype_to_write(source, args.dtype)
     rows = padded_vocab_size(source.shape.vocab_size, args.make_vocab_size_divisible_by, args.tensor_parallel)

@@ -28,8 +28,10 @@ import torch
 from megatron_ft.config.config import ENTRIES
 from megatron_ft.config.parser import Help, Parser
 from megatron_ft.errors import UserError, run_program
+from megatron_ft.model.shape import ModelShape
+from megatron_ft.printable import printable
 from megatron_ft.progress import Progress
-from megatron_ft.tokenizer import files as tokenizer_files
+from megatron_ft.tokenizer.consumer import check_ids_fit
 from megatron_ft.tokenizer.export import write_tokenizer
 from megatron_ft.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from megatron_ft.weights.adapters import (
@@ -46,6 +48,7 @@ from megatron_ft.weights.hf_files import (
     write_model_card,
 )
 from megatron_ft.weights.hf_writer import write_safetensors, write_tensors
+from megatron_ft.weights.its_tokenizer import given_path, stored_fingerprint, tokenizer_path
 from megatron_ft.weights.open import open_weights
 from megatron_ft.weights.output_directory import new_directory
 from megatron_ft.weights.source import WeightSource
@@ -117,14 +120,15 @@ def find_tokenizer(source: WeightSource | AdapterSource, args: argparse.Namespac
     """
     path = args.tokenizer_file or args.tokenizer_from
     if not path:
-        given = (source.args or {}).get("tokenizer_file")
-        digest = source.manifest.data.get("tokenizer") if source.manifest else None
-        path = tokenizer_files.find(source.path, given, digest)
+        given, digest = given_path(source), stored_fingerprint(source)
+        path = tokenizer_path(source)
         if given and not path:
             what = f"the run's tokenizer, {digest}," if digest else "the run's tokenizer"
             print(
-                f"{what} is neither next to the checkpoint nor at {given}; "
-                "no tokenizer files will be written (--tokenizer-file adds them)"
+                printable(
+                    f"{what} is neither next to the checkpoint nor at {given}; "
+                    "no tokenizer files will be written (--tokenizer-file adds them)"
+                )
             )
     return FoundTokenizer(Path(path), load_tokenizer(path)) if path else None
 
@@ -161,10 +165,13 @@ def write_model(source: WeightSource, found: FoundTokenizer | None, rows: int, a
     sources = [args.load, found and found.path, source.base.path if isinstance(source, MergedSource) else None]
     with new_directory(output, needed=nbytes, sources=sources, overwrite=args.overwrite) as directory:
         kept = source.manifest.special_ids if source.manifest else {}
-        write_configs(directory, shape, dtype, found.tokenizer.config_ids if found else kept)
+        write_configs(
+            directory, shape, dtype, found.tokenizer.config_ids if found else kept,
+            found.tokenizer.generation_ids if found else kept,
+        )  # fmt: skip
         if found:
             for line in write_tokenizer(directory, found.path, found.tokenizer, shape.max_position_embeddings):
-                print(line)
+                print(printable(line))
         with Progress("converting", nbytes, "B") as progress:
             files = write_safetensors(
                 source, directory, dtype=dtype, vocab_rows=rows, max_shard_bytes=parse_size(args.max_shard_size), advance=progress.update
@@ -187,6 +194,9 @@ def write_adapter(adapters: AdapterSource, args: argparse.Namespace) -> None:
         print(adapters.notice)
     base = base_model(adapters, args.base)
     found = find_tokenizer(adapters, args)
+    if found:
+        rows = ModelShape.from_dict(adapters.manifest.shape, str(adapters.path)).vocab_size
+        check_ids_fit(found.tokenizer, rows, adapters.path)
     tensors = adapters.peft_tensors(DTYPES.get(args.dtype))
     nbytes = sum(tensor.nbytes for tensor in tensors.values())
     sources = [args.load, adapters.base_path]
@@ -196,16 +206,17 @@ def write_adapter(adapters: AdapterSource, args: argparse.Namespace) -> None:
         config = adapters.config.to_peft(base)
         (directory / PEFT_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         if found:
-            positions = adapters.manifest.shape["max_position_embeddings"]
+            positions = adapters.manifest.shape["max_position_embeddings"]  # checked above
             for line in write_tokenizer(directory, found.path, found.tokenizer, positions):
-                print(line)
+                print(printable(line))
     print(f"{args.output}: PEFT adapter of rank {adapters.config.rank}, {len(tensors)} tensors, {nbytes / 1e6:.2f} MB")
     if base:
-        print(f"to be loaded on {base}")
+        print(printable(f"to be loaded on {base}"))
     else:
+        base_path = printable(adapters.base_path)
         print(
-            f"the base {adapters.base_path} is not a Hugging Face model, so {PEFT_CONFIG} names none: convert it "
-            f"(--load {adapters.base_path} --output BASE_HF), then run this again with --base BASE_HF"
+            f"the base {base_path} is not a Hugging Face model, so {PEFT_CONFIG} names none: convert it "
+            f"(--load {base_path} --output BASE_HF), then run this again with --base BASE_HF"
         )
     print("--merge-lora writes a complete model instead")
 

@@ -22,13 +22,14 @@ from megatron_ft.model.shape import padded_vocab_size
 from megatron_ft.progress import Progress
 from megatron_ft.tokenizer import files as tokenizer_files
 from megatron_ft.weights.directory import TRACKER, iteration_directory
+from megatron_ft.weights.its_tokenizer import tokenizer_path
 from megatron_ft.weights.legacy_writer import legacy_bytes, write_legacy
 from megatron_ft.weights.manifest import NAME, read_manifest
 from megatron_ft.weights.open import open_weights
 from megatron_ft.weights.output_directory import check_layout, new_directory
 from megatron_ft.weights.source import WeightSource
 from megatron_ft.weights.tensor_blocks import dtype_to_write
-from megatron_ft.weights.torch_dist_reader import TorchDistSource
+from megatron_ft.weights.torch_dist_reader import COMMON, TorchDistSource
 from megatron_ft.weights.torch_dist_reshard import resharded_bytes, write_resharded
 from megatron_ft.weights.vocabulary import check_vocabulary
 
@@ -105,11 +106,10 @@ def reshard_torch_dist(source: TorchDistSource, rows: int, args: argparse.Namesp
             manifest.layout = {"tensor": tensor_parallel, "pipeline": pipeline_parallel, "context": 1, "data": 1}
             manifest.files = {path.name: describe_file(path) for path in sorted(place.iterdir())}
             manifest.write(place)
-            given = manifest.args.get("tokenizer_file")
-            if kept := tokenizer_files.find(source.path, given, manifest.data.get("tokenizer")):
+            if kept := tokenizer_path(source):
                 tokenizer_files.keep(kept, directory)
-        else:
-            shutil.copyfile(source.path / "common.pt", place / "common.pt")
+        elif (source.path / COMMON).is_file():  # since Megatron-Core 0.19 an object of the .distcp files instead
+            shutil.copyfile(source.path / COMMON, place / COMMON)
         (directory / TRACKER).write_text(tracked)
     return total
 

@@ -2,11 +2,18 @@
 
     python convert/verify.py runs/first runs/first-hf --logits
 
-Exits with status 0 only when they are equal. Each may be a torch_dist or legacy Megatron directory
-or a Hugging Face one. Rows of vocabulary padding that only one side has are left out and counted; a
-missing row of a token makes the two different. Tensors in different precisions are compared after
-rounding to the narrower one, and counted. --logits also runs both in fp32 on the CPU: Megatron
-formats in the Megatron model, Hugging Face ones in transformers.
+Each may be a torch_dist or legacy Megatron directory or a Hugging Face one. The exit status is
+
+    0  equal: every bit of every tensor, or every value where the precisions differ
+    1  different
+    2  usage error, or a checkpoint that cannot be read
+    3  equal after rounding: one side has values that the other's precision cannot hold, and only
+       their rounded values are equal; 0 with --allow-rounding
+
+Rows of vocabulary padding that only one side has are left out and counted; a missing row of a token
+makes the two different, and so does a tokenizer of one side that has other ids than the run's or
+ids beyond the rows. --logits also runs both in fp32 on the CPU: Megatron formats in the Megatron
+model, Hugging Face ones in transformers.
 """
 
 import os
@@ -34,13 +41,17 @@ from megatron_ft.errors import UserError, run_program
 from megatron_ft.files.atomic import replace_file
 from megatron_ft.model.shape import ModelShape
 from megatron_ft.model.tensor_names import WTE, core_to_hf, hf_shape, layer_of, weight_of
+from megatron_ft.printable import printable
 from megatron_ft.progress import Progress
+from megatron_ft.tokenizer.spec import first_line
+from megatron_ft.tokenizer.tokenizer import load_tokenizer
 from megatron_ft.weights.adapters import MergedSource, open_adapters
+from megatron_ft.weights.its_tokenizer import compare_tokenizers, tokenizer_path
 from megatron_ft.weights.open import open_weights
 from megatron_ft.weights.source import WeightSource
 from megatron_ft.weights.tensor_blocks import dtype_name
 
-DIFFERENT = 1  # exit status
+DIFFERENT, ONLY_AFTER_ROUNDING = 1, 3  # exit statuses
 BLOCK = 32 << 20  # bytes compared at once
 MOST_PADDING = 128 * 16  # rows; padding is below 128 x tensor-parallel ranks
 LOGITS_TOLERANCE = 1e-4  # fp32, other order of summation
@@ -56,9 +67,13 @@ class Comparison:
 
     kind: str
     count: int = 0
-    different: int = 0
-    worst: float = 0.0  # largest absolute difference
+    different: int = 0  # tensors of which a bit differs
+    worst: float = 0.0  # largest absolute difference; 0 where only signs of zeros or NaNs differ
     where: str = ""  # the tensor that has it
+
+    def is_equal(self, tolerance: float) -> bool:
+        """Whether all are equal: exactly, or to a tolerance above 0."""
+        return not self.different or 0 < tolerance >= self.worst
 
 
 def main() -> int:
@@ -73,6 +88,7 @@ def main() -> int:
     add(
         "--tolerance", type=float, default=0.0, help="largest absolute difference of tensors that still counts as equal"
     )
+    add("--allow-rounding", action="store_true", help="exit with status 0 also where only the rounded values are equal")
     add("--logits", action="store_true", help="run both models in fp32 and compare their logits")
     add("--prompt", default="def print_hello_world():", help="text they run on, if a tokenizer is found")
     add("--tokenizer-file", metavar="FILE", help="tokenizer of the prompt (default: that of a Hugging Face side)")
@@ -88,39 +104,65 @@ def main() -> int:
         print(f"{letter}  {path}: {source.kind}, {dtype_name(source.dtype)}, {source.shape.vocab_size} embedding rows")
         if source.notice:
             print(f"   {source.notice}")
-    report: dict[str, Any] = {"a": str(args.a), "b": str(args.b), "equal": False}
+    report: dict[str, Any] = {"a": str(args.a), "b": str(args.b), "equal": False, "equal_after_rounding": False}
     known = max((source.vocab_size for source in (a, b) if source.vocab_size is not None), default=None)
     differences = architecture_differences(a.shape, b.shape) + vocabulary_differences(a.shape, b.shape, known)
+    rounded: dict[str, torch.dtype] = {}
     if differences:
         print("\n".join(differences))
         report["architecture"] = differences
     else:
-        rounded = rounded_dtypes(a, b)
-        rows = compare_tensors(a, b, rounded)
+        rows, rounded = compare_tensors(a, b)
         print_table(rows, args.tolerance)
-        if rounded:
-            to = " or ".join(sorted({dtype_name(dtype) for dtype in rounded.values()}))
-            print(f"{len(rounded)} of {len(a.names())} tensors were compared after rounding to {to}")
-        extra = abs(a.shape.vocab_size - b.shape.vocab_size)
-        if extra and known:
-            print(f"{extra} rows of vocabulary padding are on one side only and were left out")
-        elif extra:
-            print(
-                f"{extra} embedding rows are on one side only and were left out; "
-                "neither checkpoint records which rows are padding"
-            )
+        print_precisions(a, b, rounded)
+        print_extra_rows(a, b, known)
         worst = max(rows, key=lambda row: row.worst)
-        report |= {"equal": all(row.worst <= args.tolerance for row in rows), "largest_difference": worst.worst}
-        report |= {"largest_difference_at": worst.where, "tensors": sum(row.count for row in rows)}
-        report["tensors_rounded"] = len(rounded)
+        same = all(row.is_equal(args.tolerance) for row in rows)
+        report |= {"largest_difference": worst.worst, "largest_difference_at": worst.where}
+        report |= {"tensors": sum(row.count for row in rows), "tensors_rounded": len(rounded)}
         if args.logits:
             difference = compare_logits(args, a, b, rounded)
             report["largest_logit_difference"] = difference
-            report["equal"] &= difference <= LOGITS_TOLERANCE
+            same &= difference <= LOGITS_TOLERANCE
+        tokenizers, notices = compare_tokenizers(a, b)
+        for line in [*(f"warning: {notice}" for notice in notices), *(f"tokenizer: {line}" for line in tokenizers)]:
+            print(printable(line))
+        if tokenizers:
+            report["tokenizers"] = tokenizers
+        same &= not tokenizers
+        report |= {"equal": same and not rounded, "equal_after_rounding": same}
     if args.report:
         replace_file(Path(args.report).resolve(), (json.dumps(report, indent=2) + "\n").encode())
-    print("equal" if report["equal"] else "DIFFERENT")
-    return 0 if report["equal"] else DIFFERENT
+    if report["equal"]:
+        print("equal")
+        return 0
+    if not report["equal_after_rounding"]:
+        print("DIFFERENT")
+        return DIFFERENT
+    print(f"equal after rounding of {len(rounded)} tensors: one checkpoint has values that the other cannot hold")
+    return 0 if args.allow_rounding else ONLY_AFTER_ROUNDING
+
+
+def print_precisions(a: WeightSource, b: WeightSource, rounded: dict[str, torch.dtype]) -> None:
+    """Print in how many tensors the precisions differ, and in how many of them the values do."""
+    names = a.names()
+    if others := sum(a.dtype_of(name) != b.dtype_of(name) for name in names) - len(rounded):
+        print(f"{others} of {len(names)} tensors are in different precisions and have the same values")
+    if rounded:
+        to = " or ".join(sorted({dtype_name(dtype) for dtype in rounded.values()}))
+        print(f"{len(rounded)} of {len(names)} tensors were compared after rounding to {to}")
+
+
+def print_extra_rows(a: WeightSource, b: WeightSource, known: int | None) -> None:
+    """Print how many embedding rows only one side has."""
+    extra = abs(a.shape.vocab_size - b.shape.vocab_size)
+    if extra and known:
+        print(f"{extra} rows of vocabulary padding are on one side only and were left out")
+    elif extra:
+        print(
+            f"{extra} embedding rows are on one side only and were left out; "
+            "neither checkpoint records which rows are padding"
+        )
 
 
 def check_report(path: Path) -> None:
@@ -159,17 +201,14 @@ def vocabulary_differences(a: ModelShape, b: ModelShape, known: int | None) -> l
     ]
 
 
-def rounded_dtypes(a: WeightSource, b: WeightSource) -> dict[str, torch.dtype]:
-    """For tensors in different dtypes on the two sides, the coarser one, by tensor name."""
-    pairs = {name: (a.dtype_of(name), b.dtype_of(name)) for name in a.names()}
-    return {
-        name: max(pair, key=lambda dtype: torch.finfo(dtype).eps) for name, pair in pairs.items() if len(set(pair)) > 1
-    }
+def compare_tensors(a: WeightSource, b: WeightSource) -> tuple[list[Comparison], dict[str, torch.dtype]]:
+    """One Comparison per kind of tensor, in the model's order, and the tensors that were rounded.
 
-
-def compare_tensors(a: WeightSource, b: WeightSource, rounded: dict[str, torch.dtype]) -> list[Comparison]:
-    """One Comparison per kind of tensor, in the model's order; those in `rounded` in that dtype."""
+    Those are in different dtypes and have different values; the coarser of the dtypes, in which
+    both sides were compared, by tensor name.
+    """
     found: dict[str, Comparison] = {}
+    rounded: dict[str, torch.dtype] = {}
     sizes = {name: hf_shape(a.shape, name) for name in a.names()}
     sizes[WTE] = (min(a.shape.vocab_size, b.shape.vocab_size), a.shape.hidden_size)
     total = sum(torch.Size(size).numel() * a.dtype.itemsize for size in sizes.values())
@@ -178,24 +217,33 @@ def compare_tensors(a: WeightSource, b: WeightSource, rounded: dict[str, torch.d
             kind = name if layer_of(name) is None else f"transformer.h.*.{weight_of(name).hf}"
             row = found.setdefault(kind, Comparison(kind))
             row.count += 1
-            worst = 0.0
+            worst, same = 0.0, True
             step = max(1, BLOCK // (torch.Size(size[1:]).numel() * a.dtype.itemsize))
             for first in range(0, size[0], step):
                 x, y = (source.read_slice(name, 0, first, min(size[0], first + step)) for source in (a, b))
                 progress.update(x.numel() * a.dtype.itemsize)
-                if name in rounded:
+                if x.dtype != y.dtype:
+                    wide = torch.promote_types(x.dtype, y.dtype)
+                    if has_same_bits(x.to(wide), y.to(wide)):
+                        continue
+                    rounded[name] = max(x.dtype, y.dtype, key=lambda dtype: torch.finfo(dtype).eps)
                     x, y = x.to(rounded[name]), y.to(rounded[name])
-                worst = max(worst, largest_difference(x, y))
-            row.different += worst > 0
-            if worst > row.worst:
+                if not has_same_bits(x, y):
+                    same, worst = False, max(worst, largest_difference(x, y))
+            row.different += not same
+            if not same and (worst > row.worst or not row.where):
                 row.worst, row.where = worst, name
-    return list(found.values())
+    return list(found.values()), rounded
+
+
+def has_same_bits(x: torch.Tensor, y: torch.Tensor) -> bool:
+    """Whether two tensors of one dtype are equal bit for bit: 0.0 is not -0.0, a NaN is itself."""
+    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[x.itemsize]
+    return torch.equal(x.contiguous().view(integer), y.contiguous().view(integer))
 
 
 def largest_difference(x: torch.Tensor, y: torch.Tensor) -> float:
     """Largest absolute difference; infinite where only one side has NaN or Inf."""
-    if torch.equal(x, y):
-        return 0.0
     difference = (x.float() - y.float()).abs()
     difference[(x == y) | (x.isnan() & y.isnan())] = 0
     return difference.nan_to_num(nan=float("inf"), posinf=float("inf")).max().item()
@@ -206,8 +254,9 @@ def print_table(rows: list[Comparison], tolerance: float) -> None:
     width = max(len(row.kind) for row in rows)
     for row in rows:
         result = "equal"
-        if row.worst > 0:
-            result = f"{row.worst:.3g} at {row.where}" + (" (tolerated)" if row.worst <= tolerance else "")
+        if row.different:
+            found = f"{row.worst:.3g}" if row.worst else "signs of zeros, or NaNs,"
+            result = f"{found} at {row.where}" + (" (tolerated)" if row.is_equal(tolerance) else "")
         print(f"  {row.kind:<{width}}  {row.count - row.different:>3} of {row.count:<3} equal   {result}")
 
 
@@ -239,13 +288,10 @@ def prompt_tokens(args: argparse.Namespace, a: WeightSource, b: WeightSource) ->
     They are the prompt if there is a tokenizer, padded with random ids of the vocabulary. Raises
     UserError when the tokenizer has ids beyond the vocabulary.
     """
-    from megatron_ft.tokenizer.tokenizer import load_tokenizer
-
     rows = min(a.shape.vocab_size, b.shape.vocab_size)
     length = min(128, a.shape.max_position_embeddings)
-    places = [args.tokenizer_file, *(source.path for source in (a, b) if (source.path / "tokenizer.json").is_file())]
     ids: list[int] = []
-    if path := next(filter(None, places), None):
+    if path := next(filter(None, (args.tokenizer_file, tokenizer_path(a), tokenizer_path(b))), None):
         tokenizer = load_tokenizer(path)
         ids = tokenizer.encode(args.prompt)[:length]
         if any(token >= rows for token in ids):
@@ -278,9 +324,12 @@ def hugging_face_logits(source: WeightSource, tokens: torch.Tensor, rounded: dic
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    loaded: Any = GPTBigCodeForCausalLM.from_pretrained(
-        source.path, dtype=torch.float32, output_loading_info=True, local_files_only=True
-    )
+    try:
+        loaded: Any = GPTBigCodeForCausalLM.from_pretrained(
+            source.path, dtype=torch.float32, output_loading_info=True, local_files_only=True
+        )
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
+        raise UserError(f"{source.path}: transformers cannot load it ({first_line(error)})") from None
     model, info = loaded
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[problem]:

@@ -20,6 +20,7 @@ from megatron_ft.model.lora import (
 )
 from megatron_ft.model.peft_fields import check_plain
 from megatron_ft.model.tensor_names import hf_shape
+from megatron_ft.printable import printable
 from megatron_ft.weights.directory import check_link
 from megatron_ft.weights.fingerprint import is_base
 from megatron_ft.weights.hf_reader import read_tensors
@@ -113,7 +114,14 @@ def open_adapters(path: Path | str, iteration: int | str = "latest") -> AdapterS
         raise UserError(f"{directory}: a LoRA run's checkpoint without adapters in it; use another iteration")
     config = AdapterConfig.from_manifest(manifest.args, f"{directory / NAME}: args")
     return AdapterSource(
-        directory, tensors, config, base["path"], base.get("iteration") or "latest", number, manifest, notice
+        directory,
+        tensors,
+        config,
+        base["path"],
+        base.get("iteration") or "latest",
+        number,
+        manifest,
+        printable(notice or "") or None,
     )
 
 

@@ -10,19 +10,30 @@ import torch
 
 from megatron_ft.errors import UserError
 from megatron_ft.model.shape import ModelShape
+from megatron_ft.printable import printable
 
 
 def write_configs(
-    directory: Path, shape: ModelShape, dtype: torch.dtype, special_ids: Mapping[str, int | None]
+    directory: Path,
+    shape: ModelShape,
+    dtype: torch.dtype,
+    special_ids: Mapping[str, int | None],
+    generation_ids: Mapping[str, int | list[int] | None],
 ) -> None:
-    """Write config.json and generation_config.json.
+    """Write config.json and generation_config.json, with bos_token_id, eos_token_id, pad_token_id.
 
-    `special_ids` has bos_token_id, eos_token_id and pad_token_id; those that are None are left out.
+    Those that are None are left out. Generation may end at several tokens.
     """
-    ids = {name: value for name, value in special_ids.items() if value is not None}
-    config = {**shape.to_hf_config(), **ids, "dtype": str(dtype).removeprefix("torch.")}
+    config = {**shape.to_hf_config(), **_known(special_ids), "dtype": str(dtype).removeprefix("torch.")}
     _write_json(directory / "config.json", config)
-    _write_json(directory / "generation_config.json", {"_from_model_config": True, **ids})
+    # transformers may replace ids that are marked as derived from config.json's.
+    same = _known(generation_ids) == _known(special_ids)
+    derived = {"_from_model_config": True} if same else {}
+    _write_json(directory / "generation_config.json", {**derived, **_known(generation_ids)})
+
+
+def _known(ids: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in ids.items() if value is not None}
 
 
 def write_model_card(
@@ -104,7 +115,7 @@ def parse_size(text: str) -> int:
 
 
 def _cell(value: object) -> str:
-    return str(value).replace("|", "\\|").replace("\n", " ")
+    return printable(str(value).replace("\n", " "), limit=500).replace("|", "\\|")
 
 
 def _write_json(path: Path, content: dict) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from megatron_ft.errors import UserError
 from megatron_ft.files.hub_cache import download_hint, resolve_hub_cache
+from megatron_ft.printable import printable
 from megatron_ft.weights.directory import (
     BEST,
     TRACKER,
@@ -42,7 +43,7 @@ def open_weights(path: Path | str, iteration: int | str = "latest") -> WeightSou
         )
     if (path / "config.json").is_file():
         hugging_face = HFSource(path)
-        hugging_face.notice = "; ".join(filter(None, (snapshot, hugging_face.notice))) or None
+        hugging_face.notice = _joined(snapshot, hugging_face.notice)
         return hugging_face
     if (path / "adapter_config.json").is_file():
         raise UserError(
@@ -59,8 +60,12 @@ def open_weights(path: Path | str, iteration: int | str = "latest") -> WeightSou
             f"{directory}: not a checkpoint; "
             "expected config.json (Hugging Face), mp_rank_* (legacy Megatron) or .metadata (torch_dist)"
         )
-    source.notice = "; ".join(filter(None, (snapshot, notice))) or None
+    source.notice = _joined(snapshot, notice)
     return source
+
+
+def _joined(*notices: str | None) -> str | None:
+    return printable("; ".join(filter(None, notices))) or None
 
 
 def find_iteration(path: Path, iteration: int | str = "latest") -> tuple[Path, int | str | None, str | None]:

@@ -123,19 +123,59 @@ def test_tensors_of_several_precisions_keep_every_value(model, tmp_path):
     )
     report = tmp_path / "report.json"
     printed = convert("verify", mixed, tmp_path / "back", "--report", report)
-    assert "51 of 52 tensors were compared after rounding to bfloat16" in printed
-    assert json.loads(report.read_text())["tensors_rounded"] == 51
+    assert "51 of 52 tensors are in different precisions and have the same values" in printed
+    found = json.loads(report.read_text())
+    assert found["tensors_rounded"] == 0 and found["equal"]
 
 
 def test_logits_after_rounding_are_those_of_the_rounded_weights(model, tmp_path):
     half = tmp_path / "half"
     convert("megatron_to_hf", "--load", model / "torch_dist", "--output", half, "--dtype", "bf16", "--tokenizer-from", model / "hf")  # fmt: skip
     for pair in ((model / "torch_dist", half), (half, model / "hf")):
-        printed = convert("verify", *pair, "--logits")
-        assert "52 of 52 tensors were compared after rounding to bfloat16" in printed
-        assert "both with the rounded weights" in printed and printed.rstrip().endswith("equal")
+        printed = convert("verify", *pair, "--logits", status=3)
+        # All but the norms, which are 1, and the biases, which are 0.
+        assert "18 of 52 tensors were compared after rounding to bfloat16" in printed
+        assert "both with the rounded weights" in printed and "equal after rounding of" in printed.splitlines()[-1]
     printed = convert("verify", model / "torch_dist", model / "hf", "--logits")
     assert "rounded" not in printed and "rounding" not in printed
+
+
+def test_rounding_is_a_status_of_its_own(model, tmp_path):
+    half, report = tmp_path / "half", tmp_path / "report.json"
+    convert("megatron_to_hf", "--load", model / "torch_dist", "--output", half, "--dtype", "bf16", "--tokenizer-from", model / "hf")  # fmt: skip
+    convert("verify", model / "hf", half, "--report", report, status=3)
+    found = json.loads(report.read_text())
+    assert (found["equal"], found["equal_after_rounding"]) == (False, True)
+    convert("verify", model / "hf", half, "--allow-rounding")
+    wide = tmp_path / "wide"
+    convert("hf_to_megatron", "--load", half, "--save", wide, "--format", "legacy", "--dtype", "fp32")
+    assert convert("verify", half, wide).rstrip().endswith("equal")  # all values survive
+    other = changed(half, tmp_path / "other", lambda tensors: tensors["transformer.ln_f.bias"].__setitem__(3, 0.5))
+    convert("verify", model / "hf", other, "--allow-rounding", status=1)
+
+
+@pytest.mark.parametrize("change", ["the sign of a zero", "the payload of a NaN"])
+def test_a_changed_bit_is_a_difference_even_if_the_numbers_are_equal(model, tmp_path, change):
+    name, nan = "transformer.h.2.ln_2.bias", change == "the payload of a NaN"
+
+    def edit(value):
+        return lambda tensors: tensors[name].view(torch.int32).__setitem__(5, value)
+
+    one, two = (0x7FC00000, 0x7FC00001) if nan else (0, -(2**31))
+    a, b = (changed(model / "hf", tmp_path / str(value), edit(value)) for value in (one, two))
+    printed = convert("verify", a, b, status=1)
+    assert f"signs of zeros, or NaNs, at {name}" in printed and printed.rstrip().endswith("DIFFERENT")
+    convert("verify", a, b, "--tolerance", "1e-30")
+    convert("verify", a, a)
+
+
+def test_a_tokenizer_with_ids_beyond_the_rows_makes_a_model_different(model, tmp_path):
+    cut = with_rows(model / "hf", tmp_path / "cut", 200)
+    printed = convert("verify", cut, cut, status=1)
+    assert "tokenizer: " in printed and "the largest id is 299" in printed and "has 200 embedding rows" in printed
+    assert "the largest id is 299" in convert(
+        "hf_to_megatron", "--load", cut, "--save", tmp_path / "m", "--format", "legacy"
+    )
 
 
 def test_usage_errors_are_reported_before_any_work(model, tmp_path):
@@ -147,5 +187,5 @@ def test_usage_errors_are_reported_before_any_work(model, tmp_path):
         assert f"{flag} {value}: must be" in refusal("complete", model / "hf", flag, value)
     adapter = tmp_path / "adapter"
     adapter.mkdir()
-    (adapter / "adapter_config.json").write_text("{}")
+    (adapter / "adapter_config.json").write_text('{"peft_type": "LORA"}')
     assert "has no base_model_name_or_path" in refusal("verify", adapter, model / "hf")

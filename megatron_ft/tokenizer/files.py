@@ -120,11 +120,12 @@ def find(checkpoint: Path, given: str | None, expected: str | None) -> Path | No
     `expected` is the `fingerprint` stored in the manifest: a tokenizer with another one is not the
     run's. `given` and `expected` are None if unknown.
     """
-    save = checkpoint.resolve().parent
+    # An iteration may be a link: then its save directory is where the link is, or where it leads.
+    saves = dict.fromkeys((checkpoint.absolute().parent, checkpoint.resolve().parent))
     candidates = [
         checkpoint,
-        *([save / Path(given).name] if given else []),
-        save / "tokenizer",
+        *(save / Path(given).name for save in saves if given),
+        *(save / "tokenizer" for save in saves),
         *([Path(given)] if given else []),
     ]
     matching = (path for path in candidates if files_of(path) and expected in (None, fingerprint(path)))

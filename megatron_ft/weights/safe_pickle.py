@@ -70,6 +70,11 @@ def _enum_member(enum: Any, name: Any) -> Any:
     raise pickle.UnpicklingError(f"GLOBAL getattr({where}, {name!r:.60}) is not allowed")
 
 
+def _joined_path(*parts: str) -> str:
+    """Stand-in for the path that a checkpoint was saved under, pickled by its parts."""
+    return "/".join(map(str, parts))
+
+
 _GETATTR = ("builtins.getattr", "__builtin__.getattr")  # the latter before protocol 3
 _ENUM_MODULES = ("megatron.model.enums", "megatron.core.enums", "megatron.core.transformer.enums")
 _ENUM_NAMES = ("ModelType", "LayerType", "AttnType", "AttnMaskType", "AttnBackend", "PositionEmbeddingType")
@@ -179,8 +184,8 @@ _DCP_ALLOWED: dict[str, Any] = {
     "torch.Size": torch.Size,
     "torch.serialization._get_layout": torch.serialization._get_layout,
     "collections.OrderedDict": OrderedDict,
-    "pathlib.PosixPath": str,
-    "pathlib._local.PosixPath": str,
+    "pathlib.PosixPath": _joined_path,
+    "pathlib._local.PosixPath": _joined_path,
     **{
         f"torch.{name}": value
         for name, value in vars(torch).items()

@@ -75,6 +75,8 @@ class TorchDistSource(WeightSource):
             with damage_as_user_error():
                 content = self.files.bytes_of(COMMON_STATE)
             found = load_pt_bytes(content, f"{where}: {COMMON_STATE}")
+            if isinstance(found, list) and len(found) == 1:  # how Megatron-Core saves a ShardedObject
+                found = found[0]
         if not isinstance(found, dict) or "args" not in found:
             raise UserError(
                 f"{self.path}: neither {NAME} nor a run's arguments in {COMMON} or {COMMON_STATE}, "

@@ -25,4 +25,4 @@ fi
 [ -d "$SAVE" ] || [ -n "${MEGATRON_FT_DATA_COMES:-}" ] || fail "SAVE=$SAVE is not a directory; expected the --save directory of a run"
 OUTPUT=${OUTPUT:-$SAVE-hf}
 run convert/megatron_to_hf.py --load "$SAVE" --output "$OUTPUT" "$@"
-run convert/verify.py "$SAVE" "$OUTPUT"
+run convert/verify.py "$SAVE" "$OUTPUT" --allow-rounding # with --dtype bf16 the output is rounded on purpose

@@ -83,7 +83,7 @@ def starting_shape(config: Config) -> ModelShape | None:
     Called before a model is built; reads one manifest, or the names in a weights directory.
     """
     if manifest := newest_manifest(config):
-        return ModelShape(**manifest.shape)
+        return ModelShape.from_dict(manifest.shape, f"the newest manifest in {config.checkpoint.save}: shape")
     if config.checkpoint.load:
         source, _ = open_start(config.checkpoint.load, config.checkpoint.load_iteration, config.values())
         return source.shape

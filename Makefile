@@ -5,7 +5,7 @@ RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 BENCH_DIR ?= /tmp
 
-.PHONY: demo test test-slow lint bench venv clean
+.PHONY: demo test test-slow fuzz lint bench venv clean
 
 demo: venv
 	$(RUN) examples/demo.py $(if $(REPO),--repo "$(REPO)")
@@ -15,6 +15,10 @@ test: venv
 
 test-slow: venv
 	$(RUN) -m pytest -m slow
+
+# Mutated inputs for every reader; MEGATRON_FT_FUZZ_TIMES=20 tries twenty times as many.
+fuzz: venv
+	$(RUN) -m pytest -m fuzz
 
 lint: venv
 	$(VENV)/bin/ruff check .

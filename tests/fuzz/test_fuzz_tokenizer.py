@@ -232,7 +232,7 @@ READERS = [
 ]
 
 
-@pytest.mark.slow
+@pytest.mark.fuzz
 @pytest.mark.parametrize("reader", READERS, ids=[reader.name for reader in READERS])
 def test_a_mutated_tokenizer_is_read_right_or_refused(reader: Reader, tmp_path: Path):
     check(reader, tmp_path)

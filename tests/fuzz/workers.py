@@ -147,7 +147,7 @@ def check(reader: Reader, folder: Path) -> None:
             file.write(json.dumps(asdict(report)) + "\n")
     print(report)
     assert not report.failures, (
-        f"{report}\ninput N again, kept in DIR: MEGATRON_FT_FUZZ_CASE=N .venv/bin/pytest -m slow --basetemp=DIR "
+        f"{report}\ninput N again, kept in DIR: MEGATRON_FT_FUZZ_CASE=N .venv/bin/pytest -m fuzz --basetemp=DIR "
         f"'{os.environ['PYTEST_CURRENT_TEST'].removesuffix(' (call)')}'"
     )
 

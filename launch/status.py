@@ -101,7 +101,8 @@ def describe_progress(run: Run, save: Path) -> None:
     if not steps:
         return
     last = steps[-1]
-    total = next((e["train_iters"] for e in reversed(read_log(save, EVENTS)) if e["event"] == "start"), None)
+    starts = [event["train_iters"] for event in read_log(save, EVENTS) if event["event"] == "start"]
+    total = next((count for count in reversed(starts) if count), None)
     run.step = f"{last['iteration']}" + (f"/{total}" if total else "")
     run.loss = "" if last["loss"] is None else f"{last['loss']:.4f}"
     run.speed = f"{last['tokens_per_second']:,.0f}" if last["tokens_per_second"] else ""

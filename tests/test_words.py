@@ -120,6 +120,7 @@ EXCEPTIONS: dict[str, dict[str, str]] = {
         "validation-share": "the old name of --validation-fraction, still accepted",
         "validation_share": "the old name of --validation-fraction, still accepted",
         "CANCELLED": "the name of SLURM's job state",
+        '" is NaN': "a message about a value in a JSON file, which is NaN itself",
     },
     "pyproject.toml": {"cancelled": "what codespell has to accept for that name"},
 }

@@ -14,7 +14,7 @@ from megatron_ft.errors import UserError
 from megatron_ft.files.json_file import kind_of
 
 # Fields that have no influence on what an adapter computes: they are about training or loading, or
-# say which tensors there are, which the weights' file says too.
+# say which tensors there are, as the weights' file does.
 ANY_VALUE = {
     "auto_mapping", "base_model_name_or_path", "ensure_weight_tying", "eva_config", "exclude_modules", "inference_mode",
     "layers_pattern", "layers_to_transform", "lora_alpha", "lora_dropout", "megatron_core", "merge_weights", "peft_version",

@@ -189,7 +189,7 @@ class ModelShape:
         Raises UserError for what is not GPTBigCode (a gated activation, experts), missing or
         malformed.
 
-        The activation is StarCoder's tanh GELU, unless `ACTIVATION_ARG` says otherwise. On merging,
+        The activation is StarCoder's tanh GELU, unless `ACTIVATION_ARG` overrides it. On merging,
         checkpoint tools set `bias_gelu_fusion=False`, Megatron's exact GELU, but the weights were
         trained with tanh.
         """

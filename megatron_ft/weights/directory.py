@@ -76,7 +76,7 @@ def list_iterations(save: Path) -> list[int]:
 def read_tracker(save: Path) -> str | None:
     """The iteration in the tracker file: ASCII digits or "release"; None if it does not exist.
 
-    Anything else is quoted for messages, so that it is no name of an iteration.
+    Anything else is quoted for messages, so that it cannot be taken for an iteration.
     """
     return _read_tracker(save / TRACKER)
 
@@ -174,10 +174,10 @@ def move_damaged(save: Path, iteration: int) -> Path:
 
 def remove_leftovers(save: Path) -> list[str]:
     """Remove what a killed run left half written or half deleted; the names of what was removed."""
-    leftovers = [path for path in save.iterdir() if _LEFTOVER.fullmatch(path.name)]
-    for path in leftovers:
+    unfinished = [path for path in save.iterdir() if _LEFTOVER.fullmatch(path.name)]
+    for path in unfinished:
         if path.is_symlink():
             path.unlink()
         else:
             shutil.rmtree(path, ignore_errors=True)
-    return sorted(path.name for path in leftovers)
+    return sorted(path.name for path in unfinished)

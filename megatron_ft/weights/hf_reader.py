@@ -101,7 +101,7 @@ class HFSource(WeightSource):
         if missing and unknown:
             raise UserError(
                 f"{self.path}: {len(missing)} of {len(expected)} tensors are missing, the first is {missing[0]}, and there is "
-                f"{self._where[unknown[0]][1]}; expected those of a GPTBigCode of {self.shape.num_layers} layers, as config.json says"
+                f"{self._where[unknown[0]][1]}; expected those of a GPTBigCode of {self.shape.num_layers} layers, as in config.json"
             )
         if missing:
             raise UserError(

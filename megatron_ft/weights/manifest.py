@@ -29,7 +29,7 @@ ALWAYS_CHECKED = 1 << 20  # bytes; checksums of files up to this size are compar
 
 
 class Damaged(Exception):
-    """A checkpoint that is not intact; the message says what is wrong with which file."""
+    """A checkpoint that is not intact; the message names the file and what is wrong with it."""
 
 
 @contextmanager

@@ -67,12 +67,12 @@ def write_metadata(directory: Path, chunks: Iterable[StoredChunk]) -> None:
     """
     stored: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
     tensors: dict[str, TensorStorageMetadata] = {}
-    places: dict[MetadataIndex, _StorageInfo] = {}
+    locations: dict[MetadataIndex, _StorageInfo] = {}
     for chunk in chunks:
         place = _StorageInfo(chunk.file, chunk.start, chunk.length)
         if chunk.dtype is None:
             stored[chunk.key] = BytesStorageMetadata()
-            places[MetadataIndex(chunk.key)] = place
+            locations[MetadataIndex(chunk.key)] = place
             continue
         if chunk.key not in tensors:
             properties = TensorProperties(dtype=chunk.dtype)
@@ -80,14 +80,14 @@ def write_metadata(directory: Path, chunks: Iterable[StoredChunk]) -> None:
             stored[chunk.key] = tensors[chunk.key]
         box = ChunkStorageMetadata(torch.Size(chunk.offsets), torch.Size(chunk.sizes))
         tensors[chunk.key].chunks.append(box)
-        places[MetadataIndex(chunk.key, torch.Size(chunk.offsets))] = place
+        locations[MetadataIndex(chunk.key, torch.Size(chunk.offsets))] = place
     for key, tensor in tensors.items():
         covered = sum(math.prod(box.sizes) for box in tensor.chunks)
         if covered != math.prod(tensor.size):
             raise ValueError(f"{key}: ranks wrote {covered} elements of {math.prod(tensor.size)}")
     metadata = Metadata(
         state_dict_metadata=stored,
-        storage_data=places,
+        storage_data=locations,
         storage_meta=StorageMeta(),
         version=CURRENT_DCP_VERSION,
     )
@@ -118,7 +118,7 @@ class StoredParts(NamedTuple):
 
 def stored_parts(directory: Path, metadata: Metadata) -> StoredParts:
     """The content of `.metadata`, checked: types, boxes within their tensors, no box larger than
-    the bytes that are said to hold it, files of this directory.
+    the bytes that should contain it, files of this directory.
 
     Raises Damaged for the first contradiction, UserError when files are compressed.
     """

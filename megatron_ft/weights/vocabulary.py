@@ -19,7 +19,7 @@ def check_vocabulary(source: WeightSource, rows: int, asked_by: str) -> str | No
     if known is not None and rows < known:
         raise UserError(
             f"{asked_by}: {rows} tokens, but {known} of the {stored} embedding rows of {source.path} are tokens, so "
-            f"{known - rows} trained rows would be lost; give the tokenizer the model was trained with"
+            f"{known - rows} trained rows would be dropped; give the tokenizer the model was trained with"
         )
     if known is not None and rows > known:
         return (

@@ -47,7 +47,7 @@ def with_rows(model: Path, to: Path, rows: int) -> Path:
 def test_a_smaller_tokenizer_never_cuts_rows_of_tokens(model, tmp_path):
     core = ("megatron_to_hf", "--load", model / "torch_dist", "--output", tmp_path / "out", "--tokenizer-from")
     line = refusal(*core, model / "small")
-    assert "200 tokens, but 300 of the 384 embedding rows" in line and "100 trained rows would be lost" in line
+    assert "200 tokens, but 300 of the 384 embedding rows" in line and "100 trained rows would be dropped" in line
     line = refusal(
         "reshard", "--load", model / "torch_dist", "--save", tmp_path / "out", "--tensor-parallel", "1", "--vocab-size", "200"
     )  # fmt: skip

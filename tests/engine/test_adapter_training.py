@@ -84,7 +84,7 @@ def test_training_continues_from_a_peft_directory_which_merges(trained, inputs, 
         (directory / "adapter_config.json").write_text(json.dumps(content))
         return refusal("megatron_to_hf", "--load", directory, "--merge-lora", "--output", tmp_path / "x")
 
-    assert "use_rslora is not supported" in broken({"use_rslora": True}, {})
+    assert "use_dora is true" in broken({"use_dora": True}, {}).lower()
     assert "has no base_model_name_or_path" in broken({"base_model_name_or_path": None}, {})
     head = {"base_model.model.lm_head.weight": torch.zeros(1)}
     assert "base_model.model.lm_head.weight is not supported" in broken({}, head)

@@ -10,8 +10,9 @@ BENCH_DIR ?= /tmp
 demo: venv
 	$(RUN) examples/demo.py $(if $(REPO),--repo "$(REPO)")
 
+# TESTS=tests/data runs a part of them.
 test: venv
-	$(RUN) -m pytest
+	$(RUN) -m pytest $(TESTS)
 
 test-slow: venv
 	$(RUN) -m pytest -m slow

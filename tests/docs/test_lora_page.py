@@ -28,7 +28,7 @@ def test_commands_train_export_and_merge_adapters(tmp_path):
     assert second[0]["loss"] < first[0]["loss"], "the same sequences, after the first adapters were trained"
     assert re.search(r"LoRA rank 8 trains [\d,]+ \([\d.]+ ?%\)", printed)
     assert "adapter against merged" in printed
-    assert re.search(r"adapters of rank 8 .*fresh optimizer", printed)
+    assert re.search(r"adapters of rank 8, .*fresh optimizer", printed)
     config = json.loads((tmp_path / "adapter-peft/adapter_config.json").read_text())
     assert config["target_modules"] == ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]
     assert_resume_in_another_layout_is_exact(tmp_path)

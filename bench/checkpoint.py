@@ -108,7 +108,7 @@ def measure(flags: argparse.Namespace, folder: Path) -> None:
 def build(flags: argparse.Namespace, folder: Path):
     """Train state, configuration and model shape of a run on one process."""
     from megatron_ft.checkpoint import optimizer_state
-    from megatron_ft.checkpoint.checkpointer import TrainState
+    from megatron_ft.checkpoint.train_state import TrainState
     from megatron_ft.engine import parallel
     from megatron_ft.engine.device import set_up_device
     from megatron_ft.engine.model import build_model, wrap_for_data_parallel

@@ -33,7 +33,8 @@ from megatron_ft.data.indexed import IndexedWriter, commit, field_paths
 from megatron_ft.data.packed_dataset import PackedDocuments
 from megatron_ft.data.packing import Packing, TokenizedDocuments, load_index, pack
 from megatron_ft.errors import UserError, run_program
-from megatron_ft.tokenizer.tokenizer import load_tokenizer, token_dtype
+from megatron_ft.tokenizer.kinds import token_dtype
+from megatron_ft.tokenizer.tokenizer import load_tokenizer
 
 ORDERS = ("best-fit", "greedy")
 

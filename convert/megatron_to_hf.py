@@ -33,7 +33,8 @@ from megatron_ft.printable import printable
 from megatron_ft.progress import Progress
 from megatron_ft.tokenizer.consumer import check_ids_fit
 from megatron_ft.tokenizer.export import write_tokenizer
-from megatron_ft.tokenizer.tokenizer import Tokenizer, load_tokenizer
+from megatron_ft.tokenizer.kinds import Tokenizer
+from megatron_ft.tokenizer.tokenizer import load_tokenizer
 from megatron_ft.weights.adapters import (
     PEFT_CONFIG,
     PEFT_WEIGHTS,

@@ -32,7 +32,8 @@ from megatron_ft.errors import UserError
 from megatron_ft.metrics.console import RunPlan
 from megatron_ft.metrics.metrics import MetricsLog
 from megatron_ft.model.shape import PRESETS, ModelShape, padded_vocab_size
-from megatron_ft.tokenizer.tokenizer import Tokenizer, load_tokenizer
+from megatron_ft.tokenizer.kinds import Tokenizer
+from megatron_ft.tokenizer.tokenizer import load_tokenizer
 
 
 def run(config: Config, device: torch.device, started: float) -> int:

@@ -44,7 +44,8 @@ from megatron_ft.printable import printable
 from megatron_ft.progress import Progress
 from megatron_ft.tokenizer.consumer import difference_to_transformers
 from megatron_ft.tokenizer.files import vocabulary_digest
-from megatron_ft.tokenizer.tokenizer import Tokenizer, load_tokenizer
+from megatron_ft.tokenizer.kinds import Tokenizer
+from megatron_ft.tokenizer.tokenizer import load_tokenizer
 
 MEMORY = 512 << 20  # bytes of blocks in flight, as estimated by `memory_of`; one block may exceed it
 REMEDY = "fix the row, name other keys (--input-key, --output-key), or skip such rows (--skip-bad-rows)"

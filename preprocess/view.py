@@ -33,7 +33,8 @@ from megatron_ft.data.provenance import tokenizer_warning
 from megatron_ft.errors import UserError, run_program
 from megatron_ft.files.output import OutputFile, writing
 from megatron_ft.printable import printable
-from megatron_ft.tokenizer.tokenizer import Tokenizer, load_tokenizer
+from megatron_ft.tokenizer.kinds import Tokenizer
+from megatron_ft.tokenizer.tokenizer import load_tokenizer
 
 # A document's color on a terminal (of the 256: context as text, loss as background) and its hue in
 # HTML. Documents of a sequence take them in turn.

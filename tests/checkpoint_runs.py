@@ -87,7 +87,8 @@ def run(inputs: str, save: Path, more: str, layout: str = "1") -> tuple[int | st
 
 def state_and_checkpointer(words: list[str]):
     """What a run builds before training, without data: config, TrainState, new Checkpointer."""
-    from megatron_ft.checkpoint.checkpointer import Checkpointer, TrainState
+    from megatron_ft.checkpoint.checkpointer import Checkpointer
+    from megatron_ft.checkpoint.train_state import TrainState
     from megatron_ft.config.arguments import parse_args
     from megatron_ft.engine import parallel
     from megatron_ft.engine.device import set_up_device

@@ -32,8 +32,6 @@ from megatron_ft.weights.fingerprint import describe_base
 from megatron_ft.weights.manifest import Damaged, Manifest, check_files, read_manifest
 from megatron_ft.weights.source import WeightSource
 
-__all__ = ["Checkpointer", "Start", "TrainState"]
-
 FAILURES_IN_A_ROW = 2  # saves that may fail before the run stops
 
 

@@ -32,8 +32,8 @@ from megatron_ft.model.shape import ModelShape
 class Config:
     """Every flag's value, in groups.
 
-    `shape` is the model's, None while a checkpoint must still tell it; `notices` are lines for the
-    log.
+    `shape` is the model's, None until a checkpoint gives it. `notices` are lines for the log;
+    copies share the list, and setting up a run appends to it.
     """
 
     model: Model = Model()
@@ -54,7 +54,7 @@ class Config:
 
     @classmethod
     def from_namespace(cls, parsed: argparse.Namespace, world_size: int = 1) -> "Config":
-        """From what the parser of parser.py gives."""
+        """From what the parser of command_line.py gives."""
         given = {dest: getattr(parsed, dest) for dest in ENTRIES}
         return cls(notices=list(parsed.notices)).with_flags(**given, world_size=world_size)
 

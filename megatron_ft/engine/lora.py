@@ -35,10 +35,8 @@ from torch.distributed import ProcessGroup
 
 from megatron_ft.config.config import Config
 from megatron_ft.errors import UserError
-from megatron_ft.model.lora import AdapterConfig, is_trainable
+from megatron_ft.model.lora import AdapterConfig
 from megatron_ft.model.tensor_names import LORA_TARGETS
-
-__all__ = ["add_lora", "is_trainable"]
 
 
 def add_lora(chunks: list[nn.Module], config: Config) -> None:

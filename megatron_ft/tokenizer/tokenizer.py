@@ -15,11 +15,9 @@ from megatron_ft.errors import UserError
 from megatron_ft.files.first_bytes import what_it_is
 from megatron_ft.files.hub_cache import download_hint, resolve_hub_cache
 from megatron_ft.tokenizer.declared import Declared, Token
-from megatron_ft.tokenizer.kinds import JsonTokenizer, SentencePieceTokenizer, Tokenizer, token_dtype
+from megatron_ft.tokenizer.kinds import JsonTokenizer, SentencePieceTokenizer, Tokenizer
 from megatron_ft.tokenizer.spec import Spec, read_spec
 from megatron_ft.tokenizer.transformers_view import CannotLoad, TransformersView, check_count, transformers_view
-
-__all__ = ["SENTENCEPIECE_FILES", "Tokenizer", "load_tokenizer", "token_dtype"]
 
 PAD_TOKENS = ("<pad>", "<|pad|>", "[PAD]", "<|padding|>")
 SENTENCEPIECE_FILES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from megatron_ft.data import indexed
 from megatron_ft.data.indexed import HEADER, IndexedReader, IndexedWriter, commit, field_paths
 from megatron_ft.errors import UserError
-from megatron_ft.tokenizer.tokenizer import token_dtype
+from megatron_ft.tokenizer.kinds import token_dtype
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 134217728\n"
 

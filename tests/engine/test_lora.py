@@ -82,7 +82,8 @@ def train_adapters(words, base, world_size, save):
     """Four steps on every rank, then a checkpoint in `save`: losses and gradient norms."""
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
-    from megatron_ft.checkpoint.checkpointer import Checkpointer, TrainState
+    from megatron_ft.checkpoint.checkpointer import Checkpointer
+    from megatron_ft.checkpoint.train_state import TrainState
     from megatron_ft.engine.model import wrap_for_data_parallel
     from megatron_ft.engine.optimizer import build_optimizer
     from megatron_ft.engine.schedule import build_scheduler, plan_length

@@ -19,7 +19,7 @@ from megatron_ft.errors import UserError, run_program
 from megatron_ft.model.shape import padded_vocab_size
 from megatron_ft.printable import printable
 from megatron_ft.progress import Progress
-from megatron_ft.weights.its_tokenizer import unfit_tokenizer
+from megatron_ft.weights.checkpoint_tokenizer import unfit_tokenizer
 from megatron_ft.weights.legacy_writer import legacy_bytes, write_legacy
 from megatron_ft.weights.open import open_weights
 from megatron_ft.weights.output_directory import check_layout, new_directory

@@ -42,6 +42,7 @@ from megatron_ft.weights.adapters import (
     MergedSource,
     open_adapters,
 )
+from megatron_ft.weights.checkpoint_tokenizer import given_path, stored_fingerprint, tokenizer_path
 from megatron_ft.weights.hf_files import (
     card_args,
     parse_size,
@@ -49,7 +50,6 @@ from megatron_ft.weights.hf_files import (
     write_model_card,
 )
 from megatron_ft.weights.hf_writer import write_safetensors, write_tensors
-from megatron_ft.weights.its_tokenizer import given_path, stored_fingerprint, tokenizer_path
 from megatron_ft.weights.open import open_weights
 from megatron_ft.weights.output_directory import new_directory
 from megatron_ft.weights.source import WeightSource

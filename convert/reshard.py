@@ -21,8 +21,8 @@ from megatron_ft.files.checksum import describe_file
 from megatron_ft.model.shape import padded_vocab_size
 from megatron_ft.progress import Progress
 from megatron_ft.tokenizer import files as tokenizer_files
+from megatron_ft.weights.checkpoint_tokenizer import tokenizer_path
 from megatron_ft.weights.directory import TRACKER, iteration_directory
-from megatron_ft.weights.its_tokenizer import tokenizer_path
 from megatron_ft.weights.legacy_writer import legacy_bytes, write_legacy
 from megatron_ft.weights.manifest import NAME, read_manifest
 from megatron_ft.weights.open import open_weights

@@ -46,7 +46,7 @@ from megatron_ft.progress import Progress
 from megatron_ft.tokenizer.spec import first_line
 from megatron_ft.tokenizer.tokenizer import load_tokenizer
 from megatron_ft.weights.adapters import MergedSource, open_adapters
-from megatron_ft.weights.its_tokenizer import compare_tokenizers, tokenizer_path
+from megatron_ft.weights.checkpoint_tokenizer import compare_tokenizers, tokenizer_path
 from megatron_ft.weights.open import open_weights
 from megatron_ft.weights.source import WeightSource
 from megatron_ft.weights.tensor_blocks import dtype_name

@@ -13,6 +13,7 @@ two questions, and both are stored, so neither can replace the other:
   tokens and the chat template. Stored in a checkpoint's manifest and compared on a resume.
 """
 
+import errno
 import hashlib
 from pathlib import Path
 
@@ -128,5 +129,15 @@ def find(checkpoint: Path, given: str | None, expected: str | None) -> Path | No
         *(save / "tokenizer" for save in saves),
         *([Path(given)] if given else []),
     ]
-    matching = (path for path in candidates if files_of(path) and expected in (None, fingerprint(path)))
+    matching = (path for path in candidates if _has_files(path) and expected in (None, fingerprint(path)))
     return next(matching, None)
+
+
+def _has_files(path: Path) -> bool:
+    """Whether `files_of` finds any; a name in a manifest may be longer than any file's."""
+    try:
+        return bool(files_of(path))
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        return False

@@ -171,3 +171,8 @@ def test_a_tokenizer_in_the_hub_cache_is_kept_with_the_content_of_its_links(tmp_
     fingerprints = {tokenizer_files.fingerprint(path) for path in (cache, snapshot, save / "tokenizer", plain)}
     assert len(fingerprints) == 1
     assert tokenizer_files.vocabulary_digest(cache) == tokenizer_files.vocabulary_digest(plain / "tokenizer.json")
+
+
+@pytest.mark.parametrize("given", ["a\0b", "x" * 5000, ""], ids=["NUL", "too long", "empty"])
+def test_a_path_that_cannot_exist_is_not_found(tmp_path, given):
+    assert tokenizer_files.find(tmp_path / "iter_0000001", given, None) is None

@@ -24,7 +24,7 @@ def tokenizer_path(source: WeightSource | AdapterSource) -> Path | None:
 def given_path(source: WeightSource | AdapterSource) -> str | None:
     """The --tokenizer-file of a run, None if its arguments do not have it."""
     given = (source.args or {}).get("tokenizer_file")
-    return given if isinstance(given, str) and "\\0" not in given else None
+    return given if isinstance(given, str) else None
 
 
 def stored_fingerprint(source: WeightSource | AdapterSource) -> str | None:

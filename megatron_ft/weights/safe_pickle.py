@@ -12,6 +12,8 @@ import re
 import struct
 import zipfile
 from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -129,8 +131,20 @@ def load_pt_bytes(content: bytes, where: str) -> Any:
 
 
 def _load(file: Path | BinaryIO, mmap: bool) -> Any:
-    with torch.serialization.safe_globals(_PT_ALLOWED):
+    with _only_allowed():
         return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
+
+
+@contextmanager
+def _only_allowed() -> Iterator[None]:
+    """Make `_PT_ALLOWED` the process's list: importing Megatron-Core adds its own classes to it."""
+    others = torch.serialization.get_safe_globals()
+    torch.serialization.clear_safe_globals()
+    try:
+        with torch.serialization.safe_globals(_PT_ALLOWED):
+            yield
+    finally:
+        torch.serialization.add_safe_globals(others)
 
 
 def check_stored(archive: zipfile.ZipFile) -> None:

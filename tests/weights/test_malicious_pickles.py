@@ -9,7 +9,7 @@ import sys
 import types
 import zipfile
 from argparse import Namespace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import pytest
 import torch
@@ -169,6 +169,16 @@ def test_arguments_saved_by_python_3_11_2_are_read(tmp_path, monkeypatch):
     torch.save({"args": Namespace(model_type=kind.encoder_or_decoder)}, tmp_path / "common.pt")
     read = load_pt(tmp_path / "common.pt")["args"].model_type
     assert read.value == "encoder_or_decoder" and type(read).__module__.startswith("megatron_ft.")
+
+
+def test_names_that_others_allow_in_the_process_are_refused(tmp_path):
+    torch.save({"args": PurePosixPath("a")}, tmp_path / "common.pt")
+    before = set(torch.serialization.get_safe_globals())
+    with torch.serialization.safe_globals([PurePosixPath]):
+        with pytest.raises(UserError, match="PurePosixPath, which is not on the allow-list"):
+            load_pt(tmp_path / "common.pt")
+        assert PurePosixPath in torch.serialization.get_safe_globals()
+    assert set(torch.serialization.get_safe_globals()) == before
 
 
 def call_getattr(enum: bytes, name: bytes) -> bytes:

@@ -11,8 +11,9 @@ version = re.search(r'__version__ = "(.+)"', (root / "megatron_ft/__init__.py").
 
 plots = ["matplotlib"]
 wandb = ["wandb"]
+dataset = ["duckdb", "sqlglot", "pyarrow", "rensa"]
 types = ["mypy", "types-psutil", "types-PyYAML", "types-tqdm"]
-dev = ["pytest", "hypothesis", "ruff", "codespell", "peft", *types, *plots]
+dev = ["pytest", "hypothesis", "ruff", "codespell", "peft", *types, *plots, *dataset]
 
 setup(
     name="megatron-ft",
@@ -38,6 +39,7 @@ setup(
         "sentencepiece",
         "tiktoken",
         "numpy",
+        "orjson",
         "regex",
         "safetensors",
         "psutil",
@@ -45,5 +47,11 @@ setup(
         "zstandard",
         "tensorboard",
     ],
-    extras_require={"gpu": ["transformer-engine[pytorch]"], "plots": plots, "wandb": wandb, "dev": dev},
+    extras_require={
+        "gpu": ["transformer-engine[pytorch]"],
+        "plots": plots,
+        "wandb": wandb,
+        "dataset": dataset,
+        "dev": dev,
+    },
 )

@@ -34,8 +34,8 @@ from megatron_ft.printable import printable
 SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zst")
 BLOCK_BYTES = 1 << 20
 STDIN = Path("-")
-# Suffixes of files that preprocess/tokenize.py writes: rejected rows, and a dataset's provenance.
-NOT_INPUT = (*(f"_rejected{suffix}" for suffix in SUFFIXES), "_made_from.json")
+# Suffixes of files that programs write beside rows: rejected rows, provenance, a run's report.
+NOT_INPUT = (*(f"_rejected{suffix}" for suffix in SUFFIXES), "_made_from.json", "_report.json")
 # Files of these kinds are read: the compressed ones whatever their names, the others line by line.
 COMPRESSED = ("gzip", "zstd")
 LINE_BY_LINE = ("utf-16", "utf-32", "nul")
@@ -44,12 +44,12 @@ Stream = io.BufferedIOBase | BinaryIO
 
 @dataclass(frozen=True)
 class Source:
-    """One input file. `size` is in bytes, 0 for standard input; `compression` is "gzip", "zstd"
-    or ""."""
+    """One input file. `size` is in bytes, 0 for standard input; `kind` is "gzip", "zstd" or
+    "parquet", "" for plain JSONL."""
 
     path: Path
     size: int
-    compression: str
+    kind: str
 
     @property
     def name(self) -> str:
@@ -88,24 +88,29 @@ class Block:
         return UserError(f"{self.source.name}, line {self.line_number(i)}: {reason}{what_to_do}")
 
 
-def open_sources(paths: Iterable[str | Path], outputs: Sequence[str | Path] = ()) -> list[Source]:
-    """The files of `paths` in order; a directory stands for its JSONL files, sorted by name.
+def open_sources(
+    paths: Iterable[str | Path], outputs: Sequence[str | Path] = (), *, parquet: bool = False
+) -> list[Source]:
+    """The files of `paths` in order; a directory stands for its JSONL files, sorted by name, and
+    with `parquet` for its parquet files, too.
 
     `outputs` are the files that the program will write. In a directory they are left out, like the
     files written by tokenize.py, and one line on stderr lists what is read. Raises UserError if an
     input is missing, empty, or both named and an output.
     """
     sources = []
+    suffixes = (*SUFFIXES, ".parquet") if parquet else SUFFIXES
+    kinds = (*COMPRESSED, "parquet") if parquet else COMPRESSED
     written = {os.path.realpath(output) for output in outputs if str(output) != "-"}
     for path in map(Path, paths):
         if path == STDIN:
             sources.append(Source(STDIN, 0, ""))
         elif path.is_dir():
-            sources += map(_source, _inside(path, written))
+            sources += [_source(file, kinds) for file in _inside(path, written, suffixes)]
         elif os.path.realpath(path) in written:
             raise UserError(f"{path}: is both input and output and would be overwritten; give the output another name")
         else:
-            sources.append(_source(path))
+            sources.append(_source(path, kinds))
     if not sources:
         raise UserError("no input: give one or more JSONL files, a directory, or - for standard input")
     if sum(source.path == STDIN for source in sources) > 1:
@@ -115,10 +120,10 @@ def open_sources(paths: Iterable[str | Path], outputs: Sequence[str | Path] = ()
     return sources
 
 
-def _inside(directory: Path, written: set[str]) -> list[Path]:
-    """The JSONL files of a directory, except hidden ones and outputs of programs."""
+def _inside(directory: Path, written: set[str], suffixes: tuple[str, ...]) -> list[Path]:
+    """The input files of a directory, except hidden ones and outputs of programs."""
     try:
-        found = sorted(file for file in directory.iterdir() if file.name.endswith(SUFFIXES) and file.is_file())
+        found = sorted(file for file in directory.iterdir() if file.name.endswith(suffixes) and file.is_file())
     except OSError as error:
         raise _unreadable(directory, error) from error
     inside = [
@@ -129,7 +134,7 @@ def _inside(directory: Path, written: set[str]) -> list[Path]:
     if not inside:
         others = f" but {found[0].name}, which is not an input" if found else ""
         raise UserError(
-            f"{directory}: no JSONL file in this directory{others}; expected names ending in {', '.join(SUFFIXES)}"
+            f"{directory}: no JSONL file in this directory{others}; expected names ending in {', '.join(suffixes)}"
         )
     left_out = [file.name for file in found if file not in inside]
     notice = f"{directory}: reading {', '.join(file.name for file in inside)}"
@@ -137,7 +142,7 @@ def _inside(directory: Path, written: set[str]) -> list[Path]:
     return inside
 
 
-def _source(path: Path) -> Source:
+def _source(path: Path, kinds: tuple[str, ...]) -> Source:
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):
@@ -146,10 +151,10 @@ def _source(path: Path) -> Source:
             start = file.read(HEAD_BYTES)
     except OSError as error:
         raise _unreadable(path, error) from error
-    if other := describe(start, expected=(*COMPRESSED, *LINE_BY_LINE)):
+    if other := describe(start, expected=(*kinds, *LINE_BY_LINE)):
         raise UserError(f"{path}: {other}")
     kind = kind_of_bytes(start)
-    return Source(path, status.st_size, kind if kind in COMPRESSED else "")
+    return Source(path, status.st_size, kind if kind in kinds else "")
 
 
 def _unreadable(path: Path, error: OSError) -> UserError:
@@ -175,6 +180,13 @@ def read_blocks(sources: Sequence[Source], shard: tuple[int, int] = (1, 1)) -> I
 
     Raises UserError if a file cannot be read or decompressed.
     """
+    for source, start, stop in byte_ranges(sources, shard):
+        yield from blocks_of(source, start, stop)
+
+
+def byte_ranges(sources: Sequence[Source], shard: tuple[int, int]) -> Iterator[tuple[Source, int, int]]:
+    """The part of each source that belongs to shard (I, N), as (source, start, stop); a part may be
+    empty."""
     index, count = shard
     if count > 1 and any(source.path == STDIN for source in sources):
         raise UserError("--shard cannot divide standard input; give files")
@@ -182,23 +194,32 @@ def read_blocks(sources: Sequence[Source], shard: tuple[int, int] = (1, 1)) -> I
     low, high = total * (index - 1) // count, total * index // count
     offset = 0  # of the source within all sources
     for source in sources:
-        start, stop = max(0, low - offset), min(source.size, high - offset)
+        yield source, max(0, low - offset), min(source.size, high - offset)
         offset += source.size
-        try:
-            if source.path == STDIN:
-                if sys.stdin is None:
-                    raise UserError("standard input is closed; pipe rows to it, or give files")
-                yield from _blocks_of_stream(source, sys.stdin.buffer, None)
-            elif source.compression:
-                if start == 0 and stop > 0:
-                    with open(source.path, "rb") as raw:
-                        yield from _blocks_of_stream(source, _decompressed(raw, source), raw)
-            elif start < stop:
-                yield from _blocks_of_range(source, start, stop)
-        except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
-            damaged = "the file may be damaged, copy it again"
-            what_to_do = remedy(error, damaged) if isinstance(error, OSError) else damaged
-            raise UserError(f"{source.name}: cannot be read ({error}); {what_to_do}") from error
+
+
+def blocks_of(source: Source, start: int, stop: int) -> Iterator[Block]:
+    """The lines of a source whose first byte is in [start, stop); all of standard input."""
+    try:
+        if source.path == STDIN:
+            if sys.stdin is None:
+                raise UserError("standard input is closed; pipe rows to it, or give files")
+            yield from _blocks_of_stream(source, sys.stdin.buffer, None)
+        elif source.kind:
+            if start == 0 and stop > 0:
+                with open(source.path, "rb") as raw:
+                    yield from _blocks_of_stream(source, _decompressed(raw, source), raw)
+        elif start < stop:
+            yield from _blocks_of_range(source, start, stop)
+    except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
+        raise unreadable(source, error) from error
+
+
+def unreadable(source: Source, error: Exception) -> UserError:
+    """The error for a file that turns out to be damaged, or cannot be read further."""
+    damaged = "the file may be damaged, copy it again"
+    what_to_do = remedy(error, damaged) if isinstance(error, OSError) else damaged
+    return UserError(f"{source.name}: cannot be read ({error}); {what_to_do}")
 
 
 def shard_bytes(sources: Sequence[Source], shard: tuple[int, int] = (1, 1)) -> int | None:
@@ -209,7 +230,7 @@ def shard_bytes(sources: Sequence[Source], shard: tuple[int, int] = (1, 1)) -> i
 
 
 def _decompressed(raw: io.BufferedReader, source: Source) -> io.BufferedIOBase:
-    if source.compression == "gzip":
+    if source.kind == "gzip":
         return gzip.GzipFile(fileobj=raw)
     return io.BufferedReader(ZstdFile(raw, source.name), BLOCK_BYTES)
 

@@ -4,6 +4,8 @@ import json
 import re
 from collections.abc import Sequence
 
+import orjson
+
 from megatron_ft.files.first_bytes import NUL, describe
 from megatron_ft.files.json_file import kind_of, parse_integer
 
@@ -38,9 +40,12 @@ def parse_object(line: bytes | None) -> dict:
     if line is None:
         raise BadRow(f"longer than {MAX_LINE_BYTES >> 20} MiB")
     try:
-        row = _loads(line.decode("utf-8"))
-    except ValueError as error:
-        raise BadRow(_why_not_json(line, error)) from None
+        row = orjson.loads(line)
+    except orjson.JSONDecodeError:  # also for NaN, lone surrogates and large integers
+        try:
+            row = _loads(line.decode("utf-8"))
+        except ValueError as error:
+            raise BadRow(_why_not_json(line, error)) from None
     if isinstance(row, list):
         raise BadRow(f"a JSON array, not an object; jq -c '.[]' {ONE_PER_LINE}")
     if not isinstance(row, dict):

@@ -1,0 +1,26 @@
+"""A run's report: what a program read, dropped and wrote, as JSON beside its output."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from megatron_ft.files.atomic import replace_file
+from megatron_ft.files.output import STANDARD_OUTPUT, writing
+
+
+def report_path(output: str | Path) -> Path:
+    """Where the report of an output goes: its name without suffixes, and `_report.json`.
+
+    >>> report_path("data/rows.jsonl.gz")
+    PosixPath('data/rows_report.json')
+    """
+    path = Path(output)
+    return path.with_name(path.name.split(".", 1)[0] + "_report.json")
+
+
+def write_report(output: str | Path, report: dict[str, Any]) -> None:
+    """Write the report of an output, unless that is standard output. The keys keep their order."""
+    if str(output) not in STANDARD_OUTPUT:
+        path = report_path(output)
+        with writing(path):
+            replace_file(path, json.dumps(report, ensure_ascii=False, indent=2).encode() + b"\n")

@@ -34,7 +34,7 @@ from megatron_ft.printable import printable
 SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zst")
 BLOCK_BYTES = 1 << 20
 STDIN = Path("-")
-# Suffixes of files that programs write beside rows: rejected rows, provenance, a run's report.
+# Suffixes of files that programs write next to rows: rejected rows, provenance, reports.
 NOT_INPUT = (*(f"_rejected{suffix}" for suffix in SUFFIXES), "_made_from.json", "_report.json")
 # Files of these kinds are read: the compressed ones whatever their names, the others line by line.
 COMPRESSED = ("gzip", "zstd")

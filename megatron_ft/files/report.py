@@ -1,4 +1,4 @@
-"""A run's report: what a program read, dropped and wrote, as JSON beside its output."""
+"""A run's report: what a program read, dropped and wrote, as JSON next to its output."""
 
 import json
 from pathlib import Path

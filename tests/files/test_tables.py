@@ -1,4 +1,4 @@
-"""Tables in JSONL and parquet: equal rows in and out, shards that add up, one line for bad input."""
+"""Tables in JSONL and parquet: equal rows in and out, shards that add up, bad input."""
 
 import json
 from collections import Counter

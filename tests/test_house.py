@@ -25,7 +25,19 @@ PROGRAMS = ("dataset", "preprocess", "launch", "convert", "evaluation", "bench",
 
 # Rooms of the package, lowest first: a room imports itself and the rooms before it.
 LAYERS = (
-    *("printable", "errors", "extras", "progress", "files", "model", "config", "tokenizer", "commits", "prompts", "data"),
+    *(
+        "printable",
+        "errors",
+        "extras",
+        "progress",
+        "files",
+        "model",
+        "config",
+        "tokenizer",
+        "commits",
+        "prompts",
+        "data",
+    ),
     *("weights", "evaluation", "checkpoint", "metrics", "engine", "run", "finetune", "launcher"),
 )
 # Arrows that stay forbidden wherever a room moves in LAYERS.

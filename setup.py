@@ -7,7 +7,7 @@ from pybind11.setup_helpers import Pybind11Extension, build_ext
 from setuptools import find_packages, setup
 
 root = Path(__file__).resolve().parent
-version = re.search(r'__version__ = "(.+)"', (root / "megatron_ft/__init__.py").read_text()).group(1)
+version = re.search(r'__version__ = "(.+)"', (root / "megatron_ft/__init__.py").read_text(encoding="utf-8")).group(1)
 
 plots = ["matplotlib"]
 wandb = ["wandb"]
@@ -19,7 +19,7 @@ setup(
     name="megatron-ft",
     version=version,
     description="Fine-tune StarCoder-family models with Megatron-Core on SLURM clusters",
-    long_description=(root / "README.md").read_text(),
+    long_description=(root / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",

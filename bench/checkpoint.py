@@ -115,7 +115,7 @@ def build(flags: argparse.Namespace, folder: Path):
     from megatron_ft.engine.optimizer import build_optimizer
     from megatron_ft.engine.schedule import build_scheduler, plan_length
 
-    (folder / "tokenizer.json").write_text("{}")
+    (folder / "tokenizer.json").write_text("{}", encoding="utf-8")
     config = parse_args(
         f"--num-layers {flags.layers} --hidden-size {flags.hidden_size} --num-attention-heads {flags.hidden_size // 64} "
         f"--max-position-embeddings 2048 --bf16 --from-scratch --data-prefix none --train-iters 1000 --keep-last 1 --save {folder / 'save'} "

@@ -94,7 +94,7 @@ def main() -> None:
     width = max(map(len, report))
     print("\n".join(f"{name:<{width}}  {value}" for name, value in report.items()))
     if args.report:
-        Path(args.report).write_text(json.dumps(report, indent=2) + "\n")
+        Path(args.report).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 
 def measure(source: RandomWeights, work: Path, tp: int, pp: int, size: int) -> dict:
@@ -148,7 +148,7 @@ def run_and_sample(command: list[str], interval: float = 0.02) -> dict[str, int]
     process = subprocess.Popen(command)
     while process.poll() is None:
         try:
-            status = Path(f"/proc/{process.pid}/status").read_text()
+            status = Path(f"/proc/{process.pid}/status").read_text(encoding="utf-8")
         except OSError:
             break
         for line in status.splitlines():

@@ -150,7 +150,7 @@ def branch_loop(checkout: Path) -> Callable:
     """`_build_sample_idx` of the checkout, compiled by itself: its file's imports need a GPU."""
     path = checkout / "megatron/data/decoder_packed_mtf_dataset.py"
     try:
-        tree = ast.parse(path.read_text())
+        tree = ast.parse(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"--peer: {path}: {error.strerror}; give a checkout of the branch mtf") from error
     functions = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "_build_sample_idx"]

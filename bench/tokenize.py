@@ -147,7 +147,7 @@ def run_peer(args: argparse.Namespace, rows: Path, prefix: Path) -> tuple[float,
     """Seconds of the peer's two runs: inputs without end-of-text tokens, targets with them."""
     stand_ins = prefix.parent / "stand-ins"
     stand_ins.mkdir(exist_ok=True)
-    (stand_ins / "sitecustomize.py").write_text(PEER_STAND_INS)
+    (stand_ins / "sitecustomize.py").write_text(PEER_STAND_INS, encoding="utf-8")
     command = [sys.executable, args.peer / "tools/preprocess_data.py", "--input", rows, "--output-prefix", prefix]
     command += ["--tokenizer-type", "TokenizerFromFile", "--tokenizer-file", args.tokenizer_file.resolve()]
     command += ["--workers", args.workers, "--chunk-size", 100, "--log-interval", 100000]

@@ -73,7 +73,7 @@ def main() -> int | None:
         print("skipped: no GPU found; run `python bench/train_gpu.py` on a machine with one")
         return None
     if flags.result:
-        Path(flags.result).write_text(json.dumps(attempt(flags.models[0], flags.paths[0], flags)))
+        Path(flags.result).write_text(json.dumps(attempt(flags.models[0], flags.paths[0], flags)), encoding="utf-8")
         return None
     gpu = cost.find_gpu(torch.cuda.get_device_name())
     print(
@@ -129,7 +129,7 @@ def attempt_in_a_process(model: str, path: str, flags: argparse.Namespace) -> Re
         status = subprocess.run(words).returncode
         if not line.exists():
             return f"{model} {path}: FAILED, exit status {status}"
-        found = json.loads(line.read_text())
+        found = json.loads(line.read_text(encoding="utf-8"))
     return Result(**found) if isinstance(found, dict) else found
 
 

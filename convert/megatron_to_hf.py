@@ -205,7 +205,7 @@ def write_adapter(adapters: AdapterSource, args: argparse.Namespace) -> None:
         described = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
         write_tensors(directory / PEFT_WEIGHTS, described, lambda name: iter([tensors[name]]))
         config = adapters.config.to_peft(base)
-        (directory / PEFT_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        (directory / PEFT_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         if found:
             positions = adapters.manifest.shape["max_position_embeddings"]  # checked above
             for line in write_tokenizer(directory, found.path, found.tokenizer, positions):

@@ -110,7 +110,7 @@ def reshard_torch_dist(source: TorchDistSource, rows: int, args: argparse.Namesp
                 tokenizer_files.keep(kept, directory)
         elif (source.path / COMMON).is_file():  # since Megatron-Core 0.19 an object of the .distcp files instead
             shutil.copyfile(source.path / COMMON, place / COMMON)
-        (directory / TRACKER).write_text(tracked)
+        (directory / TRACKER).write_text(tracked, encoding="utf-8")
     return total
 
 

@@ -52,7 +52,7 @@ def run(program: str, *words: Path, **flags: object) -> None:
 
 
 def read_jsonl(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def train(save: Path, train_iters: int, **flags: object) -> int:
@@ -64,7 +64,7 @@ def train(save: Path, train_iters: int, **flags: object) -> int:
     metrics = save / "metrics.jsonl"
     process = start("launch/finetune.py", **flags)
     while process.poll() is None and not (
-        metrics.is_file() and len(metrics.read_text().splitlines()) >= train_iters // 2
+        metrics.is_file() and len(metrics.read_text(encoding="utf-8").splitlines()) >= train_iters // 2
     ):
         time.sleep(0.1)
     if process.poll() is None:
@@ -75,7 +75,7 @@ def train(save: Path, train_iters: int, **flags: object) -> int:
         raise UserError(
             f"launch/finetune.py ended with status {status}, expected {EXIT_RESUME} after SIGTERM; see its output above"
         )
-    resumed_at = int((save / "latest_checkpointed_iteration.txt").read_text())
+    resumed_at = int((save / "latest_checkpointed_iteration.txt").read_text(encoding="utf-8"))
     run("launch/finetune.py", **flags)
     return resumed_at
 
@@ -133,7 +133,7 @@ def main() -> None:
     run("convert/megatron_to_hf.py", load=save, output=model, tokenizer_file=tokenizer)
     run("convert/verify.py", save, model, logits=True, report=out / "verify.json")
     validation = read_jsonl(rows)[-5:]  # the last rows are held out
-    (out / "prompt.txt").write_text(min((row["inputs"] for row in validation), key=len))
+    (out / "prompt.txt").write_text(min((row["inputs"] for row in validation), key=len), encoding="utf-8")
     run("convert/complete.py", model, prompt_file=out / "prompt.txt", max_new_tokens=64)
     print_summary(out, resumed_at, time.monotonic() - began)
 
@@ -145,10 +145,10 @@ def print_summary(out: Path, resumed_at: int, seconds: float) -> None:
         raise UserError(
             f"the loss did not decrease: {steps[0]['loss']:.3f} at the first step, {steps[-1]['loss']:.3f} at the last"
         )
-    verified = json.loads((out / "verify.json").read_text())
+    verified = json.loads((out / "verify.json").read_text(encoding="utf-8"))
     fill = sum(s["fill_rate"] for s in steps) / len(steps)
     table = [
-        ("rows", f"{len((out / 'rows.jsonl').read_text().splitlines()):,}"),
+        ("rows", f"{len((out / 'rows.jsonl').read_text(encoding='utf-8').splitlines()):,}"),
         ("tokens trained on", f"{steps[-1]['consumed_tokens']:,}"),
         ("packed fill rate", f"{fill:.1%}"),
         ("steps", f"{steps[-1]['iteration']}"),

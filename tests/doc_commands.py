@@ -12,7 +12,7 @@ LINKED = ("dataset", "preprocess", "launch", "convert", "bench", "slurm", "examp
 
 def commands_of(page: Path) -> list[str]:
     """The ```bash blocks of a Markdown page, in order."""
-    return re.findall(r"^```bash\n(.*?)^```", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    return re.findall(r"^```bash\n(.*?)^```", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
 
 
 def run_page(name: str, directory: Path, *, timeout: float = 600, **env: str) -> str:

@@ -65,7 +65,7 @@ def module_name(path: Path, root: Path) -> str:
 def imported_names(path: Path, module: str) -> frozenset[str]:
     """Absolute dotted names that a file imports; `from a import b` gives both `a` and `a.b`."""
     package = module.split(".") if path.name == "__init__.py" else module.split(".")[:-1]
-    return names_in(path.read_text(), tuple(package))
+    return names_in(path.read_text(encoding="utf-8"), tuple(package))
 
 
 @functools.cache
@@ -286,6 +286,18 @@ def test_no_file_is_too_long():
 def test_every_file_has_a_docstring():
     files = [path for path in sources(ROOT, PACKAGE, *PROGRAMS) if path.name != "__init__.py" or path.read_text()]
     assert not [path for path in files if not ast.get_docstring(ast.parse(path.read_text()))]
+
+
+def test_text_files_are_opened_with_an_encoding():
+    """Where ruff's PLW1514 does not see that an object is a Path."""
+    found = []
+    for path in sources(ROOT, PACKAGE, *PROGRAMS):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+                encoding_at = {"read_text": 0, "write_text": 1}.get(node.func.attr, len(node.args) - 1)
+                if len(node.args) <= encoding_at and "encoding" not in {keyword.arg for keyword in node.keywords}:
+                    found.append(f"{path.relative_to(ROOT)}:{node.lineno}")
+    assert found == []
 
 
 def test_readme_shows_the_commands_that_ci_runs():

@@ -16,7 +16,7 @@ def write_rows_and_tokenizer(directory: Path) -> Path:
     """Write 400 rows to `rows.jsonl` and a tokenizer trained on them to `t.json`."""
     rng = random.Random(5)
     words = ["def", "return", "x", "12", "λ", "我想", "\n    ", "🙂", "it's", "==", "<|endoftext|>", "value"]
-    with open(directory / "rows.jsonl", "w") as file:
+    with open(directory / "rows.jsonl", "w", encoding="utf-8") as file:
         for _ in range(400):
             inputs, outputs = (" ".join(rng.choices(words, k=rng.randint(1, 80))) for _ in range(2))
             file.write(json.dumps({"id": 1, "inputs": inputs, "outputs": outputs}, ensure_ascii=False) + "\n")

@@ -227,7 +227,9 @@ def load_index(documents: TokenizedDocuments, packing: Packing, cache: str | Non
             ) from None
         _save_array(partial / "documents.npy", np.asarray(index.documents))
         _save_array(partial / "rows.npy", np.asarray(index.bounds))
-        (partial / "index.json").write_text(json.dumps({"settings": settings, "facts": index.facts}, indent=1))
+        (partial / "index.json").write_text(
+            json.dumps({"settings": settings, "facts": index.facts}, indent=1), encoding="utf-8"
+        )
 
     build_once(directory, build)
     return _open_index(directory, packing)

@@ -46,5 +46,5 @@ def write_provenance(
             "what": what,
             "micro_batches": [entry for entries in everyone for entry in entries],
         }
-        path.write_text(json.dumps(record, indent=2) + "\n")
+        path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     return path

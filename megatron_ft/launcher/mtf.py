@@ -49,7 +49,7 @@ def branch_flags(path: Path) -> set[str]:
 
     Read from its source, since importing it needs apex and a GPU.
     """
-    tree = ast.parse((path / "megatron" / "arguments.py").read_text())
+    tree = ast.parse((path / "megatron" / "arguments.py").read_text(encoding="utf-8"))
     calls = [
         node
         for node in ast.walk(tree)

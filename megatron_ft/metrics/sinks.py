@@ -66,9 +66,9 @@ class WeightsAndBiases:
         import wandb
 
         id_file = save_dir / "wandb_run_id" if save_dir else None
-        run_id = id_file.read_text().strip() if id_file and id_file.exists() else secrets.token_hex(8)
+        run_id = id_file.read_text(encoding="utf-8").strip() if id_file and id_file.exists() else secrets.token_hex(8)
         if id_file:
-            id_file.write_text(run_id)
+            id_file.write_text(run_id, encoding="utf-8")
         settings = {
             name: value for name, value in config.values().items() if isinstance(value, int | float | str | bool)
         }

@@ -118,7 +118,7 @@ def write_legacy(
                 optimizer = directory / "release" / f"{name}_{data_rank:03d}"
                 optimizer.mkdir()
                 torch.save({}, optimizer / "optim.pt")
-    (directory / TRACKER).write_text("release")
+    (directory / TRACKER).write_text("release", encoding="utf-8")
 
 
 class _Rank(NamedTuple):

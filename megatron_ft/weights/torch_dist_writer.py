@@ -80,7 +80,7 @@ def write_torch_dist(
         git_revision=git_revision(),
         saved_at=now(),
     ).write(place)
-    (directory / TRACKER).write_text("release")
+    (directory / TRACKER).write_text("release", encoding="utf-8")
 
 
 def _write_tensor(

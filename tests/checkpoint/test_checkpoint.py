@@ -163,7 +163,7 @@ def test_data_and_seed_may_not_change_on_a_resume_but_the_schedule_may(three, in
     shutil.copytree(three, save)
     first = inputs.split()[1]
     other = tmp_path / "other.txt"
-    other.write_text(Path(first).read_text().replace("0.7", "0.6"))
+    other.write_text(Path(first).read_text(encoding="utf-8").replace("0.7", "0.6"))
     refused = run(
         "1", inputs.replace(first, str(other)), save, NO_DROPOUT, "--train-iters 8 --seed 7 --global-batch-size 2"
     )
@@ -181,7 +181,7 @@ def test_data_and_seed_may_not_change_on_a_resume_but_the_schedule_may(three, in
     elsewhere = tmp_path / "elsewhere"  # a copy of the data in another directory is the same data
     shutil.copytree(Path(first).parent, elsewhere)
     moved = elsewhere / "train.txt"
-    moved.write_text(Path(first).read_text().replace(str(Path(first).parent), str(elsewhere)))
+    moved.write_text(Path(first).read_text(encoding="utf-8").replace(str(Path(first).parent), str(elsewhere)))
     allowed = run(
         "1", inputs.replace(first, str(moved)), save, NO_DROPOUT, "--train-iters 9 --lr 2e-3 --exit-interval 7"
     )

@@ -78,7 +78,7 @@ def inputs(tmp_path_factory) -> str:
 def with_new_tokens(words: str, folder: Path, count: int) -> str:
     """The same flags with `count` tokens added to the tokenizer."""
     old = words.split("--tokenizer-file ")[1]
-    spec = json.loads(Path(old).read_text())
+    spec = json.loads(Path(old).read_text(encoding="utf-8"))
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     spec["added_tokens"] += [{"id": 257 + i, "content": f"<new_{i}>", **flags} for i in range(count)]
     (folder / "more.json").write_text(json.dumps(spec))

@@ -61,9 +61,9 @@ def test_changed_data_gets_a_new_index(prefix, lengths):
 
 
 def change_json(path: Path, **changes) -> None:
-    content = json.loads(path.read_text())
+    content = json.loads(path.read_text(encoding="utf-8"))
     content["facts"] |= changes
-    path.write_text(json.dumps(content))
+    path.write_text(json.dumps(content), encoding="utf-8")
 
 
 @pytest.mark.parametrize(
@@ -148,7 +148,7 @@ def test_unrelated_flags_share_an_index(prefix):
 
 def _build_slowly(directory: Path, log: Path, seconds: float, crash: bool = False) -> None:
     def build(partial: Path) -> None:
-        with open(log, "a") as file:
+        with open(log, "a", encoding="utf-8") as file:
             file.write(f"{os.getpid()}\n")
         (partial / "content").write_text("partial")
         time.sleep(seconds)

@@ -146,7 +146,7 @@ def run_input(
     begin(mutation)
     stdout = open(case / "stdout", "w", encoding="utf-8")  # noqa: SIM115 - real files have a fileno
     stderr = open(case / "stderr", "w", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
-    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # resets the peak
     before, started = _memory("VmRSS"), time.monotonic()
     watched.update(allowed=str(case) + "/", opened=[])
     value, status, kind, detail = None, 0, "", ""
@@ -266,5 +266,5 @@ def is_ours(file: str) -> bool:
 
 def _memory(name: str) -> int:
     """VmRSS or VmHWM of this process, in bytes."""
-    status = Path("/proc/self/status").read_text()
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
     return int(status.partition(name + ":")[2].split()[0]) << 10

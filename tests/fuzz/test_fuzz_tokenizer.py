@@ -79,8 +79,8 @@ def fork_transformers() -> None:
                 resource.setrlimit(resource.RLIMIT_CPU, (20, 20))
                 sys.stdin, sys.stdout, sys.stderr = (
                     io.StringIO(input.decode()),
-                    open(writing, "w"),
-                    open(os.devnull, "w"),
+                    open(writing, "w", encoding="utf-8"),
+                    open(os.devnull, "w", encoding="utf-8"),
                 )
                 as_transformers.main()
             finally:

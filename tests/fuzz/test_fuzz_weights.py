@@ -76,7 +76,7 @@ def pytorch_shards(directory: Path) -> None:
 
 def index(path: Path, files: dict[str, list[str]]) -> None:
     weight_map = {name: file for file, names in files.items() for name in names}
-    path.write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": weight_map}))
+    path.write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": weight_map}), encoding="utf-8")
 
 
 def megatron(form: str, directory: Path) -> None:

@@ -98,7 +98,7 @@ def fuzz(reader: Reader, folder: Path, numbers: Sequence[int] | None = None) -> 
 
 def _supervise(connection: Connection, reader: Reader, folder: Path, numbers: Sequence[int]) -> None:
     os.setpgid(0, 0)
-    with open(folder / "supervisor.log", "w") as log:
+    with open(folder / "supervisor.log", "w", encoding="utf-8") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
     os.environ.update(
@@ -143,7 +143,7 @@ def check(reader: Reader, folder: Path) -> None:
     case = os.environ.get("MEGATRON_FT_FUZZ_CASE")
     report = fuzz(reader, folder, [int(case)] if case else None)
     if path := os.environ.get("MEGATRON_FT_FUZZ_REPORT"):
-        with open(path, "a") as file:
+        with open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(asdict(report)) + "\n")
     print(report)
     assert not report.failures, (
@@ -168,7 +168,7 @@ class _Worker:
     def cpu_seconds(self) -> float:
         """CPU time of the process so far; a loaded machine does not change it."""
         try:
-            fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+            fields = Path(f"/proc/{self.process.pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
         except OSError:
             return self.cpu_before
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
@@ -246,7 +246,7 @@ def _run(reader: Reader, folder: Path, numbers: Sequence[int], reference: Any, w
 def _work(
     connection: Connection, reader: Reader, folder: Path, numbers: list[int], reference: Any, watched: dict, log: Path
 ) -> None:
-    file = open(log, "w")  # noqa: SIM115 - open as long as the process lives
+    file = open(log, "w", encoding="utf-8")  # noqa: SIM115 - open as long as the process lives
     os.dup2(file.fileno(), 2)  # what native code prints
     faulthandler.enable(file)
     faulthandler.register(signal.SIGUSR1, file)
@@ -258,7 +258,7 @@ def _work(
 
 
 def _limit_resources() -> None:
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    used = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + ADDRESS_SPACE,) * 2)
     resource.setrlimit(resource.RLIMIT_FSIZE, (FILE_SIZE,) * 2)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

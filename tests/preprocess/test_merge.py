@@ -58,7 +58,7 @@ def test_parts_may_be_named_by_all_their_files(parts, tmp_path):
 def test_provenance_of_all_shards_is_that_of_a_single_run(data, parts, tmp_path):
     merge(parts, "part-1", "part-2", "part-10", output=tmp_path / "merged")
     prefixes = (tmp_path / "merged", parts / "single")
-    merged, single = (json.loads(Path(f"{prefix}_made_from.json").read_text()) for prefix in prefixes)
+    merged, single = (json.loads(Path(f"{prefix}_made_from.json").read_text(encoding="utf-8")) for prefix in prefixes)
     assert merged == single and merged["shard"] == [1, 1] and merged["append_eod"] is True
     assert merged["inputs"] == [["rows.jsonl", (data / "rows.jsonl").stat().st_size]]
 

@@ -180,7 +180,10 @@ def truncate(path: Path) -> None:
             lambda shard: Path(f"{shard}_made_from.json").unlink(),
             "not found, so what the shard was made from is unknown",
         ),
-        (lambda shard: Path(f"{shard}_made_from.json").write_text("{"), "damaged (JSON that ends too early"),
+        (
+            lambda shard: Path(f"{shard}_made_from.json").write_text("{", encoding="utf-8"),
+            "damaged (JSON that ends too early",
+        ),
         (lambda shard: truncate(Path(f"{shard}_targets_document.bin")), "bytes, expected"),
     ],
     ids=["no provenance", "damaged provenance", "truncated tokens"],

@@ -111,7 +111,7 @@ def test_real_rows_with_the_starcoder_tokenizer(shared_data):
     reference = Backend.from_file(str(shared_data / "starcoder-tokenizer.json"))
     texts = [
         t
-        for line in open(shared_data / "oasst-commitpackft.jsonl")
+        for line in open(shared_data / "oasst-commitpackft.jsonl", encoding="utf-8")
         for t in json.loads(line).values()
         if isinstance(t, str)
     ]

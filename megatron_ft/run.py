@@ -183,7 +183,7 @@ def open_log(prepared: Prepared, state: TrainState, reasons: list[str], device: 
     prepared.checkpointer.log = log.event
     read = [datasets.train] if datasets.train else [*datasets.valid.values(), *datasets.test.values()]
     log.banner(data="\n".join(dataset.description for dataset in read), start="\n".join(reasons))
-    notices = [*config.notices, *datasets.notices]
+    notices = [*config.notices, *prepared.tokenizer.notices, *datasets.notices]
     notices += many_epochs(prepared.length, epoch) if epoch else []
     for notice in [*notices, *attention_notices(config, prepared.shape, device)]:
         log.event(notice)

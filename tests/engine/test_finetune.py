@@ -362,6 +362,15 @@ def test_finished_run_logs_how_to_continue_and_tolerates_a_truncated_line(runs):
     assert line == f"learning rate continues at {following:.3e} (the last step used {last:.3e})"
 
 
+def test_log_has_the_notices_of_the_tokenizer(runs, golden):
+    spec = json.loads((golden / "data/tokenizer.json").read_text(encoding="utf-8"))
+    spec["model"]["dropout"] = 0.1
+    file = runs.tmp_path / "dropout.json"
+    file.write_text(json.dumps(spec), encoding="utf-8")
+    assert runs("noted", f"--tokenizer-file {file} --train-iters 1 --global-batch-size 1") == [EXIT_DONE]
+    assert [event for event in runs.events("noted") if event.startswith(f"{file}: ") and "dropout of 0.1" in event]
+
+
 def test_closed_terminal_stops_a_run_like_sigterm(runs):
     save = runs.tmp_path / "closed"
     flags = (

@@ -23,9 +23,10 @@ from typing import Any
 
 from mutations import ANY, Mutator
 
+from megatron_ft.printable import MAX_CHARACTERS
+
 ROOT = Path(__file__).resolve().parents[2]
 MEMORY = 512 << 20  # bytes of resident memory that one input may add
-LONGEST_LINE = 4000  # characters of an error message
 FORBIDDEN = "/etc/hostname"  # a path that mutations write into files
 MUST_BE_REFUSED = "must be refused: "  # in the description of a hand-written input
 ANY_FRACTION = 0.3  # of inputs, mutated as any file, whatever its format
@@ -240,8 +241,8 @@ def _judge_output(status: int, printed: str, errors: str) -> str:
         return "status 2, but the last line of stderr is not the only error line"
     if not lines[-1].isprintable():
         return "an error line with unprintable characters"
-    if len(lines[-1]) > LONGEST_LINE:
-        return f"an error line of more than {LONGEST_LINE} characters"
+    if len(lines[-1].removeprefix("error: ")) > MAX_CHARACTERS:
+        return f"an error message of more than {MAX_CHARACTERS} characters"
     return ""
 
 

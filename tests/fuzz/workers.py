@@ -13,6 +13,7 @@ import os
 import re
 import resource
 import signal
+import sys
 import time
 import traceback
 from collections import deque
@@ -108,6 +109,7 @@ def _supervise(connection: Connection, reader: Reader, folder: Path, numbers: Se
         RAYON_NUM_THREADS="1",
         TOKENIZERS_PARALLELISM="false",
     )
+    sys.dont_write_bytecode = True  # would be a file outside the input's directory
     import torch
 
     torch.set_num_threads(1)

@@ -4,8 +4,9 @@
 
 Rows have CommitPack's schema (commit, old_file, new_file, old_contents, new_contents, subject,
 message, lang, license, repos), oldest commit first. Merges, renames, binary files, symbolic links
-and commits that touch a second file are skipped. dataset/commits_to_jsonl.py turns the rows into
-training rows.
+and commits that touch a second file are skipped. With --modified-only, files that a commit adds,
+deletes or renames are not counted, as in CommitPack: it still must modify exactly one file.
+dataset/commits_to_jsonl.py turns the rows into training rows.
 
 A repository without usable history (a tarball, a shallow clone, fewer rows than --min-rows) is an
 error. With --fallback FILE the rows of FILE are written instead and the reason is printed.
@@ -44,6 +45,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--repo", type=Path, default=".", metavar="DIR", help="working tree or bare repository; it is only read")
     add("--output", required=True, metavar="FILE", help="JSONL file to write, .gz and .zst compressed; - for stdout")
     add("--rev", default="HEAD", help="branch, tag or range of commits such as v1.0..main, as for git log")
+    add("--modified-only", action="store_true", help="count only modified files of a commit, as CommitPack does")
     add("--max-rows", type=int, metavar="N", help="stop after N rows (default: no limit)")
     add("--max-file-bytes", type=int, default=1 << 20, metavar="N", help="skip files larger than N bytes")
     add("--license", help="license to write in every row (default: detected from the repository's license file)")
@@ -111,7 +113,7 @@ def write_rows(args: argparse.Namespace, output: OutputFile) -> int:
     repos = name_of(args.repo)
     with BlobReader(args.repo) as blobs, Progress("commits", None, " commits") as progress:
         license = args.license or find_license(args.repo, blobs)
-        for commit in single_file_commits(args.repo, args.rev):
+        for commit in single_file_commits(args.repo, args.rev, modified_only=args.modified_only):
             progress.update(1)
             old, new = (blobs.text(blob, args.max_file_bytes) for blob in (commit.old_blob, commit.new_blob))
             if old is None or new is None:

@@ -9,7 +9,7 @@ import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,11 +37,12 @@ def run_git(repo: Path, *command: str) -> subprocess.CompletedProcess[bytes]:
     return subprocess.run(git(repo, *command), capture_output=True, env=git_environment())
 
 
-def git_environment(**variables: str) -> dict[str, str]:
+def git_environment(settings: Sequence[tuple[str, str]] = (), **variables: str) -> dict[str, str]:
     """The environment of every git command: this process's, without what changes git's behavior.
 
     The user's list of safe directories stays in effect: without it, git refuses to read a mirror
-    that somebody else owns. `variables` are added.
+    that somebody else owns. `settings` are names and values of git's configuration; `variables` are
+    added to the environment.
     """
     kept = {name: value for name, value in os.environ.items() if not name.startswith("GIT_") or KEPT.fullmatch(name)}
     for name in ("LANGUAGE", "SSH_ASKPASS", "XDG_CONFIG_HOME"):
@@ -55,7 +56,7 @@ def git_environment(**variables: str) -> dict[str, str]:
         "GIT_CONFIG_NOSYSTEM": "1",
         "GIT_OPTIONAL_LOCKS": "0",
         "GIT_TERMINAL_PROMPT": "0",
-        **config_variables([("safe.directory", directory) for directory in _safe_directories()]),
+        **config_variables([*(("safe.directory", directory) for directory in _safe_directories()), *settings]),
         **variables,
     }
 
@@ -92,10 +93,12 @@ class Commit:
     new_blob: str
 
 
-def single_file_commits(repo: Path, rev: str) -> Iterator[Commit]:
+def single_file_commits(repo: Path, rev: str, *, modified_only: bool = False) -> Iterator[Commit]:
     """Commits of `rev`, oldest first, that modified one regular file and nothing else.
 
-    Raises UserError if git log fails, such as for an unknown revision.
+    With `modified_only`, files that a commit added, deleted or renamed are not counted: it modified
+    one regular file and no other, as in CommitPack. Raises UserError if git log fails, such as for
+    an unknown revision.
     """
     options = ("--reverse", "--no-merges", "--raw", "-z", "--no-abbrev", "--no-renames", LOG_FORMAT)
     log = git(repo, "log", rev, *options, "--")
@@ -114,22 +117,26 @@ def single_file_commits(repo: Path, rev: str) -> Iterator[Commit]:
                 if field.startswith(":"):
                     changes.append((field, next(fields, "")))
                 elif field:  # the id of the next commit, followed by its subject and message
-                    yield from single_change(header, changes)
+                    yield from single_change(header, changes, modified_only)
                     header, changes = (field, next(fields, ""), next(fields, "")), []
             if process.wait():  # the last commit may be truncated
                 errors.seek(0)
                 raise UserError(f"--rev {rev}: git log failed ({first_line(errors.read())})")
-            yield from single_change(header, changes)
+            yield from single_change(header, changes, modified_only)
         finally:
             process.kill()
 
 
-def single_change(header: tuple[str, str, str] | None, changes: list[tuple[str, str]]) -> Iterator[Commit]:
+def single_change(
+    header: tuple[str, str, str] | None, changes: list[tuple[str, str]], modified_only: bool = False
+) -> Iterator[Commit]:
     """The commit, if its raw diff has one entry and that entry modifies a regular file.
 
     `header` is (id, subject, message). A raw diff entry is (":oldmode newmode oldblob newblob
-    status", path).
+    status", path). With `modified_only`, entries that add or delete a file are ignored.
     """
+    if modified_only:
+        changes = [change for change in changes if change[0][-1] not in "AD"]
     if header is None or len(changes) != 1:
         return
     (id, subject, message), (entry, path) = header, changes[0]
@@ -157,10 +164,14 @@ def split_at_nul(stream: IO[bytes]) -> Iterator[str]:
 class BlobReader:
     """Reads files of a repository through one long-running `git cat-file --batch` process."""
 
-    def __init__(self, repo: Path):
+    def __init__(self, repo: Path, environment: Mapping[str, str] | None = None):
         self._repo, pipe = repo, subprocess.PIPE
         self._process = subprocess.Popen(
-            git(repo, "cat-file", "--batch"), stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, env=git_environment()
+            git(repo, "cat-file", "--batch"),
+            stdin=pipe,
+            stdout=pipe,
+            stderr=subprocess.DEVNULL,
+            env=environment or git_environment(),
         )
         assert self._process.stdin is not None and self._process.stdout is not None  # both are pipes
         self._requests, self._replies = self._process.stdin, self._process.stdout
@@ -168,6 +179,17 @@ class BlobReader:
     def text(self, id: str, max_bytes: int) -> str | None:
         """Text of a blob; None if it is larger than `max_bytes`, or binary: contains a NUL byte or
         is not UTF-8. UserError if git cannot read it."""
+        data = self.read(id, max_bytes)
+        if data is None or b"\0" in data:
+            return None
+        try:
+            return data.decode("utf-8")
+        except UnicodeDecodeError:
+            return None
+
+    def read(self, id: str, max_bytes: int) -> bytes | None:
+        """Content of a blob; None if it is larger than `max_bytes`. UserError if git cannot read
+        it."""
         try:
             self._requests.write(id.encode() + b"\n")
             self._requests.flush()
@@ -184,13 +206,7 @@ class BlobReader:
         if size > max_bytes:
             self._skip(size + 1)
             return None
-        data = self._replies.read(size + 1)[:-1]
-        if b"\0" in data:
-            return None
-        try:
-            return data.decode("utf-8")
-        except UnicodeDecodeError:
-            return None
+        return self._replies.read(size + 1)[:-1]
 
     def _skip(self, size: int) -> None:
         while size and (skipped := self._replies.read(min(size, 1 << 20))):

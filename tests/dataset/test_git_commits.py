@@ -104,6 +104,26 @@ def test_max_rows_and_license_are_obeyed(repo):
     assert [row["license"] for row in rows_of(limited)] == ["x"]
 
 
+def test_modified_only_counts_modified_files_as_commitpack_does(repo, tmp_path):
+    copy = copy_of(repo, tmp_path)
+    (copy / "a.py").write_text("with an added file\n")
+    add_file(copy, "new.py", "new\n", "Modify and add")
+    (copy / "a.py").write_text("with a deleted file\n")
+    (copy / "new.py").rename(copy / "renamed.py")
+    add_file(copy, "other.py", "other\n", "Modify and rename")
+    (copy / "a.py").write_text("with a second file\n")
+    add_file(copy, "c.py", "second\n", "Modify two")
+    add_file(copy, "added.py", "added\n", "Only add")
+    command = (COMMITS, "--repo", copy, "--output", "-", "--rev", "HEAD~4..HEAD")
+    strict = run_program(*command, ok=False)
+    assert "has 0 single-file commits" in one_error_line(strict)
+    counted = rows_of(run_program(*command, "--modified-only").stdout)
+    assert [(row["subject"], row["new_file"], row["new_contents"]) for row in counted] == [
+        ("Modify and add", "a.py", "with an added file\n"),
+        ("Modify and rename", "a.py", "with a deleted file\n"),
+    ]
+
+
 NO_HISTORY = {
     "shallow": "is a shallow clone",
     "tarball": "is not a readable git repository",

@@ -279,6 +279,8 @@ def _pattern_of(spec: dict) -> str:
             raise CannotExpress(f"its token {token['content']!r} has special matching rules")
     steps = spec.get("pre_tokenizer") or {}
     steps = steps["pretokenizers"] if steps.get("type") == "Sequence" else [steps]
+    if not steps:
+        raise CannotExpress("its pre-tokenizer has no steps")
     kinds = [step.get("type") for step in steps]
     byte_level = steps[-1]
     if kinds[-1] != "ByteLevel" or byte_level.get("add_prefix_space") or not byte_level.get("use_regex", True):

@@ -161,6 +161,8 @@ def test_unsupported_tokenizers_fall_back_with_a_reason(tmp_path, monkeypatch):
     assert "normalizer (NFC)" in notice_of(normalizing, path)
     assert "Whitespace" in notice_of(train(pre_tokenizers.Whitespace()), path)
     assert "Digits" in notice_of(train(pre_tokenizers.Sequence([pre_tokenizers.Digits(False), GPT2S])), path)
+    without_steps = {**good, "pre_tokenizer": {"type": "Sequence", "pretokenizers": []}}
+    assert "has no steps" in notice_of(without_steps, path)
     lower_rank_last = json.loads(json.dumps(good))
     lower_rank_last["model"]["merges"].reverse()
     assert "is not encoded as that token" in notice_of(lower_rank_last, path)

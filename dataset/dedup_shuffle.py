@@ -15,24 +15,19 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse
-import struct
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
-from hashlib import blake2b
 
 from megatron_ft.config.parser import Help, Parser
 from megatron_ft.errors import UserError, run_program
+from megatron_ft.files.hash_order import Buckets, key_of
 from megatron_ft.files.jsonl import Source, open_sources, read_blocks, shard_bytes
 from megatron_ft.files.jsonl_row import BadRow, parse_row
 from megatron_ft.files.output import STANDARD_OUTPUT, OutputFile, scratch_directory, writing
 from megatron_ft.progress import Progress
 
-KEY_BYTES = 16
-DIGIT_BITS = 6
-RECORD = struct.Struct(f"<{KEY_BYTES}sI")  # header of a spilled row: its key and the length of its line
 REMEDY = "fix the row, name other keys (--input-key, --output-key), or skip such rows (--skip-bad-rows)"
-ROW_OVERHEAD = 200  # bytes per row in memory in addition to its line: key, objects, dict entry
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -80,7 +75,7 @@ def main() -> None:
     print(f"{rows:,} rows, {rows - kept:,} of them duplicates, {kept:,} -> {args.output}{note}", file=sys.stderr)
 
 
-def spill(sources: list[Source], args: argparse.Namespace, buckets: "Buckets") -> tuple[int, int]:
+def spill(sources: list[Source], args: argparse.Namespace, buckets: Buckets) -> tuple[int, int]:
     """Add all rows to `buckets`; returns their number and the number of bad rows skipped."""
     keys = [[args.input_key], [args.output_key] if args.output_key else ["outputs", "targets"]]
     rows = bad = 0
@@ -99,72 +94,6 @@ def spill(sources: list[Source], args: argparse.Namespace, buckets: "Buckets") -
                 rows += 1
             progress.update(block.consumed)
     return rows, bad
-
-
-def key_of(texts: list[str], seed: int) -> bytes:
-    """Hash of the seed and the texts, KEY_BYTES long, by which rows are compared and ordered."""
-    digest = blake2b(f"{seed} {len(texts[0])} ".encode(), digest_size=KEY_BYTES)
-    for text in texts:
-        digest.update(text.encode())
-    return digest.digest()
-
-
-class Buckets:
-    """Rows on disk, distributed over 2^DIGIT_BITS files by a digit of their keys: digit `depth`.
-
-    A file that does not fit in memory is distributed again by the next digit. Few files are open at
-    a time, since a process may be limited to 256.
-    """
-
-    def __init__(self, directory: Path, depth: int):
-        self.directory, self.depth = directory, depth
-        self._shift = 8 * KEY_BYTES - DIGIT_BITS * (depth + 1)
-        directory.mkdir(exist_ok=True)
-        self._files = [open(directory / f"{digit:02x}", "wb", buffering=1 << 15) for digit in range(1 << DIGIT_BITS)]
-
-    def add(self, key: bytes, line: bytes) -> None:
-        """Append a row to its file."""
-        file = self._files[int.from_bytes(key) >> self._shift & ((1 << DIGIT_BITS) - 1)]
-        file.write(RECORD.pack(key, len(line)))
-        file.write(line)
-
-    def in_order(self, memory: int, progress: Progress) -> Iterator[bytes]:
-        """Yield the first line of each key, ordered by key, and delete each file once it is read.
-
-        No more than `memory` bytes of rows are held at a time, unless all have the same key.
-        """
-        for file in self._files:
-            file.close()
-        for path in [Path(file.name) for file in self._files]:
-            first: dict[bytes, bytes] = {}
-            size = count = 0
-            deeper: Buckets | None = None
-            for key, line in records(path):
-                count += 1
-                if deeper is not None:
-                    deeper.add(key, line)
-                elif key not in first:
-                    first[key] = line
-                    size += len(line) + ROW_OVERHEAD
-                    if size > memory and len(first) > 1:
-                        deeper = Buckets(path.with_suffix(".divided"), self.depth + 1)
-                        for item in first.items():
-                            deeper.add(*item)
-                        first.clear()
-            path.unlink()
-            if deeper is not None:
-                yield from deeper.in_order(memory, progress)
-            for key in sorted(first):
-                yield first[key]
-            progress.update(count if deeper is None else 0)
-
-
-def records(path: Path) -> Iterator[tuple[bytes, bytes]]:
-    """Keys and lines of a spilled file, in the order they were written."""
-    with open(path, "rb") as file:
-        while head := file.read(RECORD.size):
-            key, length = RECORD.unpack(head)
-            yield key, file.read(length)
 
 
 if __name__ == "__main__":

@@ -32,16 +32,24 @@ class CommitRow:
 def parse_commit(line: bytes | None) -> dict[str, Any]:
     """Parse one JSONL line whose TEXT_FIELDS are strings; other fields are returned as found.
 
-    Raises BadRow if the line is not a JSON object (None is a line over the length limit), or a text
-    field is missing, not a string, or contains a lone surrogate.
+    Raises BadRow if the line is not a JSON object (None is a line over the length limit), or as
+    `check_commit`.
 
     >>> parse_commit(b'{"old_contents": "", "new_contents": "x", "subject": 1}')
     Traceback (most recent call last):
     megatron_ft.files.jsonl_row.BadRow: 'subject' is an integer, not a string
     """
     row = parse_object(line)
+    check_commit(row, line)
+    return row
+
+
+def check_commit(row: dict[str, Any], line: bytes | None = None) -> None:
+    """Raise BadRow if a text field of a row is missing, not a string, or contains a lone surrogate.
+
+    `line` is the JSONL line that the row was parsed from, None for parquet.
+    """
     for name in TEXT_FIELDS:
         if name not in row:
             raise BadRow(f"{NO_KEY} {name!r}; {keys_of(row)}")
         text_of(row, name, line)
-    return row

@@ -318,7 +318,7 @@ class Checkpointer:
         if self.failures_in_a_row:
             raise UserError(
                 f"--save {saves.path}: the last save failed; {self._newest()}; "
-                "free disk space or fix the permissions, and run the same command again to resume from there"
+                "free disk space or inodes, or fix the permissions, and run the same command again to resume from there"
             )
         self.ranks.on_rank_0(saves.release)
 
@@ -345,6 +345,6 @@ class Checkpointer:
         if self.failures_in_a_row >= FAILURES_IN_A_ROW:
             raise UserError(
                 f"--save {saves.path}: {FAILURES_IN_A_ROW} saves in a row failed ({reason}); {self._newest()}; "
-                "free disk space or fix the permissions, and run the same command again"
+                "free disk space or inodes, or fix the permissions, and run the same command again"
             )
         return False

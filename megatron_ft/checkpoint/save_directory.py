@@ -18,6 +18,7 @@ from megatron_ft.config.config import Config
 from megatron_ft.errors import UserError
 from megatron_ft.files.atomic import replace_file
 from megatron_ft.files.checksum import describe_file
+from megatron_ft.files.os_error import remedy
 from megatron_ft.tokenizer import files as tokenizer_files
 from megatron_ft.weights import directory
 from megatron_ft.weights.manifest import Damaged, Manifest, read_manifest
@@ -73,7 +74,8 @@ class SaveDirectory:
             removed = directory.remove_leftovers(self.path)
         except OSError as error:
             raise UserError(
-                f"--save {self.path}: {error.strerror or error}; give a directory that can be written"
+                f"--save {self.path}: {error.strerror or error}; "
+                f"{remedy(error, 'give a directory that can be written')}"
             ) from error
         if removed:
             notes.append(f"removed what a killed run left unfinished: {', '.join(removed)}")

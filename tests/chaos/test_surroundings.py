@@ -1,8 +1,9 @@
-"""Training in surroundings that fail: damaged logs, few descriptors, read-only data, full disks,
-a clock that is set back."""
+"""Training in surroundings that fail: damaged logs, few descriptors, read-only data, disks without
+space or inodes, a clock that is set back."""
 
 import json
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -38,14 +39,13 @@ def launcher(inputs: str, save: Path, iterations: int) -> list[str]:
     return [sys.executable, str(ROOT / "launch/finetune.py"), *flags.split()]
 
 
-def in_shell(setup: str, command: list[str], **options) -> str:
+def in_shell(setup: str, command: list[str]) -> str:
     """Output of a command that a shell runs after `setup`; status 0, without traceback."""
     done = subprocess.run(
         ["bash", "-c", f'{setup} && exec "$@"', "bash", *command],
         capture_output=True,
         text=True,
-        timeout=120,
-        **options,
+        timeout=300,
     )
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stdout + done.stderr
     return done.stdout
@@ -82,12 +82,15 @@ def test_training_runs_with_256_open_files(inputs, tmp_path):
     assert "done: 2 iterations" in in_shell("ulimit -n 256", launcher(inputs, tmp_path / "save", 2))
 
 
-def mounts(setup: str) -> list[str]:
-    """Command line that runs another one in a mount namespace after `setup`; skips without root."""
-    prefix = ["unshare", "--mount", "sh", "-c", f'{setup} && exec "$@"', "sh"]
-    if shutil.which("unshare") is None or subprocess.run([*prefix, "true"], capture_output=True).returncode:
-        pytest.skip("mounting is not permitted")
-    return prefix
+def mounts(setup: str, start: str = 'exec "$@"') -> list[str]:
+    """Command line that runs another one with `start` after `setup`, in a mount namespace; skips
+    where neither root nor a user namespace may mount."""
+    for privileges in ([], ["--map-root-user"]):
+        namespace = ["unshare", "--mount", *privileges]
+        attempt = [*namespace, "mount", "-t", "tmpfs", "none", "/mnt"]
+        if shutil.which("unshare") and subprocess.run(attempt, capture_output=True).returncode == 0:
+            return [*namespace, "sh", "-c", f"{setup} && {start}", "sh"]
+    pytest.skip("mounting is not permitted")
 
 
 def test_training_with_read_only_data_asks_for_a_cache_directory_and_runs_with_one(tmp_path):
@@ -96,9 +99,27 @@ def test_training_with_read_only_data_asks_for_a_cache_directory_and_runs_with_o
     inputs = write_inputs(folder)
     prefix = mounts(f"mount --bind {folder} {folder} && mount -o remount,ro,bind {folder}")
     command = [*prefix, *launcher(inputs, tmp_path / "save", 2)]
-    line = one_error_line(subprocess.run(command, capture_output=True, text=True, timeout=120))
+    line = one_error_line(subprocess.run(command, capture_output=True, text=True, timeout=300))
     assert "Read-only file system" in line and "--data-cache-path DIR" in line
     assert "done: 2 iterations" in in_shell("true", [*command, "--data-cache-path", str(tmp_path / "cache")])
+
+
+def test_a_disk_without_free_inodes_ends_a_run_that_resumes_when_there_are_more(inputs, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    starts = "; ".join(
+        f'mount -o remount,nr_inodes={inodes} {disk}; "$@" >{tmp_path}/{inodes}.txt 2>&1; echo $?'
+        for inodes in (1, 25, 1000)
+    )
+    flags = ("--save-interval", "1", "--data-cache-path", str(tmp_path / "cache"))
+    prefix = mounts(f"mount -t tmpfs none {disk}", f"{{ {starts}; }}")
+    statuses = in_shell("true", [*prefix, *launcher(inputs, disk / "save", 8), *flags])
+    assert statuses.split() == ["2", "2", "0"]
+    nothing, few, enough = ((tmp_path / f"{inodes}.txt").read_text() for inodes in (1, 25, 1000))
+    assert nothing == f"error: --save {disk}/save: No space left on device; free disk space or inodes\n"
+    assert "Traceback" not in few and "2 saves in a row failed" in few.splitlines()[-1]
+    saved = max(map(int, re.findall(r"^saved iteration (\d+)", few, flags=re.MULTILINE)))
+    assert f"iter_{saved:07d} (iteration {saved}, " in enough and "done: 8 iterations" in enough
 
 
 @pytest.fixture
@@ -132,7 +153,7 @@ def test_a_disk_that_is_full_for_metrics_and_report_loses_only_them(inputs, tmp_
 
 def test_a_clock_that_is_set_back_between_two_starts_changes_nothing(inputs, tmp_path):
     if shutil.which("faketime") is None:
-        pytest.skip("faketime is not installed")
+        pytest.skip("faketime is not installed; .ci/install-packages installs it")
     save = tmp_path / "save"
     in_shell("true", launcher(inputs, save, 2))
     back = ["faketime", "-f", "-3d", *launcher(inputs, save, 4)]

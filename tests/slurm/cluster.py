@@ -281,7 +281,7 @@ def missing() -> str | None:
     """Why no cluster can be started, or None."""
     path = os.environ["PATH"] + ":/usr/sbin"
     absent = [name for name in ("slurmctld", "slurmd", "srun", "sbatch") if not shutil.which(name, path=path)]
-    return f"SLURM is not installed ({', '.join(absent)} missing); .ci/install-slurm installs it" if absent else None
+    return f"SLURM is not installed ({', '.join(absent)} missing); .ci/install-packages installs it" if absent else None
 
 
 @pytest.fixture(scope="module", name="cluster")

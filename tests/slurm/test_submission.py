@@ -53,8 +53,8 @@ def script(project: Project, name: str) -> Path:
 
 def test_shellcheck_finds_nothing():
     if not shutil.which("shellcheck"):
-        pytest.skip("shellcheck is not installed; .ci/install-slurm installs it")
-    scripts = [*sorted((ROOT / "slurm").glob("*.sh")), ROOT / "launch" / "job.sh", ROOT / ".ci" / "install-slurm"]
+        pytest.skip("shellcheck is not installed; .ci/install-packages installs it")
+    scripts = [*sorted((ROOT / "slurm").glob("*.sh")), ROOT / "launch" / "job.sh", ROOT / ".ci" / "install-packages"]
     done = subprocess.run(["shellcheck", "-x", *map(str, scripts)], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stdout
 

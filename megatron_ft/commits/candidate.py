@@ -1,0 +1,64 @@
+"""`Candidate`: a commit row on its way through the rules of a filter."""
+
+from hashlib import blake2b
+from operator import itemgetter
+from typing import Any
+
+from megatron_ft.commits.languages import language_of
+from megatron_ft.commits.row import TEXT_FIELDS
+from megatron_ft.files.jsonl_row import NO_KEY, BadRow, keys_of, text_of
+
+REQUIRED = ("commit", "old_file", *TEXT_FIELDS)
+REQUIRED_OF = itemgetter(*REQUIRED)
+OPTIONAL = ("message", "lang", "license", "repos")  # absent: empty
+
+
+class Candidate:
+    """A row whose texts rules look at and cleaning steps change.
+
+    fields: the row as it was read. subject, lower: the subject and its lower case. old, new: the
+    contents. path: old_file. name: its base name. language: display name; the row's own, else by
+    the path.
+    """
+
+    __slots__ = ("fields", "subject", "lower", "old", "new", "path", "name", "language")
+
+    def __init__(self, fields: dict[str, Any], line: bytes | None = None):
+        """Raises BadRow if a text field is missing or is not a string. `line` is what the row was
+        parsed from."""
+        try:
+            _, self.path, self.old, self.new, subject = values = REQUIRED_OF(fields)
+        except KeyError as missing:
+            raise BadRow(f"{NO_KEY} {missing.args[0]!r}; {keys_of(fields)}") from None
+        for name, value in zip(REQUIRED, values, strict=True):
+            if not isinstance(value, str) or not value.isascii():
+                text_of(fields, name, line)
+        for name in OPTIONAL:
+            if not isinstance(fields.get(name), str | None):
+                text_of(fields, name, line)
+        self.fields = fields
+        self.name = self.path.rsplit("/", 1)[-1]
+        self.language = fields.get("lang") or language_of(self.path)
+        self.set_subject(subject)
+
+    def set_subject(self, subject: str) -> None:
+        self.subject, self.lower = subject, subject.lower()
+
+    @property
+    def message(self) -> str:
+        return self.fields.get("message") or ""
+
+    @property
+    def is_changed(self) -> bool:
+        """Whether a step changed one of the texts, so that the original line is not its row."""
+        return [self.old, self.new, self.subject] != [self.fields[name] for name in TEXT_FIELDS]
+
+    def row(self) -> dict[str, Any]:
+        """The row with its texts as they are now; keys keep their order."""
+        return self.fields | dict(zip(TEXT_FIELDS, (self.old, self.new, self.subject), strict=True))
+
+    def chance(self, seed: int, of: str) -> float:
+        """A number in [0, 1) from a hash of the seed, the commit and the name of a decision: the
+        same in every shard and every order of the rows."""
+        key = f"{seed} {of} {self.fields['commit']}".encode(errors="backslashreplace")
+        return int.from_bytes(blake2b(key, digest_size=7).digest()) / (1 << 56)

@@ -1,9 +1,9 @@
 """Runs mutated inputs in forked workers, so that a crash or a hang belongs to one input.
 
-A `Failure` is an input that one_input.py judges so, a crash of its process, or more CPU time, wall
-time or memory than an input of a few KB may take. A crash or a hang ends one worker; another worker
-takes the remaining inputs. Processes are forked from the server of ranks.py, which has imported
-torch.
+A `Failure` is an input that one_input.py judges so, a crash of its process, or more CPU time,
+waiting or memory than an input of a few KB may take. A crash or a hang ends one worker; another
+worker takes the remaining inputs. Processes are forked from the server of ranks.py, which has
+imported torch.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ from ranks import _context
 
 _fork = get_context("fork")
 CPU_SECONDS = 10.0
-WALL_SECONDS = 60.0  # an input that waits for something uses no CPU
+WAITED_SECONDS = 60.0  # an input that waits for something uses no CPU
 ADDRESS_SPACE = 3 << 30  # bytes of address space that one worker may add
 FILE_SIZE = 256 << 20  # bytes of the longest file
 
@@ -155,7 +155,7 @@ def check(reader: Reader, folder: Path) -> None:
 
 
 class _Worker:
-    """A forked process, the inputs it still has to read, and when it began the current one."""
+    """A forked process, the inputs it still has to read, what it used for the current one."""
 
     def __init__(self, reader: Reader, folder: Path, numbers: deque, reference: Any, watched: dict):
         self.numbers, self.log = numbers, folder / f"worker-{numbers[0]}.log"
@@ -164,29 +164,35 @@ class _Worker:
         self.process = _fork.Process(target=_work, args=arguments, daemon=True)
         self.process.start()
         theirs.close()
-        self.began, self.cpu_before, self.mutation = time.monotonic(), 0.0, ""
-        self.exceeded = ""
+        self.cpu_before, self.waited, self.checked = 0.0, 0.0, time.monotonic()
+        self.mutation = self.exceeded = ""
 
-    def cpu_seconds(self) -> float:
-        """CPU time of the process so far; a loaded machine does not change it."""
+    def usage(self) -> tuple[bool, float]:
+        """Whether the process waits, and its CPU time so far; a loaded machine changes neither."""
         try:
-            fields = Path(f"/proc/{self.process.pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+            stat = Path(f"/proc/{self.process.pid}/stat").read_text(encoding="utf-8")
         except OSError:
-            return self.cpu_before
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+            return False, self.cpu_before
+        state, *fields = stat.rpartition(")")[2].split()
+        return state in "SD", (int(fields[10]) + int(fields[11])) / os.sysconf("SC_CLK_TCK")
 
     def begin(self, mutation: str) -> None:
-        self.mutation = mutation
-        self.began, self.cpu_before = time.monotonic(), self.cpu_seconds()
+        """An input begins, or with "" its preparation."""
+        self.mutation, self.waited = mutation, 0.0
+        self.cpu_before = self.usage()[1]
 
     def check_time(self) -> None:
         """End the process if its input takes too long, after it has written its stack."""
+        waits, cpu = self.usage()
+        now = time.monotonic()
+        self.waited += (now - self.checked) * waits
+        self.checked = now
         if self.exceeded:
             return
-        if self.mutation and self.cpu_seconds() - self.cpu_before > CPU_SECONDS:
+        if self.mutation and cpu - self.cpu_before > CPU_SECONDS:
             self.exceeded = f"hang: more than {CPU_SECONDS:.0f} s of CPU time"
-        elif time.monotonic() - self.began > WALL_SECONDS * (1 if self.mutation else 5):
-            self.exceeded = f"hang: more than {WALL_SECONDS:.0f} s"
+        elif self.waited > WAITED_SECONDS * (1 if self.mutation else 5):
+            self.exceeded = f"hang: waiting for more than {WAITED_SECONDS:.0f} s"
         if self.exceeded:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.process.pid, signal.SIGUSR1)
@@ -232,7 +238,7 @@ def _run(reader: Reader, folder: Path, numbers: Sequence[int], reference: Any, w
                         worker.begin(message)
                     else:
                         worker.numbers.popleft()
-                        worker.mutation, worker.began = "", time.monotonic()
+                        worker.begin("")
                         outcomes.append(message)
                 worker.check_time()
     finally:

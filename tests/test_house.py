@@ -36,6 +36,7 @@ LAYERS = (
         "tokenizer",
         "commits",
         "prompts",
+        "conversations",
         "data",
     ),
     *("weights", "evaluation", "checkpoint", "metrics", "engine", "run", "finetune", "launcher"),

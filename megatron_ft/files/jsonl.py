@@ -208,7 +208,7 @@ def blocks_of(source: Source, start: int, stop: int) -> Iterator[Block]:
         elif source.kind:
             if start == 0 and stop > 0:
                 with open(source.path, "rb") as raw:
-                    yield from _blocks_of_stream(source, _decompressed(raw, source), raw)
+                    yield from _blocks_of_stream(source, decompressed(raw, source), raw)
         elif start < stop:
             yield from _blocks_of_range(source, start, stop)
     except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
@@ -229,7 +229,8 @@ def shard_bytes(sources: Sequence[Source], shard: tuple[int, int] = (1, 1)) -> i
     return sum(source.size for source in sources) // shard[1]
 
 
-def _decompressed(raw: io.BufferedReader, source: Source) -> io.BufferedIOBase:
+def decompressed(raw: io.BufferedReader, source: Source) -> io.BufferedIOBase:
+    """The stream of a compressed source, decompressed."""
     if source.kind == "gzip":
         return gzip.GzipFile(fileobj=raw)
     return io.BufferedReader(ZstdFile(raw, source.name), BLOCK_BYTES)

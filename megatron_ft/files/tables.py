@@ -60,7 +60,7 @@ def read_table(
     """
     for source, start, stop in byte_ranges(sources, shard):
         if source.kind == "parquet":
-            yield from _parquet_chunks(source, start, stop)
+            yield from parquet_chunks(source, start, stop)
         else:
             for block in blocks_of(source, start, stop):
                 yield Chunk(list(_rows_of(block, bad)), block.consumed)
@@ -76,7 +76,7 @@ def _rows_of(block: Block, bad: Counter[str] | None) -> Iterator[Row]:
             bad[str(reason)] += 1
 
 
-def _parquet_chunks(source: Source, start: int, stop: int) -> Iterator[Chunk]:
+def parquet_chunks(source: Source, start: int, stop: int) -> Iterator[Chunk]:
     """The rows of the row groups whose first byte is in [start, stop)."""
     parquet = require("pyarrow.parquet", "dataset")
     pyarrow = require("pyarrow", "dataset")

@@ -59,7 +59,7 @@ def license_of(text: str) -> str:
     return next((name for wording, name in LICENSES.items() if re.search(wording, text, re.DOTALL)), UNKNOWN)
 
 
-def parse_licenses(text: str) -> frozenset[str]:
+def parse_licenses(text: str, flag: str = "--licenses") -> frozenset[str]:
     """A comma-separated list of identifiers and names of LISTS as the set of identifiers; UserError
     for a name that is neither.
 
@@ -69,8 +69,8 @@ def parse_licenses(text: str) -> frozenset[str]:
     allowed: set[str] = set()
     for name in filter(None, (part.strip().lower() for part in text.split(","))):
         if name not in LISTS and name not in KNOWN:
-            raise UserError(f"--licenses {name}: not a license; expected {', '.join([*LISTS, *sorted(KNOWN)])}")
+            raise UserError(f"{flag} {name}: not a license; expected {', '.join([*LISTS, *sorted(KNOWN)])}")
         allowed |= LISTS.get(name, {name})
     if not allowed:
-        raise UserError(f"--licenses {text!r}: names no license; expected such as permissive or mit,apache-2.0")
+        raise UserError(f"{flag} {text!r}: names no license; expected such as permissive or mit,apache-2.0")
     return frozenset(allowed)

@@ -38,11 +38,12 @@ from typing import Any
 
 from megatron_ft.config.parser import Help, Parser
 from megatron_ft.conversations.chat_template import ChatTemplate
-from megatron_ft.conversations.records import first_row, is_message, join_trees, open_records, read_records
-from megatron_ft.conversations.shapes import SHAPES, Shape, shape_named, shape_of
+from megatron_ft.conversations.recognize import ShapeFinder
+from megatron_ft.conversations.records import join_trees, open_records, read_records
+from megatron_ft.conversations.shapes import SHAPES, Shape
 from megatron_ft.conversations.turns import Exchange
 from megatron_ft.errors import UserError, run_program
-from megatron_ft.files.jsonl import Block, Source, parse_shard, shard_bytes
+from megatron_ft.files.jsonl import parse_shard, shard_bytes
 from megatron_ft.files.jsonl_row import BadRow
 from megatron_ft.files.output import writing
 from megatron_ft.files.report import write_report
@@ -92,7 +93,7 @@ def main() -> None:
     sources = open_records(args.input, [args.output])
     to_texts = ChatTemplate(args.tokenizer_file).texts if args.format == CHAT else CHAT_FORMATS[args.format]
     rows_in, answers, dropped, bad = Counter[str](), 0, Counter[str](), Counter[str]()
-    shapes: dict[Source, Shape] = {}
+    shapes = ShapeFinder(args.shape, args.shard)
     with (
         TableWriter(args.output, COLUMNS) as output,
         writing(args.output),
@@ -100,8 +101,7 @@ def main() -> None:
     ):
         for chunk in join_trees(read_records(sources, args.shard, bad if args.skip_bad_rows else None)):
             for row in chunk.rows:
-                source = source_of(row)
-                shape = shapes.get(source) or shapes.setdefault(source, find_shape(source, row, args))
+                shape = shapes.shape_of(row)
                 try:
                     found = convert(row, shape, to_texts, args)
                 except BadRow as reason:
@@ -133,27 +133,6 @@ def main() -> None:
     write_report(args.output, report)
     notes = [f"; {count:,} skipped ({reason})" for reason, count in sorted((dropped + bad).items())]
     print(printable(f"{output.rows:,} rows -> {args.output}{''.join(notes)}"), file=sys.stderr)
-
-
-def source_of(row: Row) -> Source:
-    """The file that a row is from."""
-    origin, _ = row.where
-    return origin.source if isinstance(origin, Block) else origin
-
-
-def find_shape(source: Source, row: Row, args: argparse.Namespace) -> Shape:
-    """The shape of a file, by its first row, whatever part of it is read; `row` is the first that
-    was."""
-    first = first_row(source)
-    if first is not None and is_message(first.fields):
-        if args.shard[1] > 1:
-            raise UserError(
-                f"{source.name}: one message per row, of trees that shards would cut; convert without --shard"
-            )
-        first = row  # its complete tree
-    shape = shape_named(args.shape) if args.shape else shape_of((first or row).fields, source.name)
-    print(printable(f"{source.name}: {shape.name} ({shape.keys})"), file=sys.stderr)
-    return shape
 
 
 def convert(row: Row, shape: Shape, to_texts: Format, args: argparse.Namespace) -> list[dict[str, Any] | str]:

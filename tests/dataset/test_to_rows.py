@@ -126,7 +126,7 @@ def test_messages_that_are_rows_are_joined_by_tree(tmp_path):
     rows, stderr = converted(path)
     assert rows == ROWS * 2 and "oasst-list" in stderr
     done = run_program(TO_ROWS, "--input", path, "--output", "-", "--shard", "1/2", ok=False)
-    assert "one message per row, of trees that shards would cut; convert without --shard" in one_error_line(done)
+    assert "one message per row, of trees that shards would cut; run it without --shard" in one_error_line(done)
 
 
 FILES = (

@@ -1,0 +1,89 @@
+"""Phrases by category, and which of them a text contains.
+
+A file of phrases has one per line, under the name of its category in brackets:
+
+    # what assistants write about themselves
+    [boilerplate]
+    as an ai language model
+    my programming
+    prioritiz*
+
+Case, line breaks and the kind of apostrophe do not matter. A phrase is found only between word
+boundaries; a `*` at its end stands for the rest of a word.
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_ft.errors import UserError
+from megatron_ft.files.json_file import read_small_file
+
+APOSTROPHES = str.maketrans({"\u2019": "'", "\u2018": "'", "\u02bc": "'", "\u00b4": "'"})
+
+
+@dataclass(frozen=True)
+class Phrase:
+    """One phrase. `core` is its normalized text without the `*`."""
+
+    category: str
+    text: str
+    core: str
+    expression: re.Pattern[str]
+
+
+def normalized(text: str) -> str:
+    r"""Text in lower case, with single blanks and straight apostrophes.
+
+    >>> normalized("I\u2019m\n  Sorry")
+    "i'm sorry"
+    """
+    return " ".join(text.translate(APOSTROPHES).lower().split())
+
+
+def read_phrases(path: Path) -> list[Phrase]:
+    """The phrases of a file in its order; UserError if it cannot be read or holds none."""
+    try:
+        lines = read_small_file(path).decode("utf-8-sig").splitlines()
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not UTF-8; expected one phrase per line, under [category]") from None
+    phrases: dict[str, Phrase] = {}
+    category = ""
+    for number, line in enumerate(lines, 1):
+        line = line.strip()
+        if not line or line.startswith("#"):
+            continue
+        if line.startswith("[") and line.endswith("]"):
+            category = line[1:-1].strip()
+            continue
+        if not category:
+            raise UserError(f"{path}, line {number}: a phrase without a category; write one above it, as [refusal]")
+        phrase = phrase_of(category, line)
+        if not re.search(r"\w", phrase.core):
+            raise UserError(f"{path}, line {number}: {line[:40]!r} has no word; write a phrase")
+        if phrase.text in phrases:
+            raise UserError(f"{path}, line {number}: {phrase.text!r} is listed twice; remove one")
+        phrases[phrase.text] = phrase
+    if not phrases:
+        raise UserError(f"{path}: no phrases; expected one per line, under [category]")
+    return list(phrases.values())
+
+
+def phrase_of(category: str, text: str) -> Phrase:
+    """The phrase that a line of a file of phrases means."""
+    text = normalized(text)
+    core = text.removesuffix("*")
+    before = r"(?<!\w)" if core[:1].isalnum() else ""
+    after = r"(?!\w)" if text == core and core[-1:].isalnum() else ""
+    return Phrase(category, text, core, re.compile(before + re.escape(core) + after))
+
+
+def phrases_in(text: str, phrases: list[Phrase]) -> list[Phrase]:
+    """Those of the phrases that a text contains, in their order.
+
+    >>> bias = phrase_of("moralizing", "your bias")
+    >>> [bool(phrases_in(text, [bias])) for text in ("Your  bias!", "add bias to y", "your biases")]
+    [True, False, False]
+    """
+    text = normalized(text)
+    return [phrase for phrase in phrases if phrase.core in text and phrase.expression.search(text)]

@@ -66,7 +66,6 @@ EDIT = (
     Rule("clean_subject", rules.clean_subject),
     Rule("clean_ci_skip", rules.clean_ci_skip),
     Rule("subject_length", rules.subject_length),
-    Rule("noise", rules.noise),
     Rule("noise_phrase", rules.noise_phrase),
     Rule("version_or_hash", rules.version_or_hash),
     Rule("commit_id", rules.commit_id),

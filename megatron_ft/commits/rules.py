@@ -165,7 +165,7 @@ def noise_phrase(row: Candidate, limits: Limits) -> bool:
 
 
 def version_or_hash(row: Candidate, limits: Limits) -> bool:
-    """The subject starts with a version or is a hash."""
+    """The subject is a version or a hash, or its first word starts with a version, as 1.2.3-rc1."""
     return VERSION_OR_HASH.match(row.lower) is not None
 
 

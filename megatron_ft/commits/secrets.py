@@ -28,7 +28,7 @@ def _key(kind: str, keywords: str, pattern: str) -> Secret:
 
 
 # A name of two labels or more whose last one is not the suffix of an image, as in logo@2x.png.
-_HOST = r"(?:[A-Za-z0-9-]+\.)+(?!(?:png|jpe?g|gif|svg|webp|ico|css|js)\b)[A-Za-z]{2,}\b"
+_HOST = r"(?:[A-Za-z0-9-]+\.)+(?!(?:png|jpe?g|gif|svg|webp|ico|css|js)\b)[A-Za-z]{2,}(?![\w-]|\.\w)"
 SECRETS = (
     _key("aws_access_key", "AKIA ASIA", r"\b(?:AKIA|ASIA)[A-Z2-7]{16}\b"),
     _key(

@@ -92,7 +92,7 @@ class Database:
 
     def _user_error(self, error: BaseException) -> BaseException:
         """The error as a UserError, unless it is a bug."""
-        what = str(error).strip().split("\n")[0]
+        what = str(error).strip().split("\n")[0].split(" Error: ", 1)[-1].rstrip(". ")
         kinds = self._duckdb
         if isinstance(error, kinds.OutOfMemoryException):
             if "max_temp_directory_size" in str(error):

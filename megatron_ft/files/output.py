@@ -29,13 +29,14 @@ class OutputFile:
     """A binary file to write. `commit` gives it its name; leaving the `with` block without a commit
     removes it.
 
-    A name that ends in .gz or .zst is compressed. A symbolic link is followed: its target is
+    A name that ends in .gz or .zst is compressed, unless `compressed` says that what is written is
+    already. A symbolic link is followed: its target is
     replaced, the link stays. Anything but a regular file ("-" and /dev/stdout for standard output,
     a FIFO, a device) is written directly. Raises UserError if the file cannot be written or another
     process is writing it.
     """
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path, *, compressed: bool = False):
         self.path = Path(path)
         self._partial: Path | None = None
         self._file: IO[bytes]
@@ -50,7 +51,7 @@ class OutputFile:
                     self.path.parent.mkdir(parents=True, exist_ok=True)
                     self._partial = self.path.with_name(self.path.name + ".partial")
                     self._file = open_locked(self._partial)
-        self._stream = _compressed(self._file, self.path.suffix)
+        self._stream = self._file if compressed else _compressed(self._file, self.path.suffix)
 
     def write(self, data: bytes) -> None:
         """Append bytes; OSError if the disk is full (see `writing`)."""

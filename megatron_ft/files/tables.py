@@ -143,7 +143,7 @@ class TableWriter:
             raise UserError(f"{self.path}: rows do not fit its columns ({error}); write .jsonl instead") from None
         if self._writer is None:
             self._schema = table.schema
-            sink = arrow.PythonFile(_Sink(self._output), mode="w")
+            sink = arrow.PythonFile(Sink(self._output), mode="w")
             self._writer = require("pyarrow.parquet", "dataset").ParquetWriter(sink, self._schema, compression="zstd")
         self._writer.write_table(table)
         self._pending, self._pending_bytes = [], 0
@@ -171,7 +171,7 @@ def _schema(arrow: Any, columns: Mapping[str, str]) -> Any:
     return arrow.schema([(name, kind(of)) for name, of in columns.items()])
 
 
-class _Sink:
+class Sink:
     """An OutputFile as the file object that Arrow writes to."""
 
     closed = False

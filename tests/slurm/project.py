@@ -21,9 +21,8 @@ class Project:
         self.checkout = directory / "my checkout"
         self.directory.mkdir(parents=True)
         shutil.copytree(ROOT / "slurm", self.checkout / "slurm", ignore=shutil.ignore_patterns("cluster.env"))
-        (self.checkout / "launch").symlink_to(ROOT / "launch")
-        (self.checkout / "preprocess").symlink_to(ROOT / "preprocess")
-        (self.checkout / "convert").symlink_to(ROOT / "convert")
+        for folder in ("dataset", "preprocess", "launch", "convert"):
+            (self.checkout / folder).symlink_to(ROOT / folder)
         self.configure()
 
     def configure(self, **variables: str | Path) -> None:

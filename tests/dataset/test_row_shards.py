@@ -1,0 +1,100 @@
+"""Row programs in shards: the joined parts are the single run, and foreign parts are never used."""
+
+import json
+
+import pyarrow.parquet
+import pytest
+from conftest import ROOT, one_error_line, run_program
+
+from megatron_ft.files.row_shards import add_reports
+
+PROGRAM = str(ROOT / "dataset/commits_to_jsonl.py")
+
+
+@pytest.fixture
+def rows(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    commits = (
+        {"commit": str(i), "old_contents": "a" * (i % 97), "new_contents": "b", "subject": "Do"} for i in range(700)
+    )
+    path.write_text("".join(json.dumps(commit) + "\n" for commit in commits))
+    return path
+
+
+def command(rows, name="out.jsonl"):
+    return [PROGRAM, "--input", str(rows), "--output", str(rows.with_name(name)), "--skip-bad-rows"]
+
+
+def shards(*words, ok=True):
+    return run_program("dataset/row_shards.py", *words, ok=ok)
+
+
+@pytest.mark.parametrize("name", ["out.jsonl", "out.jsonl.gz", "out.jsonl.zst", "out.parquet"])
+def test_joined_parts_are_the_single_run(rows, name):
+    for index in (3, 1, 2):
+        shards("run", f"{index}/3", *command(rows, name))
+    shards("join", "3", *command(rows, name))
+    single = command(rows, f"single{name.removeprefix('out')}")
+    run_program("dataset/commits_to_jsonl.py", *single[1:])
+    ours, theirs = rows.with_name(name), rows.with_name(single[4].rsplit("/", 1)[1])
+    if name == "out.jsonl":
+        assert ours.read_bytes() == theirs.read_bytes()
+    elif name == "out.parquet":
+        assert pyarrow.parquet.read_table(ours).equals(pyarrow.parquet.read_table(theirs))
+    else:
+        texts = [run_program("dataset/dedup_shuffle.py", path, "--output", "-").stdout for path in (ours, theirs)]
+        assert texts[0] == texts[1] and texts[0].count("\n") > 90
+    reports = [
+        json.loads(path.with_name(f"{stem}_report.json").read_text())
+        for path, stem in ((ours, "out"), (theirs, "single"))
+    ]
+    assert reports[0] == reports[1]
+    assert not list(rows.parent.glob("*shard*"))
+    assert "exists, nothing to do" in shards("join", "3", *command(rows, name)).stderr
+
+
+def test_what_is_missing(rows):
+    shards("run", "1/2", *command(rows))
+    assert shards("missing", "2", *command(rows)).stdout.splitlines()[0].startswith("2\t")
+    assert "nothing to do" in shards("run", "1/2", *command(rows)).stderr
+    assert "shard 2 of 2 cannot be joined" in one_error_line(shards("join", "2", *command(rows), ok=False))
+    other = [*command(rows), "--format", "octocoder"]
+    assert [line.split("\t")[0] for line in shards("missing", "2", *other).stdout.splitlines()] == ["1", "2"]
+    shards("run", "2/2", *command(rows))
+    with open(rows, "a", encoding="utf-8") as file:
+        file.write('{"commit": "new", "old_contents": "", "new_contents": "b", "subject": "Do"}\n')
+    assert "from other input" in shards("missing", "2", *command(rows)).stdout
+
+
+def test_a_failed_shard_stays_missing(rows):
+    broken = [word for word in command(rows) if word != "--skip-bad-rows"]
+    with open(rows, "a", encoding="utf-8") as file:
+        file.write("no row\n")
+    assert shards("run", "2/2", *broken, ok=False).returncode == 2
+    assert shards("missing", "2", *broken).stdout.count("\n") == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [
+        (["run", "3/2", PROGRAM, "--output", "x"], "expected I/N"),
+        (["join", "no", PROGRAM, "--output", "x"], "expected a number"),
+        (["join", "2", "nothing.py", "--output", "x"], "program not found"),
+        (["join", "2", PROGRAM], "--output FILE: expected once"),
+        (["join", "2", PROGRAM, "--output", "-"], "not standard output"),
+        (["join", "2", PROGRAM, "--output", "x", "--shard", "1/2"], "leave it out"),
+    ],
+)
+def test_mistakes_are_one_line(words, error):
+    assert error in one_error_line(shards(*words, ok=False))
+
+
+def test_an_output_among_the_input_is_refused(rows):
+    words = [PROGRAM, "--input", str(rows.parent), "--output", str(rows.with_name("out.jsonl"))]
+    assert "is in the directory" in one_error_line(shards("run", "1/2", *words, ok=False))
+
+
+def test_settings_are_not_added_up():
+    one = {"settings": {"seed": 7}, "rows": 1, "samples": ["a"]}
+    two = {"settings": {"seed": 7}, "rows": 2, "samples": ["b"]}
+    assert add_reports(one, two) == {"settings": {"seed": 7}, "rows": 3, "samples": ["a", "b"]}

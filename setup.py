@@ -11,7 +11,7 @@ version = re.search(r'__version__ = "(.+)"', (root / "megatron_ft/__init__.py").
 
 plots = ["matplotlib"]
 wandb = ["wandb"]
-dataset = ["duckdb", "sqlglot", "pyarrow", "rensa"]
+dataset = ["duckdb", "sqlglot", "pyarrow", "rensa", "pyyaml"]
 types = ["mypy", "types-psutil", "types-PyYAML", "types-tqdm"]
 dev = ["pytest", "hypothesis", "ruff", "codespell", "peft", *types, *plots, *dataset]
 

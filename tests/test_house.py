@@ -37,6 +37,7 @@ LAYERS = (
         "commits",
         "prompts",
         "conversations",
+        "mixing",
         "data",
     ),
     *("weights", "evaluation", "checkpoint", "metrics", "engine", "run", "finetune", "launcher"),

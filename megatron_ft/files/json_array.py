@@ -90,12 +90,14 @@ class _Text:
                         f"element {count} of the JSON array is longer than {MAX_LINE_BYTES >> 20} MiB"
                     ) from None
                 if not self._read_more():
-                    cut_off = not self._text[error.pos :].strip() or error.msg.startswith("Unterminated")
+                    cut_off = not error.doc[error.pos :].strip() or error.msg.startswith("Unterminated")
                     reason = (
                         _cut_off(count) if cut_off else f"element {count} of the JSON array is not JSON ({error.msg})"
                     )
                     raise BadRow(reason) from None
             else:
+                if end == len(self._text) and self._read_more():  # a number may continue
+                    continue
                 self.position = end
                 return value
 

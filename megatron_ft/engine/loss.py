@@ -12,8 +12,9 @@ A micro-batch without target tokens has weight 0 and adds nothing, instead of 0 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 from torch import Tensor
+
+from megatron_ft.engine.cross_entropy import cross_entropy
 
 
 def loss_weights(loss_mask: Tensor, average: str) -> Tensor:
@@ -30,12 +31,12 @@ def loss_weights(loss_mask: Tensor, average: str) -> Tensor:
 def token_losses(logits: Tensor, labels: Tensor, vocab_size: int | None) -> Tensor:
     """Cross entropy of each token, float32 [...], from this rank's logits [..., vocabulary / TP].
 
-    Overwrites the logits. Columns from `vocab_size` on are padding and get no probability; None
-    leaves them in the softmax, as in the mtf branch.
+    The backward pass overwrites the logits. Columns from `vocab_size` on are padding and get no
+    probability; None leaves them in the softmax, as in the mtf branch.
     """
     if vocab_size is not None:
         _hide_padding(logits, vocab_size)
-    return vocab_parallel_cross_entropy(logits, labels)
+    return cross_entropy(logits, labels)
 
 
 def _hide_padding(logits: Tensor, vocab_size: int) -> None:

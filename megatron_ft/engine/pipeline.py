@@ -26,9 +26,12 @@ def run_micro_batches(
     pipeline stage, None on the others.
     """
 
+    # The loss computes in fp32 itself, without a copy of the logits. fp32 models have no such flag.
+    precision = {"fp32_output": False} if config.precision.bf16 or config.precision.fp16 else {}
+
     def forward(batches: Iterator[MicroBatch], chunk: nn.Module) -> tuple[Tensor, Callable]:
         micro = next(batches)
-        logits = chunk(micro.tokens, micro.position_ids, None, packed_seq_params=micro.packed_seq_params)
+        logits = chunk(micro.tokens, micro.position_ids, None, packed_seq_params=micro.packed_seq_params, **precision)
         return logits, partial(loss_of, micro)
 
     reports = get_forward_backward_func()(

@@ -300,8 +300,6 @@ def activation_bytes(shape: ModelShape, padded_vocab_size: int, layout: Layout, 
     head = 0
     if stage == layout.pipeline_parallel - 1:
         head = kept_by_head(shape, padded_vocab_size, layout, tokens)
-        if layout.precision != "fp32":  # the logits' 16-bit gradient, in addition to the softmax
-            head += tokens * padded_vocab_size // layout.tensor_parallel * 2
     return kept + max(working, head)
 
 
@@ -321,12 +319,14 @@ def kept_by_layers(shape: ModelShape, layout: Layout, tokens: int, layers: int) 
 def kept_by_head(shape: ModelShape, padded_vocab_size: int, layout: Layout, tokens: int) -> int:
     """Bytes that final norm, logits and loss keep.
 
-    The norm's input and the softmax in fp32; if the embedding is trained, also the norm's output,
-    and with sequence parallelism that output gathered, in a buffer that Megatron-Core keeps.
+    The norm's input and the logits, which become their gradient; if the embedding is trained, also
+    the norm's output, and with sequence parallelism that output gathered, in a buffer that
+    Megatron-Core keeps.
     """
     hidden = tokens * shape.hidden_size * layout.element_bytes
     trained = 0 if layout.lora_rank else hidden // _split(layout) + (hidden if layout.sequence_parallel else 0)
-    return hidden // _split(layout) + trained + 4 * tokens * padded_vocab_size // layout.tensor_parallel
+    logits = tokens * padded_vocab_size // layout.tensor_parallel * layout.element_bytes
+    return hidden // _split(layout) + trained + logits
 
 
 def _split(layout: Layout) -> int:

@@ -3,7 +3,7 @@
 import torch
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, clip_grads, get_megatron_optimizer
-from megatron.core.utils import get_model_config, local_multi_tensor_l2_norm
+from megatron.core.utils import get_model_config, local_multi_tensor_l2_norm, local_multi_tensor_scale
 from torch import Tensor, nn
 
 from megatron_ft.checkpoint.optimizer_state import parts
@@ -55,10 +55,11 @@ def optimizer_config(config: Config) -> OptimizerConfig:
 
 
 def _use_fused_kernels(optimizer) -> None:
-    """Use torch's fused Adam and gradient norm.
+    """Use torch's fused Adam, gradient norm and gradient scaling.
 
     Without Transformer Engine and apex, Megatron-Core uses the unfused Adam, with about three times
-    the memory traffic, and synchronizes with the GPU once per parameter for the norm.
+    the memory traffic, synchronizes with the GPU once per parameter for the norm, and copies every
+    gradient to scale it.
     """
     for part in parts(optimizer):
         if type(part.optimizer) in (torch.optim.Adam, torch.optim.AdamW):
@@ -66,12 +67,20 @@ def _use_fused_kernels(optimizer) -> None:
                 group.update(fused=True, foreach=False)
     if clip_grads.l2_norm_impl is local_multi_tensor_l2_norm:
         clip_grads.l2_norm_impl = _l2_norm
+    if clip_grads.multi_tensor_scale_impl is local_multi_tensor_scale:
+        clip_grads.multi_tensor_scale_impl = _scale
 
 
 def _l2_norm(chunk_size: int, overflow: Tensor, tensors: list[list[Tensor]], per_tensor: bool) -> tuple[Tensor, None]:
     """Norm [1] of all of `tensors[0]` together, on their device; the signature is that of apex's
     `multi_tensor_l2norm`."""
     return torch.nn.utils.get_total_norm(tensors[0]).reshape(1), None
+
+
+def _scale(chunk_size: int, overflow: Tensor, tensors: list[list[Tensor]], factor: float) -> None:
+    """Multiply gradients by `factor` in place; the signature is that of apex's
+    `multi_tensor_scale`, which clipping calls with the same list as source and target."""
+    torch._foreach_mul_(tensors[1], factor)
 
 
 def connect(config: Config, chunks: list[nn.Module], optimizer) -> None:

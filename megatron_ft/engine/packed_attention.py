@@ -18,11 +18,6 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-try:
-    from torch.nn.attention.varlen import varlen_attn
-except ImportError:  # torch before 2.10
-    varlen_attn = None  # type: ignore[assignment]
-
 
 @dataclass
 class PackedSequences(PackedSeqParams):
@@ -161,15 +156,11 @@ def _flash(
     """Variable-length flash attention; shapes as `attend_by_document`."""
     query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
     bounds = packed.cu_seqlens_q, packed.cu_seqlens_kv, packed.max_seqlen_q, packed.max_seqlen_kv
-    if dropout or varlen_attn is None:
-        # varlen_attn wraps this operator without dropout; torch's nested tensors use it with.
-        out, *_ = torch.ops.aten._flash_attention_forward(
-            query, key, value, *bounds, dropout, is_causal=True, return_debug_mask=False, scale=scale
-        )
-    else:
-        causal = (-1, 0)  # every earlier token of the document
-        grouped = query.shape[1] != key.shape[1]
-        out = varlen_attn(query, key, value, *bounds, scale=scale, window_size=causal, enable_gqa=grouped)
+    # The operator below varlen_attn, which has no dropout and whose arguments change with each
+    # version of torch; nested tensors use it as well.
+    out, *_ = torch.ops.aten._flash_attention_forward(
+        query, key, value, *bounds, dropout, is_causal=True, return_debug_mask=False, scale=scale
+    )
     return out.flatten(1)
 
 

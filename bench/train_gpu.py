@@ -5,9 +5,10 @@
 Needs one GPU and no data; without a GPU it prints one line and exits with status 0. The sequences
 have 8192 tokens and documents of about 500. StarCoderBase-1B in bf16 is run with packed attention,
 with the [s, s] mask through torch's fused kernel, and with the mtf branch's method: plain matrix
-products with mask and softmax stored, recomputed in backward. Then 3B and 7B run with packed
-attention, with full recompute and the optimizer in host memory where they need it. The table shows
-MFU, tokens/s and memory.
+products with mask and softmax stored, recomputed in backward; then packed with dropout 0.1, as in
+the published configurations. 3B and 7B run with packed attention, with full recompute and the
+optimizer in host memory where they need it. The table shows MFU, tokens/s and memory. --profile
+prints where the time of three packed steps of 1B goes: kernels by kind, and gaps between them.
 """
 
 import sys
@@ -65,6 +66,7 @@ def main() -> int | None:
     parser.add_argument("--micro-batches", type=int, default=4, help="sequences per step")
     parser.add_argument("--seq-length", type=int, default=8192, help="tokens per sequence")
     parser.add_argument("--document-tokens", type=int, default=500, help="mean document length in tokens")
+    parser.add_argument("--profile", metavar="FILE", help="also profile three steps of 1b, all kernels to FILE (JSON)")
     parser.add_argument(
         "--result", metavar="FILE", help="measure the one model and path in this process and write the result to FILE"
     )
@@ -95,12 +97,15 @@ def main() -> int | None:
                 print(found, flush=True)
     print()
     print_table(results, notes, gpu)
+    if flags.profile:
+        print_profile(flags)
     return any("FAILED" in note for note in notes)
 
 
 # Training flags of each way to run a model.
 PATHS = {
     "packed": "",
+    "packed, dropout 0.1": "--hidden-dropout 0.1 --attention-dropout 0.1",
     "dense mask, fused": "",
     "dense mask, plain": "",
     "packed, full recompute": "--recompute-granularity full",
@@ -111,7 +116,7 @@ PATHS = {
 def paths_of(model: str) -> list[str]:
     """How `model` is run: 1b to compare the paths, the larger ones to see what fits."""
     names = list(PATHS)
-    return names[:4] if model == "1b" else names[3:]
+    return names[:5] if model == "1b" else [names[0], *names[4:]]
 
 
 def attempt_in_a_process(model: str, path: str, flags: argparse.Namespace) -> Result | str:
@@ -145,7 +150,20 @@ def attempt(model: str, path: str, flags: argparse.Namespace) -> dict | str:
 
 
 def measure(preset: str, path: str, flags: argparse.Namespace) -> Result:
-    """Build the model, take two warm-up steps and `flags.steps` timed ones."""
+    """Take two warm-up steps and `flags.steps` timed ones."""
+    step, config, attended = training_step(preset, path, flags)
+    first_loss = step()
+    step()
+    seconds = timed(step, flags.steps)
+    tokens = config.data.seq_length * flags.micro_batches
+    flops = tokens * cost.flops_per_token(config.shape, attended)
+    peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+    return Result(preset.removeprefix("starcoderbase-"), path, seconds, tokens, flops, peak, first_loss)
+
+
+def training_step(preset: str, path: str, flags: argparse.Namespace) -> tuple[Callable[[], float], Config, float]:
+    """A function that takes one step of a new model and returns its loss; the flags; the mean
+    number of tokens that a token attends to, on average over all."""
     from megatron_ft.engine.batches import micro_batch_from
     from megatron_ft.engine.model import build_model, wrap_for_data_parallel
     from megatron_ft.engine.optimizer import build_optimizer
@@ -154,7 +172,7 @@ def measure(preset: str, path: str, flags: argparse.Namespace) -> Result:
 
     with tempfile.NamedTemporaryFile() as unread:
         words = f"--preset {preset} --bf16 --seq-length {flags.seq_length} --global-batch-size {flags.micro_batches} {PATHS[path]}"
-        words += f" --hidden-dropout 0 --attention-dropout 0 --train-iters 1 --data-prefix none --tokenizer-file {unread.name}"
+        words = f"--hidden-dropout 0 --attention-dropout 0 {words} --train-iters 1 --data-prefix none --tokenizer-file {unread.name}"
         config = parse_args([*words.split(), "--transformer-impl", "local"])
     where = device.set_up_device()
     initialize(config)
@@ -175,14 +193,8 @@ def measure(preset: str, path: str, flags: argparse.Namespace) -> Result:
         optimizer.step()
         return sum(losses)
 
-    first_loss = step()
-    step()
-    seconds = timed(step, flags.steps)
     tokens = config.data.seq_length * flags.micro_batches
-    attended = sum(micro.squared_lengths for micro in micros) / tokens
-    flops = tokens * cost.flops_per_token(config.shape, attended)
-    peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
-    return Result(preset.removeprefix("starcoderbase-"), path, seconds, tokens, flops, peak, first_loss)
+    return step, config, sum(micro.squared_lengths for micro in micros) / tokens
 
 
 def timed(step: Callable, count: int) -> float:
@@ -193,6 +205,57 @@ def timed(step: Callable, count: int) -> float:
         step()
     torch.cuda.synchronize()
     return (time.perf_counter() - begun) / count
+
+
+# Kinds of kernels by parts of their names, the first that matches.
+KINDS = {
+    "attention": ("flash", "fmha"),
+    "matrix products": ("gemm", "nvjet", "cutlass", "sm90_xmma", "splitk"),
+    "optimizer, clipping": ("multi_tensor", "adam", "foreach"),
+    "cross entropy": ("amax", "exp_", "_log_", "arange_eq", "gather"),
+    "layer norm": ("layer_norm", "layernorm", "gammabeta"),
+    "copies": ("memcpy", "memset", "copy"),
+}
+
+
+def print_profile(flags: argparse.Namespace) -> None:
+    """Profile three steps of 1b on the packed path; print the time per step by kind and kernel."""
+    from torch.profiler import ProfilerActivity, profile
+
+    step, _, _ = training_step("starcoderbase-1b", "packed", flags)
+    step()
+    step()
+    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as profiler:
+        begun = time.perf_counter()
+        for _ in range(3):
+            step()
+        torch.cuda.synchronize()
+        elapsed = time.perf_counter() - begun
+    kernels = [event for event in profiler.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    names: dict[str, list[float]] = {}
+    for event in kernels:
+        entry = names.setdefault(event.name, [0, 0.0])
+        entry[0] += 1 / 3
+        entry[1] += event.time_range.elapsed_us() / 3e3
+    by_time = sorted(names.items(), key=lambda item: -item[1][1])
+    Path(flags.profile).write_text(
+        json.dumps([[name, *numbers] for name, numbers in by_time], indent=1), encoding="utf-8"
+    )
+    kinds: dict[str, float] = {}
+    for name, (_, spent) in names.items():
+        kinds[kind_of(name)] = kinds.get(kind_of(name), 0.0) + spent
+    busy = sum(kinds.values())
+    print(f"profile of a step: {elapsed / 3 * 1e3:.1f} ms, {busy:.1f} ms of it in kernels")
+    for kind, spent in sorted(kinds.items(), key=lambda item: -item[1]):
+        print(f"{kind:<24}{spent:>9.2f} ms{100 * spent / busy:>7.1f}%")
+    for name, (count, spent) in by_time[:25]:
+        print(f"{spent:>9.2f} ms {count:>6.0f}x  {name[:110]}")
+
+
+def kind_of(kernel: str) -> str:
+    """The kind of a kernel by its name."""
+    name = kernel.lower()
+    return next((kind for kind, parts in KINDS.items() if any(part in name for part in parts)), "elementwise, other")
 
 
 def packed_row(config: Config, document_tokens: int, seed: int) -> Batch:

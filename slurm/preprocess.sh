@@ -11,8 +11,9 @@
 #     bash slurm/preprocess.sh rows.jsonl [more.jsonl ...] [flags of preprocess/tokenize.py]
 # It submits the missing shards and a merge that waits for them; after a failed task, the same
 # command submits only what is missing. A shard that was made by another command (other rows, another
-# tokenizer or other flags) is missing, too. SBATCH_OPTIONS="--cpus-per-task=32" sets options of both
-# jobs. The last line printed is the job id of the merge.
+# tokenizer or other flags) is missing, too. AFTER=JOBID waits for a job that writes the rows, and then
+# tokenizes all shards. SBATCH_OPTIONS="--cpus-per-task=32" sets options of both jobs. The last line
+# printed is the job id of the merge.
 OWN_SUBMISSION=1
 script=$(realpath -- "$0")
 if [ -n "${SLURM_JOB_ID:-}" ]; then script=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=//p' | head -n1); fi # SLURM runs a copy
@@ -51,24 +52,29 @@ submit)
   [ -n "${OUTPUT_PREFIX:-}" ] || fail "OUTPUT_PREFIX is missing: OUTPUT_PREFIX=data/rows bash slurm/preprocess.sh ..."
   [[ $SHARDS =~ ^[1-9][0-9]*$ ]] || fail "SHARDS=$SHARDS: expected a positive integer, like 16"
   [ "$#" != 0 ] || fail "no input file: bash slurm/preprocess.sh rows.jsonl"
-  for word in "$@"; do
-    [[ $word == -* ]] && break
-    [ -e "$word" ] || fail "$word does not exist"
-  done
   mkdir -p "$(dirname -- "$OUTPUT_PREFIX")"
-  found=$(missing_shards "$@")
-  missing=()
-  while IFS=$'\t' read -r shard reason; do
-    [ -n "$shard" ] || continue
-    missing+=("$shard")
-    [ ! -e "$(part "$shard")_inputs_document.idx" ] || echo "shard $shard is tokenized again: $reason" >&2
-  done <<<"$found"
+  after=()
+  if [ -n "${AFTER:-}" ]; then
+    shards=1-$SHARDS
+    after=(--dependency="afterok:$AFTER" --kill-on-invalid-dep=yes)
+  else
+    for word in "$@"; do
+      [[ $word == -* ]] && break
+      [ -e "$word" ] || fail "$word does not exist"
+    done
+    found=$(missing_shards "$@")
+    missing=()
+    while IFS=$'\t' read -r shard reason; do
+      [ -n "$shard" ] || continue
+      missing+=("$shard")
+      [ ! -e "$(part "$shard")_inputs_document.idx" ] || echo "shard $shard is tokenized again: $reason" >&2
+    done <<<"$found"
+    shards=$(IFS=, && echo "${missing[*]}")
+  fi
   read -ra options <<<"${SBATCH_OPTIONS:-}"
   settings=("$SHARDS" "$TOKENIZER_FILE" "$OUTPUT_PREFIX")
-  after=()
-  if [ "${#missing[@]}" != 0 ]; then
-    shards=$(IFS=, && echo "${missing[*]}")
-    array=$(sbatch --parsable "${options[@]}" --array="$shards" "$script" shard "${settings[@]}" "$@")
+  if [ -n "$shards" ]; then
+    array=$(sbatch --parsable "${options[@]}" "${after[@]}" --array="$shards" "$script" shard "${settings[@]}" "$@")
     echo "tokenize: job ${array%%;*}, shards $shards of $SHARDS"
     after=(--dependency="afterok:${array%%;*}" --kill-on-invalid-dep=yes)
   fi

@@ -139,7 +139,8 @@ def apply(args: argparse.Namespace, sources: list[Source]) -> dict[str, Any]:
             f"1/{len(rows)} to {len(rows)}/{len(rows)}, or no shard"
         )
     first, count = (0, sum(rows)) if shards == 1 else (sum(rows[: index - 1]), rows[index - 1])
-    removed = (row.fields["row"] for chunk in read_table(open_tables([args.removed])) for row in chunk.rows)
+    table = open_tables([args.removed], allow_empty=True)
+    removed = (row.fields["row"] for chunk in read_table(table) for row in chunk.rows)
     return write_kept(args, sources, (row - first for row in removed if row >= first), count)
 
 

@@ -89,14 +89,14 @@ class Block:
 
 
 def open_sources(
-    paths: Iterable[str | Path], outputs: Sequence[str | Path] = (), *, parquet: bool = False
+    paths: Iterable[str | Path], outputs: Sequence[str | Path] = (), *, parquet: bool = False, allow_empty: bool = False
 ) -> list[Source]:
     """The files of `paths` in order; a directory stands for its JSONL files, sorted by name, and
     with `parquet` for its parquet files, too.
 
     `outputs` are the files that the program will write. In a directory they are left out, like the
     files written by tokenize.py, and one line on stderr lists what is read. Raises UserError if an
-    input is missing, empty, or both named and an output.
+    input is missing, both named and an output, or if all are empty, unless that is allowed.
     """
     sources = []
     suffixes = (*SUFFIXES, ".parquet") if parquet else SUFFIXES
@@ -115,7 +115,7 @@ def open_sources(
         raise UserError("no input: give one or more JSONL files, a directory, or - for standard input")
     if sum(source.path == STDIN for source in sources) > 1:
         raise UserError("standard input (-) can be read only once; give it once")
-    if all(source.size == 0 and source.path != STDIN for source in sources):
+    if not allow_empty and all(source.size == 0 and source.path != STDIN for source in sources):
         raise UserError(f"{sources[0].name}: empty; expected one JSON object per line")
     return sources
 

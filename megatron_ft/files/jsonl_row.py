@@ -41,7 +41,10 @@ def parse_object(line: bytes | None) -> dict:
         raise BadRow(f"longer than {MAX_LINE_BYTES >> 20} MiB")
     try:
         row = orjson.loads(line)
-    except orjson.JSONDecodeError:  # also for NaN, lone surrogates and large integers
+        rounded = _may_be_rounded(row)
+    except orjson.JSONDecodeError:  # also for NaN, lone surrogates and infinite numbers
+        rounded = True
+    if rounded:
         try:
             row = _loads(line.decode("utf-8"))
         except ValueError as error:
@@ -51,6 +54,15 @@ def parse_object(line: bytes | None) -> dict:
     if not isinstance(row, dict):
         raise BadRow(f"{kind_of(row)}, not a JSON object")
     return row
+
+
+def _may_be_rounded(value: object) -> bool:
+    """Whether it holds a float that orjson may have made of an integer beyond 64 bits."""
+    if isinstance(value, float):
+        return abs(value) >= 1 << 63
+    if isinstance(value, dict):
+        return any(map(_may_be_rounded, value.values()))
+    return isinstance(value, list) and any(map(_may_be_rounded, value))
 
 
 def _loads(text: str) -> object:

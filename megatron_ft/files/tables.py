@@ -45,9 +45,11 @@ class Chunk:
     consumed: int
 
 
-def open_tables(paths: Iterable[str | Path], outputs: Sequence[str | Path] = ()) -> list[Source]:
+def open_tables(
+    paths: Iterable[str | Path], outputs: Sequence[str | Path] = (), *, allow_empty: bool = False
+) -> list[Source]:
     """As jsonl.open_sources, and parquet files."""
-    return open_sources(paths, outputs, parquet=True)
+    return open_sources(paths, outputs, parquet=True, allow_empty=allow_empty)
 
 
 def read_table(

@@ -171,6 +171,20 @@ def test_three_steps_by_shards_give_the_bytes_of_one_run(planted, tmp_path, suff
     assert "--shard 1/2" in error and "3 shards" in error and not (tmp_path / "no.jsonl").exists()
 
 
+def test_steps_of_data_without_duplicates_keep_all(tmp_path):
+    rows, gone, kept = (tmp_path / f"{name}.jsonl" for name in ("rows", "gone", "kept"))
+    maker = Maker(1)
+    rows.write_text(
+        "".join(json.dumps(maker.row(maker.words(60), maker.words(60))) + "\n" for _ in range(20)), encoding="utf-8"
+    )
+    run_program(NEAR_DEDUP, "--input", rows, "--step", "signatures", "--output", tmp_path / "signatures.parquet")
+    run_program(
+        NEAR_DEDUP, "--input", rows, "--step", "join", "--signatures", tmp_path / "signatures.parquet", "--output", gone
+    )
+    run_program(NEAR_DEDUP, "--input", rows, "--step", "apply", "--removed", gone, "--output", kept)
+    assert gone.read_bytes() == b"" and kept.read_bytes() == rows.read_bytes()
+
+
 def test_copies_go_at_any_size_and_the_smallest_id_stays(tmp_path):
     texts = [
         {"old_contents": "", "new_contents": "", "subject": ""},

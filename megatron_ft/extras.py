@@ -16,6 +16,7 @@ def require(name: str, extra: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        if error.name != name:
+        package = name.partition(".")[0]
+        if error.name not in (name, package):
             raise
-        raise UserError(f"{name} is not installed; pip install -e '.[{extra}]' installs it") from None
+        raise UserError(f"{package} is not installed; pip install -e '.[{extra}]' installs it") from None

@@ -38,7 +38,7 @@ def fenced_language(texts: Iterable[str]) -> str:
     'Python'
     """
     for text in texts:
-        if fence := FENCE.search(text):
+        if ("```" in text or "~~~" in text) and (fence := FENCE.search(text)):
             line = fence[1].strip()
             if not line:
                 return NO_TAG

@@ -19,16 +19,18 @@ from pathlib import Path
 from megatron_ft.errors import UserError
 from megatron_ft.files.json_file import read_small_file
 
+WORD = re.compile(r"\w+")
 APOSTROPHES = str.maketrans({"\u2019": "'", "\u2018": "'", "\u02bc": "'", "\u00b4": "'"})
 
 
 @dataclass(frozen=True)
 class Phrase:
-    """One phrase. `core` is its normalized text without the `*`."""
+    """One phrase. `core` is its normalized text without the `*`, `words` are its complete words."""
 
     category: str
     text: str
     core: str
+    words: frozenset[str]
     expression: re.Pattern[str]
 
 
@@ -59,7 +61,7 @@ def read_phrases(path: Path) -> list[Phrase]:
         if not category:
             raise UserError(f"{path}, line {number}: a phrase without a category; write one above it, as [refusal]")
         phrase = phrase_of(category, line)
-        if not re.search(r"\w", phrase.core):
+        if not WORD.search(phrase.core):
             raise UserError(f"{path}, line {number}: {line[:40]!r} has no word; write a phrase")
         if phrase.text in phrases:
             raise UserError(f"{path}, line {number}: {phrase.text!r} is listed twice; remove one")
@@ -73,9 +75,13 @@ def phrase_of(category: str, text: str) -> Phrase:
     """The phrase that a line of a file of phrases means."""
     text = normalized(text)
     core = text.removesuffix("*")
-    before = r"(?<!\w)" if core[:1].isalnum() else ""
-    after = r"(?!\w)" if text == core and core[-1:].isalnum() else ""
-    return Phrase(category, text, core, re.compile(before + re.escape(core) + after))
+    words = WORD.findall(core)
+    before = r"(?<!\w)" if WORD.match(core) else ""
+    ends_in_word = WORD.match(core[-1:]) is not None
+    after = r"(?!\w)" if ends_in_word and text == core else ""
+    if ends_in_word and text != core:
+        words.pop()  # only the start of a word
+    return Phrase(category, text, core, frozenset(words), re.compile(before + re.escape(core) + after))
 
 
 def phrases_in(text: str, phrases: list[Phrase]) -> list[Phrase]:
@@ -86,4 +92,5 @@ def phrases_in(text: str, phrases: list[Phrase]) -> list[Phrase]:
     [True, False, False]
     """
     text = normalized(text)
-    return [phrase for phrase in phrases if phrase.core in text and phrase.expression.search(text)]
+    words = set(WORD.findall(text))  # a text that lacks one of a phrase's words is not searched for it
+    return [phrase for phrase in phrases if phrase.words <= words and phrase.expression.search(text)]

@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, one_error_line, run_program
+from hypothesis import given
+from hypothesis import strategies as st
 
 from megatron_ft.conversations.fences import fenced_language
-from megatron_ft.conversations.phrases import phrase_of, phrases_in, read_phrases
+from megatron_ft.conversations.phrases import normalized, phrase_of, phrases_in, read_phrases
 
 FILTER = "dataset/other/filter_oasst.py"
 PHRASES = ROOT / "dataset/other/oasst_phrases.txt"
@@ -73,6 +75,25 @@ def test_phrases_end_at_word_boundaries_unless_a_star_says_otherwise():
     texts = ["prioritize", "prioritiz", "deprioritize"]
     assert [bool(phrases_in(text, [exact])) for text in texts] == [False, True, False]
     assert [bool(phrases_in(text, [prefix])) for text in texts] == [True, True, False]
+
+
+@given(
+    words=st.lists(st.sampled_from(["i", "i'm", "an", "ai", "a_b", "prio", "c++"]), min_size=1, max_size=3),
+    star=st.booleans(),
+    text=st.lists(
+        st.sampled_from(["I", "I\u2019m", "an", "ai", "ais", "a_b", "prior", "c++", ".", " ", "\n"]), max_size=9
+    ).map("".join),
+)
+def test_phrases_are_found_as_a_plain_search_finds_them(words, star, text):
+    core = " ".join(words)
+    phrase = phrase_of("c", core + "*" * star)
+    found, plain = False, normalized(text)
+    for start in range(len(plain)):
+        end = start + len(core)
+        word_before = start > 0 and core[0] != "+" and (plain[start - 1].isalnum() or plain[start - 1] == "_")
+        word_after = core[-1] != "+" and (plain[end : end + 1].isalnum() or plain[end : end + 1] == "_")
+        found |= plain.startswith(core, start) and not word_before and (star or not word_after)
+    assert bool(phrases_in(text, [phrase])) == found
 
 
 def test_rows_are_kept_unchanged_and_dropped_by_their_first_category(tmp_path):

@@ -361,3 +361,22 @@ def test_memory_is_bounded_for_an_array_on_one_line(tmp_path):
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True)
     assert int(done.stdout.split("PEAK ")[1]) < 60_000  # KiB, of a file of 100 MB
     assert (tmp_path / "o.jsonl").read_bytes().count(b"\n") == 100_000
+
+
+@pytest.mark.parametrize("name", ["table.parquet", "stream.arrow"])
+def test_missing_pyarrow_is_named_with_the_command_that_installs_it(tmp_path, name):
+    pytest.importorskip("pyarrow")
+    path = stored(tmp_path, name, [PAIRS["alpaca"]])
+    without = "import runpy, sys; sys.modules['pyarrow'] = None; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    command = [
+        sys.executable,
+        "-c",
+        without,
+        str(ROOT / TO_ROWS),
+        "--input",
+        str(path),
+        "--output",
+        str(tmp_path / "o"),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert "pyarrow is not installed; pip install -e '.[dataset]' installs it" in one_error_line(done)

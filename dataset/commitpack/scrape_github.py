@@ -18,7 +18,8 @@ of an uninterrupted run. Failures of the server (timeout, refused, server_error)
 and by the next run; the exit status is 75 while rows of such repositories are left.
 
 A token in GITHUB_TOKEN raises GitHub's limits. Other servers than https://github.com get a token
-only from the variable that --token-variable names.
+only from the variable that --token-variable names. Git's own configuration is not used: a proxy is
+taken from the variables https_proxy and http_proxy.
 """
 
 import sys
@@ -122,6 +123,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         if not 0 < value < float("inf"):
             raise UserError(f"--{name.replace('_', '-')} {value}: must be above 0")
     check_url(args.base_url)
+    args.output = Path(os.path.abspath(args.output))  # "." has no name for the report
     return args
 
 

@@ -3,7 +3,7 @@
     python tests/dataset/git_server.py --root DIR --delay 0.05 --log requests.log
 
 Every request is one entry of `log`. `answers[repo]` are answers to its next requests instead of the
-real ones, see ANSWERS; `always[repo]` answers all of them.
+real ones, see `misbehave`; `always[repo]` answers all of them.
 """
 
 import argparse
@@ -19,9 +19,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 PAGE = b"<!DOCTYPE html><html><body>Whoa there! You have exceeded a secondary rate limit.</body></html>"
-# Besides these: "half", the first half of the real answer; "hang", nothing at all until the server
-# stops; any HTTP status, alone or as "429 Retry-After: 2".
-ANSWERS = ("page", "half", "hang")
 
 
 class Request(NamedTuple):
@@ -54,7 +51,7 @@ class GitServer(ThreadingHTTPServer):
         return sum(request.repo == repo for request in self.log)
 
     def handle_error(self, request, client_address) -> None:
-        """A client that was killed is no error of the server."""
+        """Ignore clients that were killed."""
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -92,6 +89,9 @@ class Handler(BaseHTTPRequestHandler):
                 server.at_once -= 1
 
     def misbehave(self, answer: str, path: str, query: str, body: bytes) -> None:
+        """Answer truthfully to "", else with an HTML page and status 200 ("page"), the first half of
+        the real answer to a POST ("half"), nothing until the server stops ("hang"), or an HTTP
+        status ("404", "429 Retry-After: 2")."""
         if answer == "hang":
             self.server.stopped.wait()
             self.close_connection = True
@@ -106,7 +106,7 @@ class Handler(BaseHTTPRequestHandler):
             self.reply(int(status), headers, b"no\n")
         else:
             status_code, headers, content = self.backend(path, query, body)
-            if answer == "half":
+            if answer == "half" and self.command == "POST":
                 self.reply(status_code, headers, content, sent=len(content) // 2)
             else:
                 self.reply(status_code, headers, content)

@@ -26,7 +26,7 @@ def text(content: str, mode: str = REGULAR) -> tuple[str, bytes]:
 def make_repository(path: Path, changes: Sequence[Change]) -> list[str]:
     """A bare repository with one commit per change, served with filters; returns the ids."""
     git = ["git", "-C", str(path)]
-    subprocess.run(["git", "init", "-q", "--bare", path], check=True)
+    subprocess.run(["git", "init", "-q", "--bare", "-b", "main", path], check=True)
     subprocess.run([*git, "config", "uploadpack.allowFilter", "true"], check=True)
     stream = b"".join(_commit(number, change) for number, change in enumerate(changes, 1))
     marks = path / "marks"

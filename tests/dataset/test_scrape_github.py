@@ -190,6 +190,18 @@ def test_unknown_blobs_do_not_cost_the_others(root, server, tmp_path, unknown):
     assert statuses(output) == ["missing_blob"] * unknown + ["ok"] * (40 - unknown)
 
 
+def test_ids_of_zeros_are_never_asked_for(root, server, tmp_path):
+    repo, zeros = root / "o/n", "0" * 40
+    (id,) = make_repository(repo, numbered(1))[1:]
+    (blobs,) = blob_ids(repo, [id])
+    output, _ = scrape(server, tmp_path, [metadata(id, "o/n"), metadata(zeros, "o/n")])
+    assert statuses(output) == ["ok", "commit_gone"]
+    rows = [metadata(id, "o/n", **blobs), metadata(id, "o/n", **blobs | {"old_sha1": zeros})]
+    output, _ = scrape(server, tmp_path, rows, output="blobs")
+    assert statuses(output) == ["ok", "missing_blob"]
+    assert len(server.log) == 4 + 2
+
+
 def test_forks_are_tried_in_order_for_what_is_missing(root, server, tmp_path):
     ids = make_repository(root / "up/n", numbered(5))[1:]
     make_repository(root / "old/n", numbered(2))  # the same commits, fewer of them

@@ -14,7 +14,7 @@ from megatron_ft.files.tables import Row, read_table
 
 REQUIRED = ("commit", "repos", "old_file", "new_file", "subject", "message")
 BLOB_IDS = ("old_sha1", "new_sha1")
-OBJECT_ID = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
+OBJECT_ID = re.compile(r"[0-9a-f]{40}")
 # OWNER/NAME; mirrors may have more or fewer levels. No level is "." or "..", or starts like a flag.
 REPOSITORY = re.compile(r"(?!\.\.?(?:/|$))[\w.~+][\w.~+-]*(?:/(?!\.\.?(?:/|$))[\w.~+][\w.~+-]*)*", re.ASCII)
 NOISE_MESSAGES = frozenset({"initial commit", "please\n", "please", "lalala"})

@@ -44,9 +44,9 @@ class Scraper:
     def fetch(self, repo: str, rows: Sequence[Wanted]) -> Batch:
         """Scrape rows of one repository; runs in a worker. Raises FetchFailed, Stopped,
         ServerUnavailable, and UserError for what ends the run."""
+        self.pace.wait()
         directory = self.scratch / f"{next(self._numbers)}"
         batch = Batch(directory.with_suffix(".jsonl"), repo)
-        self.pace.wait()
         started = time.monotonic()
         try:
             with writing(self.scratch):

@@ -122,7 +122,8 @@ def _fetch_existing(
     """Fetch the objects that the server has. A fetch with one that it does not have fails as a
     whole, so that one is taken out and the fetch repeated; after TAKEN_OUT, by halves."""
 
-    attempts, ids = 0, list(ids)
+    # An id of zeros stands for a file that does not exist, and git does not ask for it.
+    attempts, ids = 0, [id for id in ids if id.strip("0")]
 
     def attempt(ids: list[str]) -> bool:
         """Whether all came; if not, the unknown one is taken out."""

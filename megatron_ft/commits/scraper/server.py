@@ -44,7 +44,7 @@ NOT_OUR_REF = re.compile(r"not our ref ([0-9a-f]{40,64})")
 DISK_FULL = re.compile(r"No space left on device|Disk quota exceeded|File too large")
 GONE = re.compile(r"does not appear to be a git repository|repository '.*' (?:does not exist|not found)")
 BLOCKED = re.compile(r"access to this repository has been disabled|repository (?:access blocked|unavailable)", re.I)
-TOO_SLOW = re.compile(r"Operation too slow|timed out", re.IGNORECASE)
+TOO_SLOW = re.compile(r"Operation too slow", re.IGNORECASE)
 
 
 class FetchFailed(Exception):

@@ -20,7 +20,7 @@ from megatron_ft.errors import UserError
 from megatron_ft.files.json_file import read_small_file
 
 WORD = re.compile(r"\w+")
-APOSTROPHES = str.maketrans({"\u2019": "'", "\u2018": "'", "\u02bc": "'", "\u00b4": "'"})
+APOSTROPHES = "\u2019\u2018\u02bc\u00b4"
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,10 @@ def normalized(text: str) -> str:
     >>> normalized("I\u2019m\n  Sorry")
     "i'm sorry"
     """
-    return " ".join(text.translate(APOSTROPHES).lower().split())
+    if not text.isascii():
+        for apostrophe in APOSTROPHES:
+            text = text.replace(apostrophe, "'")
+    return " ".join(text.lower().split())
 
 
 def read_phrases(path: Path) -> list[Phrase]:

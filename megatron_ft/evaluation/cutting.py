@@ -123,7 +123,7 @@ def function_and_helpers(text: str, problem: Problem) -> str:
         end = closing_brace(code, OPEN_BRACES[problem.language])
     if end is None:
         return _without_end(text, problem.language)
-    kept, helpers = text[:end], _definitions(code, end, problem.language)
+    kept, helpers = text[:end].rstrip(), _definitions(code, end, problem.language)
     names = {problem.entry_point, "main", "Main"}  # of what must not be defined again
     needed: set[tuple[int, int]] = set()
     while found := next(

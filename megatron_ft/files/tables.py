@@ -7,6 +7,7 @@ belongs to the shard of its first byte. Parquet needs pyarrow, of the extra `dat
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -111,16 +112,18 @@ class TableWriter:
     """Writes rows to a JSONL or parquet file that appears complete or not at all, see OutputFile.
 
     Parquet needs a type per column: `columns` has Arrow's names of them ("string", "int64",
-    "list<string>" as "list:string"); without it, they are those of the first rows.
+    "list<string>" as "list:string"); without it, they are those of the rows of the first group.
     """
 
     def __init__(self, path: str | Path, columns: Mapping[str, str] | None = None):
         self.path, self.rows = Path(path), 0
         self._parquet = self.path.suffix == ".parquet"
         self._arrow = require("pyarrow", "dataset") if self._parquet else None
+        self._given = columns is not None
         self._schema = _schema(self._arrow, columns) if self._parquet and columns else None
         self._output = OutputFile(path)
         self._writer: Any = None
+        self._sink: Sink | None = None
         self._pending: list[dict[str, Any]] = []
         self._pending_bytes = 0
 
@@ -131,7 +134,7 @@ class TableWriter:
             self._output.write(to_line(dict(fields)) if line is None else line + b"\n")
             return
         self._pending.append(dict(fields))
-        self._pending_bytes += sum(len(value) if isinstance(value, str | bytes) else 8 for value in fields.values())
+        self._pending_bytes += _size(self._pending[-1])
         if self._pending_bytes >= ROW_GROUP_BYTES:
             self._flush()
 
@@ -139,13 +142,21 @@ class TableWriter:
         """Write the pending rows as one row group."""
         arrow = self._arrow
         assert arrow is not None
+        names = dict.fromkeys(name for row in self._pending for name in row)
+        if self._schema is None:
+            self._pending[:1] = [
+                {**dict.fromkeys(names), **row} for row in self._pending[:1]
+            ]  # Arrow takes its columns
+        elif not self._given and (new := [name for name in names if name not in self._schema.names]):
+            raise UserError(f"{self.path}: rows do not fit its columns (new key {new[0]!r}); write .jsonl instead")
         try:
             table = arrow.Table.from_pylist(self._pending, self._schema)
         except (arrow.ArrowException, UnicodeEncodeError, OverflowError) as error:
             raise UserError(f"{self.path}: rows do not fit its columns ({error}); write .jsonl instead") from None
         if self._writer is None:
             self._schema = table.schema
-            sink = arrow.PythonFile(Sink(self._output), mode="w")
+            self._sink = Sink(self._output)
+            sink = arrow.PythonFile(self._sink, mode="w")
             self._writer = require("pyarrow.parquet", "dataset").ParquetWriter(sink, self._schema, compression="zstd")
         self._writer.write_table(table)
         self._pending, self._pending_bytes = [], 0
@@ -162,7 +173,20 @@ class TableWriter:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        if self._sink is not None:
+            self._sink.discard = True  # what Arrow writes when it closes its file
+            with suppress(Exception):  # it repeats the error of a write that failed
+                self._writer.close()
         self._output.__exit__(*exception)
+
+
+def _size(value: Any) -> int:
+    """Bytes of a value, about: those of its texts, and 8 for each number."""
+    if isinstance(value, str | bytes):
+        return len(value)
+    if isinstance(value, dict | list):
+        return sum(map(_size, value.values() if isinstance(value, dict) else value))
+    return 8
 
 
 def _schema(arrow: Any, columns: Mapping[str, str]) -> Any:
@@ -177,12 +201,14 @@ class Sink:
     """An OutputFile as the file object that Arrow writes to."""
 
     closed = False
+    discard = False  # True once the file is given up
 
     def __init__(self, output: OutputFile):
         self._output = output
 
     def write(self, data: Any) -> int:
-        self._output.write(data)
+        if not self.discard:
+            self._output.write(data)
         return len(data)
 
     def flush(self) -> None: ...

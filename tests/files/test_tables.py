@@ -79,3 +79,18 @@ def test_a_table_that_is_not_committed_leaves_nothing(tmp_path):
         with TableWriter(tmp_path / name) as table:
             table.write({"a": 1})
     assert list(tmp_path.iterdir()) == []
+
+
+def test_parquet_keeps_keys_that_the_first_row_lacks(tmp_path, monkeypatch):
+    rows = [{"a": 1}, {"a": 2, "turns": [{"role": "user", "text": "x" * 100}]}]
+    with TableWriter(tmp_path / "t.parquet") as table:
+        for row in rows:
+            table.write(row)
+        table.commit()
+    assert rows_of(tmp_path / "t.parquet") == [{"a": 1, "turns": None}, rows[1]]
+    monkeypatch.setattr("megatron_ft.files.tables.ROW_GROUP_BYTES", 50)
+    with pytest.raises(UserError, match="rows do not fit its columns .new key 'late'.; write .jsonl instead"):
+        with TableWriter(tmp_path / "new.parquet") as table:
+            table.write(rows[1])  # fills a group
+            table.write({"a": 3, "late": "y" * 60})
+    assert not (tmp_path / "new.parquet").exists()

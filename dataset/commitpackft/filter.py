@@ -126,7 +126,7 @@ def main() -> None:
         if args.score_command:
             survivors = scored(survivors, args, waterfall)
         for candidate, line in survivors:
-            output.write(candidate.row(), line)
+            output.write(candidate.row() if line is None else candidate.fields, line)
             waterfall.keep(candidate.language)
         if not waterfall.rows and shard == (1, 1):
             raise UserError(

@@ -9,7 +9,7 @@ from megatron_ft.commits.row import TEXT_FIELDS
 from megatron_ft.files.jsonl_row import NO_KEY, BadRow, keys_of, text_of
 
 REQUIRED = ("commit", "old_file", *TEXT_FIELDS)
-REQUIRED_OF = itemgetter(*REQUIRED)
+REQUIRED_OF, TEXTS_OF = itemgetter(*REQUIRED), itemgetter(*TEXT_FIELDS)
 OPTIONAL = ("message", "lang", "license", "repos")  # absent: empty
 
 
@@ -27,18 +27,19 @@ class Candidate:
         """Raises BadRow if a text field is missing or is not a string. `line` is what the row was
         parsed from."""
         try:
-            _, self.path, self.old, self.new, subject = values = REQUIRED_OF(fields)
+            commit, path, old, new, subject = REQUIRED_OF(fields)
         except KeyError as missing:
             raise BadRow(f"{NO_KEY} {missing.args[0]!r}; {keys_of(fields)}") from None
-        for name, value in zip(REQUIRED, values, strict=True):
-            if not isinstance(value, str) or not value.isascii():
+        is_text = type(commit) is type(path) is type(old) is type(new) is type(subject) is str
+        if not (is_text and old.isascii() and new.isascii() and subject.isascii()):
+            for name in REQUIRED:
                 text_of(fields, name, line)
         for name in OPTIONAL:
-            if not isinstance(fields.get(name), str | None):
+            if type(fields.get(name, "")) is not str and fields[name] is not None:
                 text_of(fields, name, line)
-        self.fields = fields
-        self.name = self.path.rsplit("/", 1)[-1]
-        self.language = fields.get("lang") or language_of(self.path)
+        self.fields, self.path, self.old, self.new = fields, path, old, new
+        self.name = path.rpartition("/")[2]
+        self.language = fields.get("lang") or language_of(path)
         self.set_subject(subject)
 
     def set_subject(self, subject: str) -> None:
@@ -51,7 +52,8 @@ class Candidate:
     @property
     def is_changed(self) -> bool:
         """Whether a step changed one of the texts, so that the original line is not its row."""
-        return [self.old, self.new, self.subject] != [self.fields[name] for name in TEXT_FIELDS]
+        old, new, subject = TEXTS_OF(self.fields)
+        return self.subject != subject or self.new != new or self.old != old
 
     def row(self) -> dict[str, Any]:
         """The row with its texts as they are now; keys keep their order."""

@@ -21,8 +21,9 @@ PERMUTATIONS = 128  # of which 126 are used
 BANDS, BAND = 21, 6
 SEED = 1
 
-BLOCK_BYTES = 1 << 20  # of text that is hashed at a time
-IS_WORD = np.array([bytes([byte]).isalnum() or byte == ord("_") or byte >= 0x80 for byte in range(256)])
+BLOCK_BYTES = 1 << 17  # of text that is hashed at a time, in arrays of eight times this size
+# For bytes.translate: 1 for a byte of a word, 0 for others.
+IS_WORD = bytes(bytes([byte]).isalnum() or byte == ord("_") or byte >= 0x80 for byte in range(256))
 BASE = 0x9E3779B97F4A7C15  # of the polynomial over the bytes of a word; odd, so that it has an inverse
 WORD_BASE = 0xC2B2AE3D27D4EB4F  # of the polynomial over the words of a shingle
 MASK = (1 << 64) - 1
@@ -125,12 +126,14 @@ def _hash_words(data: bytes) -> tuple[np.ndarray, np.ndarray]:
 
     The hash of a word is the polynomial over its bytes, a difference of sums over all bytes before.
     """
-    powers, inverses = _powers(1 << (len(data) + 1).bit_length())
-    codes = np.frombuffer(b"\n" + data, np.uint8)
-    is_word = IS_WORD[codes]
+    data = b"\n" + data  # so that both ends are outside a word
+    powers, inverses = _powers(1 << len(data).bit_length())
+    is_word = np.frombuffer(data.translate(IS_WORD), np.uint8)
     edges = np.flatnonzero(is_word[1:] != is_word[:-1])  # before a word, and its last byte
     before, last = edges[::2], edges[1::2]
-    sums = np.cumsum(BYTE_VALUES[codes] * powers[: len(codes)], dtype=np.uint64)
+    terms = np.frombuffer(data, np.uint8).astype(np.uint64)
+    terms *= powers[: len(data)]
+    sums = np.cumsum(terms, out=terms)
     return (sums[last] - sums[before]) * inverses[before], before
 
 
@@ -141,6 +144,3 @@ def _powers(count: int) -> tuple[np.ndarray, np.ndarray]:
     bases[:, 0] = 1
     powers = np.cumprod(bases, axis=1, dtype=np.uint64)
     return powers[0], powers[1]
-
-
-BYTE_VALUES = _mixed(np.arange(1, 257, dtype=np.uint64))

@@ -116,7 +116,7 @@ COMMITPACKFT: dict[str, tuple[list[str | dict], list[str | dict]]] = {
     ),
     "url": (["Add a link to https://a.b there", "Add a link to HTTP://a.b there"], ["Add a link to http: or others"]),
     "leetcode": (["Add the solution of two sums | LeetCode"], []),
-    "few_words": ([], []),
+    "few_words": (["Fix the loop [ci skip]"], ["Fix the waiting loop [ci skip]"]),
 }
 # Rules whose rows an earlier rule drops: called by themselves.
 HIDDEN = {
@@ -140,7 +140,10 @@ EDIT: dict[str, tuple[list[str | dict], list[str | dict]]] = {
     ),
     "clean_subject": ([], []),
     "clean_ci_skip": ([], []),
-    "subject_length": (["Fix limits!!"], ["fix the limits", "Lower the limit #12"]),
+    "subject_length": (
+        ["Fix limits!!", "[a-long-tag] Fix limits", "[ci skip] Fix limits"],
+        ["fix the limits", "Lower the limit #12"],
+    ),
     "noise_phrase": (["Add it, Signed-off-by: Jane Doe"], []),
     "version_or_hash": (["1.2.3-rc1 is the new one"], []),
     "commit_id": ([f"Fix the commit {'a1' * 20} of yesterday"], []),

@@ -120,8 +120,9 @@ def test_one_version_bump_in_ten_is_kept_and_always_the_same():
     assert kept(1) == first != kept(2)
     for start in ("Bump", "Set version", "Update version"):
         row = subject(f"{start} of the library to the newest")
-        assert dropped_by("commitpackft", Limits(mass_update_fraction=0), **row) == "mass_update"
-        assert dropped_by("commitpackft", Limits(mass_update_fraction=1), **row) is None
+        for preset in PRESETS:
+            assert dropped_by(preset, Limits(mass_update_fraction=0), **row) == "mass_update"
+            assert dropped_by(preset, Limits(mass_update_fraction=1), **row) is None
 
 
 def test_a_quarter_of_data_languages_is_kept():

@@ -31,11 +31,13 @@ class Candidate:
         except KeyError as missing:
             raise BadRow(f"{NO_KEY} {missing.args[0]!r}; {keys_of(fields)}") from None
         is_text = type(commit) is type(path) is type(old) is type(new) is type(subject) is str
-        if not (is_text and old.isascii() and new.isascii() and subject.isascii()):
+        # ASCII, which takes no time to find out, has no lone surrogates.
+        if not (is_text and new.isascii() and old.isascii() and (commit + path + subject).isascii()):
             for name in REQUIRED:
                 text_of(fields, name, line)
         for name in OPTIONAL:
-            if type(fields.get(name, "")) is not str and fields[name] is not None:
+            value = fields.get(name)
+            if value is not None and not (type(value) is str and value.isascii()):
                 text_of(fields, name, line)
         self.fields, self.path, self.old, self.new = fields, path, old, new
         self.name = path.rpartition("/")[2]

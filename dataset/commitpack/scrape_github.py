@@ -49,7 +49,7 @@ from megatron_ft.commits.scraper.journal import Journal
 from megatron_ft.commits.scraper.metadata import Filter, Part, read_parts
 from megatron_ft.commits.scraper.pace import Pace, ServerUnavailable
 from megatron_ft.commits.scraper.part import PartScraper, Scraper
-from megatron_ft.commits.scraper.server import Server
+from megatron_ft.commits.scraper.server import GITHUB, Server
 from megatron_ft.commits.scraper.status import Status
 from megatron_ft.config.parser import Help, Parser
 from megatron_ft.errors import EXIT_RESUME, UserError, run_program
@@ -62,7 +62,6 @@ from megatron_ft.files.tables import TableWriter, open_tables
 from megatron_ft.printable import printable
 from megatron_ft.progress import Progress
 
-GITHUB = "https://github.com"
 GITHUB_TOKEN = "GITHUB_TOKEN"
 FORMATS = ("jsonl", "jsonl.gz", "jsonl.zst", "parquet")
 STATE = ".scrape"  # in the output directory: manifest, counts, journals of unfinished parts

@@ -89,9 +89,9 @@ class Handler(BaseHTTPRequestHandler):
                 server.at_once -= 1
 
     def misbehave(self, answer: str, path: str, query: str, body: bytes) -> None:
-        """Answer truthfully to "", else with an HTML page and status 200 ("page"), the first half of
-        the real answer to a POST ("half"), nothing until the server stops ("hang"), or an HTTP
-        status ("404", "429 Retry-After: 2")."""
+        """Answer truthfully to "", else with an HTML page and status 200 ("page"), half of the real
+        answer to a POST ("half"), nothing until the server stops ("hang"), or an HTTP status
+        ("404", "429 Retry-After: 2")."""
         if answer == "hang":
             self.server.stopped.wait()
             self.close_connection = True

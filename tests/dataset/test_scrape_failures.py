@@ -81,6 +81,7 @@ FAILURES = [
     ("403", "refused"),
     ("500", "server_error"),
     ("503 Retry-After: 1", "server_error"),
+    ("302 Location: /login", "server_error"),
     ("page", "server_error"),
     ("half", "server_error"),
     ("hang", "timeout"),
@@ -332,6 +333,21 @@ def watch(process: subprocess.Popen, tmp_path: Path, lines: set[str], files: set
 def test_the_token_of_github_is_not_sent_elsewhere(server, rows, tmp_path):
     scrape(server, tmp_path, rows, env={**os.environ, "GITHUB_TOKEN": TOKEN})
     assert {request.authorization for request in server.log} == {""}
+
+
+def test_a_renamed_repository_is_found_where_it_went(server, rows, tmp_path):
+    server.always["was/a"] = f"301 Location: {server.url}/o/a/info/refs?service=git-upload-pack"
+    scrape(server, tmp_path, [row | {"repos": "was/a"} for row in rows if row["repos"] == "o/a"])
+    assert statuses(tmp_path / "out") == {"was/a": {"ok"}}
+
+
+def test_a_redirect_takes_the_token_nowhere_else(server, rows, root, tmp_path):
+    with serve(root) as elsewhere:
+        server.always["o/a"] = f"301 Location: {elsewhere.url}/o/a/info/refs?service=git-upload-pack"
+        env = {**os.environ, "MIRROR_TOKEN": TOKEN}
+        scrape(server, tmp_path, rows, "--token-variable", "MIRROR_TOKEN", env=env)
+        assert not [request for request in elsewhere.log if request.authorization]
+    assert statuses(tmp_path / "out") == {repo: {"ok" if repo != "o/a" else "repo_gone"} for repo in REPOS}
 
 
 def test_a_rejected_token_ends_the_run(server, rows, tmp_path):

@@ -25,6 +25,7 @@ from megatron_ft.commits.scraper.pace import Stopped
 from megatron_ft.commits.scraper.status import Status
 from megatron_ft.errors import UserError
 
+GITHUB = "https://github.com"
 SETTINGS = (
     ("core.fsync", "none"),  # of scratch repositories, which do not survive a crash anyway
     ("credential.helper", ""),
@@ -36,6 +37,7 @@ SETTINGS = (
     ("protocol.version", "2"),
 )
 OPTIONS = ("--quiet", "--no-tags", "--no-write-fetch-head", "--recurse-submodules=no", "--stdin")
+MOVED = (301, 308)  # permanently, to where it is not followed; 302 may lead to a login page
 POLL_SECONDS = 0.5
 KEPT_LINES, KEPT_CHARACTERS = 40, 1000  # of git's messages
 TRACE_LINE = re.compile(rb"\d\d:\d\d:\d\d\.\d+ ")
@@ -81,10 +83,14 @@ class Server:
         settings = [*SETTINGS, ("http.lowSpeedLimit", "1"), ("http.lowSpeedTime", str(max(1, int(timeout))))]
         if token:
             # Not by GIT_ASKPASS: GitHub never asks where a repository is public, so the token, and
-            # the limits that it raises, would not be used. Other hosts do not get the header.
+            # the limits that it raises, would not be used.
             root = base_url.split("{repo}")[0]
             login = base64.b64encode(f"x-access-token:{token}".encode()).decode()
             settings.append((f"http.{root}.extraHeader", f"Authorization: Basic {login}"))
+            if urlsplit(base_url).hostname != urlsplit(GITHUB).hostname:
+                # Git would send the header wherever a redirect leads. GitHub redirects renamed
+                # repositories, and only to itself.
+                settings.append(("http.followRedirects", "false"))
         trace = {"GIT_TRACE_CURL": "1", "GIT_TRACE_CURL_NO_DATA": "1", "GIT_TRACE_REDACT": "1"}
         self._environment = git_environment(settings, GIT_ALLOW_PROTOCOL=scheme, **trace)
         self.has_token = bool(token)
@@ -188,7 +194,11 @@ def _failure(messages: _Messages, directory: Path) -> Exception:
         return NotOurRef(found[1])
     if status == 401:
         return FetchFailed(Status.REPO_GONE, reason, login=True)
-    if status in (404, 410, 451) or (status == 403 and BLOCKED.search(text)) or (status is None and GONE.search(local)):
+    if (
+        status in (*MOVED, 404, 410, 451)
+        or (status == 403 and BLOCKED.search(text))
+        or (status is None and GONE.search(local))
+    ):
         return FetchFailed(Status.REPO_GONE, reason)
     if status in (403, 429):
         return FetchFailed(Status.REFUSED, f"HTTP {status}", retry_after=messages.retry_after)

@@ -126,7 +126,7 @@ class ProblemIndex:
             for piece, here in self._positions.get(joined[there : there + GRAM], ()):
                 if not piece.tasks <= found and piece.is_held(here, joined, there):
                     found |= piece.tasks
-        return sorted(found, key=_in_order)
+        return in_order(found)
 
     def _index(self) -> dict[bytes, list[tuple[Piece, int]]]:
         """Grams and where they are: for each window the one of its grams that is the rarest."""
@@ -219,10 +219,18 @@ def _common_prefix(a: bytes, i: int, b: bytes, j: int) -> int:
     return length
 
 
-def _in_order(task: str) -> tuple[str, int, str]:
-    """Sorts CPP/2 before CPP/10."""
-    language, _, number = task.rpartition("/")
-    return language, int(number) if number.isdecimal() else 0, task
+def in_order(tasks: Iterable[str]) -> list[str]:
+    """Task ids sorted by language and number.
+
+    >>> in_order(["CPP/10", "Rust/1", "CPP/2"])
+    ['CPP/2', 'CPP/10', 'Rust/1']
+    """
+
+    def key(task: str) -> tuple[str, int, str]:
+        language, _, number = task.rpartition("/")
+        return language, int(number) if number.isdecimal() else 0, task
+
+    return sorted(tasks, key=key)
 
 
 def _problem(row: Row) -> dict[str, str]:

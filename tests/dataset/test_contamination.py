@@ -1,15 +1,17 @@
-"""megatron_ft/commits/contamination.py: texts that hold a problem are found, other code is not."""
+"""Decontamination: texts that hold a problem of HumanEvalPack are found, other code is not."""
 
 import json
+import os
 import re
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, one_error_line, run_program
 
 from megatron_ft.commits.contamination import LANGUAGES, ProblemIndex
 from megatron_ft.errors import UserError
 
+CONTAMINATION = "evaluation/run/contamination.py"
 MEDIAN = {
     "task_id": "Python/0",
     "declaration": "from typing import List\n\n\ndef running_median(samples: List[float]) -> List[float]:\n",
@@ -160,3 +162,57 @@ def test_other_code_holds_no_problem_of_humanevalpack(humanevalpack, shared_data
     files = [*(ROOT / "megatron_ft").rglob("*.py"), *Path(json.__file__).parents[1].glob("*.py")]
     assert len(files) > 200
     assert index.task_ids(path.read_text("utf-8", "replace") for path in files) == []
+
+
+@pytest.fixture
+def problems(tmp_path) -> Path:
+    return write_problems(tmp_path / "problems", python=[complete(MEDIAN), complete(ADD)], java=[complete(JAVA)])
+
+
+def test_program_lists_the_problems_of_training_rows(problems, tmp_path):
+    commit = {"old_contents": "", "new_contents": "x = 1\n" + MEDIAN["canonical_solution"], "subject": "s"}
+    chat = {"messages": [{"role": "user", "content": MEDIAN["docstring"]}, {"content": "Add two numbers"}]}
+    rows = [{"inputs": "a", "outputs": "b"}, commit, chat]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ["--data", problems, "--json", tmp_path / "hits.json"]
+    done = run_program(CONTAMINATION, data, *flags, ok=False)
+    assert done.returncode == 1
+    assert [line.split()[:2] for line in done.stdout.splitlines()] == [
+        ["task", "rows"],
+        ["Java/1", "1"],
+        ["Python/0", "2"],
+        ["Python/1", "1"],
+    ]
+    assert "3 rows, 2 of them hold 3 of 3 problems" in done.stderr
+    found = json.loads((tmp_path / "hits.json").read_text())
+    assert (found["rows"], found["rows_with_problems"]) == (3, 2)
+    assert found["tasks"]["Python/0"] == {"rows": 2, "first": f"{data}, line 2"}
+    done = run_program(CONTAMINATION, data, "--data", problems, "--fields", "inputs", "outputs", ok=False)
+    assert f"{data}, line 2: no key 'inputs' to search" in one_error_line(done)
+
+
+def test_program_finds_nothing_in_clean_rows(problems, tmp_path):
+    data = tmp_path / "rows.jsonl"
+    data.write_text('{"inputs": "a", "outputs": "b"}\n' * 3)
+    done = run_program(CONTAMINATION, data, env={**os.environ, "HUMANEVALPACK": str(problems)})
+    assert done.stdout == "" and "3 rows, 0 of them hold 0 of 3 problems" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("line", "flags", "message"),
+    [
+        ('{"a": 1}', ["--data", "{problems}"], "line 1: no text to search"),
+        ('{"a": "b"}', [], "no problems: give --data DIR, or set HUMANEVALPACK"),
+        ('{"a": "b"}', ["--data", "{problems}/x"], "x: no problems found"),
+        ("text", ["--data", "{problems}"], "line 1: not JSON"),
+    ],
+)
+def test_program_reports_one_line_errors(problems, tmp_path, line, flags, message):
+    data = tmp_path / "rows.jsonl"
+    data.write_text(line + "\n")
+    flags = [flag.format(problems=problems) for flag in flags]
+    env = {name: value for name, value in os.environ.items() if name != "HUMANEVALPACK"}
+    done = run_program(CONTAMINATION, data, "--json", tmp_path / "out.json", *flags, ok=False, env=env)
+    assert done.returncode == 2 and message in one_error_line(done)
+    assert not (tmp_path / "out.json").exists()

@@ -91,7 +91,7 @@ FAILURES = [
 @pytest.mark.parametrize("answer, status", FAILURES)
 def test_a_failure_is_retried_and_never_recorded_as_done(server, rows, tmp_path, answer, status):
     flags = ("--timeout", 2, "--attempts", 1)
-    server.always["o/b"] = answer
+    server.always |= {"o/b": answer, "login": "page"}
     rows = rows[:6]  # o/b in both parts
     failed = scrape(server, tmp_path, rows, *flags, ok=False)
     assert failed.returncode == EXIT_RESUME, failed.stderr

@@ -9,10 +9,10 @@ less on other jobs on the machine than wall-clock time. Compared are
                  the same rules, JsonlWriter, both without start-up; the same rows must stay
     tokens       the rule on tokens with `tokenizers` on complete rows; the same rows must stay
     minhash      our bands with datasketch's MinHash, both of the same 5-word shingles
-    decontaminate, near_dedup.py          alone, in rows per second
+    decontaminate, near_dedup.py          rows per second, without a peer
     memory       peak of filter.py and near_dedup.py, on --megabytes and on four times as much
 
-What is not installed is left out, with a line that says so (pip install datatrove datasketch).
+What is not installed is skipped, with a line that names it (pip install datatrove datasketch).
 """
 
 import sys

@@ -3,10 +3,10 @@
     python evaluation/run/contamination.py commits.jsonl chats.jsonl --data humanevalpack
     python evaluation/run/contamination.py commits.jsonl --data humanevalpack --json hits.json
 
-A score on problems that a model was trained on is no measure. All texts of a row are searched, be
-it a commit or inputs and outputs, also in parquet; what counts as held is written down in
-megatron_ft/commits/contamination.py. The table has a line per task: how many rows hold it, and the
-file and line of the first one. Standard output gets the table, --json a file with all of it.
+A score on problems that a model was trained on measures nothing. All texts of a row are searched,
+be it a commit or inputs and outputs, also in parquet; megatron_ft/commits/contamination.py has the
+rules. The table has a line per task: how many rows hold it, and the file and line of the first one.
+Standard output gets the table, --json a file with all of it.
 
 The exit status is 1 if a row holds a problem, so that a script can stop there.
 dataset/commitpackft/filter.py --decontaminate drops such rows.

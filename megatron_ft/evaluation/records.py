@@ -79,11 +79,37 @@ class Result:
     toolchain: str
 
     def __post_init__(self):
-        if self.status not in STATUSES:
-            raise ValueError(f"status is {self.status[:40]!r}, expected one of {', '.join(STATUSES)}")
+        check_status(self.status)
 
 
-R = TypeVar("R", Generation, Result)
+@dataclass(frozen=True)
+class Verdict:
+    """The verdict on one program, with the fields of `Result`. `key` is a digest of all it depends
+    on: program, toolchain, sandbox and limits."""
+
+    key: str
+    program_sha256: str
+    status: str
+    exit: int | None
+    signal: int | None
+    cpu_s: float
+    wall_s: float
+    rss: int
+    output: str
+    sandbox: str
+    toolchain: str
+
+    def __post_init__(self):
+        check_status(self.status)
+
+
+R = TypeVar("R", Generation, Result, Verdict)
+
+
+def check_status(status: str) -> None:
+    """Raise ValueError if it is not one of STATUSES."""
+    if status not in STATUSES:
+        raise ValueError(f"status is {status[:40]!r}, expected one of {', '.join(STATUSES)}")
 
 
 def generations_file(directory: Path, task: str, language: str, shard: str = "1-of-1") -> Path:
@@ -152,7 +178,7 @@ class RecordWriter:
             pass  # a file system without locks
         self._file.truncate(_end_of_last_line(self._file))
 
-    def append(self, records: Iterable[Generation | Result]) -> None:
+    def append(self, records: Iterable[Generation | Result | Verdict]) -> None:
         """Write records; they are on disk when this returns."""
         with writing(self.path):
             self._file.write(b"".join(to_line(asdict(record)) for record in records))

@@ -33,6 +33,7 @@ from megatron_ft.printable import printable
 
 SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zst")
 BLOCK_BYTES = 1 << 20
+READ_BYTES = 1 << 17  # per system call; the default, 8 KiB, is about one line of a commit row
 STDIN = Path("-")
 # Suffixes of files that programs write next to rows: rejected rows, provenance, reports.
 NOT_INPUT = (*(f"_rejected{suffix}" for suffix in SUFFIXES), "_made_from.json", "_report.json")
@@ -207,7 +208,7 @@ def blocks_of(source: Source, start: int, stop: int) -> Iterator[Block]:
             yield from _blocks_of_stream(source, sys.stdin.buffer, None)
         elif source.kind:
             if start == 0 and stop > 0:
-                with open(source.path, "rb") as raw:
+                with open(source.path, "rb", READ_BYTES) as raw:
                     yield from _blocks_of_stream(source, decompressed(raw, source), raw)
         elif start < stop:
             yield from _blocks_of_range(source, start, stop)
@@ -248,7 +249,7 @@ def _blocks_of_stream(source: Source, stream: Stream, raw: io.BufferedReader | N
 
 def _blocks_of_range(source: Source, start: int, stop: int) -> Iterator[Block]:
     """Blocks of the lines of an uncompressed file whose first byte is in [start, stop)."""
-    with open(source.path, "rb") as file:
+    with open(source.path, "rb", READ_BYTES) as file:
         if start:  # the line of the byte before belongs to another shard
             file.seek(start - 1)
             while (rest := file.readline(BLOCK_BYTES)) and not rest.endswith(b"\n"):

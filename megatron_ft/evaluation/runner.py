@@ -116,7 +116,7 @@ class Worker:
             key=key_of(program, self.toolchain, self.sandbox, self.cpu_s),
             program_sha256=program.sha256,
             status=status,
-            exit=last.exit if last else None,
+            exit=(0 if last.exit == self.toolchain.completed else last.exit) if last else None,
             signal=last.signal if last else None,
             cpu_s=round(sum(report.cpu_s for report in reports), 3),
             wall_s=round(sum(report.wall_s for report in reports), 3),

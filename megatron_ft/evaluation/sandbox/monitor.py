@@ -9,7 +9,6 @@ whose end kills all others; elsewhere it is the subreaper of all that the progra
 """
 
 import ctypes
-import errno
 import json
 import os
 import resource
@@ -53,6 +52,7 @@ def prctl(option: int, value: int) -> None:
 
 def write_files(directory: str, files: dict) -> None:
     """Write files of a job: names are relative; contents are bytes in Latin-1."""
+    os.makedirs(directory)
     for name, content in files.items():
         path = os.path.normpath(os.path.join(directory, name))
         if not path.startswith(directory + "/"):
@@ -118,6 +118,7 @@ def run(step: dict, job: dict) -> dict:
 
 def become(step: dict, job: dict, out: int, err: int, failure: int) -> None:
     """In the child: take the limits and the user, and become the command. Never returns."""
+    blamed = "sandbox"
     try:
         os.setsid()
         stdin, stdout = job["channel"] or (os.open(os.devnull, os.O_RDONLY), out)
@@ -142,11 +143,11 @@ def become(step: dict, job: dict, out: int, err: int, failure: int) -> None:
         if job["restrict"]:
             os.set_inheritable(failure, True)
             command = [*job["restrict"], str(failure), *command]
+        blamed = "toolchain"
         os.execve(command[0], command, step["environment"])
     except BaseException as error:
-        what = f"{step['command'][0]}: {error.strerror}" if isinstance(error, OSError) else repr(error)
-        kind = "toolchain" if isinstance(error, OSError) and error.errno in (errno.ENOENT, errno.EACCES) else "sandbox"
-        os.write(failure, f"{kind}: {what}".encode())
+        what = error.strerror if isinstance(error, OSError) else repr(error)
+        os.write(failure, f"{blamed}: {step['command'][0]}: {what}".encode())
     finally:
         os._exit(127)
 

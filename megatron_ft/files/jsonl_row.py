@@ -13,6 +13,7 @@ MAX_LINE_BYTES = 64 << 20
 SHOWN_KEYS = 8
 NO_KEY = "no key"
 ONE_PER_LINE = "writes one object per line"
+EXACT = {str, int, bool, type(None)}  # types whose values orjson and json give alike
 PIECE_DEPTH = 100  # levels that are parsed at a time where all are too many for the stack
 # A string, complete or not, or one bracket.
 STRING_OR_BRACKET = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"?|[\[\]{}]', re.DOTALL)
@@ -58,11 +59,16 @@ def parse_object(line: bytes | None) -> dict:
 
 def _may_be_rounded(value: object) -> bool:
     """Whether it holds a float that orjson may have made of an integer beyond 64 bits."""
-    if isinstance(value, float):
-        return abs(value) >= 1 << 63
-    if isinstance(value, dict):
-        return any(map(_may_be_rounded, value.values()))
-    return isinstance(value, list) and any(map(_may_be_rounded, value))
+    waiting = [value]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, dict | list):
+            values = value.values() if isinstance(value, dict) else value
+            if not EXACT.issuperset(map(type, values)):
+                waiting.extend(values)
+        elif isinstance(value, float) and abs(value) >= 1 << 63:
+            return True
+    return False
 
 
 def _loads(text: str) -> object:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_ft.files.jsonl_row import BadRow, parse_row
+from megatron_ft.files.jsonl_row import BadRow, parse_object, parse_row
 
 KEYS = [["inputs"], ["outputs", "targets"]]
 CSV = "pandas.read_csv(FILE).to_json(OUT, orient='records', lines=True) converts CSV"
@@ -143,3 +143,10 @@ def test_time_is_linear_for_brackets_and_quotes():
         with pytest.raises(BadRow):
             parse_row(line, KEYS)
     assert time.process_time() - started < 20  # far more than linear time takes, far less than quadratic
+
+
+@pytest.mark.parametrize("value", ["18446744073709551616", "-9223372036854775809", "1e300", "[0.5, [{}]]"])
+def test_large_integers_are_not_rounded(value):
+    line = f'{{"a": "b", "n": [{{"m": 1.5, "k": {value}}}]}}'
+    assert parse_object(line.encode()) == json.loads(line)
+    assert repr(parse_object(line.encode())) == repr(json.loads(line))

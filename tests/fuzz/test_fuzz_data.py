@@ -255,6 +255,7 @@ READERS = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.fuzz
 @pytest.mark.parametrize("reader", READERS, ids=[reader.name for reader in READERS])
 def test_mutated_data_is_read_right_or_refused(reader: Reader, tmp_path: Path):

@@ -208,6 +208,7 @@ READERS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.fuzz
 @pytest.mark.parametrize("reader", READERS, ids=[reader.name for reader in READERS])
 def test_mutated_files_of_a_run_are_read_or_refused(reader: Reader, tmp_path: Path):

@@ -6,16 +6,12 @@ tells how to repeat one input.
 
 import io
 import json
-import os
-import resource
 import shutil
-import subprocess
-import sys
 from functools import cache, partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
+from forked_transformers import fork_transformers
 from minimal import FOREIGN, MINIMAL_JSON
 from mutations import ANY, FORGED, json_tree
 from one_input import Reader, program
@@ -62,36 +58,6 @@ def sentencepiece_model(directory: Path) -> None:
         minloglevel=2, num_threads=1,
     )  # fmt: skip
     (directory / "tokenizer.model").write_bytes(model.getvalue())
-
-
-def fork_transformers() -> None:
-    """Let transformers load directories in a fork of this process. As in real use it is a process
-    of its own, but one that need not import transformers, which takes seconds."""
-    from transformers import AutoTokenizer  # noqa: F401 - imported before the fork
-
-    from megatron_ft.tokenizer import as_transformers, transformers_view
-
-    def run(command: list[str], *, input: bytes, **options) -> subprocess.CompletedProcess:
-        reading, writing = os.pipe()
-        child = os.fork()
-        if child == 0:
-            try:
-                resource.setrlimit(resource.RLIMIT_CPU, (20, 20))
-                sys.stdin, sys.stdout, sys.stderr = (
-                    io.StringIO(input.decode()),
-                    open(writing, "w", encoding="utf-8"),
-                    open(os.devnull, "w", encoding="utf-8"),
-                )
-                as_transformers.main()
-            finally:
-                os._exit(0)
-        os.close(writing)
-        with open(reading, "rb") as pipe:
-            answer = pipe.read()
-        _, status = os.waitpid(child, 0)
-        return subprocess.CompletedProcess(command, os.waitstatus_to_exitcode(status), answer, b"")
-
-    transformers_view.subprocess = SimpleNamespace(run=run, TimeoutExpired=subprocess.TimeoutExpired)
 
 
 def read_tokenizer(name: str, directory: Path) -> None:
@@ -232,6 +198,7 @@ READERS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.fuzz
 @pytest.mark.parametrize("reader", READERS, ids=[reader.name for reader in READERS])
 def test_a_mutated_tokenizer_is_read_right_or_refused(reader: Reader, tmp_path: Path):

@@ -13,6 +13,7 @@ from pathlib import Path
 from random import Random
 
 import pytest
+from forked_transformers import fork_transformers
 from minimal import FOREIGN, MINIMAL_JSON, MINIMAL_PICKLES
 from mutations import ANY, FORGED, json_tree, raw_pickle, safetensors_header, text, zip_records
 from one_input import MUST_BE_REFUSED, Reader, program
@@ -161,6 +162,7 @@ def to_megatron(directory: Path) -> None:
 
 def to_hugging_face(directory: Path, *flags: str | Path) -> str:
     """Digest of the weights that megatron_to_hf.py writes."""
+    fork_transformers()
     out = directory.parent / "out"
     words = ("--tokenizer-file", FIXTURES / "tokenizer.json", *flags)
     program("convert/megatron_to_hf.py", "--load", directory, "--output", out, *words)
@@ -311,6 +313,7 @@ READERS = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.fuzz
 @pytest.mark.parametrize("reader", READERS, ids=[reader.name for reader in READERS])
 def test_mutated_weights_are_read_or_refused(reader: Reader, tmp_path: Path):

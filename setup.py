@@ -12,8 +12,9 @@ version = re.search(r'__version__ = "(.+)"', (root / "megatron_ft/__init__.py").
 plots = ["matplotlib"]
 wandb = ["wandb"]
 dataset = ["duckdb", "sqlglot", "pyarrow", "rensa", "pyyaml"]
+evaluation = ["diff-match-patch"]
 types = ["mypy", "types-psutil", "types-PyYAML", "types-tqdm"]
-dev = ["pytest", "hypothesis", "ruff", "codespell", "peft", *types, *plots, *dataset]
+dev = ["pytest", "hypothesis", "ruff", "codespell", "peft", *types, *plots, *dataset, *evaluation]
 
 setup(
     name="megatron-ft",
@@ -52,6 +53,7 @@ setup(
         "plots": plots,
         "wandb": wandb,
         "dataset": dataset,
+        "evaluation": evaluation,
         "dev": dev,
     },
 )

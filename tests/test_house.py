@@ -244,7 +244,7 @@ with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):
     runpy.run_path(sys.argv[0], run_name="__main__")
 print(*sorted({"torch", "megatron", "transformers"} & set(sys.modules)))
 """
-WITH_FLAGS = [path for path in sources(ROOT, "dataset", "preprocess", "launch") if path.name != "rank.py"]
+WITH_FLAGS = [path for path in sources(ROOT, "dataset", "preprocess", "launch", "evaluation") if path.name != "rank.py"]
 LIGHT = [*WITH_FLAGS, ROOT / "convert/complete.py"]
 
 

@@ -1,9 +1,11 @@
 """dataset/commitpack/commits_table.py: local repositories to github_repos' tables, and on to the
 selection."""
 
+import functools
 import json
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -231,6 +233,34 @@ def test_killed_runs_continue_without_losing_or_repeating_a_repository(many, tmp
         "commits_in": 6000,
         "commits_out": 4000,
     }
+
+
+def test_what_a_killed_run_had_not_finished_is_cut_off(mirrors, tmp_path):
+    root, _ = mirrors
+    flags = ("--repos", *paths(root), "--output", tmp_path)
+    run_program(TABLES, *flags)
+    expected = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    manifest = tmp_path / "manifest.jsonl"
+    first, second, third = manifest.read_bytes().splitlines(keepends=True)
+    manifest.write_bytes(first + second[:-9])
+    for path in tmp_path.glob("*.parquet"):
+        path.unlink()
+    run_program(TABLES, *flags)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == expected
+    (tmp_path / ".commits.jsonl.zst").write_bytes(b"")
+    error = one_error_line(run_program(TABLES, *flags, ok=False))
+    assert "shorter than" in error and "delete both" in error
+
+
+def test_a_full_disk_is_one_line_and_loses_nothing(mirrors, tmp_path):
+    root, _ = mirrors
+    flags = ("--repos", *paths(root), "--output", tmp_path / "out")
+    limit = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (900, 900))
+    error = one_error_line(run_program(TABLES, *flags, ok=False, preexec_fn=limit))
+    assert str(tmp_path / "out") in error and "ulimit -f" in error
+    assert list((tmp_path / "out").glob("*.parquet")) == []
+    run_program(TABLES, *flags)
+    assert len(read_parquet(tmp_path / "out/commits.parquet")) == 13
 
 
 def test_statuses_say_why_and_a_later_run_tries_again(mirrors, tmp_path):

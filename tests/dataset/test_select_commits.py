@@ -1,5 +1,6 @@
 """dataset/commitpack/select_commits.py on DuckDB: five stages select the golden rows, once."""
 
+import functools
 import json
 import os
 import random
@@ -249,7 +250,7 @@ def test_missing_flags_lists_and_packages_are_one_line(tables, tmp_path):
 
 def test_a_full_disk_is_one_line_and_leaves_no_table(tables, tmp_path):
     output = tmp_path / "out"
-    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))  # noqa: E731
+    limit = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (1000, 1000))
     done = run_program(SELECT, *arguments(tables, output), ok=False, preexec_fn=limit)
     assert "disk" in one_error_line(done)
     assert list(output.glob("*.parquet")) == []

@@ -13,7 +13,7 @@ WITH selected AS (
     )
   GROUP BY licenses.repo_name
 )
-SELECT commits.commit, commits.subject, commits.message, selected.repo_name, selected.license
+SELECT commits.commit, selected.repo_name, selected.license
 FROM `bigquery-public-data.github_repos.commits` AS commits
 CROSS JOIN UNNEST(commits.repo_name) AS name
 JOIN selected ON selected.repo_name = name

@@ -1,18 +1,11 @@
 -- One row per commit: its repositories, and their licenses in the same order, joined by commas.
 WITH pairs AS (  -- a commit may come from several exports that name the same repository
-  SELECT
-    base.commit,
-    base.repo_name,
-    MIN(base.license) AS license,
-    MIN(base.subject) AS subject,
-    MIN(base.message) AS message
+  SELECT base.commit, base.repo_name, MIN(base.license) AS license
   FROM commits_table_base AS base
   GROUP BY base.commit, base.repo_name
 )
 SELECT
   pairs.commit,
-  MIN(pairs.subject) AS subject,
-  MIN(pairs.message) AS message,
   STRING_AGG(pairs.repo_name, ',' ORDER BY pairs.repo_name) AS repos,
   STRING_AGG(pairs.license, ',' ORDER BY pairs.repo_name) AS licenses
 FROM pairs

@@ -1,9 +1,9 @@
--- The files that each commit changed, which stages 1 and 2 do not carry to save memory. Commits
--- whose list of files was cut off are left out.
+-- The message of each commit and the files that it changed, which stages 1 and 2 do not carry to
+-- save memory. Commits whose list of files was cut off are left out.
 SELECT
   dedup.commit,
-  dedup.subject,
-  dedup.message,
+  commits.subject,
+  commits.message,
   dedup.repos,
   dedup.licenses,
   commits.difference

@@ -19,6 +19,9 @@ from megatron_ft.progress import Progress
 MEMORY_FRACTION = 0.75  # of what the job may use; the rest is for what DuckDB does not count
 # What a JSON line may be long, in bytes. DuckDB reserves a few times as much for each thread.
 MAX_LINE_BYTES = 32 << 20
+# How a parquet file is written. A row group is held in memory until it is complete, one per thread;
+# rows with a message and all files of a commit are large.
+PARQUET = "FORMAT parquet, COMPRESSION zstd, ROW_GROUP_SIZE 16384"
 
 
 class Database:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from megatron_ft.commits.selection.database import Database, literal
+from megatron_ft.commits.selection.database import PARQUET, Database, literal
 from megatron_ft.commits.selection.github_tables import TABLES, create_view
 from megatron_ft.commits.selection.stages import Stage, digest_of
 from megatron_ft.errors import UserError
@@ -67,9 +67,7 @@ class Tables:
         rows_in = {table: self._view(table) for table in stage.reads}
         metadata = f"{{{MADE_FROM}: {literal(json.dumps(made_from))}}}"
         copy = f"COPY ({stage.duckdb_sql()}) TO {literal(partial)}"
-        ((rows,),) = self._database.run(
-            f"{copy} (FORMAT parquet, COMPRESSION zstd, KV_METADATA {metadata})", stage.table
-        )
+        ((rows,),) = self._database.run(f"{copy} ({PARQUET}, KV_METADATA {metadata})", stage.table)
         seconds = time.monotonic() - start
         write_report(path, {"rows_in": rows_in, "rows_out": rows, "seconds": round(seconds, 3)})
         sync_path(partial)

@@ -63,22 +63,37 @@ class Stage:
     def duckdb_sql(self) -> str:
         """The query in DuckDB's dialect, its lists written out, its tables without a dataset."""
         exp = require("sqlglot.expressions", "dataset")
-
-        def convert(node: Any) -> Any:
-            if isinstance(node, exp.Table) and node.db:
-                return exp.to_table(node.name, alias=node.alias or None)
-            unnest = node.args.get("unnest") if isinstance(node, exp.In) else None
-            parameter = unnest and unnest.find(exp.Parameter)
+        query = self._query.copy()
+        for table in query.find_all(exp.Table):
+            table.set("db", None)
+            table.set("catalog", None)
+        for found in list(query.find_all(exp.In)):
+            parameter = found.args.get("unnest") and found.args["unnest"].find(exp.Parameter)
             if parameter:
-                return exp.In(this=node.this, expressions=[exp.Literal.string(x) for x in self.lists[parameter.name]])
-            return node
-
-        sql = self._query.transform(convert).sql(dialect="duckdb")
+                found.set("unnest", None)
+                found.set("expressions", [exp.Literal.string(value) for value in self.lists[parameter.name]])
+        for join in [join for join in query.find_all(exp.Join) if isinstance(join.this, exp.Unnest)]:
+            _unnest_in_its_table(join)
+        sql = query.sql(dialect="duckdb")
         return f"SELECT * FROM ({sql}) ORDER BY {ORDER[self.table]}" if self.table in ORDER else sql
 
     def bigquery_sql(self, source: str) -> str:
         """The query with github_repos' tables in the dataset `source`, as PROJECT.DATASET."""
         return self.sql.replace(f"`{PUBLIC_DATASET}.", f"`{source}.")
+
+
+def _unnest_in_its_table(join: Any) -> None:
+    """`FROM t CROSS JOIN UNNEST(t.list) AS x` as `FROM (SELECT *, UNNEST(list) AS x FROM t) AS t`.
+
+    DuckDB streams the second; for the first, it keeps all of the table in memory.
+    """
+    exp = require("sqlglot.expressions", "dataset")
+    (column,), name = join.this.expressions, join.this.args["alias"].columns[0].name
+    (table,) = (found for found in join.parent.find_all(exp.Table) if found.alias == column.table)
+    source = exp.to_table(table.name)
+    inner = exp.select("*", exp.alias_(exp.Explode(this=exp.column(column.name)), name)).from_(source)
+    table.replace(inner.subquery(table.alias))
+    join.pop()
 
 
 def load_stages(directory: Path, lists: Mapping[str, Sequence[str]]) -> list[Stage]:

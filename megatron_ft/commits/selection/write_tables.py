@@ -4,13 +4,13 @@ import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from megatron_ft.commits.selection.database import Database, literal
+from megatron_ft.commits.selection.database import PARQUET, Database, literal
 from megatron_ft.commits.selection.github_tables import DIFFERENCE, MAX_LINE_BYTES, sql_type
 from megatron_ft.commits.selection.journal import Entry
 from megatron_ft.files.atomic import sync_path
 from megatron_ft.files.output import scratch_directory, writing
 
-FORMATS = {"parquet": "FORMAT parquet, COMPRESSION zstd", "jsonl": "FORMAT json"}
+FORMATS = {"parquet": PARQUET, "jsonl": "FORMAT json"}
 PERSON = "STRUCT(name VARCHAR, time_sec BIGINT, tz_offset BIGINT)"
 COLUMNS = {
     "commit": "VARCHAR",

@@ -15,6 +15,8 @@ RESAMPLES = 10_000
 LEVEL = 0.95
 BLOCK = 1 << 22  # resampled values in memory at a time
 
+Values = Sequence[float] | np.ndarray  # one per problem
+
 
 @dataclass(frozen=True)
 class Interval:
@@ -47,7 +49,7 @@ def mean_pass_at_k(counts: Sequence[tuple[int, int]], k: int) -> float:
     return float(np.mean([pass_at_k(samples, passed, k) for samples, passed in counts]))
 
 
-def bootstrap(values: Sequence[float], seed: int = 0, resamples: int = RESAMPLES, level: float = LEVEL) -> Interval:
+def bootstrap(values: Values, seed: int = 0, resamples: int = RESAMPLES, level: float = LEVEL) -> Interval:
     """The mean of one value per problem, with its percentile bootstrap interval over problems."""
     means = _resampled_means(np.asarray(values, float), seed, resamples)
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
@@ -63,7 +65,7 @@ class PairedDifference:
 
 
 def paired_bootstrap(
-    a: Sequence[float], b: Sequence[float], seed: int = 0, resamples: int = RESAMPLES, level: float = LEVEL
+    a: Values, b: Values, seed: int = 0, resamples: int = RESAMPLES, level: float = LEVEL
 ) -> PairedDifference:
     """Compare two models by one value per problem each, in the same order.
 
@@ -121,7 +123,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def smallest_detectable_difference(differences: Sequence[float], power: float = 0.8, level: float = LEVEL) -> float:
+def smallest_detectable_difference(differences: Values, power: float = 0.8, level: float = LEVEL) -> float:
     """The mean difference that a paired comparison of as many problems with differences as spread
     as these finds with probability `power`: (z_level + z_power) * standard error."""
     if len(differences) < 2:

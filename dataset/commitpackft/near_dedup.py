@@ -29,7 +29,7 @@ import argparse
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import contextmanager
 from hashlib import blake2b
 from typing import Any
 
@@ -270,10 +270,13 @@ def digest(data: bytes, size: int) -> str:
     return blake2b(data, digest_size=size).hexdigest()
 
 
-def scratch(args: argparse.Namespace) -> AbstractContextManager[Path]:
-    """A directory for scratch files, removed at the end."""
+@contextmanager
+def scratch(args: argparse.Namespace) -> Iterator[Path]:
+    """A directory for scratch files, removed at the end; UserError if its disk is full."""
     parent = Path(tempfile.gettempdir()) if args.output in STANDARD_OUTPUT else Path(args.output).parent
-    return scratch_directory(args.temporary_directory or parent, ".near_dedup")
+    parent = args.temporary_directory or parent
+    with writing(parent), scratch_directory(parent, ".near_dedup") as directory:
+        yield directory
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ In memory are DuckDB's `memory` MiB and 12 bytes per candidate; the rest is in `
 import os
 import struct
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import groupby, pairwise
 from pathlib import Path
@@ -29,6 +30,7 @@ from typing import Any
 import numpy as np
 
 from megatron_ft.commits.minhash import BANDS, jaccard
+from megatron_ft.errors import UserError
 from megatron_ft.extras import require
 
 # One row of a signature table: the row's id, digests of its compared text and of its line as
@@ -58,10 +60,10 @@ class NearDuplicates:
     """The rows that may be near-duplicates. A candidate has a number: its rank by id."""
 
     def __init__(self, scratch: Path, memory: int):
-        duckdb = require("duckdb", "dataset")
+        self._duckdb: Any = require("duckdb", "dataset")
         self._arrow = require("pyarrow", "dataset")
         self._scratch = scratch
-        self._db: Any = duckdb.connect(str(scratch / "near_duplicates.db"))
+        self._db: Any = self._duckdb.connect(str(scratch / "near_duplicates.db"))
         self._db.execute(f"SET memory_limit = '{memory}MiB'")
         self._db.execute(f"SET threads = {len(os.sched_getaffinity(0))}")
         self._db.execute(f"SET temp_directory = '{str(scratch / 'spill').replace(chr(39), chr(39) * 2)}'")
@@ -210,14 +212,27 @@ class NearDuplicates:
         return similarity if similarity >= threshold else 0.0
 
     def _run(self, sql: str) -> list[tuple]:
-        return self._db.execute(sql).fetchall()
+        with self._failing():
+            return self._db.execute(sql).fetchall()
 
     def _query(self, sql: str) -> Iterator[tuple]:
         """Rows of a query, a few at a time; other queries may run in between."""
         cursor = self._db.cursor()
-        cursor.execute(sql)
-        while found := cursor.fetchmany(FETCH):
-            yield from found
+        with self._failing():
+            cursor.execute(sql)
+            while found := cursor.fetchmany(FETCH):
+                yield from found
+
+    @contextmanager
+    def _failing(self) -> Iterator[None]:
+        """Turn an error of DuckDB, such as a full disk, into a UserError."""
+        try:
+            yield
+        except self._duckdb.Error as error:
+            reason = str(error).partition("\n")[0]
+            raise UserError(
+                f"{self._scratch}: DuckDB failed ({reason}); give more --memory, or a --temporary-directory with more space"
+            ) from error
 
     def _insert(self, name: str, table: Any) -> None:
         self._db.register("new_rows", table)

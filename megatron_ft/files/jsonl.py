@@ -208,7 +208,7 @@ def blocks_of(source: Source, start: int, stop: int) -> Iterator[Block]:
             yield from _blocks_of_stream(source, sys.stdin.buffer, None)
         elif source.kind:
             if start == 0 and stop > 0:
-                with open(source.path, "rb", READ_BYTES) as raw:
+                with open(source.path, "rb") as raw:
                     yield from _blocks_of_stream(source, decompressed(raw, source), raw)
         elif start < stop:
             yield from _blocks_of_range(source, start, stop)

@@ -157,7 +157,7 @@ def test_shards_together_give_the_rows_of_one_run(mirrors, tmp_path):
 
 
 def test_own_history_equals_a_walk_by_git_log(tmp_path):
-    """The selection from this checkout's history, and the same by git log's words alone."""
+    """The selection from this checkout's history, and the same computed from git's own output."""
     if not (ROOT / ".git").exists():
         pytest.skip("not a git checkout")
     clone = tmp_path / "someone/project"

@@ -72,7 +72,7 @@ CASES = {
     "noise and a body": ({"subject": "wip", "message": "wip\n\nThe body\n"}, [A_FILE], None),
     "no wildcard": ({"subject": "update xconfig.yaml"}, [A_FILE], ("a/mit", "mit", "a.py")),
     "merge": ({"subject": "Merge branch 'x'"}, [A_FILE], None),
-    "5 characters": ({"subject": "Fixe"}, [A_FILE], None),
+    "5 characters": ({"subject": "Adds"}, [A_FILE], None),
     "6 characters": ({"subject": "Fixés"}, [A_FILE], ("a/mit", "mit", "a.py")),
     "9999 characters": ({"subject": "Long", "message": "é" * 9999}, [A_FILE], ("a/mit", "mit", "a.py")),
     "10000 characters": ({"subject": "Long", "message": "x" * 10000}, [A_FILE], None),
@@ -188,7 +188,7 @@ def test_tables_of_other_inputs_are_an_error(tables, tmp_path, change):
     assert {path: path.read_bytes() for path in output.iterdir()} == before
     for path in output.glob("commits_table_*"):
         path.unlink()
-    select(tables, output, *more)  # what the error says to type
+    select(tables, output, *more)  # as the error asks
 
 
 def test_a_table_of_another_program_is_an_error(tables, tmp_path):
@@ -270,6 +270,7 @@ def many(tmp_path_factory) -> dict[str, Path]:
     return {table: write_parquet(directory, table, found) for table, found in rows.items()}
 
 
+@pytest.mark.slow
 def test_killed_runs_leave_nothing_half_written(many, tmp_path):
     """SIGKILL and SIGTERM at random instants, then the same command: the uninterrupted result."""
     expected = select(many, tmp_path / "expected")

@@ -44,7 +44,7 @@ class Journal:
         self.end = self.entries[-1].end if self.entries else 0
         self._file = open(journal, "ab")
         if self._file.tell() < self.end:
-            raise UserError(f"{journal}: shorter than {manifest} says; delete both and start again")
+            raise UserError(f"{journal}: shorter than {manifest} requires; delete both and start again")
         self._file.truncate(self.end)
         replace_file(manifest, b"".join(map(_line, self.entries)))  # without a truncated last line
 

@@ -28,7 +28,7 @@ QUERY = "query"
 def run_stages(
     stages: Sequence[Stage], inputs: Mapping[str, Sequence[Source]], directory: Path, memory: int | None = None
 ) -> Path:
-    """Write the tables of the stages to `directory`, except those that are there; returns the last.
+    """Write the tables of the stages to `directory`, except existing ones; returns the last.
 
     `inputs` are the files of each table of github_repos. A table appears complete or not at all,
     with its `_report.json`: rows in and out. Raises UserError if a table was made from other inputs
@@ -57,7 +57,7 @@ class Tables:
         self._rows: dict[str, int] = {}  # of each table that has a view
 
     def complete(self, stage: Stage, made_from: dict[str, str], scratch: Path) -> None:
-        """Write the table of a stage, or check that the one that is there has the same origin."""
+        """Write the table of a stage, or check that the existing one has the same origin."""
         path = self._directory / f"{stage.table}.parquet"
         if path.exists():
             self._check(path, made_from)

@@ -17,6 +17,7 @@ DETERMINISTIC_KEYS = (
 )  # fmt: skip
 TIMING_KEYS = ("step_seconds", "tokens_per_second", "tflops_per_gpu", "mfu", "memory_bytes", "part", "time")
 METRICS, VALIDATION, EVENTS = "metrics.jsonl", "validation.jsonl", "events.jsonl"
+EVALUATIONS = "evaluations.jsonl"
 COUNTS = (
     "iteration", "train_iters", "part", "consumed_samples", "consumed_tokens", "global_batch_size", "skipped_iterations", "spikes",
 )  # fmt: skip
@@ -26,8 +27,14 @@ KEYS = {
     METRICS: DETERMINISTIC_KEYS + TIMING_KEYS,
     VALIDATION: ("iteration", "group", "loss", "time"),
     EVENTS: ("iteration", "event", "train_iters", "part", "time"),
+    EVALUATIONS: ("iteration", "group", "pass_at_1", "low", "high", "time"),
 }
-NEEDED = {METRICS: ("iteration",), VALIDATION: ("iteration", "group"), EVENTS: ("event",)}
+NEEDED = {
+    METRICS: ("iteration",),
+    VALIDATION: ("iteration", "group"),
+    EVENTS: ("event",),
+    EVALUATIONS: ("iteration", "group", "pass_at_1"),
+}
 LARGEST_COUNT = 10**18
 LARGEST_NUMBER = 1e100  # sums, squares and differences of such numbers are finite
 LATEST = 253_402_300_799  # the last second of the year 9999, as far as dates go

@@ -2,9 +2,9 @@
 
     python -m megatron_ft.metrics.report SAVE_DIR
 
-Reads metrics.jsonl, validation.jsonl and events.jsonl of a save directory and draws loss, learning
-rate, gradient norm and throughput over all parts of a resumed run as inline SVG. No scripts, no
-network, standard library only.
+Reads metrics.jsonl, validation.jsonl, evaluations.jsonl and events.jsonl of a save directory and
+draws loss, scores, learning rate, gradient norm and throughput over all parts of a resumed run as
+inline SVG. No scripts, no network, standard library only.
 """
 
 import html
@@ -12,12 +12,14 @@ import itertools
 import math
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_ft.errors import UserError, run_program
 from megatron_ft.files.atomic import replace_file
 from megatron_ft.files.os_error import remedy
+from megatron_ft.metrics.evaluations import read_scores
 from megatron_ft.metrics.lines import EVENTS, METRICS, VALIDATION, read_log
 from megatron_ft.printable import printable
 
@@ -49,7 +51,13 @@ def write_report(save_dir: Path) -> Path:
     steps = read_log(save_dir, METRICS)
     if not steps:
         raise UserError(f"{save_dir}: no {METRICS} with steps; give the --save directory of a training run")
-    page = render(steps, read_log(save_dir, VALIDATION), read_log(save_dir, EVENTS), title=save_dir.resolve().name)
+    page = render(
+        steps,
+        read_log(save_dir, VALIDATION),
+        read_log(save_dir, EVENTS),
+        title=save_dir.resolve().name,
+        scores=read_scores(save_dir),
+    )
     path = save_dir / "report.html"
     try:
         replace_file(path, page.encode())
@@ -58,8 +66,10 @@ def write_report(save_dir: Path) -> Path:
     return path
 
 
-def render(steps: list[dict], validations: list[dict], events: list[dict], title: str) -> str:
-    """The page as text; lines as `lines.read_log` returns them."""
+def render(
+    steps: list[dict], validations: list[dict], events: list[dict], title: str, scores: Sequence[dict] = ()
+) -> str:
+    """The page as text; lines as `lines.read_log` and `evaluations.read_scores` return them."""
     resumes = [b["iteration"] for a, b in itertools.pairwise(steps) if b["part"] != a["part"]]
     losses = [curve("training loss", steps, "loss")]
     for group in dict.fromkeys(line["group"] for line in validations):
@@ -73,6 +83,11 @@ def render(steps: list[dict], validations: list[dict], events: list[dict], title
     ]
     if any(step["mfu"] is not None for step in steps):
         charts.append(chart("Model FLOP/s utilization", [curve("MFU", steps, "mfu")], resumes))
+    if scores:
+        groups = dict.fromkeys(line["group"] for line in scores)
+        by_group = [(group, [line for line in scores if line["group"] == group]) for group in groups]
+        passed = [Curve(printable(group), curve("", lines, "pass_at_1").points, dots=True) for group, lines in by_group]
+        charts.insert(1, chart("HumanEvalPack, pass@1", passed, resumes))
     note = "<p class=key>Dashed lines mark resumes.</p>" if resumes else ""
     return (
         f"<!DOCTYPE html>\n<html lang=en><meta charset=utf-8><title>{as_html(title)}</title><style>{STYLE}</style>\n"

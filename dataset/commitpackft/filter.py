@@ -46,6 +46,7 @@ from megatron_ft.files.jsonl_row import BadRow, to_line
 from megatron_ft.files.output import STANDARD_OUTPUT, OutputFile, scratch_directory, writing
 from megatron_ft.files.report import write_report
 from megatron_ft.files.tables import Row, TableWriter, open_tables, read_table
+from megatron_ft.printable import printable
 from megatron_ft.progress import Progress
 from megatron_ft.tokenizer.tokenizer import load_tokenizer
 
@@ -186,7 +187,10 @@ def rules_of(args: argparse.Namespace, preset: Preset) -> list[Rule]:
     elif args.decontaminate != "off":
         rules.append(Rule("contaminated", ContaminationRule(ProblemIndex.load(args.decontaminate))))
     if args.tokenizer_file:
-        rules.append(Rule("tokens", TokenRule(load_tokenizer(args.tokenizer_file))))
+        tokenizer = load_tokenizer(args.tokenizer_file)
+        for notice in tokenizer.notices:
+            print(printable(notice), file=sys.stderr)
+        rules.append(Rule("tokens", TokenRule(tokenizer)))
     else:
         print("tokens are not counted: give --tokenizer-file PATH to apply the rule on tokens", file=sys.stderr)
     return rules

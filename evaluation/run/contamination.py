@@ -28,6 +28,9 @@ from typing import Any
 from megatron_ft.commits.contamination import ProblemIndex, in_order
 from megatron_ft.config.parser import Help, Parser
 from megatron_ft.errors import UserError, run_program
+from megatron_ft.evaluation.contaminated import score_table, scores_without
+from megatron_ft.evaluation.cutting import MODES
+from megatron_ft.evaluation.scores import load_evaluation
 from megatron_ft.files.jsonl import Block, Source, parse_shard, shard_bytes
 from megatron_ft.files.output import OutputFile, writing
 from megatron_ft.files.tables import Row, open_tables, read_table
@@ -50,6 +53,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add("--fields", nargs="+", metavar="KEY", help="keys of the texts to search (default: every text of a row)")
     add("--json", metavar="FILE", help="also write the result as JSON")
+    add("--results", type=Path, metavar="DIR", help="scored evaluation: its scores with and without the problems held")
+    add("--mode", choices=MODES, default="faithful", help="mode of score.py, with --results")
     add("--shard", type=parse_shard, default=(1, 1), metavar="I/N", help="search only the I-th of N parts of the rows")
     add("--skip-bad-rows", action="store_true", help="skip and count bad rows instead of stopping at the first")
     args = parser.parse_args(argv)
@@ -57,12 +62,17 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         raise UserError(
             f"no problems: give --data DIR, or set {PROBLEMS_VARIABLE}, to the directory of HumanEvalPack's python.jsonl"
         )
+    if args.results and args.shard != (1, 1):
+        raise UserError("--results needs all rows: not with --shard")
     return args
 
 
 def main() -> int:
     args = parse_args()
     sources = open_tables(args.rows, [args.json] if args.json else [])
+    evaluation = load_evaluation(args.results, Path(args.data), args.mode) if args.results else None
+    if evaluation:
+        scores_without(evaluation, set())  # fails now, not after hours of searching, if there is no score
     index = ProblemIndex.load(args.data)
     bad: Counter[str] = Counter()
     rows = hit = 0
@@ -76,12 +86,17 @@ def main() -> int:
     tasks = {task: tasks[task] for task in in_order(tasks)}
     for line in table(tasks):
         print(line)
+    scores = scores_without(evaluation, set(tasks)) if evaluation else []
+    if scores:
+        print("\n" + score_table(scores))
     skipped = f"; {bad.total():,} bad rows skipped" if bad else ""
     print(
         f"{rows:,} rows, {hit:,} of them hold {len(tasks):,} of {index.problems:,} problems{skipped}", file=sys.stderr
     )
     if args.json:
-        result = {"rows": rows, "rows_with_problems": hit, "problems": index.problems, "tasks": tasks}
+        result: dict[str, Any] = {"rows": rows, "rows_with_problems": hit, "problems": index.problems, "tasks": tasks}
+        if evaluation:
+            result["scores"] = scores
         with OutputFile(args.json) as output, writing(args.json):
             output.write(json.dumps({**result, "bad_rows": dict(bad)}, ensure_ascii=False, indent=2).encode() + b"\n")
             output.commit()

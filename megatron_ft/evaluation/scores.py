@@ -131,8 +131,8 @@ def _load(directory: Path, data: Path, mode: str, style: str, task: str, languag
 def score_of(scored: Scored, partial: bool = False) -> dict[str, Any]:
     """The score of one task and language with all that belongs to it, ready for JSON.
 
-    `score` is None, and `no_score` is the reason, if a verdict is missing (unless `partial`) or is an
-    error of the machine. Fractions are from 0 to 1.
+    `score` is None, and `no_score` is the reason, if a verdict is missing (unless `partial`) or is
+    an error of the machine. Fractions are from 0 to 1.
     """
     asked = len(scored.problems) * scored.samples
     statuses = Counter(result.status for result in scored.results.values())

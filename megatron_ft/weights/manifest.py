@@ -91,6 +91,7 @@ def read_manifest(directory: Path) -> Manifest:
             f"{directory} was written by megatron-ft {written_by} in checkpoint format {version}; "
             f"this is {megatron_ft.__version__}, which reads up to format {FORMAT}: install the newer package"
         )
+    content = {name: value for name, value in content.items() if value is not None}  # null: the default
     try:
         _check_schema(content, str(path))
     except UserError as error:

@@ -30,7 +30,7 @@ WALL_FACTOR = 20  # of the limit of CPU time; only for a machine that gives no C
 NOBODY = 65534  # and the ids below it, one per slot: each has its own count of processes
 OWN_PROCESS_COUNT = (5, 14)  # from this kernel on, a user namespace counts its processes by itself
 SYSTEM = ("/bin", "/lib", "/lib32", "/lib64", "/sbin")
-SYSTEM_FILES = ("/usr", "/etc/alternatives", "/etc/ld.so.cache")
+SYSTEM_FILES = ("/usr", "/etc/alternatives", "/etc/ld.so.cache", "/etc/ssl/openssl.cnf")
 ENVIRONMENT = {
     "PATH": "/usr/bin:/bin",
     "LANG": "C.UTF-8",
@@ -127,9 +127,7 @@ class Sandbox:
                     os.close(end)
 
     @contextmanager
-    def _started(
-        self, job: Job, slot: int, channel: tuple[int, ...] = ()
-    ) -> Iterator[tuple[subprocess.Popen, int]]:
+    def _started(self, job: Job, slot: int, channel: tuple[int, ...] = ()) -> Iterator[tuple[subprocess.Popen, int]]:
         """The monitor, with the job, and where it reports."""
         report, write_end = os.pipe()
         monitor = [self.python, "-I", "-S", "-c", (HERE / "monitor.py").read_text(encoding="utf-8"), str(write_end)]

@@ -39,9 +39,7 @@ def server_classes(toolchain: Toolchain) -> Path:
     """The directory with the compiled CompileServer."""
     source = SERVER.read_text(encoding="utf-8")
     compiler = toolchain.compile[0][0]
-    return build_once(
-        "java", (toolchain.version, source), lambda directory: _build(compiler, directory)
-    )
+    return build_once("java", (toolchain.version, source), lambda directory: _build(compiler, directory))
 
 
 def _build(compiler: str, directory: Path) -> None:

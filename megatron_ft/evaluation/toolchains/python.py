@@ -49,16 +49,14 @@ def find() -> Toolchain:
         raise ToolchainError("numpy: not found; install it with pip install numpy")
     from numpy import __version__ as numpy_version
 
-    package = os.path.dirname(os.path.realpath(spec.origin))
-    libraries = f"{package}.libs"
-    readable = [sys.base_prefix, package, *([libraries] if os.path.isdir(libraries) else [])]
+    packages = os.path.dirname(os.path.dirname(os.path.realpath(spec.origin)))
     python = os.path.realpath(sys.executable)
     return Toolchain(
         language="python",
         version=f"Python {platform.python_version()}, numpy {numpy_version}",
         files=lambda source: {"program.py": without_unused_numpy(source).encode("utf-8", "surrogatepass")},
         compile=(),
-        run=(python, "-I", "-B", "-c", DRIVER, os.path.dirname(package)),
+        run=(python, "-I", "-B", "-c", DRIVER, packages),
         completed=COMPLETED,
-        readable=tuple(readable),
+        readable=(sys.base_prefix, packages),
     )

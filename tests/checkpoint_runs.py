@@ -240,7 +240,7 @@ class Ranks:
         """Whether any rank is running."""
         return any(process.is_alive() for process in self.processes)
 
-    def results(self, timeout: float = 120) -> list:
+    def results(self, timeout: float = 300) -> list:
         """What every rank returned, None for one that was killed. Raises if a rank raised."""
         found = []
         for connection in self.connections:
@@ -265,7 +265,7 @@ def iterations_done(save: Path) -> int:
         return 0
 
 
-def wait_for_iteration(ranks: Ranks, save: Path, iteration: int, timeout: float = 60) -> None:
+def wait_for_iteration(ranks: Ranks, save: Path, iteration: int, timeout: float = 300) -> None:
     """Return once the run has finished that iteration, or has ended."""
     until = time.monotonic() + timeout
     while ranks.running and iterations_done(save) < iteration:

@@ -285,7 +285,7 @@ run_program(main)
     )
     assert process.stdout.readline() == "half-way\n"
     process.send_signal(stop)
-    _, err = process.communicate(timeout=30)
+    _, err = process.communicate(timeout=120)
     assert (process.returncode, err) == ((130, "interrupted\n") if stop == signal.SIGINT else (143, "terminated\n"))
     assert list(tmp_path.iterdir()) == []
 

@@ -122,5 +122,5 @@ def test_a_stopped_program_removes_its_temporary_files(tmp_path, stop, status):
     while not list(tmp_path.glob(".dedup*/*")):  # a file in the scratch directory, the last to be made
         assert process.poll() is None
     process.send_signal(stop)
-    assert process.wait(timeout=30) == status
+    assert process.wait(timeout=120) == status
     assert b"Traceback" not in process.stderr.read() and os.listdir(tmp_path) == []

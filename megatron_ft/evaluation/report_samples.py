@@ -36,7 +36,8 @@ def samples_of(
             generation, result = scored.generations.get(key), scored.results.get(key)
             if generation is None:
                 continue
-            answer = cut(generation.text, problem, scored.task, scored.style, scored.mode, eos)
+            text = generation.text
+            answer = cut(text, problem, scored.task, scored.style, scored.mode, eos) if scored.style else text
             program = program_of(problem, scored.task, answer, scored.mode, answers)
             answers.append(answer)
             if result is None:
@@ -46,8 +47,8 @@ def samples_of(
                     f"sample {sample} of {problem.task_id} ({scored.task}): the scored program is not that of its "
                     f"generation; score again: remove the results of {scored.task}-{scored.language}.{scored.mode}"
                 )
-            kept = kept_length(generation.text, answer, problem, scored, eos)
-            first = shown.setdefault((result.status, generation.text), {"samples": []})
+            kept = kept_length(text, answer, problem, scored, eos)
+            first = shown.setdefault((result.status, text), {"samples": []})
             first["samples"].append(sample)
             if len(first) == 1:
                 first |= {
@@ -55,7 +56,7 @@ def samples_of(
                     "status": result.status,
                     "finish": generation.finish,
                     "prompt": _prompt(problem, scored, generation, eos, descriptions),
-                    "text": generation.text,
+                    "text": text,
                     "kept": kept,
                     "program": program.source,
                     "output": result.output,
@@ -74,6 +75,8 @@ def samples_of(
 
 def _prompt(problem: Problem, scored: Scored, generation: Generation, eos: str | None, descriptions: dict) -> str:
     """The exact prompt of a sample; a line instead of it if it cannot be made again."""
+    if scored.style is None:
+        return "(of imported generations the prompt is unknown)"
     description = None
     if scored.task == "explainsynthesize":
         described = descriptions.get((problem.task_id, generation.sample))
@@ -88,6 +91,8 @@ def _prompt(problem: Problem, scored: Scored, generation: Generation, eos: str |
 
 def kept_length(text: str, answer: str, problem: Problem, scored: Scored, eos: str | None) -> int:
     """How many characters of the raw text are in the answer; the rest was cut off."""
+    if scored.style is None:
+        return len(text)
     if scored.style in DIFF_STOP_WORDS:
         kept = diff_in(text, problem.language, scored.style, scored.mode, eos)
     else:

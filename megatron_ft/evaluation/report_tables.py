@@ -96,7 +96,8 @@ def notes(report: dict[str, Any]) -> list[str]:
 def settings(report: dict[str, Any]) -> str:
     """One line: which model, how it was asked, and where the programs ran."""
     manifest = report["manifest"]
-    parts = [f"model {manifest.get('model', 'unknown')}", f"style {manifest['style']}", f"{report['mode']} mode"]
+    parts = [f"{name} {manifest[key]}" for key, name in MADE_BY.items() if key in manifest]
+    parts += [f"{report['mode']} mode"]
     parts += [f"{name} {manifest[key]}" for key, name in SHOWN.items() if key in manifest]
     sandboxes = sorted({name for score in report["scores"] for name in score["sandboxes"]})
     toolchains = sorted({name for score in report["scores"] for name in score["toolchains"]})
@@ -104,6 +105,7 @@ def settings(report: dict[str, Any]) -> str:
     return printable("; ".join(parts))
 
 
+MADE_BY = {"model": "model", "style": "style", "imported": "generations"}
 SHOWN = {"samples": "samples", "temperature": "temperature", "top_p": "top-p", "seed": "seed"}
 
 

@@ -38,13 +38,13 @@ class Scored:
     """One task in one language: what was asked, generated and scored.
 
     `problems` are those that count: without the exclusions of clean mode. `samples` are asked for
-    per problem.
+    per problem. `style` is None for imported lists, whose texts are cut already.
     """
 
     task: str
     language: str
     mode: str
-    style: str
+    style: str | None
     samples: int
     problems: list[Problem]
     excluded: list[str]
@@ -84,7 +84,7 @@ def load_evaluation(directory: Path, data: Path, mode: str) -> Evaluation:
     manifest = read_json(directory / MANIFEST)
     tasks, languages = require(manifest, "tasks", list, where), require(manifest, "languages", list, where)
     samples = require(manifest, "samples", int, where, low=1)
-    style = require(manifest, "style", str, where)
+    style = None if "imported" in manifest else require(manifest, "style", str, where)
     digests = require(manifest, "data_sha256", dict, where)
     scored = []
     for language in languages:
@@ -102,7 +102,7 @@ def load_evaluation(directory: Path, data: Path, mode: str) -> Evaluation:
     return Evaluation(directory, manifest, mode, scored)
 
 
-def _load(directory: Path, data: Path, mode: str, style: str, task: str, language: str, samples: int) -> Scored:
+def _load(directory: Path, data: Path, mode: str, style: str | None, task: str, language: str, samples: int) -> Scored:
     problems = load_problems(data, language)
     path = results_file(directory, task, language, mode)
     # A sample that was scored again, as after a sandbox error, has its last verdict.

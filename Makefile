@@ -4,6 +4,9 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 BENCH_DIR ?= /tmp
+# Tests run in this many processes; a process takes about 1 GB.
+WORKERS ?= 2
+PYTEST = $(RUN) -m pytest -n $(WORKERS) --dist loadgroup
 
 .PHONY: demo test test-slow fuzz lint bench venv clean
 
@@ -12,14 +15,14 @@ demo: venv
 
 # TESTS=tests/data runs a part of them.
 test: venv
-	$(RUN) -m pytest $(TESTS)
+	$(PYTEST) $(TESTS)
 
 test-slow: venv
-	$(RUN) -m pytest -m slow
+	$(PYTEST) -m slow
 
 # Mutated inputs for every reader; MEGATRON_FT_FUZZ_TIMES=20 tries twenty times as many.
 fuzz: venv
-	$(RUN) -m pytest -m fuzz
+	$(PYTEST) -m fuzz
 
 lint: venv
 	$(VENV)/bin/ruff check .

@@ -14,7 +14,7 @@ wandb = ["wandb"]
 dataset = ["duckdb", "sqlglot", "pyarrow", "rensa", "pyyaml"]
 evaluation = ["diff-match-patch"]
 types = ["mypy", "types-psutil", "types-PyYAML", "types-tqdm"]
-dev = ["pytest", "hypothesis", "ruff", "codespell", "peft", *types, *plots, *dataset, *evaluation]
+dev = ["pytest", "pytest-xdist", "hypothesis", "ruff", "codespell", "peft", *types, *plots, *dataset, *evaluation]
 
 setup(
     name="megatron-ft",

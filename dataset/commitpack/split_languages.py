@@ -259,7 +259,7 @@ def to_parquet(shards: Shards) -> None:
                     for chunk in read_table(open_tables([path])):
                         for row in chunk.rows:
                             output.write(row.fields)
-                        progress.update(len(chunk.rows))
+                            progress.update(1)
                     output.commit()
                 path.unlink()
     shards.suffix = ".parquet"

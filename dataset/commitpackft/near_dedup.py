@@ -108,8 +108,9 @@ def join(args: argparse.Namespace, sources: list[Source]) -> dict[str, Any]:
         for source in open_tables(args.signatures):
             rows.append(0)
             for chunk in read_table([source]):
-                found.add(signature(row, args) for row in chunk.rows)
-                rows[-1] += len(chunk.rows)
+                signatures = [signature(row, args) for row in chunk.rows]
+                found.add(signatures)
+                rows[-1] += len(signatures)
         report = search(args, sources, found)
         with TableWriter(args.output, REMOVED_COLUMNS) as output, writing(args.output):
             for row, id, kept in found.removed():

@@ -106,7 +106,7 @@ def first_row(source: Source) -> Row | None:
     if source.path == STDIN:
         return None
     chunks = read_records([source], bad=Counter())
-    return next((chunk.rows[0] for chunk in chunks if chunk.rows), None)
+    return next((row for chunk in chunks for row in chunk.rows), None)
 
 
 def _parse(line: bytes | None) -> dict[str, Any]:

@@ -19,8 +19,11 @@ def report_path(output: str | Path) -> Path:
 
 
 def write_report(output: str | Path, report: dict[str, Any]) -> None:
-    """Write the report of an output, unless that is standard output. The keys keep their order."""
-    if str(output) not in STANDARD_OUTPUT:
+    """Write the report of an output, unless that is standard output or a device. The keys keep
+    their order."""
+    output = Path(output)
+    is_device = output.exists() and not (output.is_file() or output.is_dir())
+    if str(output) not in STANDARD_OUTPUT and not is_device:
         path = report_path(output)
         with writing(path):
             replace_file(path, json.dumps(report, ensure_ascii=False, indent=2).encode() + b"\n")

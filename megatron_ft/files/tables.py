@@ -40,9 +40,10 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Chunk:
-    """Consecutive rows of one file; `consumed` bytes of it were read for them."""
+    """Consecutive rows of one file, to be iterated over once, since JSONL is parsed row by row;
+    `consumed` bytes of the file were read for them."""
 
-    rows: list[Row]
+    rows: Iterable[Row]
     consumed: int
 
 
@@ -66,7 +67,7 @@ def read_table(
             yield from parquet_chunks(source, start, stop)
         else:
             for block in blocks_of(source, start, stop):
-                yield Chunk(list(_rows_of(block, bad)), block.consumed)
+                yield Chunk(_rows_of(block, bad), block.consumed)
 
 
 def _rows_of(block: Block, bad: Counter[str] | None) -> Iterator[Row]:

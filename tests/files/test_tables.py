@@ -59,7 +59,7 @@ def test_bad_rows_are_counted_or_named(tmp_path):
 
 def test_a_row_says_where_it_stands(tmp_path):
     paths = written(tmp_path / "a.parquet", ROWS[:3]), written(tmp_path / "b.jsonl", ROWS[:3])
-    *_, parquet, jsonl = [chunk.rows[-1] for chunk in read_table(open_tables(paths))]
+    *_, parquet, jsonl = [list(chunk.rows)[-1] for chunk in read_table(open_tables(paths))]
     assert "a.parquet, row 3: no text" in str(parquet.error("no text"))
     assert "b.jsonl, line 3: no text" in str(jsonl.error("no text"))
 

@@ -1,7 +1,8 @@
 """Run programs and give each its verdict.
 
-Programs run in as many sandboxes at a time as there are workers. Those that time out run again, one
-at a time, once all others have ended: a timeout is a fact about the program, not about the load.
+Programs run in as many sandboxes at a time as there are workers. Those that time out, or get no
+process where the user's processes are counted together, run again, one at a time, once all others
+have ended: a verdict is a fact about the program, not about the load.
 """
 
 import hashlib
@@ -34,6 +35,9 @@ OUT_OF_MEMORY = re.compile(
     rb"runtime: out of memory|cannot allocate memory|memory allocation of \d+ bytes failed"
 )
 ASSERTION = re.compile(rb"AssertionError|[Aa]ssertion (?:`.*`?)? *failed|Assertion `|--- FAIL")
+NO_PROCESS = re.compile(
+    r"Resource temporarily unavailable|uv_thread_create|pthread_create|create (?:native|new OS) thread|can't start new"
+)
 PANIC = re.compile(rb"^panic: |\[recovered\]", re.MULTILINE)
 SYNTAX = re.compile(rb"^(?:SyntaxError|IndentationError|TabError)\b", re.MULTILINE)
 
@@ -55,9 +59,9 @@ def key_of(program: Program, toolchain: Toolchain, sandbox: Sandbox, cpu_s: floa
 def run_programs(
     programs: Sequence[Program], toolchain: Toolchain, sandbox: Sandbox, workers: int, cpu_s: float
 ) -> Iterator[tuple[Program, Verdict]]:
-    """The verdicts on programs of one language, as they come. `cpu_s` limits a run, in CPU seconds."""
+    """The verdicts on programs of one language, as they come. `cpu_s` limits a run's CPU time."""
     worker = Worker(toolchain, sandbox, cpu_s)
-    timed_out = []
+    again = []
     with ExitStack() as stack:
         slots: queue.SimpleQueue = queue.SimpleQueue()
         for slot in range(workers):
@@ -79,12 +83,12 @@ def run_programs(
         while running:
             done, running = wait(running, return_when=FIRST_COMPLETED)
             for program, result in [future.result() for future in done]:
-                if result.status == "timeout" and workers > 1:
-                    timed_out.append(program)
+                if workers > 1 and (result.status == "timeout" or NO_PROCESS.search(result.output)):
+                    again.append(program)
                 else:
                     yield program, result
             running |= {pool.submit(verdict, program) for _, program in zip(done, waiting, strict=False)}
-    for program in timed_out:
+    for program in again:
         yield program, worker.verdict(program, 0, None)
 
 

@@ -73,7 +73,7 @@ def programs_of(
 
 
 def prompt_sha256(problem: Problem, task: str, manifest: Mapping[str, Any]) -> str:
-    """Digest of a problem's prompt; that of its id for imported lists, whose prompts are unknown."""
+    """Digest of a problem's prompt; of its id for imported lists, whose prompts are unknown."""
     text = problem.task_id if "imported" in manifest else prompt_of(problem, task, manifest["style"])
     return hashlib.sha256(text.encode()).hexdigest()
 

@@ -31,7 +31,7 @@ def main() -> None:
     with open("/proc/self/oom_score_adj", "w", encoding="utf-8") as file:
         file.write("1000")  # the first to go when the node runs out of memory
     if os.getpid() != 1:
-        signal.signal(signal.SIGTERM, lambda number, frame: (kill_all(), os._exit(128 + signal.SIGTERM)))
+        signal.signal(signal.SIGTERM, end_at_once)
         prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
         prctl(PR_SET_CHILD_SUBREAPER, 1)
     prctl(PR_SET_DUMPABLE, 0)  # the program runs as the same user, and could write to the report
@@ -44,6 +44,11 @@ def main() -> None:
             break
     with open(report, "w", encoding="utf-8") as file:
         json.dump({"steps": steps}, file)
+
+
+def end_at_once(number, frame) -> None:
+    kill_all()
+    os._exit(128 + number)
 
 
 def prctl(option: int, value: int) -> None:

@@ -34,7 +34,8 @@ ARCHITECTURES = {
         {"socket": 198, "kill": 129, "tkill": 130, "tgkill": 131, "rt_sigqueueinfo": 138, "rt_tgsigqueueinfo": 240},
     ),
 }
-# ptrace, process_vm_readv, process_vm_writev, shmget, io_uring_setup, pidfd_send_signal, userfaultfd
+# ptrace, process_vm_readv, process_vm_writev, shmget, io_uring_setup, pidfd_send_signal,
+# userfaultfd
 ALWAYS = {"x86_64": (101, 310, 311, 29, 425, 424, 323), "aarch64": (117, 270, 271, 194, 425, 424, 282)}
 LOAD, JUMP_EQUAL, JUMP_LESS, RETURN = 0x20, 0x15, 0x35, 0x06
 ALLOW, REFUSE, KILL = 0x7FFF0000, 0x00050001, 0x80000000  # REFUSE: EPERM

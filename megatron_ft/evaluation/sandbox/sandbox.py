@@ -27,7 +27,9 @@ OUTPUT = 1 << 20  # bytes of stdout and stderr
 OPEN_FILES = 512
 GRACE_S = 60  # beyond the steps' own limits, until the monitor itself counts as stuck
 WALL_FACTOR = 20  # of the limit of CPU time; only for a machine that gives no CPU time at all
-NOBODY = 65534  # and the ids below it, one per slot: each has its own count of processes
+NOBODY = 65534
+FREE_IDS = 1_000_000_000  # from here on user ids that no system assigns, as many as 2^22 * SLOTS
+SLOTS = 256
 OWN_PROCESS_COUNT = (5, 14)  # from this kernel on, a user namespace counts its processes by itself
 SYSTEM = ("/bin", "/lib", "/lib32", "/lib64", "/sbin")
 SYSTEM_FILES = ("/usr", "/etc/alternatives", "/etc/ld.so.cache", "/etc/ssl/openssl.cnf")
@@ -74,8 +76,8 @@ class Job:
 
 @dataclass(frozen=True)
 class StepReport:
-    """What became of a step. `reason` is "timeout", "memory" or "output" if it exceeded a limit, else
-    "". Times are in seconds, `rss` in bytes."""
+    """What became of a step. `reason` is the limit that it exceeded ("timeout", "memory", "output")
+    or "". Times are in seconds, `rss` in bytes."""
 
     exit: int | None
     signal: int | None
@@ -112,7 +114,7 @@ class Sandbox:
 
     @contextmanager
     def serving(self, job: Job, slot: int) -> Iterator[tuple[int, int]]:
-        """Run a job with one long-lived step; gives the ends of the pipes to its stdin and stdout."""
+        """Run a job of one long-lived step; gives the ends of the pipes to its stdin and stdout."""
         stdin, to_server = os.pipe()
         from_server, stdout = os.pipe()
         try:
@@ -141,7 +143,7 @@ class Sandbox:
         request = {
             "directory": directory,
             "files": {name: content.decode("latin-1") for name, content in job.files.items()},
-            "uid": NOBODY - slot,
+            "uid": unprivileged_id(slot),
             "restrict": self._restriction(job, directory),
             "channel": channel,
             "steps": [self._step(step, job, directory) for step in job.steps],
@@ -237,7 +239,7 @@ def mounts(readable: Iterable[str]) -> list[str]:
     paths = [path for path in readable if not Path(path).is_relative_to("/usr")]
     for path in sorted({*SYSTEM_FILES, *paths}):
         check_readable(path)
-        # Parents that bubblewrap makes by itself are closed to the users that root's programs run as.
+        # Parents that bubblewrap makes by itself are closed to the users of root's programs.
         for parent in reversed(Path(path).parents[:-1]):
             flags += ["--perms", "0755", "--dir", str(parent)]
         flags += ["--ro-bind" if path in paths else "--ro-bind-try", path, path]
@@ -260,6 +262,14 @@ def find_bwrap() -> str:
     return os.path.abspath(found)
 
 
+def unprivileged_id(slot: int) -> int:
+    """The user that root's programs run as. Each slot of each process has its own, as RLIMIT_NPROC
+    counts the processes of a user: a fork bomb must not fail the programs of others."""
+    with open("/proc/self/uid_map", encoding="utf-8") as file:
+        has_all = any(int(line.split()[2]) > 2 * FREE_IDS for line in file)
+    return FREE_IDS + os.getpid() % (1 << 22) * SLOTS + slot % SLOTS if has_all else NOBODY - slot
+
+
 def kernel_version() -> tuple[int, ...]:
     return tuple(map(int, re.findall(r"\d+", os.uname().release)[:2]))
 
@@ -275,7 +285,7 @@ def threads_of_user() -> int:
 
 
 def read_until(end: int, process: subprocess.Popen, deadline: float) -> bytes:
-    """All that can be read from a pipe until its end; b"" if that does not come before `deadline`."""
+    """All that can be read from a pipe; b"" if its end does not come before `deadline`."""
     text = b""
     while select.select([end], [], [], max(0.0, deadline - time.monotonic()))[0]:
         data = os.read(end, 1 << 20)

@@ -1,6 +1,7 @@
 """A right and a wrong program per language, which use all that HumanEvalPack's programs may use.
 
-Run before any answer: a toolchain that fails the right one, or passes the wrong one, gives no score.
+Run before any answer: a toolchain that fails the right one, or passes the wrong one, gives no
+score.
 """
 
 from megatron_ft.evaluation.languages.cpp import HEADERS

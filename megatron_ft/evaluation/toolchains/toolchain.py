@@ -22,8 +22,8 @@ RUN_CPU_S = {"python": 10.0, "cpp": 60.0, "js": 10.0, "java": 10.0, "go": 20.0, 
 class Toolchain:
     """How to build and run the programs of a language.
 
-    `version`: one line, which names all that may change a verdict. `files`: the files of a program's
-    working directory, from its source. `run` ends with the status `completed` if the program ran to
+    `version`: one line that names all that may change a verdict. `files`: those of the working
+    directory, from a program's source. `run` ends with the status `completed` if the program ran to
     its end. `readable` and `environment` are what the commands need in the sandbox.
     """
 
@@ -83,7 +83,7 @@ def output_of(
 
 
 def cache_directory() -> Path:
-    """Where what is built once is kept. Programs under test can read it, so root's is not in HOME."""
+    """Where what is built once is kept. Programs under test read it, so root's is not in HOME."""
     if named := os.environ.get(CACHE):
         return Path(named).absolute()
     if os.getuid() == 0:

@@ -21,7 +21,7 @@ class Project:
         self.checkout = directory / "my checkout"
         self.directory.mkdir(parents=True)
         shutil.copytree(ROOT / "slurm", self.checkout / "slurm", ignore=shutil.ignore_patterns("cluster.env"))
-        for folder in ("dataset", "preprocess", "launch", "convert"):
+        for folder in ("dataset", "preprocess", "launch", "convert", "evaluation"):
             (self.checkout / folder).symlink_to(ROOT / folder)
         self.configure()
 

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-LINKED = ("dataset", "preprocess", "launch", "convert", "bench", "slurm", "examples")
+LINKED = ("dataset", "preprocess", "launch", "convert", "evaluation", "bench", "slurm", "examples")
 
 
 def commands_of(page: Path) -> list[str]:

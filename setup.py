@@ -25,7 +25,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["megatron_ft", "megatron_ft.*"]),
-    package_data={"megatron_ft": ["py.typed", "data/_packing.pyi", "commits/*.txt"]},
+    package_data={"megatron_ft": ["py.typed", "data/_packing.pyi", "commits/*.txt", "evaluation/toolchains/*.java"]},
     ext_modules=[
         Pybind11Extension(
             "megatron_ft.data._packing", ["megatron_ft/data/packing.cpp"], cxx_std=17, extra_compile_args=["-O3"]

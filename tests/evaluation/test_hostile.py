@@ -99,7 +99,11 @@ COMPILER_ATTACKS = {
         "template<int M> struct A<0,M> { static const int v = M; };\nint main(){ return A<600,0>::v; }",
         ["compile_error", "memory", "timeout"],
     ),
-    "huge array": ("cpp", "char x[1ull<<40] = {1};\nint main(){}", ["compile_error", "memory", "timeout", "output_limit"]),
+    "huge array": (
+        "cpp",
+        "char x[1ull<<40] = {1};\nint main(){}",
+        ["compile_error", "memory", "timeout", "output_limit"],
+    ),
     "include_str! of a file": (
         "rust",
         'fn main(){}\n#[test]\nfn t(){ assert!(include_str!("/root/.bashrc").len() > 0); }',
@@ -118,7 +122,11 @@ COMPILER_ATTACKS = {
     ),
     "deep nesting": (
         "java",
-        "public class Main { public static void main(String[] a) { int x = " + "(" * 20000 + "1" + ")" * 20000 + "; } }",
+        "public class Main { public static void main(String[] a) { int x = "
+        + "(" * 20000
+        + "1"
+        + ")" * 20000
+        + "; } }",
         ["compile_error", "exception", "memory"],
     ),
 }
@@ -136,7 +144,9 @@ def test_compiler_is_in_the_sandbox_too(name):
 def test_exit_before_the_tests_does_not_pass(language, tmp_path):
     problem = made_problem(tmp_path, language)
     solution = EXITS[language].replace("os.Exit", "humanevalOS.Exit" if language == "go" else "os.Exit")
-    program = program_of(problem, "fixdocs", cut("\n" + solution.strip("\n"), problem, "fixdocs", mode="clean"), "clean")
+    program = program_of(
+        problem, "fixdocs", cut("\n" + solution.strip("\n"), problem, "fixdocs", mode="clean"), "clean"
+    )
     verdict = verdict_on(language, program.source, nonce=program.nonce)
     assert verdict.status == "exception", verdict
 

@@ -1,19 +1,18 @@
 """The monitor: the first process of a sandbox, which runs a program's steps and reports on them.
 
-    python -I -S monitor.py REPORT_FD < JOB
+    python -I -S -c STARTER CODE REPORT_FD < JOB
 
-It is given to Python as text, so that it needs no file of this package in the sandbox, and imports
-the standard library only. `Sandbox.run` writes the job and reads the report, both JSON; bytes are
-texts in Latin-1. In bubblewrap it is process 1, which the program can neither signal nor trace and
-whose end kills all others; elsewhere it is the subreaper of all that the program starts.
+It is given to Python as code, so that it needs no file of this package in the sandbox, and imports
+little, as it starts with every program. `Sandbox` writes the job and reads the report, both in
+Python's marshal format. In bubblewrap it is process 1, which the program can neither signal nor
+trace, and whose end kills all others; elsewhere it is the subreaper of all that the program starts.
 """
 
-import ctypes
-import json
+import _signal as signal  # without the enumerations of `signal`, which take longer than all else
+import marshal
 import os
 import resource
 import select
-import signal
 import sys
 import time
 
@@ -24,7 +23,7 @@ PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
 def main() -> None:
-    job = json.loads(sys.stdin.buffer.read())
+    job = marshal.loads(sys.stdin.buffer.read())
     report = int(sys.argv[1])
     for end in (report, *job["channel"]):
         os.set_inheritable(end, False)
@@ -34,7 +33,8 @@ def main() -> None:
         signal.signal(signal.SIGTERM, end_at_once)
         prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
         prctl(PR_SET_CHILD_SUBREAPER, 1)
-    prctl(PR_SET_DUMPABLE, 0)  # the program runs as the same user, and could write to the report
+    if os.getuid() != 0:
+        prctl(PR_SET_DUMPABLE, 0)  # the program runs as the same user, and could write to the report
     os.umask(0)  # the program may run as another user
     write_files(job["directory"], job["files"])
     steps = []
@@ -42,8 +42,8 @@ def main() -> None:
         steps.append(run(step, job))
         if steps[-1]["exit"] != 0 or steps[-1]["reason"]:
             break
-    with open(report, "w", encoding="utf-8") as file:
-        json.dump({"steps": steps}, file)
+    with open(report, "wb") as file:
+        file.write(marshal.dumps(steps))
 
 
 def end_at_once(number, frame) -> None:
@@ -52,11 +52,13 @@ def end_at_once(number, frame) -> None:
 
 
 def prctl(option: int, value: int) -> None:
+    import ctypes  # takes long, and root's monitor in bubblewrap has no need of it
+
     ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
 
 
 def write_files(directory: str, files: dict) -> None:
-    """Write files of a job: names are relative; contents are bytes in Latin-1."""
+    """Write files of a job, whose names are relative."""
     os.makedirs(directory)
     for name, content in files.items():
         path = os.path.normpath(os.path.join(directory, name))
@@ -64,7 +66,7 @@ def write_files(directory: str, files: dict) -> None:
             raise ValueError(f"{name!r} is outside the working directory")
         os.makedirs(os.path.dirname(path), exist_ok=True)
         with open(path, "wb") as file:
-            file.write(content.encode("latin-1"))
+            file.write(content)
 
 
 def run(step: dict, job: dict) -> dict:
@@ -114,8 +116,8 @@ def run(step: dict, job: dict) -> dict:
         "cpu_s": round(children_cpu() - before, 3),
         "wall_s": round(time.monotonic() - start, 3),
         "rss": max(watch.rss, usage.ru_maxrss * 1024 if usage else 0),
-        "stdout": output[out[0]][: step["output"]].decode("latin-1"),
-        "stderr": output[err[0]][: step["output"]].decode("latin-1"),
+        "stdout": output[out[0]][: step["output"]],
+        "stderr": output[err[0]][: step["output"]],
         "reason": reason,
         "not_run": why_not_run.decode(errors="replace"),
     }

@@ -5,7 +5,9 @@ seccomp, where namespaces are forbidden), and `none` (limits only). In each, `mo
 program, enforces the limits and reports. Root's programs run as another, unprivileged user.
 """
 
+import functools
 import json
+import marshal
 import os
 import re
 import select
@@ -41,6 +43,7 @@ ENVIRONMENT = {
     **dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "GOMAXPROCS"), "1"),
 }
 HERE = Path(__file__).parent
+STARTER = "import marshal, sys; exec(marshal.loads(bytes.fromhex(sys.argv.pop(1))))"
 
 
 class SandboxError(Exception):
@@ -110,7 +113,7 @@ class Sandbox:
         if not text:
             last = errors.splitlines()[-1] if errors else f"no report, exit status {process.returncode}"
             raise SandboxError(f"{self.kind}: {last}")
-        return [_report(step) for step in json.loads(text)["steps"]]
+        return [_report(step) for step in marshal.loads(text)]
 
     @contextmanager
     def serving(self, job: Job, slot: int) -> Iterator[tuple[int, int]]:
@@ -132,7 +135,7 @@ class Sandbox:
     def _started(self, job: Job, slot: int, channel: tuple[int, ...] = ()) -> Iterator[tuple[subprocess.Popen, int]]:
         """The monitor, with the job, and where it reports."""
         report, write_end = os.pipe()
-        monitor = [self.python, "-I", "-S", "-c", (HERE / "monitor.py").read_text(encoding="utf-8"), str(write_end)]
+        monitor = [self.python, "-I", "-S", "-c", STARTER, monitor_code(), str(write_end)]
         scratch = None
         if self.kind == "bwrap":
             directory, command = "/tmp/work", [*self.prefix(job.readable), "--as-pid-1", "--", *monitor]
@@ -142,7 +145,7 @@ class Sandbox:
             directory, command = f"{scratch}/work", monitor
         request = {
             "directory": directory,
-            "files": {name: content.decode("latin-1") for name, content in job.files.items()},
+            "files": dict(job.files),
             "uid": unprivileged_id(slot),
             "restrict": self._restriction(job, directory),
             "channel": channel,
@@ -164,7 +167,7 @@ class Sandbox:
                 try:
                     assert process.stdin is not None
                     with suppress(BrokenPipeError):
-                        process.stdin.write(json.dumps(request).encode())
+                        process.stdin.write(marshal.dumps(request))
                         process.stdin.close()
                     yield process, report
                 finally:
@@ -262,6 +265,13 @@ def find_bwrap() -> str:
     return os.path.abspath(found)
 
 
+@functools.cache
+def monitor_code() -> str:
+    """The compiled monitor, in hex: compiling it takes as long as starting Python."""
+    path = HERE / "monitor.py"
+    return marshal.dumps(compile(path.read_text(encoding="utf-8"), path.name, "exec")).hex()
+
+
 def unprivileged_id(slot: int) -> int:
     """The user that root's programs run as. Each slot of each process has its own, as RLIMIT_NPROC
     counts the processes of a user: a fork bomb must not fail the programs of others."""
@@ -302,5 +312,4 @@ def _report(step: dict) -> StepReport:
         raise ToolchainError(what)
     if kind:
         raise SandboxError(what)
-    step |= {name: step[name].encode("latin-1") for name in ("stdout", "stderr")}
     return StepReport(**step)

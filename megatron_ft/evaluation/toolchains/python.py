@@ -12,7 +12,8 @@ from megatron_ft.evaluation.toolchains.toolchain import Toolchain
 
 COMPLETED = 88
 # As the reference runs programs: by exec, with empty globals. A program that ends early, by
-# SystemExit or os._exit, has not completed.
+# SystemExit or os._exit, has not completed. Without `site` (-S), which the reference's own
+# environment would bring, there is no exit() or quit(); the reference removes them, too.
 DRIVER = f"""\
 import os, sys
 sys.path.append(sys.argv.pop())
@@ -56,7 +57,7 @@ def find() -> Toolchain:
         version=f"Python {platform.python_version()}, numpy {numpy_version}",
         files=lambda source: {"program.py": without_unused_numpy(source).encode("utf-8", "surrogatepass")},
         compile=(),
-        run=(python, "-I", "-B", "-c", DRIVER, packages),
+        run=(python, "-I", "-S", "-B", "-c", DRIVER, packages),
         completed=COMPLETED,
         readable=(sys.base_prefix, packages),
     )

@@ -108,9 +108,8 @@ def find() -> Toolchain:
     )
 
 
-def build_crates(root: str, directory: Path) -> None:
-    """The crates that programs may use, as rlibs."""
-    project = directory / "project"
+def write_project(project: Path) -> None:
+    """A cargo project with the crates that programs may use."""
     for name, text in {
         "Cargo.toml": MANIFEST,
         "src/lib.rs": "",
@@ -123,6 +122,12 @@ def build_crates(root: str, directory: Path) -> None:
         (project / ".cargo").mkdir()
         source = f'[source.crates-io]\nreplace-with = "debian"\n[source.debian]\ndirectory = "{DEBIAN_CRATES}"\n'
         (project / ".cargo/config.toml").write_text(source, encoding="utf-8")
+
+
+def build_crates(root: str, directory: Path) -> None:
+    """The crates that programs may use, as rlibs."""
+    project = directory / "project"
+    write_project(project)
     cargo = f"{root}/bin/cargo"
     cargo = cargo if os.path.exists(cargo) else find_command("cargo", INSTALL)
     environment = {"RUSTC": f"{root}/bin/rustc", "CARGO_TARGET_DIR": str(project / "target")}

@@ -1,9 +1,10 @@
-"""The pipeline, end to end, on this machine: git commits to a fine-tuned Hugging Face checkpoint.
+"""The pipeline, end to end, on this machine: git commits to a fine-tuned, evaluated checkpoint.
 
     make demo                 # or: python examples/demo.py --repo PATH --output DIR
 
 Runs the programs that a user runs, one after the other, and prints every command line. Training is
-stopped halfway by SIGTERM, as by a scheduler, and the same command line resumes it.
+stopped halfway by SIGTERM, as by a scheduler, and the same command line resumes it. The evaluation
+shows the steps only: the score of so small a model is meaningless.
 """
 
 import argparse
@@ -135,10 +136,27 @@ def main() -> None:
     validation = read_jsonl(rows)[-5:]  # the last rows are held out
     (out / "prompt.txt").write_text(min((row["inputs"] for row in validation), key=len), encoding="utf-8")
     run("convert/complete.py", model, prompt_file=out / "prompt.txt", max_new_tokens=64)
-    print_summary(out, resumed_at, time.monotonic() - began)
+    score = evaluate(model, out / "evaluation")
+    print_summary(out, score, resumed_at, time.monotonic() - began)
 
 
-def print_summary(out: Path, resumed_at: int, seconds: float) -> None:
+def evaluate(model: Path, evaluation: Path) -> str:
+    """Generate, score and report answers to three problems; returns the score in words.
+
+    Without a sandbox there is no score, and the demo continues.
+    """
+    data = "examples/humanevalpack"
+    flags = {"tasks": "fixtests", "languages": "python", "style": "starcodercommit", "samples": 2, "max_length": 256}
+    run("evaluation/run/generate.py", model, data=data, output=evaluation, **flags)
+    if start("evaluation/run/score.py", evaluation, data=data).wait():
+        return "no score: nothing here can run programs safely, see above"
+    run("evaluation/run/report.py", evaluation, data=data)
+    report = json.loads((evaluation / "report.json").read_text(encoding="utf-8"))
+    passed = report["scores"][0]["score"]["pass@1"]["estimate"]
+    return f"{passed:.1%} pass@1 on three problems, meaningless for a model of this size: {evaluation}/report.html"
+
+
+def print_summary(out: Path, score: str, resumed_at: int, seconds: float) -> None:
     steps = read_jsonl(out / "checkpoints/metrics.jsonl")
     steps = [s for s in steps if "loss" in s]
     if steps[-1]["loss"] >= steps[0]["loss"]:
@@ -158,6 +176,7 @@ def print_summary(out: Path, resumed_at: int, seconds: float) -> None:
             "largest logit difference",
             f"{verified['largest_logit_difference']:.1e} (Megatron vs. transformers, fp32)",
         ),
+        ("evaluation", score),
         ("checkpoints", f"{out / 'checkpoints'}"),
         ("report", f"{out / 'checkpoints/report.html'}"),
         ("Hugging Face model", f"{out / 'hf'}"),

@@ -43,10 +43,10 @@ SYNTAX = re.compile(rb"^(?:SyntaxError|IndentationError|TabError)\b", re.MULTILI
 
 
 def default_workers() -> int:
-    """One per core that this process may use: its affinity, and SLURM's share of the node."""
+    """One per core that this process may use: its affinity, and SLURM's CPUs per task."""
     cores = len(os.sched_getaffinity(0))
-    share = os.environ.get("SLURM_CPUS_PER_TASK", "")
-    return max(1, min(cores, int(share)) if share.isdigit() else cores)
+    allotted = os.environ.get("SLURM_CPUS_PER_TASK", "")
+    return max(1, min(cores, int(allotted)) if allotted.isdigit() else cores)
 
 
 def key_of(program: Program, toolchain: Toolchain, sandbox: Sandbox, cpu_s: float) -> str:

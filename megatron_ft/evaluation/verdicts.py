@@ -25,7 +25,7 @@ class VerdictCache(AbstractContextManager):
         self._writer: RecordWriter | None = None
 
     def add(self, verdict: Verdict, keep: bool = True) -> None:
-        """Add a verdict; on disk when this returns, unless `keep` is false or it is no verdict."""
+        """Add a verdict; on disk when this returns, unless it is of the machine, or not `keep`."""
         self.known[verdict.key] = verdict
         if not keep or verdict.status in NO_SCORE:
             return

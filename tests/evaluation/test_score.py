@@ -24,8 +24,7 @@ from megatron_ft.evaluation.samples import prompt_sha256
 
 SCORE = "evaluation/run/score.py"
 STYLE = "octocoder"
-# Of 5.9's table: the share of canonical answers that the reference passes, and of buggy ones. The
-# reference passes no others of these problems.
+# Canonical answers that the reference fails, by the numbers of their problems.
 FAILS_IN_REFERENCE = {
     ("cpp", "fixtests"): {38},
     ("go", "fixtests"): {10, 32, 38, 50, 72, 90, 158},

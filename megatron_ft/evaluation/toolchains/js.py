@@ -12,8 +12,8 @@ MODULE = "js-md5"
 def module_directories(node: str) -> list[str]:
     """Where modules may be installed: NODE_PATH, next to node, and where Debian and npm do it."""
     named = [path for path in os.environ.get("NODE_PATH", "").split(os.pathsep) if path]
-    beside = f"{prefix_of(node)}/lib/node_modules"
-    return [*named, beside, "/usr/local/lib/node_modules", "/usr/lib/node_modules", "/usr/share/nodejs"]
+    own = f"{prefix_of(node)}/lib/node_modules"
+    return [*named, own, "/usr/local/lib/node_modules", "/usr/lib/node_modules", "/usr/share/nodejs"]
 
 
 def find() -> Toolchain:

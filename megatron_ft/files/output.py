@@ -29,8 +29,8 @@ class OutputFile:
     """A binary file to write. `commit` gives it its name; leaving the `with` block without a commit
     removes it.
 
-    A name that ends in .gz or .zst is compressed, unless `compressed` says that what is written is
-    already. A symbolic link is followed: its target is
+    A name that ends in .gz or .zst is compressed, unless the data already are (`compressed`). A
+    symbolic link is followed: its target is
     replaced, the link stays. Anything but a regular file ("-" and /dev/stdout for standard output,
     a FIFO, a device) is written directly. Raises UserError if the file cannot be written or another
     process is writing it.

@@ -8,7 +8,8 @@ Python's marshal format. In bubblewrap it is process 1, which the program can ne
 trace, and whose end kills all others; elsewhere it is the subreaper of all that the program starts.
 """
 
-import _signal as signal  # without the enumerations of `signal`, which take longer than all else
+# Without the enumerations of `signal`, which take longer than all else; no type information.
+import _signal as signal  # type: ignore[import-not-found]
 import marshal
 import os
 import resource

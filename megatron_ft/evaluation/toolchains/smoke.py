@@ -36,13 +36,13 @@ const md5 = require('js-md5')
 console.assert(md5('hello') === '{MD5}' && 1 === 1 + WRONG)
 """,
     "java": f"""
-import java.math.BigInteger;
 import java.security.*;
 import java.util.*;
 public class Main {{
     public static void main(String[] arguments) throws Exception {{
-        byte[] digest = MessageDigest.getInstance("MD5").digest("hello".getBytes());
-        if (!new BigInteger(1, digest).toString(16).equals("{MD5}") || 1 != 1 + WRONG) throw new AssertionError();
+        MessageDigest md5 = MessageDigest.getInstance("MD5");
+        md5.update("hello".getBytes());
+        if (!HexFormat.of().formatHex(md5.digest()).equals("{MD5}") || 1 != 1 + WRONG) throw new AssertionError();
     }}
 }}
 """,

@@ -95,8 +95,7 @@ def run(args: argparse.Namespace, stamp: str) -> int:
         print(printable(f"{part}: exists, nothing to do"), file=sys.stderr)
         return 0
     stamp_path(part).unlink(missing_ok=True)  # of another command, whose part is about to be replaced
-    output = str(args.output)
-    words = [word.replace(output, str(part)) if word == f"--output={output}" else word for word in args.arguments]
+    words = [f"--output={part}" if word.startswith("--output=") else word for word in args.arguments]
     for i, word in enumerate(words):
         if word == "--output":
             words[i + 1] = str(part)

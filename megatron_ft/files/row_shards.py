@@ -8,6 +8,7 @@ different commands never end up in one file.
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -43,16 +44,18 @@ def command_stamp(program: Path, arguments: Sequence[str], output: Path) -> str:
     """
     found: list[Any] = [__version__, program.name, list(arguments)]
     for word in arguments:
-        path = Path(word)
-        if word.startswith("-") or path == output or not path.exists():
+        value = word.partition("=")[2] if word.startswith("--") else word  # --input=FILE, or FILE
+        path = Path(value)
+        if not value or path == output or not os.path.exists(path):
             continue
         if path.is_dir() and output.resolve().parent == path.resolve():
             raise UserError(
-                f"--output {output}: is in the directory {word}, which is also given; write it to another one"
+                f"--output {output}: is in the directory {value}, which is also given; write it to another one"
             )
         for file in sorted(path.iterdir()) if path.is_dir() else [path]:
-            status = file.stat()
-            found.append([str(file), status.st_size, status.st_mtime_ns])
+            if file.exists():  # unless it is a broken link
+                status = file.stat()
+                found.append([str(file), status.st_size, status.st_mtime_ns])
     return hashlib.sha256(json.dumps(found).encode()).hexdigest()
 
 
@@ -121,21 +124,26 @@ def _join_bytes(parts: Sequence[Path], output: Path) -> None:
 
 
 def _join_parquet(parts: Sequence[Path], output: Path) -> None:
+    """The row groups of all parts. A part without rows has no columns, and one without a value in a
+    column no type for it: the columns are those of all parts together, as of a single run."""
     pyarrow, parquet = require("pyarrow", "dataset"), require("pyarrow.parquet", "dataset")
+    schema = pyarrow.schema([])
+    for part in parts:
+        try:
+            schema = pyarrow.unify_schemas([schema, parquet.read_schema(part)], promote_options="permissive")
+        except (pyarrow.ArrowException, ValueError) as error:
+            raise UserError(f"{part}: other columns than the parts before it ({error})") from None
     with OutputFile(output) as target:
-        writer = None
-        for part in parts:
-            with parquet.ParquetFile(part) as file:
-                if writer is None:
-                    schema, sink = file.schema_arrow, pyarrow.PythonFile(Sink(target), mode="w")
-                    writer = parquet.ParquetWriter(sink, schema, compression="zstd")
-                for number in range(file.num_row_groups):
-                    try:
-                        writer.write_table(file.read_row_group(number).cast(schema))
-                    except (pyarrow.ArrowException, ValueError) as error:
-                        raise UserError(f"{part}: other columns than the parts before it ({error})") from None
-        assert writer is not None  # there is at least one part
-        writer.close()
+        sink = Sink(target)
+        try:
+            with parquet.ParquetWriter(pyarrow.PythonFile(sink, mode="w"), schema, compression="zstd") as writer:
+                for part in parts:
+                    with parquet.ParquetFile(part) as file:
+                        for number in range(file.num_row_groups if file.metadata.num_columns else 0):
+                            rows = [schema.empty_table(), file.read_row_group(number)]
+                            writer.write_table(pyarrow.concat_tables(rows, promote_options="permissive"))
+        finally:
+            sink.discard = True  # what Arrow writes later, after an error
         target.commit()
 
 

@@ -25,8 +25,8 @@ def command(rows, name="out.jsonl"):
     return [PROGRAM, "--input", str(rows), "--output", str(rows.with_name(name)), "--skip-bad-rows"]
 
 
-def shards(*words, ok=True):
-    return run_program("dataset/row_shards.py", *words, ok=ok)
+def shards(*words, **kwargs):
+    return run_program("dataset/row_shards.py", *words, **kwargs)
 
 
 @pytest.mark.parametrize("name", ["out.jsonl", "out.jsonl.gz", "out.jsonl.zst", "out.parquet"])
@@ -64,6 +64,48 @@ def test_what_is_missing(rows):
     with open(rows, "a", encoding="utf-8") as file:
         file.write('{"commit": "new", "old_contents": "", "new_contents": "b", "subject": "Do"}\n')
     assert "from other input" in shards("missing", "2", *command(rows)).stdout
+
+
+def test_an_input_after_an_equals_sign_is_watched(rows):
+    joined = [PROGRAM, f"--input={rows}", f"--output={rows.with_name('out.jsonl')}", "--skip-bad-rows"]
+    shards("run", "1/1", *joined)
+    assert not shards("missing", "1", *joined).stdout
+    with open(rows, "a", encoding="utf-8") as file:
+        file.write("{}\n")
+    assert "from other input" in shards("missing", "1", *joined).stdout
+
+
+@pytest.mark.parametrize("output", ["./kept.jsonl", "output", "in/../kept.jsonl"])
+def test_an_output_after_an_equals_sign_in_any_spelling(rows, output):
+    (rows.parent / "in").mkdir()
+    words = [PROGRAM, "--input", "rows.jsonl", f"--output={output}", "--skip-bad-rows"]
+    for index in (1, 2):
+        shards("run", f"{index}/2", *words, cwd=rows.parent)
+    assert not (rows.parent / output).exists()
+    shards("join", "2", *words, cwd=rows.parent)
+    assert (rows.parent / output).read_text().count("\n") == 700
+
+
+def test_long_words_and_broken_links_are_not_files(rows):
+    rows.with_name("broken").mkdir()
+    rows.with_name("broken").joinpath("link.jsonl").symlink_to("nowhere")
+    words = [*command(rows), "--unused", "x" * 300, str(rows.with_name("broken"))]
+    assert shards("missing", "2", *words).stdout.count("\n") == 2
+
+
+def test_joined_parquet_has_the_columns_of_all_parts(tmp_path):
+    chats = [
+        {"question": f"What is {i}?", "answer": "A number."} | ({"note": i / 2} if i > 2 else {}) for i in range(4)
+    ]
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
+    words = ["--input", str(tmp_path / "chats.jsonl"), "--output"]
+    program = "dataset/other/filter_oasst.py"
+    for index in range(1, 10):  # some get no row
+        shards("run", f"{index}/9", str(ROOT / program), *words, str(tmp_path / "joined.parquet"))
+    shards("join", "9", str(ROOT / program), *words, str(tmp_path / "joined.parquet"))
+    run_program(program, *words, str(tmp_path / "single.parquet"))
+    joined, single = (pyarrow.parquet.read_table(tmp_path / f"{name}.parquet") for name in ("joined", "single"))
+    assert joined.equals(single) and joined["note"].to_pylist() == [None, None, None, 1.5]
 
 
 def test_a_failed_shard_stays_missing(rows):

@@ -10,8 +10,8 @@ A source has one of rows (a number, or all), quotas (numbers of rows by the valu
 and weight (a part of rows at the top). Names are compared without regard to case.
 
 Of each quota the rows with the smallest hashes of seed and texts are taken, so 5,000 rows are the
-first of 10,000. Equal rows of a source are taken once. The mix is shuffled by the same hashes, and
-lines are not changed. A quota that is larger than its source is an error.
+first of 10,000. Equal rows of a source are taken once: the one whose line sorts first. The mix is
+shuffled by the same hashes, and lines are not changed. A quota that is larger than its source is an error.
 
 The sources are read twice; --memory bounds the rows in memory, others are spilled to disk.
 OUTPUT_report.json has counts, and the sha256 of all inputs and of the output. --dry-run prints the
@@ -38,7 +38,7 @@ from megatron_ft.files.checksum import describe_file
 from megatron_ft.files.hash_order import Buckets, key_of
 from megatron_ft.files.jsonl import STDIN, Source
 from megatron_ft.files.jsonl_row import NO_KEY, BadRow, keys_of, parse_object, text_of, to_line
-from megatron_ft.files.output import STANDARD_OUTPUT, scratch_directory, writing
+from megatron_ft.files.output import STANDARD_OUTPUT, check_not_input, scratch_directory, writing
 from megatron_ft.files.report import write_report
 from megatron_ft.files.tables import Row, TableWriter, open_tables, read_table
 from megatron_ft.mixing import spec as mix_spec
@@ -101,6 +101,8 @@ def main() -> None:
     path = Path(args.spec)
     if not path.exists() and (PRESETS / f"{args.spec}.yaml").is_file():
         path = PRESETS / f"{args.spec}.yaml"
+    if args.output:
+        check_not_input(args.output, [path])
     mix = read_spec(path, args.given, args.seed)
     outputs = [args.output] if args.output else []
     sources = {source.name: open_tables(source.files, outputs) for source in mix.sources}
@@ -223,7 +225,7 @@ def write_mix(chooser: Chooser, args: argparse.Namespace) -> list[int]:
         for source, order, line in chooser.chosen():
             buckets.add(order, source.to_bytes(SOURCE_BYTES) + line)
         with Progress("write", None, " rows") as progress:
-            for record in buckets.in_order(args.memory << 20, progress):
+            for record in buckets.in_order(args.memory << 20, progress, smallest=True):
                 counts[int.from_bytes(record[:SOURCE_BYTES])] += 1
                 line = record[SOURCE_BYTES:]
                 output.write(parse_object(line) if parquet else {}, line)

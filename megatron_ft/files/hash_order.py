@@ -53,8 +53,9 @@ class Buckets:
         file.write(RECORD.pack(key, len(line)))
         file.write(line)
 
-    def in_order(self, memory: int, progress: Progress) -> Iterator[bytes]:
-        """Yield the first line of each key, ordered by key, and delete each file once it is read.
+    def in_order(self, memory: int, progress: Progress, *, smallest: bool = False) -> Iterator[bytes]:
+        """Yield the first line of each key, or the smallest, whatever the order they were added in;
+        ordered by key. Each file is deleted once it is read.
 
         No more than `memory` bytes of rows are held at a time, unless all have the same key.
         """
@@ -76,9 +77,12 @@ class Buckets:
                         for item in first.items():
                             deeper.add(*item)
                         first.clear()
+                elif smallest and line < first[key]:
+                    size += len(line) - len(first[key])
+                    first[key] = line
             path.unlink()
             if deeper is not None:
-                yield from deeper.in_order(memory, progress)
+                yield from deeper.in_order(memory, progress, smallest=smallest)
             for key in sorted(first):
                 yield first[key]
             progress.update(count if deeper is None else 0)

@@ -11,7 +11,7 @@ import shutil
 import socket
 import stat
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -87,6 +87,13 @@ def _compressed(file: IO[bytes], suffix: str) -> Any:
     if suffix == ".zst":
         return zstandard.ZstdCompressor().stream_writer(file, closefd=False)
     return file
+
+
+def check_not_input(output: str | Path, inputs: Iterable[str | Path | None]) -> None:
+    """UserError if an output is one of the files that are read."""
+    for path in filter(None, inputs):
+        if str(output) not in STANDARD_OUTPUT and os.path.realpath(path) == os.path.realpath(output):
+            raise UserError(f"{path}: is both input and output and would be overwritten; give the output another name")
 
 
 def open_locked(path: str | Path) -> IO[bytes]:

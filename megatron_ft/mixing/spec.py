@@ -20,6 +20,7 @@ import difflib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,8 @@ def read_spec(path: Path, given: Mapping[str, Iterable[str]], seed: int | None =
     if (total is None) != (not weights):
         raise UserError(f"{path}: rows at the top and weight of a source go together; give both or neither")
     shared = divided(total or 0, weights)
+    if none := [name for name, count in shared.items() if not count]:
+        raise UserError(f"{path}: rows is {total}, of which no row is left for {none[0]}; raise rows or its weight")
     specs = [_source(name, part, path.parent, given.get(name), shared.get(name)) for name, part in parts.items()]
     stored = found.integer("seed") if "seed" in found.fields else DEFAULT_SEED
     return MixSpec(stored if seed is None else seed, tuple(specs))
@@ -91,7 +94,7 @@ def divided(total: int, weights: Mapping[str, float]) -> dict[str, int]:
     >>> divided(10, {"a": 1, "b": 1, "c": 1})
     {'a': 4, 'b': 3, 'c': 3}
     """
-    exact = {name: total * weight / sum(weights.values()) for name, weight in weights.items()}
+    exact = {name: total * Fraction(weight) / sum(map(Fraction, weights.values())) for name, weight in weights.items()}
     parts = {name: math.floor(number) for name, number in exact.items()}
     by_remainder = sorted(exact, key=lambda name: parts[name] - exact[name])  # stable: ties in order
     for name in by_remainder[: total - sum(parts.values())]:
@@ -110,7 +113,7 @@ def _source(name: str, part: "_Fields", folder: Path, given: Iterable[str] | Non
     if "quotas" in part.fields:
         by = part.name("by")
         limits = _Fields(part.mapping("quotas"), f"{part.where}: quotas")
-        quotas = {str(value).lower(): limits.rows(value) for value in limits.fields}
+        quotas = {_text(value, limits.where): limits.rows(value) for value in limits.fields}
         if not quotas or len(quotas) < len(limits.fields):
             raise UserError(f"{limits.where}: expected different names with a number of rows each")
     elif "by" in part.fields:
@@ -120,7 +123,7 @@ def _source(name: str, part: "_Fields", folder: Path, given: Iterable[str] | Non
     else:
         quotas = {"": None if part.fields["rows"] == ALL else part.rows("rows", f"a number of rows or {ALL}")}
     only = _Fields(part.mapping("only") if "only" in part.fields else {}, f"{part.where}: only")
-    values = {str(key): frozenset(str(value).lower() for value in only.several(key)) for key in only.fields}
+    values = {str(key): frozenset(_text(value, only.where) for value in only.several(key)) for key in only.fields}
     if given is not None:
         files = list(given)
     elif "files" in part.fields:
@@ -136,9 +139,20 @@ def _matching(folder: Path, pattern: str, where: str) -> list[str]:
     if not any(character in pattern for character in "*?[") or path.exists():
         return [str(path)]
     anchor = Path(path.anchor) if path.is_absolute() else Path()
-    if files := sorted(map(str, anchor.glob(str(path.relative_to(anchor) if path.is_absolute() else path)))):
+    try:
+        files = sorted(map(str, anchor.glob(str(path.relative_to(anchor) if path.is_absolute() else path))))
+    except ValueError as error:  # such as ***
+        raise UserError(f"{where}: files is {pattern}: {error}") from None
+    if files:
         return files
     raise UserError(f"{where}: no file matches {path}; correct files, or give --source")
+
+
+def _text(value: Any, where: str) -> str:
+    """A value of YAML in lower case. UserError for one that YAML made of another word."""
+    if isinstance(value, bool):
+        raise UserError(f"{where}: {str(value).lower()}, as YAML reads words like no, off and on; quote them: 'no'")
+    return str(value).lower()
 
 
 def _lower(value: Any) -> str | None:
@@ -147,14 +161,30 @@ def _lower(value: Any) -> str | None:
 
 def _parse(path: Path) -> Any:
     yaml = require("yaml", "dataset")
+
+    class Loader(yaml.SafeLoader):
+        """Refuses a key that is given twice; YAML's own loader keeps the last one in silence."""
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            keys = [key for key, _ in node.value if isinstance(key.value, str)]
+            for i, key in enumerate(keys):
+                if key.value in (before.value for before in keys[:i]):
+                    line = key.start_mark.line + 1
+                    raise UserError(f"{path}, line {line}: key {key.value[:40]!r} is given twice; remove one")
+            return super().construct_mapping(node, deep)
+
     try:
-        return yaml.safe_load(read_small_file(path).decode("utf-8-sig"))
+        return yaml.load(read_small_file(path).decode("utf-8-sig"), Loader)
     except UnicodeDecodeError:
         raise UserError(f"{path}: not UTF-8; expected YAML") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
         raise UserError(f"{path}{line}: not YAML ({getattr(error, 'problem', None) or error})") from None
+    except UserError:
+        raise
+    except (ValueError, AttributeError) as error:  # of values with a tag, and of dates such as 2026-02-30
+        raise UserError(f"{path}: a value does not fit its type ({error}); quote it if it is a text") from None
     except RecursionError:
         raise UserError(f"{path}: nested too deeply; expected YAML of a few levels") from None
 

@@ -105,6 +105,22 @@ def test_equal_rows_of_a_source_are_taken_once(sources):
     assert Counter(mixed(write_spec(sources, spec), sources / "out.jsonl")) == Counter(rows_of("a", 60) * 2)
 
 
+def test_which_of_equal_rows_is_taken_is_independent_of_their_order(sources):
+    equal = [b'{"inputs": "a", "outputs": "b", "n": %d}\n' % n for n in (3, 1, 2)]
+    (sources / "a.jsonl").write_bytes(b"".join(equal))
+    (sources / "b.jsonl").write_bytes(b"".join(reversed(equal)))
+    for name in ("a", "b"):
+        spec = write_spec(sources, {"sources": {"x": {"files": f"{name}.jsonl", "rows": "all"}}})
+        assert mixed(spec, sources / "out.jsonl") == [equal[1]]
+
+
+def test_the_spec_is_not_overwritten(sources):
+    spec = write_spec(sources, {"sources": {"a": {"files": "a.jsonl", "rows": 5}}})
+    before = spec.read_bytes()
+    assert "is both input and output" in one_error_line(run_program(MIX, spec, "--output", spec, ok=False))
+    assert spec.read_bytes() == before
+
+
 def test_weights_divide_the_number_at_the_top(sources):
     spec = {
         "rows": 100,
@@ -223,6 +239,13 @@ def test_wrong_specs_report_one_line_errors_and_write_nothing(sources, spec, mes
         ("sources: {a: {rows: 1}}", ["--source", "a=-"], "standard input (-) cannot be read twice"),
         ("!!python/object/apply:os.getcwd []", [], "mix.yaml, line 1: not YAML"),
         (None, [], "mix.yaml: no such file"),
+        ("sources: {a: {rows: 1}, b: {rows: 1}, a: {rows: 2}}", [], "mix.yaml, line 1: key 'a' is given twice; remove"),
+        ("{seed: 2026-02-30}", [], "mix.yaml: a value does not fit its type (day is out of range"),
+        ("{seed: !!int x}", [], "mix.yaml: a value does not fit its type (invalid literal"),
+        ("sources: {a: {files: '***.jsonl', rows: 1}}", [], "sources: a: files is ***.jsonl: Invalid pattern"),
+        ("rows: 1\nsources: {a: {files: x, weight: 2}, b: {files: x, weight: 1}}", [], "no row is left for b; raise"),
+        ("sources: {a: {files: x, by: lang, quotas: {no: 1}}}", [], "a: quotas: false, as YAML reads words like no"),
+        ("sources: {a: {files: x, only: {lang: [no]}, rows: 1}}", [], "a: only: false, as YAML reads words like no"),
     ],
 )
 def test_unreadable_specs_and_flags_report_one_line_errors(tmp_path, text, flags, message):

@@ -159,9 +159,15 @@ def why_bad(row: dict[str, Any]) -> str | None:
     """Why a row cannot be sorted; None if it can."""
     if not isinstance(row.get("new_file"), str):
         return "'new_file' is not a string" if "new_file" in row else f"{NO_KEY} 'new_file'; {keys_of(row)}"
-    for name in ("lang", "license", "repos"):
-        if not isinstance(row.get(name), str | None):
+    for name in COLUMNS:
+        value = row.get(name)
+        if value is not None and not isinstance(value, str):
             return f"{name!r} is not a string"
+        try:
+            if value and not value.isascii():
+                value.encode()
+        except UnicodeEncodeError:
+            return "lone surrogate"
     return None
 
 

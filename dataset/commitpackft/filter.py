@@ -43,7 +43,7 @@ from megatron_ft.config.parser import Help, Parser
 from megatron_ft.errors import UserError, run_program
 from megatron_ft.files.jsonl import Source, parse_shard, shard_bytes
 from megatron_ft.files.jsonl_row import BadRow, to_line
-from megatron_ft.files.output import STANDARD_OUTPUT, OutputFile, scratch_directory, writing
+from megatron_ft.files.output import STANDARD_OUTPUT, OutputFile, check_not_input, scratch_directory, writing
 from megatron_ft.files.report import write_report
 from megatron_ft.files.tables import Row, TableWriter, open_tables, read_table
 from megatron_ft.printable import printable
@@ -116,6 +116,7 @@ def main() -> None:
     limits = limits_of(args, preset)
     shard = parse_shard(args.shard)
     rules = rules_of(args, preset)
+    check_not_input(args.output, [args.opt_out, args.tokenizer_file])
     sources = open_tables(args.input, [args.output])
     waterfall = Waterfall([*(rule.name for rule in rules), *(["score"] if args.score_command else [])])
     bad: Counter[str] = Counter()

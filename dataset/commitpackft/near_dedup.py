@@ -40,7 +40,7 @@ from megatron_ft.errors import UserError, run_program
 from megatron_ft.files.json_file import read_json
 from megatron_ft.files.jsonl import STDIN, Source, parse_shard, shard_bytes
 from megatron_ft.files.jsonl_row import NO_KEY, BadRow, keys_of, text_of, to_line
-from megatron_ft.files.output import STANDARD_OUTPUT, scratch_directory, writing
+from megatron_ft.files.output import STANDARD_OUTPUT, check_not_input, scratch_directory, writing
 from megatron_ft.files.report import report_path, write_report
 from megatron_ft.files.tables import Row, TableWriter, open_tables, read_table
 from megatron_ft.progress import Progress
@@ -81,6 +81,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
+    check_not_input(args.output, [*(args.signatures or ()), args.removed])
     sources = open_tables(args.input, [args.output, *(args.signatures or ()), *filter(None, [args.removed])])
     if args.step != "signatures" and any(source.path == STDIN for source in sources):
         raise UserError("--input -: the rows are read more than once; give files")
@@ -227,7 +228,7 @@ def signatures_of(args: argparse.Namespace, sources: list[Source], bad: Counter[
         hashes = bands([text for _, text in rows])
         yield [
             {
-                "id": str(row.fields.get(args.id) or digest(text.encode("utf-8", "replace"), ID_BYTES)),
+                "id": id_text(row.fields.get(args.id)) or digest(text.encode("utf-8", "replace"), ID_BYTES),
                 "text": digest(text.encode("utf-8", "replace"), TEXT_BYTES),
                 "line": digest(row.line or to_line(row.fields), LINE_BYTES),
                 "bands": of_row,
@@ -235,6 +236,11 @@ def signatures_of(args: argparse.Namespace, sources: list[Source], bad: Counter[
             }
             for (row, text), of_row in zip(rows, hashes, strict=True)
         ]
+
+
+def id_text(id: Any) -> str:
+    """The id of a row, without lone surrogates, which no table can hold; "" if it has none."""
+    return str(id or "").encode("utf-8", "backslashreplace").decode()
 
 
 def rows_and_texts(

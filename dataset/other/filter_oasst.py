@@ -33,7 +33,7 @@ from megatron_ft.conversations.shapes import SHAPES
 from megatron_ft.errors import run_program
 from megatron_ft.files.jsonl import parse_shard, shard_bytes
 from megatron_ft.files.jsonl_row import BadRow
-from megatron_ft.files.output import writing
+from megatron_ft.files.output import check_not_input, writing
 from megatron_ft.files.report import write_report
 from megatron_ft.files.tables import TableWriter
 from megatron_ft.printable import printable
@@ -66,6 +66,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
+    check_not_input(args.output, [args.phrases])
     phrases = read_phrases(args.phrases)
     sources = open_records(args.input, [args.output])
     shapes = ShapeFinder(args.shape, args.shard)

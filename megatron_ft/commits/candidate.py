@@ -10,7 +10,7 @@ from megatron_ft.files.jsonl_row import NO_KEY, BadRow, keys_of, text_of
 
 REQUIRED = ("commit", "old_file", *TEXT_FIELDS)
 REQUIRED_OF, TEXTS_OF = itemgetter(*REQUIRED), itemgetter(*TEXT_FIELDS)
-OPTIONAL = ("message", "lang", "license", "repos")  # absent: empty
+OPTIONAL = ("new_file", "message", "lang", "license", "repos")  # absent: empty
 
 
 class Candidate:

@@ -248,6 +248,19 @@ def test_wrong_flags_are_one_line(flags, what, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
 
 
+def test_new_file_is_a_text_as_the_schema_has_it(tmp_path):
+    done = run(write(tmp_path / "in.jsonl", [GOOD | {"new_file": 7}]), tmp_path / "out.parquet", ok=False)
+    assert "in.jsonl, line 1: 'new_file' is an integer, not a string" in one_error_line(done)
+
+
+def test_the_list_of_owners_is_not_overwritten(tmp_path):
+    (tmp_path / "owners.txt").write_text("ada\n")
+    rows = write(tmp_path / "in.jsonl", [GOOD])
+    done = run(rows, tmp_path / "owners.txt", "--opt-out", tmp_path / "owners.txt", ok=False)
+    assert "is both input and output" in one_error_line(done)
+    assert (tmp_path / "owners.txt").read_text() == "ada\n"
+
+
 def test_rows_of_another_kind_and_no_rows_are_one_line(tmp_path):
     input = write(tmp_path / "rows.jsonl", [{"inputs": "a", "outputs": "b"}])
     error = one_error_line(run(input, tmp_path / "out.jsonl", ok=False))

@@ -277,6 +277,24 @@ def test_wrong_flags_are_errors(tmp_path, flags, message):
     assert message in one_error_line(done) and done.returncode == 2
 
 
+def test_an_id_may_hold_a_lone_surrogate(tmp_path):
+    row = '{"commit": "%s", "old_contents": "a", "new_contents": "b", "subject": "c"}\n'
+    (tmp_path / "in.jsonl").write_text(row % "\\ud800" + row % "1")
+    run_program(NEAR_DEDUP, "--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl")
+    assert (tmp_path / "out.jsonl").read_text() == row % "1"
+
+
+def test_no_step_overwrites_its_input(tmp_path):
+    rows = write_rows(tmp_path / "in.jsonl", [Maker(1).row(["a"], ["b"])])
+    signatures, gone = tmp_path / "signatures.parquet", tmp_path / "gone.jsonl"
+    run_program(NEAR_DEDUP, "--input", rows, "--step", "signatures", "--output", signatures)
+    run_program(NEAR_DEDUP, "--input", rows, "--step", "join", "--signatures", signatures, "--output", gone)
+    for flags in (["join", "--signatures", signatures], ["apply", "--removed", gone]):
+        before = flags[-1].read_bytes()
+        done = run_program(NEAR_DEDUP, "--input", rows, "--step", *flags, "--output", flags[-1], ok=False)
+        assert "is both input and output" in one_error_line(done) and flags[-1].read_bytes() == before
+
+
 def test_memory_does_not_grow_with_the_data(tmp_path):
     """4 and 16 MB of rows, all of them candidates."""
     maker, peaks = Maker(5), []

@@ -167,6 +167,20 @@ def test_bad_rows_are_counted_where_asked(tmp_path):
     assert "2 bad rows skipped" in done.stderr
 
 
+@pytest.mark.parametrize("format", ["jsonl", "parquet"])
+@pytest.mark.parametrize(
+    "change, what",
+    [({"subject": "\ud800"}, "lone surrogate"), ({"old_contents": 3}, "'old_contents' is not a string")],
+)
+def test_rows_that_are_not_of_the_schema_are_bad(change, what, format, tmp_path):
+    rows = [row(1, "x.py"), row(2, "y.py", **change)]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = run(tmp_path / "in.jsonl", tmp_path / "out", "--format", format, ok=False)
+    assert f"in.jsonl, line 2: {what}" in one_error_line(done)
+    run(tmp_path / "in.jsonl", tmp_path / "out", "--format", format, "--skip-bad-rows")
+    assert report(tmp_path / "out")["bad_rows"] == {what: 1}
+
+
 def test_output_that_exists_is_not_touched(tmp_path):
     input = write(tmp_path / "rows.jsonl", [GOOD])
     (tmp_path / "out").mkdir()

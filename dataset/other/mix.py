@@ -11,7 +11,8 @@ and weight (a part of rows at the top). Names are compared without regard to cas
 
 Of each quota the rows with the smallest hashes of seed and texts are taken, so 5,000 rows are the
 first of 10,000. Equal rows of a source are taken once: the one whose line sorts first. The mix is
-shuffled by the same hashes, and lines are not changed. A quota that is larger than its source is an error.
+shuffled by the same hashes, and lines are not changed. A quota that is larger than its source is
+an error.
 
 The sources are read twice; --memory bounds the rows in memory, others are spilled to disk.
 OUTPUT_report.json has counts, and the sha256 of all inputs and of the output. --dry-run prints the

@@ -2,11 +2,25 @@
 
     export HUMANEVALPACK=/data/humanevalpack
     python evaluation/run/generate.py runs/first-hf --style octocoder --output evaluations/first
+    python evaluation/run/generate.py starcoder --engine endpoint --endpoint http://gpu7:8000/v1 \\
+        --style octocoder --output evaluations/served
+    python evaluation/run/generate.py generations.json --engine replay --tasks fixtests \\
+        --languages python --style octocoder --output evaluations/replayed
     python evaluation/run/generate.py --style octocoder --write-prompts p.jsonl --tasks fixtests
 
-MODEL is a Hugging Face directory. A sample depends on --seed, its problem and its number only: not
-on shards, order, batch or restarts. --shard I/N generates every N-th problem, for a SLURM array.
-explain is two tasks: a sample of the second answers the same sample of the first.
+MODEL is what the engine reads:
+
+    transformers   a Hugging Face directory, or the --save directory of a run, whose newest
+                   checkpoint is converted to OUTPUT/model first
+    endpoint       the name of a model that a server has: vLLM, transformers serve, or another one
+                   with OpenAI's /v1/completions; prompts are sent as they are, never as chats
+    replay         generations: an evaluation's directory, one of its .jsonl files, or a .json file
+                   with the reference harness's lists of texts
+
+A sample depends on --seed, its problem and its number only: not on shards, order, batch or
+restarts (with an endpoint, as far as its server honors seeds). --shard I/N generates every N-th
+problem, for a SLURM array. explain is two tasks: a sample of the second answers the same sample of
+the first.
 """
 
 import sys
@@ -18,13 +32,19 @@ sys.path[0] = str(Path(__file__).resolve().parents[2])
 import argparse
 import hashlib
 import json
-from collections.abc import Sequence
+import os
+import subprocess
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 
 from megatron_ft import __version__
 from megatron_ft.config.parser import Help, Parser
+from megatron_ft.data.build_once import build_once
 from megatron_ft.errors import UserError, run_program
 from megatron_ft.evaluation.cutting import cut
+from megatron_ft.evaluation.engines.endpoint import Endpoint, check_url
+from megatron_ft.evaluation.engines.engine import Engine, Request, Sample, answered
+from megatron_ft.evaluation.engines.replay import Replay
 from megatron_ft.evaluation.problems import Problem, data_digest, data_directory, load_problems, parse_languages
 from megatron_ft.evaluation.prompts import check_style, parse_tasks, prompt_of
 from megatron_ft.evaluation.records import (
@@ -35,12 +55,22 @@ from megatron_ft.evaluation.records import (
     open_manifest,
     read_generations,
 )
+from megatron_ft.evaluation.stall import StallAlarm
 from megatron_ft.evaluation.stopping import StopRule
 from megatron_ft.files.hub_cache import download_hint, resolve_hub_cache
 from megatron_ft.files.jsonl import parse_shard
 from megatron_ft.files.output import OutputFile, writing
 from megatron_ft.progress import Progress
 
+ROOT = Path(__file__).resolve().parents[2]
+ENGINES = ("transformers", "endpoint", "replay")
+TRACKER = "latest_checkpointed_iteration.txt"  # in the --save directory of a run
+# What to do when no sample comes, by engine.
+STALLED = {
+    "transformers": "one batch should take less: is the GPU shared, or --batch-size too large?",
+    "endpoint": "see whether the server is busy, and its log",
+    "replay": "see whether the disk answers",
+}
 # Tokens that a style is made of: in a vocabulary that lacks one, it would be several tokens.
 STYLE_TOKENS = {
     **dict.fromkeys(("starcodercommit", "diff"), ("<commit_before>", "<commit_msg>", "<commit_after>")),
@@ -52,7 +82,8 @@ STYLE_TOKENS = {
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=Help, allow_abbrev=False)
     add = parser.add_argument
-    add("model", nargs="?", type=Path, metavar="MODEL", help="Hugging Face directory with tokenizer files")
+    add("model", nargs="?", type=Path, metavar="MODEL", help="model or generations, see above")
+    add("--engine", choices=ENGINES, default="transformers", help="where samples come from")
     add("--data", metavar="DIR", help="directory with HumanEvalPack's LANGUAGE.jsonl (default: $HUMANEVALPACK)")
     add("--tasks", default="fixtests,fixdocs,explain,synthesize", help="tasks, separated by commas")
     add("--languages", default="all", help="languages, separated by commas, or all")
@@ -61,10 +92,19 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--temperature", type=float, default=0.2, help="0 always takes the likeliest token, for one sample")
     add("--top-p", type=float, default=0.95, help="nucleus sampling: cumulative probability to sample from")
     add("--max-length", type=int, default=2048, metavar="TOKENS", help="longest prompt and answer together")
-    add("--batch-size", type=int, default=20, help="samples at a time; halved where memory does not suffice")
+    add(
+        "--batch-size", type=int, default=20,
+        help="samples per request, or at a time; halved where memory does not suffice, or the server refuses several",
+    )  # fmt: skip
     add("--seed", type=int, default=0, help="seed of all samples")
     add("--shard", default="1/1", metavar="I/N", help="generate part I of N of the problems")
     add("--output", type=Path, metavar="DIR", help="directory of the evaluation")
+    add("--endpoint", metavar="URL", help="server of --engine endpoint, like http://gpu7:8000/v1")
+    add("--key-variable", metavar="NAME", help="environment variable with the endpoint's API key (default: no key)")
+    add("--requests-at-once", type=int, default=8, metavar="N", help="requests to the endpoint at the same time")
+    add("--timeout", type=float, default=600.0, metavar="SECONDS", help="time for one request to the endpoint")
+    add("--attempts", type=int, default=8, metavar="N", help="attempts per request before the endpoint has failed")
+    add("--stall-minutes", type=float, default=15, metavar="N", help="log when no sample came for so long; 0 disables")
     add("--write-prompts", metavar="FILE", help="write the prompts as JSONL (problem, prompt) and stop; needs no model")
     args = parser.parse_args(argv)
     args.tasks, args.languages = parse_tasks(args.tasks), parse_languages(args.languages)
@@ -77,7 +117,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         raise UserError("--samples and --batch-size must be at least 1, --max-length at least 2")
     if not 0 <= args.temperature < float("inf") or not 0 < args.top_p <= 1:
         raise UserError("--temperature must be 0 (greedy) or above, like 0.2; --top-p above 0 and at most 1")
-    if args.temperature == 0 and args.samples > 1:
+    check_engine_flags(args)
+    if args.engine != "replay" and args.temperature == 0 and args.samples > 1:
         raise UserError(f"--temperature 0 gives {args.samples} equal samples; use --samples 1")
     return args
 
@@ -89,7 +130,68 @@ def main() -> None:
     if args.write_prompts:
         write_prompts(args, problems)
         return
-    directory, notice = resolve_hub_cache(args.model)
+    model = args.model
+    if args.engine == "transformers" and is_run(model):
+        model = converted(model, args.output)
+    engine = open_engine(args, model, problems)
+    open_manifest(args.output, manifest(args, engine, data))
+    for task in args.tasks:
+        for language in args.languages:
+            generate(args, engine, task, language, problems[language])
+
+
+def check_engine_flags(args: argparse.Namespace) -> None:
+    """Raise UserError if the flags of --engine are missing, bad, or those of another engine."""
+    if args.engine == "endpoint" and not args.write_prompts:
+        if not args.endpoint:
+            raise UserError("--engine endpoint: name the server with --endpoint URL, like http://gpu7:8000/v1")
+        check_url(args.endpoint)
+        if args.key_variable and not os.environ.get(args.key_variable):
+            raise UserError(f"--key-variable {args.key_variable}: not set in the environment")
+    elif args.endpoint and args.engine != "endpoint":
+        raise UserError("--endpoint needs --engine endpoint")
+    if args.requests_at_once < 1 or args.attempts < 1 or not 0 < args.timeout < float("inf"):
+        raise UserError("--requests-at-once and --attempts must be at least 1, --timeout above 0")
+    if not 0 <= args.stall_minutes < float("inf"):
+        raise UserError("--stall-minutes must be 0 or above")
+
+
+def is_run(directory: Path) -> bool:
+    """Whether it is the --save directory of a run, not a Hugging Face model."""
+    return (directory / TRACKER).is_file() and not (directory / "config.json").is_file()
+
+
+def converted(run: Path, output: Path) -> Path:
+    """OUTPUT/model, converted from the newest checkpoint of a run unless it exists. Only one of the
+    shards that start at once converts it."""
+
+    def convert(directory: Path) -> None:
+        from megatron_ft.weights.adapters import open_adapters
+
+        command = ["convert/megatron_to_hf.py", "--load", str(run.resolve()), "--output", str(directory)]
+        command += ["--merge-lora"] if open_adapters(run) else []
+        print(f"{run}: a run; converting its newest checkpoint to {model}", file=sys.stderr, flush=True)
+        done = subprocess.run([sys.executable, *command], cwd=ROOT, stdout=sys.stderr, check=False)
+        if done.returncode != 0:
+            raise UserError(f"{run}: cannot be converted, see above; convert it with {command[0]}, and name its output")
+
+    model = output.resolve() / "model"
+    with writing(output):
+        output.mkdir(parents=True, exist_ok=True)
+    build_once(model, convert)
+    return model
+
+
+def open_engine(args: argparse.Namespace, model: Path, problems: dict[str, list[Problem]]) -> Engine:
+    """The engine that --engine names; UserError if it cannot answer what is asked."""
+    if args.engine == "replay":
+        return Replay(model, args.tasks, problems, args.samples, args.style)
+    sampling = (args.temperature, args.top_p, args.max_length)
+    if args.engine == "endpoint":
+        key = os.environ[args.key_variable] if args.key_variable else None
+        limits = (args.requests_at_once, args.timeout, args.attempts)
+        return Endpoint(args.endpoint, str(model), key, *sampling, args.batch_size, *limits)
+    directory, notice = resolve_hub_cache(model)
     if notice:
         print(notice, file=sys.stderr)
     if not (directory / "config.json").is_file():
@@ -97,12 +199,9 @@ def main() -> None:
 
     from megatron_ft.evaluation.engines.sampling import LocalModel
 
-    model = LocalModel(directory, args.temperature, args.top_p, args.max_length)
-    check_tokens(model.tokenizer, args.style, directory)
-    open_manifest(args.output, {**manifest(args, directory, data), "eos": model.tokenizer.eos_token})
-    for task in args.tasks:
-        for language in args.languages:
-            generate(args, model, task, language, problems[language])
+    local = LocalModel(directory, *sampling)
+    check_tokens(local.tokenizer, args.style, directory)
+    return local
 
 
 def write_prompts(args: argparse.Namespace, problems: dict[str, list[Problem]]) -> None:
@@ -122,54 +221,67 @@ def check_tokens(tokenizer, style: str, directory: Path) -> None:
             raise UserError(f"{directory}: its tokenizer has no token {token}, which --style {style} needs")
 
 
-def manifest(args: argparse.Namespace, directory: Path, data: Path) -> dict:
+def manifest(args: argparse.Namespace, engine: Engine, data: Path) -> dict:
     """What every shard of the evaluation must agree on."""
-    names = ("config.json", "tokenizer.json", "model.safetensors", "model.safetensors.index.json")
-    sizes = {name: (directory / name).stat().st_size for name in names if (directory / name).is_file()}
-    config = (directory / "config.json").read_bytes()
-    return {
-        "model": str(directory.resolve()),
-        "model_files": sizes,
-        "config_sha256": hashlib.sha256(config).hexdigest(),
+    found = {
+        "engine": args.engine,
+        **engine.identity(),
         "data_sha256": {language: data_digest(data, language) for language in args.languages},
         "tasks": args.tasks,
         "languages": args.languages,
         "style": args.style,
         "samples": args.samples,
-        "temperature": args.temperature,
-        "top_p": args.top_p,
-        "max_length": args.max_length,
-        "seed": args.seed,
-        "version": __version__,
     }
+    if args.engine == "transformers" and is_run(args.model):
+        found["converted_from"] = str(args.model.resolve())
+    if args.engine != "replay":  # whose samples were drawn before
+        names = ("temperature", "top_p", "max_length", "seed")
+        found |= {name: getattr(args, name) for name in names}
+    return {**found, "version": __version__, "eos": engine.eos}
 
 
-def generate(args: argparse.Namespace, model, task: str, language: str, problems: list[Problem]) -> None:
+def generate(args: argparse.Namespace, engine: Engine, task: str, language: str, problems: list[Problem]) -> None:
     """Generate the samples that a shard lacks for one task and language."""
     index, count = args.shard
-    mine = problems[index - 1 :: count]
-    by_id = {problem.task_id: problem for problem in mine}
-    done = read_generations(args.output, task, language)
-    missing = missing_samples(done, by_id, args.samples)
-    rule = StopRule(language, task, args.style, model.tokenizer.eos_token)
-    descriptions = read_generations(args.output, "explaindescribe", language) if task == "explainsynthesize" else {}
+    mine = {problem.task_id: problem for problem in problems[index - 1 :: count]}
+    missing = missing_samples(read_generations(args.output, task, language), mine, args.samples)
+    requests = requests_for(args, engine, task, language, mine, missing)
     path = generations_file(args.output, task, language, f"{index}-of-{count}")
+    name = f"{task}-{language}"
     tokens = 0
-    with RecordWriter(path) as writer, Progress(f"{task}-{language}", len(missing), " samples") as progress:
-        for name, group in groupby(missing, lambda key: key[0]):
-            problem = by_id[name]
-            prompts = [(sample, prompt_for(args, task, problem, sample, descriptions, model)) for _, sample in group]
-            for prompt, samples in groupby(prompts, lambda pair: pair[1]):
-                numbers = [sample for sample, _ in samples]
-                for start in range(0, len(numbers), args.batch_size):
-                    batch = numbers[start : start + args.batch_size]
-                    records = sample_batch(args, model, rule, task, problem, prompt, batch)
-                    writer.append(records)
-                    tokens += sum(record.tokens for record in records)
-                    progress.update(len(batch), f"{tokens / progress.seconds:.0f} tokens/s")
+    with (
+        RecordWriter(path) as writer,
+        Progress(name, len(missing), " samples") as progress,
+        StallAlarm(name, args.stall_minutes, STALLED[args.engine]) as alarm,
+    ):
+        for request, samples in answered(engine, requests):
+            writer.append(records_of(request, samples))
+            alarm.progressed()
+            tokens += sum(sample.tokens for sample in samples)
+            progress.update(len(samples), f"{tokens / progress.seconds:.0f} tokens/s")
 
 
-def prompt_for(args, task: str, problem: Problem, sample: int, descriptions: dict, model) -> str:
+def requests_for(
+    args: argparse.Namespace,
+    engine: Engine,
+    task: str,
+    language: str,
+    problems: dict[str, Problem],
+    missing: list[tuple[str, int]],
+) -> Iterator[Request]:
+    """The missing samples, those of one prompt together, at most --batch-size of them."""
+    rule = StopRule(language, task, args.style, engine.eos)
+    descriptions = read_generations(args.output, "explaindescribe", language) if task == "explainsynthesize" else {}
+    for task_id, keys in groupby(missing, lambda key: key[0]):
+        problem, wanted = problems[task_id], {number for _, number in keys}
+        prompts = [prompt_for(args, task, problem, number, descriptions, engine.eos) for number in range(args.samples)]
+        for (prompt, _), pairs in groupby(enumerate(prompts), lambda pair: (pair[1], pair[0] // args.batch_size)):
+            group = tuple(number for number, _ in pairs)
+            if chosen := tuple(number for number in group if number in wanted):
+                yield Request(task, problem, prompt, chosen, group, args.seed, rule)
+
+
+def prompt_for(args, task: str, problem: Problem, sample: int, descriptions: dict, eos: str | None) -> str:
     """The prompt of a sample; explainsynthesize answers the description of the same number."""
     if task != "explainsynthesize":
         return prompt_of(problem, task, args.style)
@@ -178,25 +290,18 @@ def prompt_for(args, task: str, problem: Problem, sample: int, descriptions: dic
         raise UserError(
             f"{args.output}: no description {sample} of {problem.task_id}; generate explaindescribe first, all shards"
         )
-    eos = model.tokenizer.eos_token
     return prompt_of(problem, task, args.style, cut(described.text, problem, "explaindescribe", args.style, eos=eos))
 
 
-def sample_batch(args, model, rule: StopRule, task: str, problem: Problem, prompt: str, batch: list[int]):
-    """Records of these samples of a problem."""
-    seeds = [seed_of(args.seed, task, problem.task_id, sample) for sample in batch]
-    digest = hashlib.sha256(prompt.encode()).hexdigest()
+def records_of(request: Request, samples: list[Sample]) -> list[Generation]:
+    """The records of an answered request."""
+    problem, digest = request.problem, hashlib.sha256(request.prompt.encode()).hexdigest()
     return [
         Generation(
-            task, problem.language, problem.task_id, number, seed, digest, s.text, s.tokens, s.finish, s.prompt_cut
+            request.task, problem.language, problem.task_id, number, s.seed, digest, s.text, s.tokens, s.finish, s.prompt_cut
         )
-        for number, seed, s in zip(batch, seeds, model.sample(prompt, seeds, rule), strict=True)
-    ]
-
-
-def seed_of(seed: int, task: str, problem: str, sample: int) -> int:
-    """63 bits that depend on nothing else."""
-    return int.from_bytes(hashlib.sha256(f"{seed} {task} {problem} {sample}".encode()).digest()[:8]) >> 1
+        for number, s in zip(request.numbers, samples, strict=True)
+    ]  # fmt: skip
 
 
 if __name__ == "__main__":

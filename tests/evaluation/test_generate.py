@@ -1,14 +1,12 @@
 """evaluation/run/generate.py on a tiny GPTBigCode: resume, shards, batches, and bad input."""
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, one_error_line, run_program
-from made_problems import row, write_rows
+from conftest import one_error_line, run_program
+from generate_program import GENERATE, load, texts, write_data
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GPTBigCodeConfig, GPTBigCodeForCausalLM
 
@@ -18,7 +16,6 @@ from megatron_ft.evaluation.problems import load_problems
 from megatron_ft.evaluation.prompts import prompt_of
 from megatron_ft.evaluation.records import Generation, generations_file, read_generations, read_records
 
-GENERATE = "evaluation/run/generate.py"
 SAMPLES = 3
 
 
@@ -46,30 +43,19 @@ def model(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    directory = tmp_path_factory.mktemp("data")
-    write_rows(directory, "js", [row("js", number) for number in range(3)])
-    return directory
+    return write_data(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture
 def generate(monkeypatch, model, data):
     """Call the program's `main` in this process with a model, an output and more flags."""
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    spec = importlib.util.spec_from_file_location("generate_under_test", ROOT / GENERATE)
-    program = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(program)
+    main = load(monkeypatch)
 
     def run(output: Path, *flags: str | int) -> None:
         common = [model, "--data", data, "--languages", "js", "--style", "octocoder", "--max-length", 224]
-        arguments = [*common, "--samples", SAMPLES, "--temperature", 1, "--output", output, *flags]
-        monkeypatch.setattr(sys, "argv", [GENERATE, *map(str, arguments)])
-        program.main()
+        main(*common, "--samples", SAMPLES, "--temperature", 1, "--output", output, *flags)
 
     return run
-
-
-def texts(output: Path, task: str = "synthesize") -> dict[tuple[str, int], str]:
-    return {key: found.text for key, found in read_generations(output, task, "js").items()}
 
 
 def test_samples_do_not_depend_on_shards_batches_or_restarts(generate, tmp_path):

@@ -4,8 +4,8 @@ The noise of a sample comes from its own generator, so it is the same in any bat
 after any restart, as far as the model's arithmetic is.
 """
 
+import hashlib
 import math
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessor, S
 from transformers.utils.logging import disable_progress_bar
 
 from megatron_ft.errors import UserError
+from megatron_ft.evaluation.engines.engine import LEAST_NEW_TOKENS, Request, Sample
 from megatron_ft.evaluation.stopping import StopRule
-
-LEAST_NEW_TOKENS = 256  # kept free for the answer where a prompt is longer than the model
-
-
-@dataclass(frozen=True)
-class Sample:
-    """What was generated after a prompt; see `records.Generation`."""
-
-    text: str
-    tokens: int
-    finish: str
-    prompt_cut: int
 
 
 class SeededSampling(LogitsProcessor):
@@ -68,8 +57,11 @@ class LocalModel:
     Raises UserError if transformers cannot load it, or `max_length` exceeds its positions.
     """
 
+    at_once = 1
+
     def __init__(self, directory: Path, temperature: float, top_p: float, max_length: int):
         disable_progress_bar()
+        self._directory = directory
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
             model = AutoModelForCausalLM.from_pretrained(directory, dtype="auto", local_files_only=True).eval()
@@ -81,10 +73,25 @@ class LocalModel:
             raise UserError(f"--max-length {max_length}: the model has {positions} positions; use at most as many")
         self._model = model.to("cuda" if torch.cuda.is_available() else "cpu")
         self._temperature, self._top_p, self._max_length = temperature, top_p, max_length
+        self.eos: str | None = self.tokenizer.eos_token
         self._ends = {self.tokenizer.eos_token_id, model.config.eos_token_id} - {None}
 
+    def identity(self) -> dict[str, Any]:
+        """The directory, the sizes of its weights, and a digest of its configuration."""
+        names = ("config.json", "tokenizer.json", "model.safetensors", "model.safetensors.index.json")
+        files = [self._directory / name for name in names]
+        return {
+            "model": str(self._directory.resolve()),
+            "model_files": {path.name: path.stat().st_size for path in files if path.is_file()},
+            "config_sha256": hashlib.sha256(files[0].read_bytes()).hexdigest(),
+        }
+
+    def sample(self, request: Request) -> list[Sample]:
+        """One sample per number, in one batch."""
+        return self._sample_or_halve(request.prompt, list(map(request.seed_of, request.numbers)), request.rule)
+
     @torch.inference_mode()
-    def sample(self, prompt: str, seeds: list[int], rule: StopRule) -> list[Sample]:
+    def _sample_or_halve(self, prompt: str, seeds: list[int], rule: StopRule) -> list[Sample]:
         """One sample per seed. The batch is halved where memory does not suffice."""
         try:
             return self._sample(prompt, seeds, rule)
@@ -95,7 +102,7 @@ class LocalModel:
                 ) from None
         torch.cuda.empty_cache()
         half = len(seeds) // 2
-        return self.sample(prompt, seeds[:half], rule) + self.sample(prompt, seeds[half:], rule)
+        return self._sample_or_halve(prompt, seeds[:half], rule) + self._sample_or_halve(prompt, seeds[half:], rule)
 
     def _sample(self, prompt: str, seeds: list[int], rule: StopRule) -> list[Sample]:
         ids = self.tokenizer(prompt, return_tensors="pt").input_ids
@@ -115,11 +122,11 @@ class LocalModel:
             logits_processor=processors,
             stopping_criteria=[RowsFinish(rule, self.tokenizer, ids.shape[1])],
         )[:, ids.shape[1] :].tolist()
-        return [self._finished(row, rule, cut) for row in rows]
+        return [self._finished(row, rule, cut, seed) for row, seed in zip(rows, seeds, strict=True)]
 
-    def _finished(self, row: list[int], rule: StopRule, cut: int) -> Sample:
+    def _finished(self, row: list[int], rule: StopRule, cut: int, seed: int) -> Sample:
         """The sample in a row of tokens, without end of text and what was padded after it."""
         end = next((i for i, token in enumerate(row) if token in self._ends), len(row))
         text = str(self.tokenizer.decode(row[:end], clean_up_tokenization_spaces=False))
         finish = "stop" if rule.finished(text) else "eos" if end < len(row) else "length"
-        return Sample(text, end, finish, cut)
+        return Sample(text, end, finish, seed, cut)

@@ -61,6 +61,7 @@ from megatron_ft.files.hub_cache import download_hint, resolve_hub_cache
 from megatron_ft.files.jsonl import parse_shard
 from megatron_ft.files.output import OutputFile, writing
 from megatron_ft.progress import Progress
+from megatron_ft.tokenizer import files as tokenizer_files
 
 ROOT = Path(__file__).resolve().parents[2]
 ENGINES = ("transformers", "endpoint", "replay")
@@ -168,12 +169,19 @@ def converted(run: Path, output: Path) -> Path:
     def convert(directory: Path) -> None:
         from megatron_ft.weights.adapters import open_adapters
 
-        command = ["convert/megatron_to_hf.py", "--load", str(run.resolve()), "--output", str(directory)]
-        command += ["--merge-lora"] if open_adapters(run) else []
-        print(f"{run}: a run; converting its newest checkpoint to {model}", file=sys.stderr, flush=True)
-        done = subprocess.run([sys.executable, *command], cwd=ROOT, stdout=sys.stderr, check=False)
+        print(f"{run}: a run; converting its newest checkpoint to {output / 'model'}", file=sys.stderr, flush=True)
+        program, new = "convert/megatron_to_hf.py", directory / "model"
+        flags = ["--load", str(run.resolve()), "--output", str(new), *(["--merge-lora"] if open_adapters(run) else [])]
+        done = subprocess.run(
+            [sys.executable, program, *flags], cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, check=False
+        )
         if done.returncode != 0:
-            raise UserError(f"{run}: cannot be converted, see above; convert it with {command[0]}, and name its output")
+            raise UserError(f"{run}: cannot be converted, see above; convert it with {program}, and name its output")
+        if not tokenizer_files.files_of(new):
+            raise UserError(f"{run}: has no tokenizer; convert it with {program} --tokenizer-file, and name its output")
+        for path in list(new.iterdir()):
+            path.rename(directory / path.name)
+        new.rmdir()
 
     model = output.resolve() / "model"
     with writing(output):

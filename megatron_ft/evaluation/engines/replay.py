@@ -1,8 +1,8 @@
 """Samples that were generated before, from a file: records of generate.py, or lists of texts.
 
-The reference harness (bigcode-evaluation-harness) writes the lists, one per problem. Its texts begin
-with the start of the function, as the prompt does; it is removed, so that they are cut and scored
-as other texts are.
+The reference harness (bigcode-evaluation-harness) writes the lists, one per problem. Its texts
+begin with the start of the function, which the prompt has, too; it is removed, so that they are cut
+and scored as other texts are.
 """
 
 import hashlib

@@ -67,6 +67,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         raise UserError(f"--shard-mib {args.shard_mib}: must be at least 1")
     if args.plot and args.plot.suffix not in PLOT_FORMATS:
         raise UserError(f"--plot {args.plot}: the name must end in .png, .pdf or .svg")
+    if args.licenses == "-" and "-" in args.input:
+        raise UserError("standard input (-) can be read only once; give --licenses a file")
     with writing(args.output):
         if args.output.exists() and (not args.output.is_dir() or any(args.output.iterdir())):
             raise UserError(f"--output {args.output}: exists; remove it, or choose another directory")

@@ -10,6 +10,7 @@ import os
 import shutil
 import socket
 import stat
+import sys
 import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -41,6 +42,8 @@ class OutputFile:
         self._partial: Path | None = None
         self._file: IO[bytes]
         if str(path) in STANDARD_OUTPUT:
+            if sys.stdout is None:
+                raise UserError("standard output is closed; redirect it to a file or pipe, or give a file")
             self._file = open(1, "wb", closefd=False)
         else:
             with writing(path):

@@ -127,6 +127,12 @@ def test_the_cases_give_the_golden_rows(tables, tmp_path):
     assert select(tables, tmp_path / "out") == case_rows()[1]
 
 
+def test_licenses_are_found_in_any_case(tables, tmp_path):
+    upper = [entry | {"license": entry["license"].upper()} for entry in LICENSES]
+    tables["licenses"] = write_parquet(tmp_path, "licenses", upper, "upper")
+    assert select(tables, tmp_path / "out") == case_rows()[1]
+
+
 def test_json_as_bigquery_exports_it_gives_the_same_rows(tmp_path):
     rows = {"commits": case_rows()[0], "licenses": LICENSES, "languages": LANGUAGES}
     tables = {table: write_bigquery_json(tmp_path, table, found) for table, found in rows.items()}

@@ -196,6 +196,7 @@ def test_output_that_exists_is_not_touched(tmp_path):
         (["--shard-mib", "0"], "must be at least 1"),
         (["--plot", "x.gif"], "must end in .png, .pdf or .svg"),
         (["--licenses", "missing.jsonl"], "missing.jsonl"),
+        (["--input", "-", "--licenses", "-"], "standard input (-) can be read only once; give --licenses a file"),
         (["--opt-out", "missing.txt"], "missing.txt: cannot be read"),
     ],
 )

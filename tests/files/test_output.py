@@ -55,6 +55,13 @@ def test_names_of_standard_output(tmp_path):
         assert done.stdout == b"new" and not os.listdir(tmp_path)
 
 
+def test_closed_standard_output_is_one_line(tmp_path):
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from megatron_ft.files.output import OutputFile\n"
+    code += "from megatron_ft.errors import run_program\nrun_program(lambda: OutputFile('-'))"
+    done = subprocess.run(["bash", "-c", 'exec "$@" >&-', "-", sys.executable, "-c", code], stderr=subprocess.PIPE)
+    assert done.returncode == 2 and done.stderr.startswith(b"error: standard output is closed; redirect it")
+
+
 def test_the_suffix_selects_the_compression(tmp_path):
     content = b"abc" * 10_000
     for name, read in (

@@ -2,9 +2,9 @@
 -- per commit and repository. Commits whose message is too short, too long or noise are left out.
 -- Parameters: @licenses, @languages and @noise_subjects, arrays of strings.
 WITH selected AS (
-  SELECT licenses.repo_name, MIN(licenses.license) AS license
+  SELECT licenses.repo_name, MIN(LOWER(licenses.license)) AS license
   FROM `bigquery-public-data.github_repos.licenses` AS licenses
-  WHERE licenses.license IN UNNEST(@licenses)
+  WHERE LOWER(licenses.license) IN UNNEST(@licenses)
     AND licenses.repo_name IN (
       SELECT languages.repo_name
       FROM `bigquery-public-data.github_repos.languages` AS languages

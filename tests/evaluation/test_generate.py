@@ -7,8 +7,7 @@ import pytest
 import torch
 from conftest import one_error_line, run_program
 from generate_program import GENERATE, load, texts, write_data
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import GPTBigCodeConfig, GPTBigCodeForCausalLM
+from tiny_model import write_model
 
 from megatron_ft.errors import UserError
 from megatron_ft.evaluation.engines.sampling import SeededSampling
@@ -21,24 +20,7 @@ SAMPLES = 3
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
-    """A random model of two layers over bytes."""
-    directory = tmp_path_factory.mktemp("model")
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {"<|endoftext|>": 0} | {letter: i for i, letter in enumerate(letters, 1)}
-    tokenizer = Tokenizer(models.BPE(vocabulary, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(["<|endoftext|>"])
-    tokenizer.save(str(directory / "tokenizer.json"))
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"}
-    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
-    torch.manual_seed(1)
-    config = GPTBigCodeConfig(
-        n_layer=2, n_head=2, n_embd=32, n_positions=512, vocab_size=257, bos_token_id=0, eos_token_id=0,
-        initializer_range=0.3,
-    )  # fmt: skip
-    GPTBigCodeForCausalLM(config).save_pretrained(directory)
-    return directory
+    return write_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")

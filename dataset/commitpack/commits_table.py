@@ -36,7 +36,7 @@ from megatron_ft.extras import require
 from megatron_ft.files.json_file import read_small_file
 from megatron_ft.files.jsonl import parse_shard
 from megatron_ft.files.output import open_locked, writing
-from megatron_ft.files.report import write_report
+from megatron_ft.files.report import report_path, write_report
 from megatron_ft.printable import printable
 from megatron_ft.progress import Progress
 
@@ -124,7 +124,7 @@ def finish(journal: Journal, manifest: Path, outputs: dict[str, Path], args: arg
         first = journal.entries[0] if journal.entries else None
         why = f"{first.path}: {first.status}, {first.reason}" if first else "this shard has none"
         raise UserError(f"no readable repository ({why}); give directories of git repositories with their history")
-    if all(path.exists() for path in outputs.values()):
+    if all(path.exists() for path in (*outputs.values(), report_path(outputs["commits"]))):
         print(f"{args.output}: complete, nothing to do", file=sys.stderr)
         return
     rows = write_tables(journal.path, manifest, outputs, args.format, args.memory and args.memory << 20)

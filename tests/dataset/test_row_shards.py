@@ -108,6 +108,12 @@ def test_joined_parquet_has_the_columns_of_all_parts(tmp_path):
     assert joined.equals(single) and joined["note"].to_pylist() == [None, None, None, 1.5]
 
 
+def test_outputs_whose_names_have_dots_have_a_report_each(rows):
+    for name in ("out.a.jsonl", "out.b.jsonl"):
+        run_program("dataset/commits_to_jsonl.py", *command(rows, name)[1:])
+    assert sorted(path.name for path in rows.parent.glob("*report*")) == ["out.a_report.json", "out.b_report.json"]
+
+
 def test_a_failed_shard_stays_missing(rows):
     broken = [word for word in command(rows) if word != "--skip-bad-rows"]
     with open(rows, "a", encoding="utf-8") as file:

@@ -68,7 +68,11 @@ def inspect(path: Path) -> Repository:
     if shallow == b"true":
         return Repository(path, "shallow", reason="a shallow clone; git fetch --unshallow completes it")
     if run_git(path, "rev-parse", "--verify", "--quiet", "HEAD").returncode:
-        return Repository(path, "empty", reason="no commits yet")
+        if not run_git(path, "for-each-ref", "--count=1").stdout:
+            return Repository(path, "empty", reason="no commits yet")
+        missing = first_line(run_git(path, "symbolic-ref", "HEAD").stdout) or "a commit that is missing"
+        reason = f"HEAD is {missing}, which does not exist; git symbolic-ref HEAD refs/heads/BRANCH selects another"
+        return Repository(path, "empty", reason=reason)
     if run_git(path, "config", "--get-regexp", r"^remote\..*\.partialclonefilter$").returncode == 0:
         reason = "a partial clone; git fetch --refetch --no-filter completes it"
         return Repository(path, "unreadable", reason=reason)

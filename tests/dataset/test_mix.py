@@ -260,7 +260,7 @@ def test_bad_rows_stop_or_are_counted(sources):
         file.write(b'{"inputs": "x"}\n{\n')
     spec = write_spec(sources, {"sources": {"b": {"files": "b.jsonl", "rows": "all"}}})
     done = run_program(MIX, spec, "--output", sources / "out.jsonl", ok=False)
-    assert "b.jsonl, line 302: JSON over several lines" in one_error_line(done)
+    assert "b.jsonl, line 301: no key 'outputs' or 'targets'" in one_error_line(done)
     assert len(mixed(spec, sources / "out.jsonl", "--skip-bad-rows")) == 300
     report = json.loads((sources / "out_report.json").read_text(encoding="utf-8"))
     assert sum(report["bad_rows"].values()) == 2

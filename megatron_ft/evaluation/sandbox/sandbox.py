@@ -232,8 +232,8 @@ def namespaces() -> list[str]:
 
 def mounts(readable: Iterable[str]) -> list[str]:
     """bubblewrap's flags for what a program sees: the system and `readable`, which it cannot write,
-    and /tmp. `--remount-ro /` has to come after all others."""
-    flags = []
+    and /tmp, before `readable`, which may be below it. `--remount-ro /` has to come last."""
+    flags = ["--size", str(SCRATCH), "--perms", "1777", "--tmpfs", "/tmp"]
     for path in SYSTEM:
         if os.path.islink(path):
             flags += ["--symlink", os.readlink(path), path]
@@ -247,7 +247,7 @@ def mounts(readable: Iterable[str]) -> list[str]:
             flags += ["--perms", "0755", "--dir", str(parent)]
         flags += ["--ro-bind" if path in paths else "--ro-bind-try", path, path]
     flags += ["--proc", "/proc", "--dev", "/dev", "--size", "65536", "--tmpfs", "/dev/shm", "--remount-ro", "/dev"]
-    return [*flags, "--size", str(SCRATCH), "--perms", "1777", "--tmpfs", "/tmp", "--remount-ro", "/"]
+    return [*flags, "--remount-ro", "/"]
 
 
 def check_readable(path: str) -> None:

@@ -86,10 +86,7 @@ pub fn random<T: Random>() -> T { thread_rng().gen() }
 
 def find() -> Toolchain:
     """Raises ToolchainError if rustc, cargo, a linker or the crates are missing."""
-    found = shutil.which("rustc")
-    if not found:
-        raise ToolchainError(f"rustc: not found; install {INSTALL}")
-    root = output_of(found, "--print", "sysroot").strip()  # rustup's rustc only starts another one
+    root = find_sysroot()
     compiler = f"{root}/bin/rustc"
     version = output_of(compiler, "--version").strip()
     find_command("cc", "a C compiler, which links for Rust (Debian: gcc)")
@@ -106,6 +103,19 @@ def find() -> Toolchain:
         readable=(root, str(crates)),
         environment={"PATH": f"{root}/bin:/usr/bin:/bin", "RUST_BACKTRACE": "0"},
     )
+
+
+def find_sysroot() -> str:
+    """The installation of the first rustc in PATH that works: rustup's only starts another one, and
+    may have none to start."""
+    found = [shutil.which("rustc", path=directory) for directory in os.environ.get("PATH", "").split(os.pathsep)]
+    error = ToolchainError(f"rustc: not found; install {INSTALL}")
+    for command in filter(None, found):
+        try:
+            return output_of(command, "--print", "sysroot").strip()
+        except ToolchainError as reason:
+            error = reason
+    raise error
 
 
 def write_project(project: Path) -> None:

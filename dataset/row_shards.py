@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from megatron_ft.config.parser import Help, Parser
 from megatron_ft.errors import UserError, run_program
 from megatron_ft.files.jsonl import parse_shard
-from megatron_ft.files.output import STANDARD_OUTPUT
+from megatron_ft.files.output import STANDARD_OUTPUT, writing
 from megatron_ft.files.row_shards import command_stamp, join, missing_parts, part_path, stamp_path, write_stamp
 from megatron_ft.printable import printable
 
@@ -94,7 +94,8 @@ def run(args: argparse.Namespace, stamp: str) -> int:
     if args.index not in dict(missing_parts(args.output, args.count, stamp)):
         print(printable(f"{part}: exists, nothing to do"), file=sys.stderr)
         return 0
-    stamp_path(part).unlink(missing_ok=True)  # of another command, whose part is about to be replaced
+    with writing(part):
+        stamp_path(part).unlink(missing_ok=True)  # of another command, whose part is about to be replaced
     words = [f"--output={part}" if word.startswith("--output=") else word for word in args.arguments]
     for i, word in enumerate(words):
         if word == "--output":

@@ -94,8 +94,8 @@ def _compressed(file: IO[bytes], suffix: str) -> Any:
 
 def check_not_input(output: str | Path, inputs: Iterable[str | Path | None]) -> None:
     """UserError if an output is one of the files that are read."""
-    for path in filter(None, inputs):
-        if str(output) not in STANDARD_OUTPUT and os.path.realpath(path) == os.path.realpath(output):
+    for path in inputs:
+        if path and str(output) not in STANDARD_OUTPUT and os.path.realpath(path) == os.path.realpath(output):
             raise UserError(f"{path}: is both input and output and would be overwritten; give the output another name")
 
 

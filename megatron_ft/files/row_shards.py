@@ -93,7 +93,8 @@ def join(output: Path, count: int, stamp: str) -> bool:
     """
     if _made_by(output, stamp):
         return False
-    stamp_path(output).unlink(missing_ok=True)  # of the output that is about to be replaced
+    with writing(output):
+        stamp_path(output).unlink(missing_ok=True)  # of the output that is about to be replaced
     parts = [part_path(output, index, count) for index in range(1, count + 1)]
     with writing(output):
         if output.suffix == ".parquet":

@@ -161,8 +161,9 @@ def _lower(value: Any) -> str | None:
 
 def _parse(path: Path) -> Any:
     yaml = require("yaml", "dataset")
+    safe_loader: Any = yaml.SafeLoader
 
-    class Loader(yaml.SafeLoader):
+    class Loader(safe_loader):
         """Refuses a key that is given twice; YAML's own loader keeps the last one in silence."""
 
         def construct_mapping(self, node: Any, deep: bool = False) -> Any:

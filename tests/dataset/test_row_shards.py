@@ -108,6 +108,12 @@ def test_joined_parquet_has_the_columns_of_all_parts(tmp_path):
     assert joined.equals(single) and joined["note"].to_pylist() == [None, None, None, 1.5]
 
 
+def test_a_stamp_that_cannot_be_removed_is_one_line(rows):
+    rows.with_name(".out-shard-1-of-1.jsonl.stamp").mkdir()
+    error = one_error_line(shards("run", "1/1", *command(rows), ok=False))
+    assert "out-shard-1-of-1.jsonl: cannot be written" in error
+
+
 def test_outputs_whose_names_have_dots_have_a_report_each(rows):
     for name in ("out.a.jsonl", "out.b.jsonl"):
         run_program("dataset/commits_to_jsonl.py", *command(rows, name)[1:])

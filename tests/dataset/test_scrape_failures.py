@@ -17,6 +17,9 @@ from conftest import ROOT, one_error_line, run_program
 from git_server import GitServer, serve
 from served_history import make_repository, metadata, numbered, read_rows, write_rows
 
+from megatron_ft.commits.scraper import protocol
+from megatron_ft.errors import UserError
+
 SCRAPE = "dataset/commitpack/scrape_github.py"
 EXIT_RESUME = 75
 REPOS = ["o/a", "o/b", "o/c", "o/d"]
@@ -174,6 +177,12 @@ def test_server_that_keeps_failing_ends_the_run(server, rows, tmp_path):
     done = subprocess.run(run, capture_output=True, text=True, cwd=ROOT, timeout=120)
     assert done.returncode == EXIT_RESUME and "the server keeps failing (o/" in done.stderr, done.stderr
     assert 14 <= len(server.log) <= 16 and not list((tmp_path / "out").glob("part-*"))
+
+
+def test_scratch_repository_that_cannot_be_made_is_a_user_error(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="git init failed .*; free disk space, or choose another --temp"):
+        next(protocol.scrape(None, tmp_path / "file/0", "a/b", [], 1, lambda: None))
 
 
 def test_a_finished_scrape_asks_for_nothing(server, rows, tmp_path):

@@ -16,9 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, NamedTuple
 
-from megatron_ft.commits.git import REGULAR_FILES, BlobReader, git, git_environment, split_at_nul
+from megatron_ft.commits.git import REGULAR_FILES, BlobReader, first_line, git, git_environment, split_at_nul
 from megatron_ft.commits.scraper.server import FetchFailed, NotOurRef, Server
 from megatron_ft.commits.scraper.status import Status
+from megatron_ft.errors import UserError
 
 MAX_IDS = 1000  # per fetch
 TAKEN_OUT = 8  # unknown objects that are taken out one by one before the rest is halved
@@ -68,7 +69,12 @@ def scrape(
     what Server.fetch raises, except NotOurRef.
     """
     init = ["git", "init", "--quiet", "--bare", "--template=", str(directory)]
-    subprocess.run(init, check=True, stdout=subprocess.DEVNULL, env=git_environment())
+    done = subprocess.run(init, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=git_environment())
+    if done.returncode:
+        raise UserError(
+            f"{directory}: git init failed ({first_line(done.stderr)}); free disk space, or choose another "
+            "--temporary-directory"
+        )
     blobs: dict[int, Blobs] = {}
     if all(row.old_blob and row.new_blob for row in rows):
         for row in rows:

@@ -30,7 +30,7 @@ from megatron_ft.conversations.phrases import phrases_in, read_phrases
 from megatron_ft.conversations.recognize import ShapeFinder
 from megatron_ft.conversations.records import join_trees, open_records, read_records
 from megatron_ft.conversations.shapes import SHAPES
-from megatron_ft.errors import run_program
+from megatron_ft.errors import UserError, run_program
 from megatron_ft.files.jsonl import parse_shard, shard_bytes
 from megatron_ft.files.jsonl_row import BadRow
 from megatron_ft.files.output import check_not_input, writing
@@ -99,6 +99,10 @@ def main() -> None:
                     languages[fenced_language(text for _, text in turns)] += 1
                     output.write(row.fields, row.line)
             progress.update(chunk.consumed)
+        if not rows and args.shard[1] == 1:
+            raise UserError(
+                f"{sources[0].name}: no conversation{' that is not bad' if bad else ''}; expected rows as of to_rows.py"
+            )
         output.commit()
     report = {
         "rows_in": rows + bad.total(),

@@ -188,6 +188,12 @@ def test_damaged_phrases_report_one_line_errors(tmp_path, content, message):
     assert not (tmp_path / "out.jsonl").exists()
 
 
+def test_input_without_rows_is_one_line(tmp_path):
+    (tmp_path / "in.json").write_text("[]")
+    done = run_program(FILTER, "--input", tmp_path / "in.json", "--output", tmp_path / "out.jsonl", ok=False)
+    assert "in.json: no conversation; expected" in one_error_line(done) and not (tmp_path / "out.jsonl").exists()
+
+
 def test_bad_rows_stop_or_are_counted(tmp_path):
     rows = [chat("Q", "A"), [{"text": 3, "from": "user"}]]
     with pytest.raises(AssertionError, match=r"line 2: 'text' is an integer, not a string|not a list of messages"):

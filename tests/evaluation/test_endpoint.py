@@ -29,7 +29,7 @@ def generate(monkeypatch, tmp_path):
     def run(server: CompletionsServer | str, output: Path, *flags: str | int | Path) -> None:
         url = server if isinstance(server, str) else server.url
         common = ["served", "--engine", "endpoint", "--endpoint", url, "--data", data, "--languages", "js"]
-        more = ["--tasks", "synthesize", "--style", "octocoder", "--samples", SAMPLES, "--timeout", 1]
+        more = ["--tasks", "synthesize", "--style", "octocoder", "--samples", SAMPLES, "--timeout", 2]
         main(*common, *more, "--output", output, *flags)
 
     return run

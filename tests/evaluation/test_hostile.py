@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from made_problems import made_problem
 from sandboxes import sandbox_or_skip, verdict_on
-from test_programs import EXITS
+from test_evaluation_programs import EXITS
 
 from megatron_ft.evaluation.cutting import cut
 from megatron_ft.evaluation.problems import LANGUAGES

@@ -1,6 +1,6 @@
 """Time scoring against the plain way: one process per program, and one compiler start per program.
 
-    python bench/score.py --data ../shared/data/humanevalpack
+    python bench/score.py --data humanevalpack/
     python bench/score.py --data DIR --languages python --generations generations.json
 
 Programs are HumanEvalPack's canonical solutions. Times are CPU seconds of all processes, so that

@@ -32,7 +32,7 @@ VERSION = 1  # of the rules below: part of a verdict's key
 SHOWN = 2048  # bytes of output kept from its start, and from its end
 OUT_OF_MEMORY = re.compile(
     rb"MemoryError|std::bad_alloc|heap out of memory|Array buffer allocation failed|OutOfMemoryError|"
-    rb"runtime: out of memory|cannot allocate memory|memory allocation of \d+ bytes failed"
+    rb"(?:runtime|fatal error): out of memory|cannot allocate memory|memory allocation of \d+ bytes failed"
 )
 ASSERTION = re.compile(rb"AssertionError|[Aa]ssertion (?:`.*`?)? *failed|Assertion `|--- FAIL")
 NO_PROCESS = re.compile(

@@ -28,7 +28,7 @@ from megatron_ft.evaluation.sandbox.sandbox import (
 from megatron_ft.evaluation.toolchains.compile_server import CompileServer
 from megatron_ft.evaluation.toolchains.toolchain import COMPILE_CPU_S, Toolchain
 
-VERSION = 1  # of the rules below: part of a verdict's key
+VERSION = 2  # of the rules below: part of a verdict's key
 SHOWN = 2048  # bytes of output kept from its start, and from its end
 OUT_OF_MEMORY = re.compile(
     rb"MemoryError|std::bad_alloc|heap out of memory|Array buffer allocation failed|OutOfMemoryError|"
@@ -145,7 +145,7 @@ def status_of(program: Program, reports: list[StepReport], steps: int, completed
     exit_status = {completed: 0}.get(-1 if last.exit is None else last.exit, last.exit or 1)
     if last.signal is None and program.passed(exit_status, last.stdout, last.stderr):
         return "passed"
-    if OUT_OF_MEMORY.search(output):
+    if OUT_OF_MEMORY.search(output) or OUT_OF_MEMORY.search(last.stderr[:SHOWN]):  # Go's stacks follow it
         return "memory"
     if program.language in ("python", "js") and SYNTAX.search(output):
         return "compile_error"

@@ -4,9 +4,9 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 BENCH_DIR ?= /tmp
-# Tests run in this many processes; a process takes about 1 GB.
+# Tests run in this many processes, a file in one of them; a process takes about 1 GB.
 WORKERS ?= 2
-PYTEST = $(RUN) -m pytest -n $(WORKERS) --dist loadgroup
+PYTEST = $(RUN) -m pytest -n $(WORKERS) --dist loadfile
 
 .PHONY: demo test test-slow fuzz lint bench venv clean
 

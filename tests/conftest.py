@@ -37,14 +37,6 @@ def reference_data(folder: str) -> Path:
     return SHARED / folder
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep the tests of a file in one process, which has its fixtures once, and all of tests/slurm
-    in one, since each cluster is a dozen daemons."""
-    for item in items:
-        folder = item.path.parent
-        item.add_marker(pytest.mark.xdist_group(str(folder if folder.name == "slurm" else item.path)))
-
-
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Print how many tests were skipped because their reference data is not shipped."""
     skipped = terminalreporter.stats.get("skipped", [])

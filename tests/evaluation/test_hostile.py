@@ -106,7 +106,7 @@ COMPILER_ATTACKS = {
     ),
     "include_str! of a file": (
         "rust",
-        'fn main(){}\n#[test]\nfn t(){ assert!(include_str!("/root/.bashrc").len() > 0); }',
+        f'fn main(){{}}\n#[test]\nfn t(){{ assert!(include_str!("{__file__}").len() > 0); }}',  # exists, outside
         ["compile_error"],
     ),
     "embedded file": (

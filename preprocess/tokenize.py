@@ -23,12 +23,10 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 import argparse
 import json
 import os
-from collections import Counter, deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import Counter
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from itertools import islice
 
 import numpy as np
 
@@ -38,7 +36,7 @@ from megatron_ft.data.provenance import MAX_SHARDS, Provenance, inputs_of, path_
 from megatron_ft.data.shards import missing_shards
 from megatron_ft.errors import UserError, run_program
 from megatron_ft.files.jsonl import Block, Source, open_sources, parse_shard, read_blocks, shard_bytes
-from megatron_ft.files.jsonl_row import BadRow, parse_row
+from megatron_ft.files.jsonl_row import BadRow
 from megatron_ft.files.output import OutputFile, writing
 from megatron_ft.printable import printable
 from megatron_ft.progress import Progress
@@ -46,15 +44,14 @@ from megatron_ft.tokenizer.consumer import difference_to_transformers
 from megatron_ft.tokenizer.files import vocabulary_digest
 from megatron_ft.tokenizer.kinds import Tokenizer
 from megatron_ft.tokenizer.tokenizer import load_tokenizer
+from megatron_ft.tokenizing.in_order import BlockEncoder, encode_in_order
+from megatron_ft.tokenizing.row_encoder import Encoded, RowEncoder
 
-MEMORY = 512 << 20  # bytes of blocks in flight, as estimated by `memory_of`; one block may exceed it
 REMEDY = "fix the row, name other keys (--input-key, --output-key), or skip such rows (--skip-bad-rows)"
 REMEDY_OF_DIFFERENCE = (
     "the token files have the ids of its tokenizer.json, which models are pretrained with, "
     "and convert/megatron_to_hf.py writes a tokenizer that transformers loads as it is"
 )
-SAMPLE_ROWS = 64  # rows of the data on which the fast encoder is checked against the reference
-SAMPLE_BYTES = 1 << 18  # longer lines are left out of that sample
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -173,17 +170,6 @@ def print_notices(args: argparse.Namespace, tokenizer: Tokenizer) -> None:
             print(printable(f"warning: {difference}; {REMEDY_OF_DIFFERENCE}"), file=sys.stderr)
 
 
-@dataclass(frozen=True)
-class Encoded:
-    """The result of encoding one block of rows. The fields of a row are its inputs and outputs."""
-
-    data: list[bytes]  # per field: the token ids of all rows
-    sizes: list[np.ndarray]  # per field: int32 [rows], tokens of each row
-    bad: list[tuple[int, str]]  # index in the block and reason of each bad row
-    special_counts: np.ndarray  # int64 [special tokens], how often the texts spelled each one out
-    ended: int  # outputs that ended with an end-of-text token before one was appended
-
-
 @dataclass
 class Totals:
     """Sums over all blocks."""
@@ -203,7 +189,7 @@ class Totals:
 def write_tokens(
     args: argparse.Namespace,
     sources: Sequence[Source],
-    encoder: "RowEncoder",
+    encoder: BlockEncoder,
     writers: Sequence[IndexedWriter],
     rejects: OutputFile | None,
     totals: Totals,
@@ -222,107 +208,6 @@ def write_tokens(
                 writer.add_many(data, sizes)
             totals.add(encoded)
             progress.update(block.consumed, f"{totals.tokens / progress.seconds:,.0f} tokens/s")
-
-
-class RowEncoder:
-    """Encodes blocks of lines; one object serves all threads.
-
-    `keys` lists, for inputs and for outputs, the names their key may have.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, keys: list[list[str]], append_eod: bool):
-        self.tokenizer, self.keys, self.append_eod = tokenizer, keys, append_eod
-        self.dtype = tokenizer.dtype
-        self.special_ids = np.array(list(tokenizer.special_ids.values()), np.int64)
-        eod = np.array([tokenizer.eod], self.dtype).tobytes() if append_eod else b""
-        self.endings = [b"", eod]  # per field: bytes to append to each row
-
-    def check_fast_encoder(self, block: Block) -> None:
-        """Compare the fast encoder with the reference on the first rows of the data.
-
-        If they differ, the reference is used and `tokenizer.notices` has the reason.
-        """
-        self.tokenizer.encode("")
-        texts: list[str] = []
-        for _, line in islice(block.rows(), SAMPLE_ROWS):
-            try:
-                texts += parse_row(line, self.keys) if line is not None and len(line) < SAMPLE_BYTES else []
-            except BadRow:
-                pass
-        self.tokenizer.check_sample(texts)
-
-    def encode(self, block: Block) -> Encoded:
-        """Encode the good rows of a block.
-
-        Rows are parsed and freed one at a time, because a single one may have 64 MiB.
-        """
-        data: tuple[list[bytes | memoryview], ...] = ([], [])
-        sizes: tuple[list[int], ...] = ([], [])
-        bad: list[tuple[int, str]] = []
-        ended = 0
-        for i, line in block.rows():
-            try:
-                texts = parse_row(line, self.keys)
-                encoded = [self.tokenizer.encode_batch([texts.pop(0)])[0] for _ in self.keys]
-                if empty := [names[0] for names, ids in zip(self.keys, encoded, strict=True) if not len(ids)]:
-                    raise BadRow(f"{empty[0]!r} has no tokens")
-            except BadRow as reason:
-                bad.append((i, str(reason)))
-                continue
-            for ids, ending, pieces, lengths in zip(encoded, self.endings, data, sizes, strict=True):
-                pieces += [ids.data, ending]
-                ended += bool(ending) and bool(ids[-1] == self.tokenizer.eod)
-                lengths.append(len(ids) + len(ending) // self.dtype.itemsize)
-        joined = [b"".join(pieces) for pieces in data]
-        special_counts = sum(map(self._count_specials, joined), start=np.zeros_like(self.special_ids))
-        if self.append_eod:
-            special_counts[self.special_ids == self.tokenizer.eod] -= len(sizes[1])
-        return Encoded(joined, [np.array(lengths, np.int32) for lengths in sizes], bad, special_counts, ended)
-
-    def _count_specials(self, data: bytes) -> np.ndarray:
-        """int64 [special tokens], how often each occurs in `data`."""
-        counts = np.zeros_like(self.special_ids)
-        ids = np.frombuffer(data, self.dtype)
-        for start in range(0, len(ids), 1 << 20):
-            counts += np.bincount(ids[start : start + (1 << 20)], minlength=self.tokenizer.vocab_size)[self.special_ids]
-        return counts
-
-
-def encode_in_order(encoder: RowEncoder, blocks: Iterator[Block], workers: int) -> Iterator[tuple[Block, Encoded]]:
-    """Encode blocks in `workers` threads and yield them in the order of the input.
-
-    Threads suffice because the encoders release the GIL. No more than MEMORY bytes, or a single
-    block, are in flight at a time.
-    """
-    pending: deque[tuple[Block, Future[Encoded]]] = deque()
-    in_flight = 0
-    pool = ThreadPoolExecutor(workers)
-    try:
-        for number, block in enumerate(blocks):
-            if number == 0:
-                encoder.check_fast_encoder(block)
-                for notice in encoder.tokenizer.notices:
-                    print(printable(notice), file=sys.stderr)
-            while pending and (in_flight + memory_of(block) > MEMORY or len(pending) > 4 * workers):
-                first, future = pending.popleft()
-                in_flight -= memory_of(first)
-                yield first, future.result()
-            pending.append((block, pool.submit(encoder.encode, block)))
-            in_flight += memory_of(block)
-        while pending:
-            first, future = pending.popleft()
-            yield first, future.result()
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def memory_of(block: Block) -> int:
-    """Estimated bytes while a block is encoded: its lines, their tokens, and one parsed row.
-
-    A parsed row counts 8 bytes per byte of its line: Python's str takes up to 4 bytes per
-    character, and two copies exist.
-    """
-    return 2 * block.num_bytes + 8 * max((len(line) for line in block.lines if line), default=0)
 
 
 def rejected_row(block: Block, i: int, reason: str) -> bytes:

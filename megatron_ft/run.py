@@ -31,6 +31,7 @@ from megatron_ft.engine.train import Run, train
 from megatron_ft.errors import UserError
 from megatron_ft.metrics.console import RunPlan
 from megatron_ft.metrics.metrics import MetricsLog
+from megatron_ft.metrics.model_facts import ShapeFacts
 from megatron_ft.model.shape import PRESETS, ModelShape, padded_vocab_size
 from megatron_ft.tokenizer.kinds import Tokenizer
 from megatron_ft.tokenizer.tokenizer import load_tokenizer
@@ -179,7 +180,8 @@ def open_log(prepared: Prepared, state: TrainState, reasons: list[str], device: 
         sequences_per_epoch=epoch,
         device_name=torch.cuda.get_device_name() if device.type == "cuda" else None,
     )
-    log = MetricsLog(config, prepared.shape, plan, config.checkpoint.save, writes=dist.get_rank() == 0)
+    model = ShapeFacts(config, prepared.shape)
+    log = MetricsLog(config, model, plan, config.checkpoint.save, writes=dist.get_rank() == 0)
     prepared.checkpointer.log = log.event
     read = [datasets.train] if datasets.train else [*datasets.valid.values(), *datasets.test.values()]
     log.banner(data="\n".join(dataset.description for dataset in read), start="\n".join(reasons))

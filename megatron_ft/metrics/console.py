@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from tqdm import tqdm
 
 from megatron_ft.config.config import Config
+from megatron_ft.metrics.model_facts import ModelFacts
 from megatron_ft.model import cost
-from megatron_ft.model.shape import ModelShape, padded_vocab_size
 from megatron_ft.printable import printable
 
 
@@ -37,12 +37,12 @@ class Console:
     def __init__(
         self,
         config: Config,
-        shape: ModelShape,
+        model: ModelFacts,
         plan: RunPlan,
         layout: cost.Layout,
         gpu: cost.Gpu | None,
     ) -> None:
-        self.config, self.shape, self.plan, self.layout, self.gpu = config, shape, plan, layout, gpu
+        self.config, self.model, self.plan, self.layout, self.gpu = config, model, plan, layout, gpu
         self._interval: list[dict] = []
         self._bar: tqdm | None = None
 
@@ -51,10 +51,10 @@ class Console:
 
         Each fact has one or more lines. `part` counts resumes.
         """
-        lines = [("model", self._model()), ("layout", str(self.layout)), ("precision", self._precision())]
+        lines = [("model", self.model.summary()), ("layout", str(self.layout)), ("precision", self._precision())]
         lines += [
             ("device", self.plan.device_name or "CPU"),
-            ("memory", self._memory()),
+            ("memory", self.model.memory(self.gpu)),
             ("training", self._training(part)),
         ]
         lines += [(name.replace("_", " "), text) for name, text in facts.items()]
@@ -113,37 +113,9 @@ class Console:
 
     # --- banner ---
 
-    def _padded_vocab(self) -> int:
-        return padded_vocab_size(
-            self.shape.vocab_size, self.config.model.make_vocab_size_divisible_by, self.layout.tensor_parallel
-        )
-
-    def _model(self) -> str:
-        shape = self.shape
-        parameters = shape.num_parameters(self._padded_vocab())
-        attention = "multi-query" if shape.multi_query else "multi-head"
-        line = f"{self.config.model.preset or 'GPTBigCode'}: {parameters:,} parameters, {shape.num_layers} layers x {shape.hidden_size}, "
-        line += f"{shape.num_attention_heads} heads ({attention}), vocabulary {shape.vocab_size:,} (padded {self._padded_vocab():,})"
-        if self.layout.lora_rank:
-            unsharded = cost.Layout(lora_rank=self.layout.lora_rank, lora_targets=self.layout.lora_targets)
-            adapters = cost.adapter_parameters_on_rank(shape, unsharded)
-            line += f"; LoRA rank {self.layout.lora_rank} trains {adapters:,} ({adapters / parameters:.2%})"
-        return line
-
     def _precision(self) -> str:
         optimizer = f"{self.config.optimizer.name}{' on the CPU' if self.config.optimizer.cpu_offload else ''}"
         return f"{self.layout.precision}, {optimizer}, peak lr {self.config.schedule.lr:g} ({self.config.schedule.decay_style})"
-
-    def _memory(self) -> str:
-        need = cost.estimate(self.shape, self._padded_vocab(), self.layout, self.config.data.seq_length)
-        parts = [(need.weights, "weights"), (need.gradients, "gradients"), (need.optimizer, "optimizer")]
-        parts += [(need.activations, "activations")]
-        unit, size = ("GiB", cost.GIB) if need.total >= cost.GIB else ("MiB", 2**20)
-        line = f"about {need.total / size:.1f} {unit} per rank: "
-        line += ", ".join(f"{name} {part / size:.1f}" for part, name in parts)
-        if self.gpu and not need.fits(self.gpu):
-            line += f"; exceeds {self.gpu.name} memory: see launch/plan.py"
-        return line
 
     def _training(self, part: int) -> str:
         plan, config = self.plan, self.config

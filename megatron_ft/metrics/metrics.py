@@ -40,10 +40,10 @@ from megatron_ft.errors import UserError
 from megatron_ft.metrics.console import Console, RunPlan
 from megatron_ft.metrics.lines import DETERMINISTIC_KEYS, EVENTS, METRICS, TIMING_KEYS, VALIDATION, read_log
 from megatron_ft.metrics.log_files import LogFiles
+from megatron_ft.metrics.model_facts import ModelFacts
 from megatron_ft.metrics.report import write_report
 from megatron_ft.metrics.sinks import Sink, check_sinks, open_sinks
 from megatron_ft.model import cost
-from megatron_ft.model.shape import ModelShape
 
 
 class MetricsLog:
@@ -58,17 +58,17 @@ class MetricsLog:
     def __init__(
         self,
         config: Config,
-        shape: ModelShape,
+        model: ModelFacts,
         plan: RunPlan,
         save_dir: str | Path | None,
         *,
         writes: bool = True,
     ) -> None:
         check_sinks(config)  # on every rank, so that all exit alike
-        self.config, self.shape, self.plan, self.writes = config, shape, plan, writes
+        self.config, self.model, self.plan, self.writes = config, model, plan, writes
         self.layout = config.layout()
         self.gpu = cost.find_gpu(plan.device_name) if plan.device_name else None
-        self.console = Console(config, shape, plan, self.layout, self.gpu)
+        self.console = Console(config, model, plan, self.layout, self.gpu)
         self.part, self.spikes = 0, Spikes()
         self.last_step: dict | None = None
         self._iteration = plan.start_iteration
@@ -81,7 +81,7 @@ class MetricsLog:
         if save_dir:
             self._files = LogFiles(save_dir, self.console.print)
             self._remove_repeated(self._files)
-        self._sinks = open_sinks(config, shape, save_dir, 0 if config.validation.skip_train else plan.start_iteration)
+        self._sinks = open_sinks(config, model, save_dir, 0 if config.validation.skip_train else plan.start_iteration)
 
     # --- called by the training loop ---
 
@@ -165,7 +165,7 @@ class MetricsLog:
         record = {"memory_bytes": None, **record}
         positions = record["global_batch_size"] * self.config.data.seq_length
         attended = record.get("squared_lengths", 0) / positions
-        flops = positions * cost.flops_per_token(self.shape, attended, lora=bool(self.layout.lora_rank))
+        flops = positions * self.model.flops_per_token(attended)
         per_gpu = flops / record["step_seconds"] / self.config.parallel.world_size
         record["spikes"] = self.spikes.add(record["loss"])
         record["tokens_per_second"] = positions / record["step_seconds"]

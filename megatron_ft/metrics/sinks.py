@@ -8,7 +8,7 @@ from typing import Protocol
 
 from megatron_ft.config.config import Config
 from megatron_ft.errors import UserError
-from megatron_ft.model.shape import ModelShape
+from megatron_ft.metrics.model_facts import ModelFacts
 
 
 class Sink(Protocol):
@@ -27,13 +27,13 @@ def check_sinks(config: Config) -> None:
         raise UserError("--wandb-project: wandb is not installed; `pip install wandb`, or leave the flag out")
 
 
-def open_sinks(config: Config, shape: ModelShape, save_dir: Path | None, start_iteration: int) -> list[Sink]:
+def open_sinks(config: Config, model: ModelFacts, save_dir: Path | None, start_iteration: int) -> list[Sink]:
     """The sinks that flags ask for."""
     sinks: list[Sink] = []
     if config.logging.tensorboard_dir:
         sinks.append(TensorBoard(config.logging.tensorboard_dir, start_iteration))
     if config.logging.wandb_project:
-        sinks.append(WeightsAndBiases(config, shape, save_dir))
+        sinks.append(WeightsAndBiases(config, model, save_dir))
     return sinks
 
 
@@ -62,7 +62,7 @@ class WeightsAndBiases:
     nodes without network access, set WANDB_MODE=offline and run `wandb sync` later.
     """
 
-    def __init__(self, config: Config, shape: ModelShape, save_dir: Path | None) -> None:
+    def __init__(self, config: Config, model: ModelFacts, save_dir: Path | None) -> None:
         import wandb
 
         id_file = save_dir / "wandb_run_id" if save_dir else None
@@ -79,7 +79,7 @@ class WeightsAndBiases:
                 id=run_id,
                 resume="allow",
                 dir=save_dir,
-                config={**settings, **shape.as_dict()},
+                config={**settings, **model.settings()},
             )
         except wandb.Error as error:
             reason = str(error).splitlines()[0]

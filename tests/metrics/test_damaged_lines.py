@@ -11,6 +11,7 @@ from test_metrics import record, run, training_config
 from megatron_ft.errors import UserError
 from megatron_ft.metrics.lines import EVENTS, METRICS, VALIDATION, read_log
 from megatron_ft.metrics.metrics import MetricsLog
+from megatron_ft.metrics.model_facts import ShapeFacts
 from megatron_ft.metrics.report import nice_ticks, write_report
 
 DAMAGE = {
@@ -81,7 +82,7 @@ def test_a_report_that_cannot_be_written_is_one_warning_of_a_finished_run(tmp_pa
 
 def test_a_log_without_a_usable_line_gives_no_report_and_no_error(tmp_path, capsys):
     config, save = training_config(tmp_path), tmp_path / "run"
-    log = MetricsLog(config, config.shape, run(config, None, 1, 0).plan, save)
+    log = MetricsLog(config, ShapeFacts(config, config.shape), run(config, None, 1, 0).plan, save)
     (save / METRICS).write_bytes(b"null\n{}\n")
     log.close()
     assert not (save / "report.html").exists()
@@ -111,7 +112,7 @@ def test_steps_after_a_damaged_last_step_are_counted_from_it(tmp_path):
     lines = (save / METRICS).read_text().splitlines()
     changed = {**json.loads(lines[1]), "lr": "high", "loss": "low"}
     (save / METRICS).write_text(lines[0] + "\n" + json.dumps(changed) + "\n")
-    log = MetricsLog(config, config.shape, run(config, None, 3, 2).plan, save)
+    log = MetricsLog(config, ShapeFacts(config, config.shape), run(config, None, 3, 2).plan, save)
     assert log.last_step and log.last_step["iteration"] == 2
     assert log.last_step["lr"] is None and log.last_step["loss"] is None
     log.step(record(3))

@@ -19,6 +19,7 @@ from megatron_ft.errors import UserError
 from megatron_ft.files.log_lines import read_lines
 from megatron_ft.metrics.console import RunPlan, clock
 from megatron_ft.metrics.metrics import DETERMINISTIC_KEYS, TIMING_KEYS, MetricsLog, Spikes
+from megatron_ft.metrics.model_facts import ShapeFacts
 from megatron_ft.metrics.report import POINTS, thin, write_report
 from megatron_ft.model.cost import flops_per_token
 
@@ -51,7 +52,9 @@ def record(iteration, loss=None):
 
 
 def run(config, save, first, last, **plan):
-    log = MetricsLog(config, config.shape, RunPlan(train_iters=40, start_iteration=first - 1, **plan), save)
+    log = MetricsLog(
+        config, ShapeFacts(config, config.shape), RunPlan(train_iters=40, start_iteration=first - 1, **plan), save
+    )
     log.banner(data="two prefixes", start="resume: iter_0000012\nlayout: was TP1, is TP2")
     for iteration in range(first, last + 1):
         log.step(record(iteration))
@@ -186,7 +189,7 @@ def test_thinned_curves_keep_spikes_and_bounds():
 
 def test_nonfinite_losses_are_null_in_json(tmp_path, capsys):
     config, save = training_config(tmp_path), tmp_path / "run"
-    log = MetricsLog(config, config.shape, RunPlan(train_iters=40), save)
+    log = MetricsLog(config, ShapeFacts(config, config.shape), RunPlan(train_iters=40), save)
     for iteration in range(1, 6):
         log.step({**record(iteration), "loss": None if iteration == 1 else float("nan"), "grad_norm": float("inf")})
     log.close()
@@ -201,7 +204,7 @@ def test_nonfinite_losses_are_null_in_json(tmp_path, capsys):
 def test_full_disk_loses_lines_but_does_not_stop_the_run(tmp_path, capsys):
     config, save = training_config(tmp_path), tmp_path / "run"
     save.mkdir()
-    log = MetricsLog(config, config.shape, RunPlan(train_iters=40), save)
+    log = MetricsLog(config, ShapeFacts(config, config.shape), RunPlan(train_iters=40), save)
     log.step(record(1))
     log.close()
     (save / "metrics.jsonl").rename(save / "real")
@@ -221,7 +224,7 @@ def test_full_disk_loses_lines_but_does_not_stop_the_run(tmp_path, capsys):
 
 def test_other_ranks_neither_write_nor_print(tmp_path, capsys):
     config = training_config(tmp_path)
-    log = MetricsLog(config, config.shape, RunPlan(train_iters=40), tmp_path / "run", writes=False)
+    log = MetricsLog(config, ShapeFacts(config, config.shape), RunPlan(train_iters=40), tmp_path / "run", writes=False)
     log.banner(data="d")
     log.step(record(1))
     log.event("saved")
@@ -242,7 +245,7 @@ def test_spikes_are_counted_and_noise_is_not():
 def test_missing_wandb_is_a_user_error(tmp_path):
     with pytest.raises(UserError, match="pip install wandb"):
         config = training_config(tmp_path, "--wandb-project", "p")
-        MetricsLog(config, config.shape, RunPlan(train_iters=40), tmp_path / "run")
+        MetricsLog(config, ShapeFacts(config, config.shape), RunPlan(train_iters=40), tmp_path / "run")
 
 
 @pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="wandb is not installed")

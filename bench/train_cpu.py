@@ -127,7 +127,7 @@ class MegatronStep:
 
     def step(self, row: Batch) -> None:
         """Forward, loss, backward, clipping, Adam."""
-        from megatron_ft.engine.train import forward_backward
+        from megatron_ft.engine.step import forward_backward
 
         micro = self._micro(row)
         forward_backward(self.config, self.model, self.optimizer, [micro], micro.weight, VOCABULARY)

@@ -39,7 +39,7 @@ from megatron_ft.engine import device
 from megatron_ft.errors import run_program
 from megatron_ft.model import cost
 from megatron_ft.model.cost import GIB
-from megatron_ft.model.shape import PRESETS
+from megatron_ft.model.families import PRESETS
 
 
 @dataclass
@@ -168,7 +168,7 @@ def training_step(preset: str, path: str, flags: argparse.Namespace) -> tuple[Ca
     from megatron_ft.engine.model import build_model, wrap_for_data_parallel
     from megatron_ft.engine.optimizer import build_optimizer
     from megatron_ft.engine.parallel import initialize
-    from megatron_ft.engine.train import forward_backward
+    from megatron_ft.engine.step import forward_backward
 
     with tempfile.NamedTemporaryFile() as unread:
         words = f"--preset {preset} --bf16 --seq-length {flags.seq_length} --global-batch-size {flags.micro_batches} {PATHS[path]}"
@@ -191,7 +191,7 @@ def training_step(preset: str, path: str, flags: argparse.Namespace) -> tuple[Ca
     def step() -> float:
         losses = forward_backward(config, model, optimizer, micros, weight, vocabulary)
         optimizer.step()
-        return sum(losses)
+        return losses.sum().item()
 
     tokens = config.data.seq_length * flags.micro_batches
     return step, config, sum(micro.squared_lengths for micro in micros) / tokens

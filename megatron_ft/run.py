@@ -26,13 +26,15 @@ from megatron_ft.engine.model import build_model, compute_dtype, uses_transforme
 from megatron_ft.engine.optimizer import build_optimizer
 from megatron_ft.engine.out_of_memory import out_of_memory
 from megatron_ft.engine.packed_attention import slow_with_dropout
+from megatron_ft.engine.run import Run
 from megatron_ft.engine.schedule import Length, build_scheduler, many_epochs, plan_length
-from megatron_ft.engine.train import Run, train
+from megatron_ft.engine.train import train
 from megatron_ft.errors import UserError
 from megatron_ft.metrics.console import RunPlan
 from megatron_ft.metrics.metrics import MetricsLog
 from megatron_ft.metrics.model_facts import ShapeFacts
-from megatron_ft.model.shape import PRESETS, ModelShape, padded_vocab_size
+from megatron_ft.model.families import PRESETS
+from megatron_ft.model.shape import ModelShape, padded_vocab_size
 from megatron_ft.tokenizer.kinds import Tokenizer
 from megatron_ft.tokenizer.tokenizer import load_tokenizer
 

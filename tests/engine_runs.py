@@ -91,7 +91,7 @@ def loss_and_gradient_error(
     from megatron_ft.engine.batches import micro_batch_from
     from megatron_ft.engine.model import build_model, wrap_for_data_parallel
     from megatron_ft.engine.optimizer import build_optimizer
-    from megatron_ft.engine.train import forward_backward
+    from megatron_ft.engine.step import forward_backward
     from megatron_ft.weights.open import open_weights
     from megatron_ft.weights.source import WeightSource
 
@@ -107,7 +107,7 @@ def loss_and_gradient_error(
     batch = random_batch(seed, config.training.micro_batch_size, 256, 6, 1000)
     micro = micro_batch_from(batch, batch.loss_mask, "token", [0])
     losses = forward_backward(config, model, optimizer, [micro], micro.weight, 1000)
-    (loss,) = parallel.sum_over_all([sum(losses) if parallel.counts_here() else 0.0])
+    (loss,) = parallel.sum_over_all([losses.double().sum().item() if parallel.counts_here() else 0.0])
 
     stored = torch.load(gradients)
 
@@ -179,7 +179,7 @@ def finetune(flags: list[str], during: str = "") -> int:
     import time
 
     from megatron_ft import finetune
-    from megatron_ft.engine import signals, train, validation
+    from megatron_ft.engine import signals, step, validation
 
     signals.forget()
     what, _, when = during.partition(" ")
@@ -198,14 +198,14 @@ def finetune(flags: list[str], during: str = "") -> int:
     last_rank = int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1
     name, _, where = what.partition("-in-")
     if name.startswith("SIG") and last_rank:
-        module, function = (train, "forward_backward") if where == "step" else (validation, "_count")
+        module, function = (step, "forward_backward") if where == "step" else (validation, "_count")
         number = signal.Signals[name]
         setattr(module, function, after(getattr(module, function), lambda: os.kill(os.getpid(), number)))
     if what == "truncate-in-step":
         log = Path(flags[flags.index("--save") + 1]) / "validation.jsonl"
-        train.forward_backward = after(train.forward_backward, lambda: log.write_text('{"iteration": 2, "gro\n'))
+        step.forward_backward = after(step.forward_backward, lambda: log.write_text('{"iteration": 2, "gro\n'))
     if what == "hang-in-step":
-        train.forward_backward = after(train.forward_backward, lambda: time.sleep(60))
+        step.forward_backward = after(step.forward_backward, lambda: time.sleep(60))
     try:
         return finetune.main(flags)
     except UserError:
@@ -234,7 +234,7 @@ def losses_of_splits(golden: Path) -> dict:
     from megatron_ft.engine.loss import token_losses
     from megatron_ft.engine.model import build_model, wrap_for_data_parallel
     from megatron_ft.engine.optimizer import build_optimizer
-    from megatron_ft.engine.train import forward_backward
+    from megatron_ft.engine.step import forward_backward, local_sums
     from megatron_ft.weights.open import open_weights
 
     flags = "--num-layers 4 --hidden-size 64 --num-attention-heads 4 --max-position-embeddings 256 --seq-length 256"
@@ -265,9 +265,9 @@ def losses_of_splits(golden: Path) -> dict:
         for size in (2, 1):
             config = config.with_flags(micro_batch_size=size)
             ours = micro_batches(size, average)
-            (weight,) = parallel.sum_over_data_parallel([sum(m.weight for m in ours)])
+            (weight,) = parallel.sum_over_all(local_sums(ours)[:1])
             losses = forward_backward(config, model, optimizer, ours, weight, 1000)
-            (loss,) = parallel.sum_over_all([sum(losses) if parallel.counts_here() else 0.0])
+            (loss,) = parallel.sum_over_all([losses.double().sum().item() if parallel.counts_here() else 0.0])
             optimizer.prepare_grads()
             results[average].append((loss, float(optimizer.get_grad_norm())))
     if parallel.data_parallel_size() == 1:

@@ -97,7 +97,7 @@ def golden_steps(flags: str, golden: Path) -> dict:
     from megatron_ft.engine.model import build_model, wrap_for_data_parallel
     from megatron_ft.engine.optimizer import build_optimizer, learning_rate
     from megatron_ft.engine.schedule import build_scheduler, plan_length
-    from megatron_ft.engine.train import forward_backward
+    from megatron_ft.engine.step import forward_backward, local_sums
 
     config = start(f"{GOLDEN_FLAGS} {flags}", golden / "data/tokenizer.json")
     chunks = build_model(config, config.shape, 1024)
@@ -111,9 +111,9 @@ def golden_steps(flags: str, golden: Path) -> dict:
     result = {"loss": [], "grad_norm": [], "lr": []}
     for first in range(0, len(training), 2):
         ours = [branch_micro_batch(batches, n) for n in training[first : first + 2][rank::ranks]]
-        (weight,) = parallel.sum_over_data_parallel([sum(m.weight for m in ours)])
+        (weight,) = parallel.sum_over_all(local_sums(ours)[:1])
         losses = forward_backward(config, model, optimizer, ours, weight, None)
-        (loss,) = parallel.sum_over_all([sum(losses) if parallel.counts_here() else 0.0])
+        (loss,) = parallel.sum_over_all([losses.double().sum().item() if parallel.counts_here() else 0.0])
         result["lr"].append(learning_rate(optimizer))
         _, grad_norm, _ = optimizer.step()
         scheduler.step(increment=4)

@@ -14,7 +14,9 @@ from megatron_ft.config.command_line import build_parser, check_bounds, former_s
 from megatron_ft.config.config import Config
 from megatron_ft.config.mtf_flags import ACCEPTED, REFUSED
 from megatron_ft.errors import UserError
-from megatron_ft.model.shape import PRESETS, ModelShape
+from megatron_ft.model.activation import ACTIVATIONS
+from megatron_ft.model.families import PRESETS
+from megatron_ft.model.shape import ModelShape
 from megatron_ft.model.tensor_names import LORA_TARGETS
 
 LENGTHS = ("iters", "samples", "tokens", "epochs")  # units of --train-...
@@ -99,8 +101,23 @@ def settle(config: Config) -> Config:
     if parallel.sequence and parallel.tensor == 1:
         config = config.with_flags(sequence_parallel=False)
         config.notices.append("--sequence-parallel needs --tensor-model-parallel-size above 1 and is off")
+    config = _settle_overlap(config)
     if data.reset_attention_mask and not data.reset_position_ids:
         config.notices.append("--no-reset-position-ids: positions continue across the documents of a sequence")
+    return config
+
+
+def _settle_overlap(config: Config) -> Config:
+    """Overlap data-parallel communication with computation where there is some, unless a flag says
+    otherwise."""
+    parallel = config.parallel
+    if parallel.overlap_grad_reduce is None:
+        config = config.with_flags(overlap_grad_reduce=parallel.data > 1)
+    if parallel.overlap_param_gather is None:
+        possible = config.parallel.overlap_grad_reduce and parallel.distributed_optimizer
+        # With --optimizer-cpu-offload the weights come from the host, after its step.
+        overlaps = possible and parallel.data > 1 and not config.optimizer.cpu_offload
+        config = config.with_flags(overlap_param_gather=overlaps)
     return config
 
 
@@ -140,11 +157,15 @@ def shape_from_flags(config: Config, base: ModelShape) -> ModelShape:
     """`base` with every architecture flag that was given put over it."""
     model = config.model
     given = {f.name: getattr(model, f.name) for f in fields(ModelShape) if getattr(model, f.name, None) is not None}
-    if model.attention_head_type:
-        given["multi_query"] = model.attention_head_type == "multiquery"
+    heads = given.get("num_attention_heads", base.num_attention_heads)
+    multi_head = base.num_query_groups == base.num_attention_heads > 1
+    if model.attention_head_type or multi_head:
+        given["num_query_groups"] = 1 if model.attention_head_type == "multiquery" else heads
+    if model.activation:
+        given["exact_gelu"] = ACTIVATIONS[model.activation]
     if "hidden_size" in given and "ffn_hidden_size" not in given:
         given["ffn_hidden_size"] = 0
-    return ModelShape(**{**base.as_dict(), **given})
+    return replace(base, **given)
 
 
 def validation_fraction(config: Config) -> float:

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 from megatron_ft.config.bounds import FRACTION, NOT_NEGATIVE, ONE_OR_MORE, POSITIVE, ZERO_DISABLES, Bound
 from megatron_ft.config.flag import Mtf, Resume, flag
-from megatron_ft.model.shape import PRESETS
+from megatron_ft.model.activation import ACTIVATIONS
+from megatron_ft.model.families import PRESETS
 from megatron_ft.model.tensor_names import LORA_TARGETS
 
 FIXED, SILENT = Resume.FIXED, Resume.SILENT
@@ -54,6 +55,11 @@ class Model:
     position_embedding_type: str = flag(
         "--position-embedding-type", "absolute", "learned positions, the only ones GPTBigCode has",
         choices=("absolute", "learned_absolute"), mtf=TRANSLATED
+    )
+    activation: str | None = flag(
+        "--activation", None,
+        "GELU in its tanh approximation, which StarCoder was pre-trained with, or exact (default: the checkpoint's)",
+        choices=tuple(ACTIVATIONS), resume=SILENT, mtf=TRANSLATED
     )
     layernorm_epsilon: float | None = flag(
         "--layernorm-epsilon", None, "epsilon of the layer norms", bounds=POSITIVE, resume=SILENT, mtf=TRANSLATED
@@ -327,12 +333,13 @@ class Parallel:
         "--use-distributed-optimizer", True, "shard optimizer state across data-parallel ranks", negatable=True,
         mtf=SAME, planned=True
     )
-    overlap_grad_reduce: bool = flag(
-        "--overlap-grad-reduce", False, "reduce gradients during backward", negatable=True, mtf=TRANSLATED
+    overlap_grad_reduce: bool | None = flag(
+        "--overlap-grad-reduce", None, "reduce gradients during backward (default: with data parallelism)",
+        negatable=True, resume=SILENT, mtf=TRANSLATED
     )
-    overlap_param_gather: bool = flag(
-        "--overlap-param-gather", False, "gather weights during forward (with the distributed optimizer)",
-        negatable=True, mtf=TRANSLATED
+    overlap_param_gather: bool | None = flag(
+        "--overlap-param-gather", None, "gather weights during forward (default: with --overlap-grad-reduce, the "
+        "distributed optimizer and no --optimizer-cpu-offload)", negatable=True, resume=SILENT, mtf=TRANSLATED
     )
     timeout_minutes: float = flag(
         "--distributed-timeout-minutes", 10, "minutes before a collective operation fails", bounds=POSITIVE,

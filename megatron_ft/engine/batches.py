@@ -94,6 +94,14 @@ class BatchReader:
             ]
         return [self._to_device(micro) for micro in ready]
 
+    def read_ahead(self, consumed_samples: int, batch_size: int) -> list[MicroBatch]:
+        """What `read` is going to return, still on the CPU: this rank's micro-batches of the
+        `batch_size` sequences from `consumed_samples` on."""
+        key = consumed_samples, batch_size
+        if key not in self._ahead:  # nothing is read in the background
+            self._ahead[key] = [_done(self._read(samples)) for samples in self._samples(*key)]
+        return [future.result() for future in self._ahead[key]]
+
     def close(self) -> None:
         """Stop the reading threads."""
         if self._threads:
@@ -129,6 +137,12 @@ class BatchReader:
         packed = micro.packed_seq_params
         packed.cu_seqlens_q = packed.cu_seqlens_kv = packed.cu_seqlens_q.to(self.device, non_blocking=True)
         return micro
+
+
+def _done(micro: MicroBatch) -> Future[MicroBatch]:
+    future: Future[MicroBatch] = Future()
+    future.set_result(micro)
+    return future
 
 
 def micro_batch_from(batch: Batch, loss_mask: Tensor, average: str, samples: list[int]) -> MicroBatch:

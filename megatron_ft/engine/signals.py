@@ -31,6 +31,11 @@ def received() -> str | None:
     return _received[0] if _received else None
 
 
+def reason() -> str:
+    """What stops a run because of a signal to any of its ranks."""
+    return received() or "a signal to another rank"
+
+
 def forget() -> None:
     """Clear the received signals, for another run in the same process."""
     _received.clear()

@@ -2,51 +2,23 @@
 
 import contextlib
 import math
-import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import NoReturn
 
-import torch
 import torch.distributed as dist
 
-from megatron_ft.checkpoint.checkpointer import Checkpointer
 from megatron_ft.checkpoint.train_state import BestCheckpoint, TrainState, ValidationData
 from megatron_ft.config.arguments import LENGTHS
-from megatron_ft.config.config import Config
-from megatron_ft.engine import parallel, signals
-from megatron_ft.engine.batches import BatchReader, MicroBatch
-from megatron_ft.engine.loss import token_losses
-from megatron_ft.engine.nonfinite_loss import write_provenance
+from megatron_ft.engine import signals
+from megatron_ft.engine.batches import BatchReader
 from megatron_ft.engine.optimizer import learning_rate
-from megatron_ft.engine.pipeline import run_micro_batches
-from megatron_ft.engine.schedule import Length, changed_rate, global_batch_at
+from megatron_ft.engine.run import Run
+from megatron_ft.engine.schedule import changed_rate
+from megatron_ft.engine.step import step
 from megatron_ft.engine.validation import evaluate, sequences_to_evaluate
-from megatron_ft.errors import EXIT_DONE, EXIT_RESUME, UserError
+from megatron_ft.errors import EXIT_DONE, EXIT_RESUME
 from megatron_ft.metrics.lines import VALIDATION, read_log
-from megatron_ft.metrics.metrics import MetricsLog
-
-
-@dataclass
-class Run:
-    """The parts of a training run; run.py builds them.
-
-    `vocab_size`: columns of the logits that take part in the softmax; None: all, padding included.
-    `train_batches`: None with --skip-train. `started`: time.monotonic() when the program started.
-    """
-
-    config: Config
-    vocab_size: int | None
-    length: Length
-    state: TrainState
-    checkpointer: Checkpointer
-    log: MetricsLog
-    watchdog: signals.Watchdog
-    train_batches: BatchReader | None
-    valid_batches: dict[str, BatchReader]
-    test_batches: dict[str, BatchReader]
-    started: float = 0.0
 
 
 def train(run: Run) -> int:
@@ -98,132 +70,6 @@ def _exit_interval(run: Run) -> str | None:
     return f"--exit-interval {interval}" if due else None
 
 
-# --- a step ---
-
-
-def step(run: Run) -> str | None:
-    """One optimizer step; returns what stops the run (a signal, the time limit), the same on all
-    ranks, or None."""
-    config, state, reader = run.config, run.state, run.train_batches
-    assert reader is not None  # only --skip-train has none
-    begun = time.perf_counter()
-    batch_size = global_batch_at(config, state.consumed_samples)
-    following = state.consumed_samples + batch_size
-    next_batch_size = global_batch_at(config, following) if following < run.length.samples else 0
-    micro_batches = reader.read(state.consumed_samples, batch_size, next_batch_size)
-    sums = ("weight", "loss_tokens", "document_tokens", "squared_lengths")
-    weight, loss_tokens, tokens, squared_lengths = parallel.sum_over_data_parallel(
-        [sum(getattr(micro, name) for micro in micro_batches) for name in sums]
-    )
-    parallel.seed_step(config.training.seed, state.iteration)
-    losses = forward_backward(config, state.model, state.optimizer, micro_batches, weight, run.vocab_size)
-    loss, stop = _agree(run, losses)
-    if not math.isfinite(loss):
-        _end_nonfinite(run, f"non-finite loss ({loss})", reader, micro_batches, losses)
-    lr = learning_rate(state.optimizer)
-    updated, grad_norm, _ = state.optimizer.step()
-    if updated:
-        state.scheduler.step(increment=batch_size)
-        if not math.isfinite(grad_norm):
-            every = [math.nan] * len(micro_batches)
-            _end_nonfinite(run, f"non-finite gradient norm ({grad_norm})", reader, micro_batches, every)
-    else:
-        state.skipped_iterations += 1
-    state.iteration += 1
-    state.consumed_samples += batch_size
-    state.consumed_tokens += int(tokens)
-    run.log.step(
-        {
-            "iteration": state.iteration,
-            "consumed_samples": state.consumed_samples,
-            "consumed_tokens": state.consumed_tokens,
-            "loss": loss if weight else None,
-            "lr": lr,
-            "grad_norm": grad_norm if updated else None,
-            "loss_scale": float(state.optimizer.get_loss_scale()) if config.precision.fp16 else 1.0,
-            "global_batch_size": batch_size,
-            "loss_tokens": int(loss_tokens),
-            "fill_rate": tokens / (batch_size * config.data.seq_length),
-            "skipped_iterations": state.skipped_iterations,
-            "squared_lengths": squared_lengths,
-            "memory_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
-            "step_seconds": time.perf_counter() - begun,
-        }
-    )
-    return stop
-
-
-def forward_backward(
-    config: Config,
-    model: list,
-    optimizer,
-    micro_batches: list[MicroBatch],
-    weight: float,
-    vocab_size: int | None,
-) -> list[float]:
-    """Accumulate the gradients of the step's mean loss in the DDP buffers.
-
-    `weight` is the sum of the loss weights over the global batch. Returns what each micro-batch
-    contributes to the mean; empty except on the last pipeline stage.
-
-    Megatron's schedule divides a micro-batch's loss by their number, and its DDP averages over
-    data-parallel ranks. Both are undone by `scale`, because the contributions already add up to the
-    mean.
-    """
-    for chunk in model:
-        chunk.zero_grad_buffer()
-    optimizer.zero_grad()
-    scale = len(micro_batches) * parallel.data_parallel_size()
-
-    def loss_of(micro: MicroBatch, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        losses = token_losses(logits, micro.labels, vocab_size)
-        contribution = (losses * micro.weights).sum() / (weight or 1.0)
-        return contribution * scale, contribution.detach().clone()
-
-    contributions = run_micro_batches(config, model, micro_batches, loss_of)
-    return [] if contributions is None else contributions.tolist()
-
-
-def _agree(run: Run, losses: list[float]) -> tuple[float, str | None]:
-    """The step's loss and what stops the run, the same on all ranks, by one small all-reduce."""
-    minutes = run.config.logging.exit_duration_in_mins
-    overtime = minutes is not None and time.monotonic() - run.started > minutes * 60
-    local_loss = math.fsum(losses) if all(map(math.isfinite, losses)) else math.nan
-    loss, signaled, any_overtime = parallel.sum_over_all(
-        [local_loss if parallel.counts_here() else 0.0, float(signals.received() is not None), float(overtime)]
-    )
-    if signaled:
-        return loss, _signal()
-    return loss, f"--exit-duration-in-mins {minutes:g}" if any_overtime else None
-
-
-def _signal() -> str:
-    return signals.received() or "a signal to another rank"
-
-
-def _end_nonfinite(
-    run: Run, what: str, reader: BatchReader, micro_batches: list[MicroBatch], losses: list[float]
-) -> NoReturn:
-    """End without saving; what led to the non-finite loss or gradient norm is written to a file."""
-    iteration = run.state.iteration + 1
-    path = write_provenance(
-        Path(run.config.checkpoint.save or "."),
-        what,
-        iteration=iteration,
-        consumed_samples=run.state.consumed_samples,
-        reader=reader,
-        micro_batches=micro_batches,
-        losses=losses,
-    )
-    found = f"{what} at iteration {iteration}; its sequences and documents are in {path}"
-    run.log.event(found)
-    run.log.close()
-    raise UserError(
-        f"{found}, and the newest checkpoint is from before it: "
-        "lower --lr, remove those documents, or use --bf16 instead of --fp16"
-    )
-
-
 # --- validation and the best checkpoint ---
 
 
@@ -236,7 +82,7 @@ def _validate_at_start(run: Run) -> str | None:
         return None
     records = _evaluate_groups(run, run.valid_batches)
     if records is None:
-        return _signal()
+        return signals.reason()
     _log_validations(run, records)
     return None
 
@@ -259,7 +105,7 @@ def _validate(run: Run) -> str | None:
     state = run.state
     records = _evaluate_groups(run, run.valid_batches)
     if records is None:
-        return _signal()
+        return signals.reason()
     _log_validations(run, records)
     data = _validation_data(run)
     loss = records[data.group]["loss"]
@@ -365,7 +211,7 @@ def _finish(run: Run) -> int:
         stop = _validate(run)
     if stop is None and not _logged(run, [f"test {group}" for group in run.test_batches]):
         records = _evaluate_groups(run, run.test_batches)
-        stop = _signal() if records is None else None
+        stop = signals.reason() if records is None else None
         _log_validations(run, {f"test {group}": record for group, record in (records or {}).items()})
     if stop is not None:
         run.log.event(f"stopped by {stop} after the last step; start the same command again to finish")

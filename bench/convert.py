@@ -14,6 +14,7 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # this folder's tokenize.py would hide Python's
 
+import dataclasses
 import json
 import resource
 import shutil
@@ -26,7 +27,8 @@ import torch
 from megatron_ft.config.parser import Help, Parser
 from megatron_ft.errors import UserError, run_program
 from megatron_ft.files.atomic import free_bytes
-from megatron_ft.model.shape import PRESETS, ModelShape
+from megatron_ft.model.families import PRESETS
+from megatron_ft.model.shape import ModelShape
 from megatron_ft.model.tensor_names import hf_shape
 from megatron_ft.progress import Progress
 from megatron_ft.weights.legacy_writer import legacy_bytes, write_legacy
@@ -70,7 +72,7 @@ def main() -> None:
     args = parser.parse_args()
     shape, tp, pp = PRESETS[args.preset], args.tensor_parallel, args.pipeline_parallel
     layers = max(pp, round(shape.num_layers * args.scale / pp) * pp)
-    shape = ModelShape(**{**shape.as_dict(), "num_layers": layers})
+    shape = dataclasses.replace(shape, num_layers=layers)
     shape.check_layout(tp, pp)
     source = RandomWeights(shape)
     size = legacy_bytes(source, DTYPE, tensor_parallel=tp, pipeline_parallel=pp, padded_vocab=shape.vocab_size)

@@ -16,6 +16,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # not this folder: its f
 
 from megatron_ft.config.parser import Help, Parser
 from megatron_ft.errors import UserError, run_program
+from megatron_ft.model.family import activation_of
 from megatron_ft.model.shape import padded_vocab_size
 from megatron_ft.printable import printable
 from megatron_ft.progress import Progress
@@ -60,7 +61,7 @@ def main() -> None:
         print(printable(f"warning: {warning}"))
     if source.shape.exact_gelu and args.format == "legacy":
         print(
-            f"{args.load}: activation_function is {source.shape.activation!r}; the mtf branch computes the tanh GELU, "
+            f"{args.load}: activation_function is {activation_of(source.shape)!r}; the mtf branch computes the tanh GELU, "
             "with which StarCoder was trained, unless it is started with --no-bias-gelu-fusion"
         )
     check_layout(source.shape, **layout, divisible_by=args.make_vocab_size_divisible_by)

@@ -28,7 +28,7 @@ import torch
 from megatron_ft.config.config import ENTRIES
 from megatron_ft.config.parser import Help, Parser
 from megatron_ft.errors import UserError, run_program
-from megatron_ft.model.shape import ModelShape
+from megatron_ft.model.families import shape_of_manifest
 from megatron_ft.printable import printable
 from megatron_ft.progress import Progress
 from megatron_ft.tokenizer.consumer import check_ids_fit
@@ -196,7 +196,7 @@ def write_adapter(adapters: AdapterSource, args: argparse.Namespace) -> None:
     base = base_model(adapters, args.base)
     found = find_tokenizer(adapters, args)
     if found:
-        rows = ModelShape.from_dict(adapters.manifest.shape, str(adapters.path)).vocab_size
+        rows = shape_of_manifest(adapters.manifest.shape, str(adapters.path)).vocab_size
         check_ids_fit(found.tokenizer, rows, adapters.path)
     tensors = adapters.peft_tensors(DTYPES.get(args.dtype))
     nbytes = sum(tensor.nbytes for tensor in tensors.values())

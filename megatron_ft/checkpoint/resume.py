@@ -6,7 +6,7 @@ step 0; else --from-scratch allows random weights.
 
 import contextlib
 import time
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -15,6 +15,7 @@ from megatron_ft.config.flag import Resume
 from megatron_ft.data.fingerprint import modified, sampled_digest, token_files
 from megatron_ft.data.splits import groups_of
 from megatron_ft.errors import UserError
+from megatron_ft.model.families import shape_of_manifest
 from megatron_ft.model.shape import ModelShape
 from megatron_ft.tokenizer import files as tokenizer_files
 from megatron_ft.weights.adapters import open_start
@@ -83,7 +84,7 @@ def starting_shape(config: Config) -> ModelShape | None:
     Called before a model is built; reads one manifest, or the names in a weights directory.
     """
     if manifest := newest_manifest(config):
-        return ModelShape.from_dict(manifest.shape, f"the newest manifest in {config.checkpoint.save}: shape")
+        return shape_of_manifest(manifest.shape, f"the newest manifest in {config.checkpoint.save}: shape")
     if config.checkpoint.load:
         source, _ = open_start(config.checkpoint.load, config.checkpoint.load_iteration, config.values())
         return source.shape
@@ -200,10 +201,10 @@ def compare(manifest: Manifest, config: Config, shape: ModelShape, data: dict[st
     """Differences between a saved run and a command line, whose `describe_data` is `data`."""
     found = Differences()
     shape_now = shape.as_dict()
-    for f in fields(ModelShape):
-        saved, now = manifest.shape.get(f.name), shape_now.get(f.name)
+    for name in dict.fromkeys([*shape_now, *manifest.shape]):
+        saved, now = manifest.shape.get(name), shape_now.get(name)
         if saved != now:
-            found.refused.append(f"{f.name.replace('_', '-')} was {saved}, is {now}")
+            found.refused.append(f"{name.replace('_', '-')} was {saved}, is {now}")
     for name, entry in sorted(ENTRIES.items()):
         now, rule = config.value(name), entry.flag.resume
         if rule is Resume.SILENT or name not in manifest.args or manifest.args[name] == now:

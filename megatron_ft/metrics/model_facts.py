@@ -4,6 +4,7 @@ from typing import Any, Protocol
 
 from megatron_ft.config.config import Config
 from megatron_ft.model import cost
+from megatron_ft.model.families import family_of
 from megatron_ft.model.shape import ModelShape, padded_vocab_size
 
 
@@ -33,9 +34,8 @@ class ShapeFacts:
         """Parameters, layers, heads and vocabulary; with LoRA, how much of it is trained."""
         shape = self._shape
         parameters = shape.num_parameters(self._padded_vocab())
-        attention = "multi-query" if shape.multi_query else "multi-head"
-        line = f"{self._config.model.preset or 'GPTBigCode'}: {parameters:,} parameters, {shape.num_layers} layers x {shape.hidden_size}, "
-        line += f"{shape.num_attention_heads} heads ({attention}), vocabulary {shape.vocab_size:,} (padded {self._padded_vocab():,})"
+        line = f"{self._config.model.preset or family_of(shape).title}: {parameters:,} parameters, {shape.num_layers} layers x {shape.hidden_size}, "
+        line += f"{shape.num_attention_heads} heads ({shape.attention}), vocabulary {shape.vocab_size:,} (padded {self._padded_vocab():,})"
         if self._layout.lora_rank:
             unsharded = cost.Layout(lora_rank=self._layout.lora_rank, lora_targets=self._layout.lora_targets)
             adapters = cost.adapter_parameters_on_rank(shape, unsharded)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from megatron_ft.errors import UserError
+from megatron_ft.model.families import family_of
 from megatron_ft.model.shape import ModelShape
 from megatron_ft.printable import printable
 
@@ -24,7 +25,7 @@ def write_configs(
 
     Those that are None are left out. Generation may end at several tokens.
     """
-    config = {**shape.to_hf_config(), **_known(special_ids), "dtype": str(dtype).removeprefix("torch.")}
+    config = {**family_of(shape).write_config(shape), **_known(special_ids), "dtype": str(dtype).removeprefix("torch.")}
     _write_json(directory / "config.json", config)
     # transformers may replace ids that are marked as derived from config.json's.
     same = _known(generation_ids) == _known(special_ids)
@@ -45,19 +46,19 @@ def write_model_card(
     """
     about = "\n".join(f"| {what} | {value} |" for what, value in facts.items())
     run = "\n".join(f"| `--{key.replace('_', '-')}` | {_cell(value)} |" for key, value in sorted(args.items()))
-    attention = "multi-query" if shape.multi_query else "multi-head"
+    family = family_of(shape)
     text = f"""---
 library_name: transformers
 pipeline_tag: text-generation
 tags:
 - code
-- gpt_bigcode
+- {shape.family}
 ---
 
 # {name}
 
-A GPTBigCode (StarCoder) model of {shape.num_parameters() / 1e9:.3g} billion parameters: {shape.num_layers} layers of width {shape.hidden_size},
-{shape.num_attention_heads} heads with {attention} attention, {shape.max_position_embeddings} positions, {shape.vocab_size} tokens.
+A {family.title} ({family.models}) model of {shape.num_parameters() / 1e9:.3g} billion parameters: {shape.num_layers} layers of width {shape.hidden_size},
+{shape.num_attention_heads} heads with {shape.attention} attention, {shape.max_position_embeddings} positions, {shape.vocab_size} tokens.
 Trained with Megatron and converted by Megatron-FT.
 
 ```python

@@ -10,7 +10,7 @@ from megatron_ft.errors import UserError
 from megatron_ft.files.first_bytes import what_it_is
 from megatron_ft.files.json_file import read_json, require
 from megatron_ft.files.os_error import remedy
-from megatron_ft.model.shape import ModelShape
+from megatron_ft.model.families import shape_of_config
 from megatron_ft.model.tensor_names import WTE, hf_names
 from megatron_ft.weights.directory import check_file_name, check_link
 from megatron_ft.weights.safe_pickle import load_pt
@@ -40,7 +40,7 @@ class HFSource(WeightSource):
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.shape = ModelShape.from_hf_config(read_json(path / "config.json"), str(path / "config.json"))
+        self.shape = shape_of_config(read_json(path / "config.json"), str(path / "config.json"))
         self._opened: dict[Path, _Safetensors | _Bin] = {}
         self._where: dict[str, tuple[Path, str]] = {}
         for file in self._files():

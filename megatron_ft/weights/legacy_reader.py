@@ -22,7 +22,7 @@ import torch
 
 from megatron_ft.errors import UserError
 from megatron_ft.files.json_file import optional
-from megatron_ft.model.shape import ModelShape
+from megatron_ft.model.gpt_bigcode import shape_of_megatron_args
 from megatron_ft.model.tensor_names import WTE, hf_shape, layer_of, weight_of
 from megatron_ft.weights.directory import check_link
 from megatron_ft.weights.safe_pickle import load_pt
@@ -70,7 +70,7 @@ class LegacySource(WeightSource):
                 f"{directory}: the first stage has no word and learned position embeddings; expected a GPTBigCode"
             )
         rows = sum((*tensor.shape, 0)[0] for tensor in self._shards(0, embedding))
-        self.shape = ModelShape.from_megatron_args(self.args, rows, directory)
+        self.shape = shape_of_megatron_args(self.args, rows, directory)
         if self.version not in (0, 1, 2, 3) or (self.version < 2 and self.shape.multi_query):
             raise UserError(
                 f"{directory}: checkpoint_version {self.version:g} of a "

@@ -19,7 +19,9 @@ from typing import NamedTuple
 import torch
 
 from megatron_ft.model.boxes import Box, part, shard
-from megatron_ft.model.shape import ACTIVATION_ARG, ModelShape
+from megatron_ft.model.family import activation_of
+from megatron_ft.model.gpt_bigcode import ACTIVATION_ARG
+from megatron_ft.model.shape import ModelShape
 from megatron_ft.model.tensor_names import LAYER, WHOLE, Weight, hf_shape
 from megatron_ft.weights.directory import TRACKER
 from megatron_ft.weights.pt_writer import LazyTensor, write_pt
@@ -66,7 +68,7 @@ def legacy_args(
         consumed_train_samples=0,
         consumed_valid_samples=0,
         iteration=0,
-        **({ACTIVATION_ARG: shape.activation} if shape.exact_gelu else {}),
+        **({ACTIVATION_ARG: activation_of(shape)} if shape.exact_gelu else {}),
     )
 
 

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 
 from megatron_ft.errors import UserError
-from megatron_ft.model.shape import ModelShape
+from megatron_ft.model.families import shape_of_manifest
+from megatron_ft.model.gpt_bigcode import shape_of_megatron_args
 from megatron_ft.model.tensor_names import WPE, WTE, hf_to_core, hf_to_stacked
 from megatron_ft.weights.manifest import NAME, damage_as_user_error, read_intact_manifest
 from megatron_ft.weights.safe_pickle import load_pt, load_pt_bytes
@@ -49,11 +50,11 @@ class TorchDistSource(WeightSource):
         rows = self._rows(embedding)
         if manifest is not None:
             self.args = manifest.args
-            shape = ModelShape.from_dict(manifest.shape, f"{directory / NAME}: shape")
+            shape = shape_of_manifest(manifest.shape, f"{directory / NAME}: shape")
             self.vocab_size, self.shape = min(shape.vocab_size, rows), shape.with_vocab(rows)
         else:
             self.args = self._args_of_megatron()
-            self.shape = ModelShape.from_megatron_args(self.args, rows, directory)
+            self.shape = shape_of_megatron_args(self.args, rows, directory)
         for name in self.names():
             key, layer = self._key(name)
             found = self.files.shape(key) if layer is None else self.files.shape(key)[1:]

@@ -13,7 +13,7 @@ def first_losses():
 
     sys.path.insert(0, str(ROOT))
     sys.path.insert(0, str(ROOT / "bench"))
-    from megatron_ft.model.shape import PRESETS
+    from megatron_ft.model.families import PRESETS
 
     PRESETS["starcoderbase-test"] = PRESETS["tiny"]  # before the flags read the presets
     import train_gpu

@@ -10,7 +10,7 @@ from doc_commands import run_page
 
 from megatron_ft.data.indexed import IndexedWriter, commit, field_paths
 from megatron_ft.model import cost
-from megatron_ft.model.shape import PRESETS
+from megatron_ft.model.families import PRESETS
 
 
 def plan(*words, ok=True):

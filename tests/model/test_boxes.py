@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_ft.model.boxes import Box, overlap, shard, stage_of, whole
-from megatron_ft.model.shape import PRESETS
+from megatron_ft.model.families import PRESETS
 from megatron_ft.model.tensor_names import hf_names, hf_shape, layer_of, weight_of
 
 spans = st.lists(st.tuples(st.integers(0, 5), st.integers(1, 5)), min_size=2, max_size=2)

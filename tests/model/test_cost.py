@@ -13,7 +13,8 @@ from torch.overrides import TorchFunctionMode
 
 from megatron_ft.config.arguments import parse_args
 from megatron_ft.model import cost
-from megatron_ft.model.shape import PRESETS, padded_vocab_size
+from megatron_ft.model.families import PRESETS
+from megatron_ft.model.shape import padded_vocab_size
 
 
 def args_for(tmp_path, *words, world_size=1):

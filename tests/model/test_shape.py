@@ -1,19 +1,23 @@
 """Presets hold the published numbers, and a shape survives the round trip to config.json."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import GPTBigCodeConfig, GPTBigCodeForCausalLM
 
 from megatron_ft.errors import UserError
-from megatron_ft.model.shape import PRESETS, ModelShape, padded_vocab_size
+from megatron_ft.model.families import PRESETS, shape_of_config
+from megatron_ft.model.gpt_bigcode import GPT_BIGCODE, shape_of_megatron_args
+from megatron_ft.model.shape import ModelShape, padded_vocab_size
 
 
 @pytest.mark.parametrize("name", sorted(PRESETS))
 @pytest.mark.parametrize("multi_query", [True, False])
 def test_number_of_parameters_matches_transformers(name, multi_query):
-    shape = ModelShape(**{**PRESETS[name].as_dict(), "multi_query": multi_query})
+    shape = replace(PRESETS[name], num_query_groups=1 if multi_query else PRESETS[name].num_attention_heads)
     with torch.device("meta"):
-        model = GPTBigCodeForCausalLM(GPTBigCodeConfig(**shape.to_hf_config()))
+        model = GPTBigCodeForCausalLM(GPTBigCodeConfig(**GPT_BIGCODE.write_config(shape)))
     assert shape.num_parameters() == sum(p.numel() for p in model.parameters())
 
 
@@ -24,7 +28,7 @@ def test_starcoderbase_has_its_published_size():
 @pytest.mark.parametrize("name", sorted(PRESETS))
 def test_shape_survives_hugging_face_configuration(name):
     assert (
-        ModelShape.from_hf_config(GPTBigCodeConfig(**PRESETS[name].to_hf_config()).to_dict(), "config.json")
+        shape_of_config(GPTBigCodeConfig(**GPT_BIGCODE.write_config(PRESETS[name])).to_dict(), "config.json")
         == PRESETS[name]
     )
 
@@ -59,16 +63,16 @@ def test_shape_survives_hugging_face_configuration(name):
 )
 def test_a_configuration_megatron_cannot_express_is_refused(change, word):
     with pytest.raises(UserError, match=f"config.json: .*{word}"):
-        ModelShape.from_hf_config({**PRESETS["tiny"].to_hf_config(), **change}, "config.json")
+        shape_of_config({**GPT_BIGCODE.write_config(PRESETS["tiny"]), **change}, "config.json")
 
 
 @pytest.mark.parametrize(
     "name, exact", [("gelu", True), ("gelu_python", True), ("gelu_new", False), ("gelu_fast", False)]
 )
 def test_both_forms_of_gelu_survive_the_round_trip(name, exact):
-    shape = ModelShape.from_hf_config({**PRESETS["tiny"].to_hf_config(), "activation_function": name}, "config.json")
+    shape = shape_of_config({**GPT_BIGCODE.write_config(PRESETS["tiny"]), "activation_function": name}, "config.json")
     assert shape.exact_gelu == exact
-    assert shape.to_hf_config()["activation_function"] == ("gelu" if exact else "gelu_pytorch_tanh")
+    assert GPT_BIGCODE.write_config(shape)["activation_function"] == ("gelu" if exact else "gelu_pytorch_tanh")
     assert ModelShape.from_dict(shape.as_dict(), "manifest.json") == shape
 
 
@@ -105,14 +109,14 @@ def test_a_malformed_shape_in_a_manifest_is_refused(change, word):
 def test_malformed_arguments_of_megatron_are_refused(change, word):
     numbers = {"num_layers": 1, "hidden_size": 128, "num_attention_heads": 4, "max_position_embeddings": 8}
     with pytest.raises(UserError, match=f"^runs/iter_7: .*{word}"):
-        ModelShape.from_megatron_args({**numbers, **change}, 16, "runs/iter_7")
+        shape_of_megatron_args({**numbers, **change}, 16, "runs/iter_7")
 
 
 def test_a_configuration_without_a_required_number_is_refused():
-    config = PRESETS["tiny"].to_hf_config()
+    config = GPT_BIGCODE.write_config(PRESETS["tiny"])
     del config["n_positions"]
     with pytest.raises(UserError, match='config.json: no "n_positions", expected an integer'):
-        ModelShape.from_hf_config(config, "config.json")
+        shape_of_config(config, "config.json")
 
 
 def test_vocabulary_is_padded_as_megatron_pads():
@@ -128,7 +132,7 @@ def test_heads_that_do_not_divide_the_model_are_reported_where_they_were_given()
     with pytest.raises(
         UserError, match="^runs/iter_7: arguments: hidden_size 130 is not divisible by num_attention_heads 4"
     ):
-        ModelShape.from_megatron_args(numbers, 16, "runs/iter_7")
+        shape_of_megatron_args(numbers, 16, "runs/iter_7")
 
 
 def test_layout_errors_name_the_flags_of_the_program():

@@ -21,8 +21,9 @@ from megatron_ft.data.packed_dataset import (
 )
 from megatron_ft.engine import parallel, signals
 from megatron_ft.engine.batches import BatchReader
+from megatron_ft.engine.kernels import kernels_notice, uses_transformer_engine
 from megatron_ft.engine.lora import add_lora
-from megatron_ft.engine.model import build_model, compute_dtype, uses_transformer_engine, wrap_for_data_parallel
+from megatron_ft.engine.model import build_model, compute_dtype, wrap_for_data_parallel
 from megatron_ft.engine.optimizer import build_optimizer
 from megatron_ft.engine.out_of_memory import out_of_memory
 from megatron_ft.engine.packed_attention import slow_with_dropout
@@ -189,17 +190,17 @@ def open_log(prepared: Prepared, state: TrainState, reasons: list[str], device: 
     log.banner(data="\n".join(dataset.description for dataset in read), start="\n".join(reasons))
     notices = [*config.notices, *prepared.tokenizer.notices, *datasets.notices]
     notices += many_epochs(prepared.length, epoch) if epoch else []
-    for notice in [*notices, *attention_notices(config, prepared.shape, device)]:
+    for notice in [*notices, *kernel_notices(config, prepared.shape, device)]:
         log.event(notice)
     return log
 
 
-def attention_notices(config: Config, shape: ModelShape, device: torch.device) -> list[str]:
-    """A line for the log if this GPU has no fast kernel for attention with dropout."""
+def kernel_notices(config: Config, shape: ModelShape, device: torch.device) -> list[str]:
+    """Lines for the log if layers or attention are not the fastest there are."""
     if device.type != "cuda" or uses_transformer_engine(config):
         return []
-    notice = slow_with_dropout(shape.attention_dropout, compute_dtype(config), shape.kv_channels, device)
-    return [notice] if notice else []
+    slow = slow_with_dropout(shape.attention_dropout, compute_dtype(config), shape.kv_channels, device)
+    return [notice for notice in (kernels_notice(config), slow) if notice]
 
 
 def train_to_end(prepared: Prepared, state: TrainState, log: MetricsLog, device: torch.device, started: float) -> int:

@@ -379,7 +379,7 @@ class Memory:
         aliases=("--checkpoint-activations",)
     )
     transformer_impl: str = flag(
-        "--transformer-impl", "auto", "layers by Transformer Engine where it is installed",
+        "--transformer-impl", "auto", "Transformer Engine's layers, where they have attention for packed rows",
         choices=("auto", "local", "transformer_engine")
     )
     num_workers: int = flag(

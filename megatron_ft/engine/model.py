@@ -18,14 +18,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
 from megatron_ft.config.config import Config
+from megatron_ft.engine.kernels import fuses_gradient_accumulation, uses_transformer_engine
 from megatron_ft.engine.packed_attention import PackedAttention
-from megatron_ft.errors import UserError
 from megatron_ft.model.shape import ModelShape
-
-try:
-    from megatron.core.extensions.transformer_engine import HAVE_TE
-except ImportError:
-    HAVE_TE = False
 
 
 class SequenceParallelLayerNorm(nn.LayerNorm):
@@ -36,15 +31,6 @@ class SequenceParallelLayerNorm(nn.LayerNorm):
         super().__init__(hidden_size, eps=eps)
         for parameter in self.parameters():
             parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]  # for Megatron
-
-
-def uses_transformer_engine(config: Config) -> bool:
-    """Whether layers are Transformer Engine's. Raises UserError if it is requested but missing."""
-    if config.memory.transformer_impl == "transformer_engine" and not (HAVE_TE and torch.cuda.is_available()):
-        raise UserError(
-            "--transformer-impl transformer_engine: Transformer Engine or its GPU is missing; use --transformer-impl local"
-        )
-    return config.memory.transformer_impl != "local" and HAVE_TE and torch.cuda.is_available()
 
 
 def compute_dtype(config: Config) -> torch.dtype:
@@ -74,7 +60,7 @@ def transformer_config(config: Config, shape: ModelShape) -> TransformerConfig:
         bias_activation_fusion=fuse_gelu,
         activation_func=F.gelu if fuse_gelu or shape.exact_gelu else partial(F.gelu, approximate="tanh"),
         bias_dropout_fusion=fuse,
-        gradient_accumulation_fusion=False,
+        gradient_accumulation_fusion=fuses_gradient_accumulation(config),
         masked_softmax_fusion=False,
         init_method_std=shape.init_method_std,
         tensor_model_parallel_size=config.parallel.tensor,

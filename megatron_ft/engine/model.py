@@ -18,6 +18,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
 from megatron_ft.config.config import Config
+from megatron_ft.engine.exact_gelu import fuse_exact_gelu
 from megatron_ft.engine.kernels import fuses_gradient_accumulation, uses_transformer_engine
 from megatron_ft.engine.packed_attention import PackedAttention
 from megatron_ft.model.shape import ModelShape
@@ -43,7 +44,7 @@ def transformer_config(config: Config, shape: ModelShape) -> TransformerConfig:
     dtype = compute_dtype(config)
     fuse = torch.cuda.is_available()
     # Megatron's fused kernel computes the tanh approximation of GELU, which StarCoder was trained
-    # with; plain F.gelu is the exact form with erf.
+    # with; plain F.gelu is the exact form with erf, whose kernel is in exact_gelu.py.
     fuse_gelu = fuse and not shape.exact_gelu
     return TransformerConfig(
         num_layers=shape.num_layers,
@@ -115,6 +116,8 @@ def build_model(config: Config, shape: ModelShape, padded_vocab: int) -> list[nn
         share_embeddings_and_output_weights=True,
         position_embedding_type="learned_absolute",
     )
+    if shape.exact_gelu and torch.cuda.is_available():
+        fuse_exact_gelu(model)
     # Parameters are replicated unless their layer has marked them; the norm counts replicas once.
     for parameter in model.parameters():
         set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)

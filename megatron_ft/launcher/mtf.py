@@ -115,6 +115,7 @@ def mtf_flags(config: Config) -> list[str]:
         if field.name in ENTRIES:
             words += words_of(ENTRIES[field.name], getattr(config.shape, field.name))
     words += ["--attention-head-type", "multiquery" if config.shape.multi_query else "multihead"]
+    words += ["--no-bias-gelu-fusion"] if config.shape.exact_gelu else []  # its fused kernel is the tanh form
     for dest, entry in ENTRIES.items():
         spelling, value = entry.flag.mtf, config.value(dest)
         if spelling in (Mtf.UNKNOWN, Mtf.TRANSLATED) or value is None or value is False:

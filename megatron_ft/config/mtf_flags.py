@@ -33,7 +33,7 @@ REFUSED = {
     "--deepspeed": "the engine is Megatron-Core; leave DeepSpeed flags out",
     "--kv-channels": "a head has hidden size / heads channels; leave it out",
     "--apply-residual-connection-post-layernorm": _OTHER_MODEL,
-    "--openai-gelu": "StarCoder's tanh GELU is always used; leave it out",
+    "--openai-gelu": "it is the same function as --activation gelu_tanh; leave it out, or use that flag",
     "--onnx-safe": _OTHER_MODEL,
     "--glu-activation": _OTHER_MODEL,
     "--num-experts": _OTHER_MODEL,

@@ -9,11 +9,7 @@ ACTIVATIONS = {"gelu_tanh": False, "gelu": True}
 
 
 def name_of_activation(shape: ModelShape) -> str:
-    """The value of --activation that gives this shape's form.
-
-    >>> name_of_activation(ModelShape(num_layers=1, hidden_size=8, num_attention_heads=2, max_position_embeddings=4))
-    'gelu_tanh'
-    """
+    """The value of --activation that gives this shape's form."""
     return next(name for name, exact in ACTIVATIONS.items() if exact == shape.exact_gelu)
 
 

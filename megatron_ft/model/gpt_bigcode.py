@@ -13,8 +13,36 @@ from megatron_ft.model.shape import MOST_LAYERS, MOST_ROWS, MOST_WIDTH, ModelSha
 ACTIVATION_ARG = "hf_activation_function"
 
 
+# Models that were derived from GPTBigCode and kept its model_type: their classes, or else fields,
+# and what they do not have or have instead.
+_OTHER_CLASSES = {"GPTRefactForCausalLM": "; its learned positions (it has ALiBi) and biases are missing"}
+_OTHER_FIELDS = {
+    "use_rotary_embeddings": "rotary positions instead of learned ones",
+    "head_groups": "groups of query heads",
+    "attention_window_size": "a window of attention",
+}
+
+
+def _check_is_gpt_bigcode(config: Mapping[str, Any], where: str) -> None:
+    """Raise UserError for another model that has taken this model_type, naming what it lacks."""
+    classes = config.get("architectures") or []
+    names = [str(name) for name in classes] if isinstance(classes, list) else [shown(classes)]
+    # Before transformers had it, the class was GPTBigCodeLMHeadModel.
+    if other := next((name for name in names if not name.startswith("GPTBigCode")), None):
+        raise UserError(
+            f"{where}: model_type is 'gpt_bigcode', but architectures names {other:.100}, "
+            f"expected GPTBigCodeForCausalLM{_OTHER_CLASSES.get(other, '')}"
+        )
+    if not given(config, "use_position_embeddings", bool, where, True):
+        raise UserError(f"{where}: use_position_embeddings is false; a GPTBigCode has learned positions")
+    for name, what in _OTHER_FIELDS.items():
+        if config.get(name):
+            raise UserError(f"{where}: {name} is {shown(config[name])}, which is {what}; no GPTBigCode has that")
+
+
 def _read_config(config: Mapping[str, Any], where: str) -> ModelShape:
     """Shape of a GPTBigCodeConfig."""
+    _check_is_gpt_bigcode(config, where)
     activation = config.get("activation_function", TANH_GELU[0])
     if activation not in (*TANH_GELU, *EXACT_GELU):
         raise UserError(
@@ -158,6 +186,8 @@ _PRESETS = {
     "starcoderbase-1b": ModelShape(
         num_layers=24, hidden_size=2048, num_attention_heads=16, max_position_embeddings=8192, init_method_std=0.02209
     ),
+    "granite-20b": ModelShape(num_layers=52, hidden_size=6144, num_attention_heads=48, max_position_embeddings=8192),
+    "granite-34b": ModelShape(num_layers=88, hidden_size=6144, num_attention_heads=48, max_position_embeddings=8192),
     "santacoder": ModelShape(
         num_layers=24, hidden_size=2048, num_attention_heads=16, max_position_embeddings=2048, vocab_size=49280
     ),
@@ -175,7 +205,7 @@ _PRESETS = {
 GPT_BIGCODE = Family(
     model_type="gpt_bigcode",
     title="GPTBigCode",
-    models="StarCoder, SantaCoder",
+    models="StarCoder, SantaCoder, Granite 20B and 34B",
     architecture="GPTBigCodeForCausalLM",
     read_config=_read_config,
     write_config=_write_config,

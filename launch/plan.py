@@ -37,6 +37,8 @@ from megatron_ft.launcher.proposals import (
     padded_vocab,
 )
 from megatron_ft.model.cost import GIB, GPUS, Layout, checkpoint_bytes
+from megatron_ft.model.shape import ModelShape
+from megatron_ft.weights.hf_config import shape_in_config
 
 DOES_NOT_FIT = 1
 USUAL_BATCH = 128  # sequences per step, if --global-batch-size is not given
@@ -128,15 +130,19 @@ def with_model(config: Config) -> Config:
     """`config` with the shape that flags or the checkpoint of --load describe. Raises UserError."""
     settled = settle(decided(config))
     shape = settled.shape
-    if shape is None and settled.checkpoint.load:
-        from megatron_ft.weights.adapters import open_start  # imports torch
-
-        start, iteration = settled.checkpoint.load, settled.checkpoint.load_iteration
-        shape = open_start(start, iteration, settled.values())[0].shape
+    if shape is None and (load := settled.checkpoint.load):
+        shape = shape_in_config(load) or shape_of_weights(load, settled)
     if shape is None:
         raise UserError("no model: give --preset, --load DIR, or --num-layers, --hidden-size and --num-attention-heads")
     implied = ("load", "recompute_granularity", "recompute_method", "recompute_num_layers")
     return with_shape(config.with_flags(**{name: settled.value(name) for name in implied}), shape)
+
+
+def shape_of_weights(load: str, config: Config) -> ModelShape:
+    """Shape of the checkpoint `load`, or of the base of the adapters there. Raises UserError."""
+    from megatron_ft.weights.adapters import open_start  # imports torch
+
+    return open_start(load, config.checkpoint.load_iteration, config.values())[0].shape
 
 
 @dataclass(frozen=True)

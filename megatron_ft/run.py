@@ -1,14 +1,14 @@
 """One training run on one rank: prepare data and length, start or resume, open the log, train."""
 
 import contextlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from megatron_ft.checkpoint.checkpointer import Checkpointer
-from megatron_ft.checkpoint.resume import starting_shape
+from megatron_ft.checkpoint.resume import described_shape, starting_shape
 from megatron_ft.checkpoint.train_state import TrainState
 from megatron_ft.config.arguments import shape_from_flags, validate, with_shape
 from megatron_ft.config.config import Config
@@ -34,6 +34,7 @@ from megatron_ft.errors import UserError
 from megatron_ft.metrics.console import RunPlan
 from megatron_ft.metrics.metrics import MetricsLog
 from megatron_ft.metrics.model_facts import ShapeFacts
+from megatron_ft.model.activation import overridden_activation
 from megatron_ft.model.families import PRESETS
 from megatron_ft.model.shape import ModelShape, padded_vocab_size
 from megatron_ft.tokenizer.kinds import Tokenizer
@@ -65,19 +66,25 @@ def run(config: Config, device: torch.device, started: float) -> int:
 def with_model(config: Config) -> Config:
     """`config` with the model's shape and the sequence length.
 
-    Unless flags give them, they come from the checkpoint to resume or to start from. Raises
-    UserError.
+    Unless flags give them, they come from the checkpoint to resume or to start from. So does the
+    activation, which a preset's published checkpoints write in two ways. Raises UserError.
     """
+    activation = config.model.activation
     if config.shape is not None:
-        return config
-    found = starting_shape(config)
-    if found is None:
-        raise UserError(
-            f"no model: --save {config.checkpoint.save} contains no checkpoint yet; "
-            f"give --preset (one of {', '.join(sorted(PRESETS))}) or --load DIR"
-        )
-    config = with_shape(config, shape_from_flags(config, found))
-    validate(config)
+        found = described_shape(config)
+        if found and activation is None:
+            config = replace(config, shape=replace(config.shape, exact_gelu=found.exact_gelu))
+    else:
+        found = starting_shape(config)
+        if found is None:
+            raise UserError(
+                f"no model: --save {config.checkpoint.save} contains no checkpoint yet; "
+                f"give --preset (one of {', '.join(sorted(PRESETS))}) or --load DIR"
+            )
+        config = with_shape(config, shape_from_flags(config, found))
+        validate(config)
+    if found and (line := overridden_activation(found, activation)):
+        config.notices.append(line)
     return config
 
 

@@ -21,6 +21,7 @@ from megatron_ft.tokenizer import files as tokenizer_files
 from megatron_ft.weights.adapters import open_start
 from megatron_ft.weights.directory import TRACKER, iteration_directory, list_iterations, parse_iteration, read_tracker
 from megatron_ft.weights.fingerprint import is_base
+from megatron_ft.weights.hf_config import shape_in_config
 from megatron_ft.weights.manifest import NAME, Damaged, Manifest, read_manifest
 
 BLEND = "training data"
@@ -89,6 +90,14 @@ def starting_shape(config: Config) -> ModelShape | None:
         source, _ = open_start(config.checkpoint.load, config.checkpoint.load_iteration, config.values())
         return source.shape
     return None
+
+
+def described_shape(config: Config) -> ModelShape | None:
+    """`starting_shape` without opening the weights of a Hugging Face model."""
+    load = config.checkpoint.load
+    if load and not newest_manifest(config) and (shape := shape_in_config(load)):
+        return shape
+    return starting_shape(config)
 
 
 def candidates(save: Path) -> Candidates:

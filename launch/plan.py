@@ -28,7 +28,6 @@ from megatron_ft.config.parser import Help, Parser
 from megatron_ft.errors import EXIT_DONE, UserError, run_program
 from megatron_ft.launcher.proposals import (
     DECIDED,
-    Cluster,
     Planner,
     Proposal,
     best,
@@ -38,6 +37,7 @@ from megatron_ft.launcher.proposals import (
 )
 from megatron_ft.model.cost import GIB, GPUS, Layout, checkpoint_bytes
 from megatron_ft.model.shape import ModelShape
+from megatron_ft.model.speed import Cluster
 from megatron_ft.weights.hf_config import shape_in_config
 
 DOES_NOT_FIT = 1
@@ -76,13 +76,12 @@ def main() -> int:
         nodes=options.nodes,
         gpus_per_node=options.gpus_per_node,
         mfu=options.mfu,
-        document_tokens=options.document_tokens,
     )
     given_flags = given_words(config)  # before the model's defaults are filled in
     config = with_model(config)
     assert config.shape is not None
     batch = config.training.global_batch_size or multiples_near(USUAL_BATCH, cluster.world_size)[0]
-    planner = Planner(config.shape, config, cluster, batch)
+    planner = Planner(config.shape, config, cluster, batch, options.document_tokens)
     given = bool(config.parallel.tensor or config.parallel.pipeline)
     judged = planner.judge_all(as_given=given)
     run = RunLength.of(config, batch, options.dataset_tokens)

@@ -9,7 +9,7 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.log
-# StarCoderBase-3B: one node, TP2 (its 22 heads allow no more) x data parallel 4.
+# StarCoderBase-3B: one node, data parallel 8.
 #   DATA_PREFIX=data/commits TOKENIZER_FILE=tokenizer.json LOAD=checkpoints/base \
 #     bash slurm/finetune_starcoderbase_3b.sh [flags]
 # or sbatch [options] slurm/finetune_starcoderbase_3b.sh [flags]. Options of sbatch and flags of the
@@ -22,6 +22,6 @@ if [ -n "${SLURM_JOB_ID:-}" ]; then script=$(scontrol show job "$SLURM_JOB_ID" |
 source "${MEGATRON_FT:-${script%%/slurm/finetune_starcoderbase_3b.sh*}}/launch/job.sh"
 
 SAVE=${SAVE:-$SCRATCH/runs/starcoderbase_3b}
-finetune --preset starcoderbase-3b --bf16 --tensor-model-parallel-size 2 --sequence-parallel \
+finetune --preset starcoderbase-3b --bf16 \
   --micro-batch-size 1 --global-batch-size 128 --train-epochs 2 --lr 5e-5 --min-lr 5e-6 --lr-decay-style cosine --lr-warmup-fraction 0.03 \
   --save-interval 250 --eval-interval 100 --log-interval 10 "$@"

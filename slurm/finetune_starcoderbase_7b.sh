@@ -9,21 +9,19 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.log
-# StarCoderBase-7B: two nodes of 8 GPUs, TP4 x data parallel 4.
+# StarCoderBase-7B: two nodes of 8 GPUs, TP2 x data parallel 8.
 #   DATA_PREFIX=data/commits TOKENIZER_FILE=tokenizer.json LOAD=checkpoints/base \
 #     bash slurm/finetune_starcoderbase_7b.sh [flags]
 # or sbatch [options] slurm/finetune_starcoderbase_7b.sh [flags]. Options of sbatch and flags of the
 # training program override the ones below, and so do other flags for the same setting:
 # --train-iters overrides --train-epochs, --lr-warmup-iters overrides --lr-warmup-fraction, and
-# --fp16 overrides --bf16. Data parallelism crosses nodes, so both overlap flags hide its
-# communication behind computation; they need the distributed optimizer, which is the default.
+# --fp16 overrides --bf16.
 script=$(realpath -- "$0")
 if [ -n "${SLURM_JOB_ID:-}" ]; then script=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=//p'); fi # SLURM runs a copy
 # shellcheck source=launch/job.sh
 source "${MEGATRON_FT:-${script%%/slurm/finetune_starcoderbase_7b.sh*}}/launch/job.sh"
 
 SAVE=${SAVE:-$SCRATCH/runs/starcoderbase_7b}
-finetune --preset starcoderbase-7b --bf16 --tensor-model-parallel-size 4 --sequence-parallel \
-  --overlap-grad-reduce --overlap-param-gather \
+finetune --preset starcoderbase-7b --bf16 --tensor-model-parallel-size 2 --sequence-parallel \
   --micro-batch-size 1 --global-batch-size 128 --train-epochs 2 --lr 5e-5 --min-lr 5e-6 --lr-decay-style cosine --lr-warmup-fraction 0.03 \
   --save-interval 250 --eval-interval 100 --log-interval 10 "$@"

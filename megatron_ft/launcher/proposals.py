@@ -1,45 +1,21 @@
 """Layouts of a run on a cluster: the memory each needs, how fast it is expected to be, the best.
 
 Layouts come from every divisor of model, cluster and batch; model/cost.py gives their memory and
-FLOPs. Speed follows from an assumed MFU, reduced by what a layout loses in communication, pipeline
-bubbles and recomputation.
+model/speed.py the time of their steps.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from megatron_ft.config.config import Config
 from megatron_ft.errors import UserError
 from megatron_ft.model import cost
-from megatron_ft.model.cost import Gpu, Layout, Memory
+from megatron_ft.model.cost import Layout, Memory
 from megatron_ft.model.shape import ModelShape, padded_vocab_size
+from megatron_ft.model.speed import Cluster, step_seconds
 
-# Fraction of the MFU that a layout loses, compared with one GPU.
-TENSOR_PARALLEL_LOSS = 0.06  # per doubling of TP inside a node: a layer's collectives
-PIPELINE_LOSS = 0.02  # the first and last stage also have the embedding and the logits
 # Flags that a proposal decides. Where one was not given, its value in the Config is None.
 DECIDED = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "micro_batch_size", "global_batch_size")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Cluster:
-    """The GPUs of a run, and what is assumed about its speed.
-
-    `mfu` is the model FLOP/s utilization of a single GPU without recomputation; `document_tokens`
-    is the typical length of a document, on which the work in attention depends.
-    """
-
-    gpu: Gpu
-    nodes: int
-    gpus_per_node: int
-    mfu: float
-    document_tokens: float
-
-    @property
-    def world_size(self) -> int:
-        """GPUs of all nodes."""
-        return self.nodes * self.gpus_per_node
 
 
 @dataclass(frozen=True)
@@ -59,8 +35,6 @@ class Proposal:
         words += [f"--pipeline-model-parallel-size {layout.pipeline_parallel}"] if layout.pipeline_parallel > 1 else []
         words += ["--sequence-parallel"] if layout.sequence_parallel else []
         words += [f"--recompute-granularity {layout.recompute}"] if layout.recompute else []
-        overlaps = layout.distributed_optimizer and layout.data_parallel > 1 and not layout.optimizer_cpu_offload
-        words += ["--overlap-grad-reduce --overlap-param-gather"] if overlaps else []
         batch = layout.micro_batch * layout.num_microbatches * layout.data_parallel
         return " ".join([*words, f"--micro-batch-size {layout.micro_batch}", f"--global-batch-size {batch}"])
 
@@ -75,12 +49,16 @@ class Judged:
 
 @dataclass(frozen=True)
 class Planner:
-    """Proposes layouts for a model, a command line, a cluster and a global batch size."""
+    """Proposes layouts for a model, a command line, a cluster and a global batch size.
+
+    `document_tokens` is the typical length of a document, on which the work in attention depends.
+    """
 
     shape: ModelShape
     config: Config
     cluster: Cluster
     batch: int
+    document_tokens: float
 
     def judge_all(self, *, as_given: bool) -> Judged:
         """Every layout of `layouts`, judged."""
@@ -162,17 +140,11 @@ class Planner:
         """Memory and expected speed of a layout."""
         shape, config, cluster = self.shape, self.config, self.cluster
         memory = cost.estimate(shape, padded_vocab(config, shape, layout), layout, config.data.seq_length)
-        mfu = cluster.mfu * (1 - tensor_parallel_loss(shape)) ** math.log2(layout.tensor_parallel)
-        stages, micro_batches = layout.pipeline_parallel, layout.num_microbatches
-        mfu *= micro_batches / (micro_batches + stages - 1)  # the pipeline's bubble
-        mfu *= 1 - PIPELINE_LOSS if stages > 1 else 1
-        lora = bool(layout.lora_rank)
-        if layout.recompute == "full":  # one more forward pass: 8 for 6, or 6 for 4 with frozen weights
-            mfu *= 4 / 6 if lora else 6 / 8
-        attended = min(cluster.document_tokens, config.data.seq_length)
-        flops = self.batch * config.data.seq_length * cost.flops_per_token(shape, attended, lora=lora)
+        attended = min(self.document_tokens, config.data.seq_length)
+        seconds = step_seconds(shape, layout, cluster, config.data.seq_length, attended)
+        flops = self.batch * config.data.seq_length * cost.flops_per_token(shape, attended, lora=bool(layout.lora_rank))
         peak = cluster.gpu.peak_flops(layout.precision) * cluster.world_size
-        return Proposal(layout, memory, flops / (peak * mfu), mfu)
+        return Proposal(layout, memory, seconds, flops / (peak * seconds))
 
 
 def decided(config: Config) -> Config:
@@ -184,17 +156,6 @@ def decided(config: Config) -> Config:
 def padded_vocab(config: Config, shape: ModelShape, layout: Layout) -> int:
     """Vocabulary size with the padding of a layout."""
     return padded_vocab_size(shape.vocab_size, config.model.make_vocab_size_divisible_by, layout.tensor_parallel)
-
-
-def tensor_parallel_loss(shape: ModelShape) -> float:
-    """Fraction of the MFU that a doubling of TP costs.
-
-    Per token, a layer gathers or scatters [h] four times forward and four times backward, and twice
-    more for the gradients of weights. Multi-query attention adds queries, keys and values, which
-    Megatron-Core gathers forward and scatters backward.
-    """
-    more = 2 * shape.qkv_rows if shape.multi_query else 0
-    return TENSOR_PARALLEL_LOSS * (1 + more / (10 * shape.hidden_size))
 
 
 def best(fitting: Sequence[Proposal], count: int) -> list[Proposal]:

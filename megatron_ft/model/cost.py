@@ -16,40 +16,42 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Gpu:
-    """One device. Peaks are dense, from the makers' data sheets."""
+    """One device. Peaks are dense; all numbers but `memory` are from the makers' data sheets."""
 
     name: str
     memory: int  # bytes a program can allocate
     peak_16bit: float  # TFLOP/s of the matrix units
     peak_fp32: float  # TFLOP/s
+    link: float  # GB/s to the other GPUs of its node, in one direction
+    network: float  # GB/s to other nodes: its part of the network cards of a usual server
 
     def peak_flops(self, precision: str) -> float:
         """Peak FLOP/s in `precision` (fp32, bf16 or fp16)."""
         return 1e12 * (self.peak_fp32 if precision == "fp32" else self.peak_16bit)
 
 
-def _gpu(name: str, gib: float, peak_16bit: float, peak_fp32: float) -> tuple[str, Gpu]:
-    return name, Gpu(name, int(gib * GIB), peak_16bit, peak_fp32)
+def _gpu(name: str, gib: float, peak_16bit: float, peak_fp32: float, link: float, network: float) -> tuple[str, Gpu]:
+    return name, Gpu(name, int(gib * GIB), peak_16bit, peak_fp32, link, network)
 
 
 # In GiB; a program can allocate slightly less than what the name promises.
 GPUS = dict(
     [
-        _gpu("v100-16gb", 15.7, 125, 15.7),
-        _gpu("v100-32gb", 31.7, 125, 15.7),
-        _gpu("a10-24gb", 22.0, 125, 31.2),
-        _gpu("a40-48gb", 44.3, 149.7, 37.4),
-        _gpu("a100-40gb", 39.4, 312, 19.5),
-        _gpu("a100-80gb", 79.1, 312, 19.5),
-        _gpu("l40s-48gb", 44.4, 362, 91.6),
-        _gpu("h100-pcie-80gb", 79.1, 756, 51),
-        _gpu("h100-nvl-94gb", 93.1, 835, 60),
-        _gpu("h100-80gb", 79.1, 989.4, 67),
-        _gpu("gh200-96gb", 94.5, 989.4, 67),
-        _gpu("h200-141gb", 139.8, 989.4, 67),
-        _gpu("b200-180gb", 178.0, 2250, 75),
-        _gpu("mi250x-64gb", 64.0, 191.5, 47.9),  # one of its two dies, which is what a rank drives
-        _gpu("mi300x-192gb", 191.5, 1307.4, 163.4),
+        _gpu("v100-16gb", 15.7, 125, 15.7, 150, 6.25),
+        _gpu("v100-32gb", 31.7, 125, 15.7, 150, 6.25),
+        _gpu("a10-24gb", 22.0, 125, 31.2, 32, 6.25),
+        _gpu("a40-48gb", 44.3, 149.7, 37.4, 32, 6.25),
+        _gpu("a100-40gb", 39.4, 312, 19.5, 300, 25),
+        _gpu("a100-80gb", 79.1, 312, 19.5, 300, 25),
+        _gpu("l40s-48gb", 44.4, 362, 91.6, 32, 12.5),
+        _gpu("h100-pcie-80gb", 79.1, 756, 51, 64, 25),
+        _gpu("h100-nvl-94gb", 93.1, 835, 60, 64, 25),
+        _gpu("h100-80gb", 79.1, 989.4, 67, 450, 50),
+        _gpu("gh200-96gb", 94.5, 989.4, 67, 450, 50),
+        _gpu("h200-141gb", 139.8, 989.4, 67, 450, 50),
+        _gpu("b200-180gb", 178.0, 2250, 75, 900, 50),
+        _gpu("mi250x-64gb", 64.0, 191.5, 47.9, 50, 12.5),  # one of its two dies, which is what a rank drives
+        _gpu("mi300x-192gb", 191.5, 1307.4, 163.4, 448, 50),
     ]
 )
 

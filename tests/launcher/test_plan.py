@@ -1,16 +1,19 @@
 """launch/plan.py: proposals fit and divide the batch, refusals give the reason, steps are right."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
 from conftest import ROOT, one_error_line, run_program
 from doc_commands import run_page
+from token_files import training_flags
 
 from megatron_ft.data.indexed import IndexedWriter, commit, field_paths
+from megatron_ft.launcher.proposals import Planner, best
 from megatron_ft.model import cost
 from megatron_ft.model.families import PRESETS
+from megatron_ft.model.speed import Cluster, step_seconds, tensor_seconds
 
 
 def plan(*words, ok=True):
@@ -150,3 +153,43 @@ def test_commands_in_planning_md_print_what_the_page_shows(tmp_path):
     assert len(shown) >= 8
     for line in shown:
         assert line in printed.splitlines(), line
+
+
+@pytest.mark.parametrize("script", sorted(ROOT.glob("slurm/finetune_*.sh")), ids=lambda path: path.stem)
+def test_scripts_use_the_first_layout_for_80_gb_gpus(script):
+    text = script.read_text(encoding="utf-8")
+    nodes, gpus = (int(re.search(rf"#SBATCH --{name}=(\d+)", text)[1]) for name in ("nodes", "gpus-per-node"))
+    words = dict(re.findall(r"(--[\w-]+) (\w\S*)", text[text.index("\nfinetune ") :]))
+    preset, batch = words["--preset"], int(words["--global-batch-size"])
+    config = training_flags(
+        "--preset", preset, "--data-prefix", "unused", "--bf16", seq_length=PRESETS[preset].max_position_embeddings
+    )
+    for gpu, margin in (("a100-80gb", 1.0), ("h100-80gb", 1.05)):
+        cluster = Cluster(gpu=cost.GPUS[gpu], nodes=nodes, gpus_per_node=gpus, mfu=0.45)
+        found = best(Planner(config.shape, config, cluster, batch, 500.0).judge_all(as_given=False).fitting, 9)
+        sizes = [int(words.get(f"--{kind}-model-parallel-size", 1)) for kind in ("tensor", "pipeline")]
+        chosen = next(p for p in found if [p.layout.tensor_parallel, p.layout.pipeline_parallel] == sizes)
+        assert chosen.step_seconds <= margin * found[0].step_seconds, f"{gpu}: {found[0].layout} is faster"
+
+
+def test_a_layout_is_charged_for_what_it_communicates():
+    shape = PRESETS["starcoderbase"]
+    cluster = Cluster(gpu=cost.GPUS["h100-80gb"], nodes=8, gpus_per_node=8, mfu=0.45)
+    base = cost.Layout(tensor_parallel=4, sequence_parallel=True, data_parallel=16, num_microbatches=8)
+
+    def seconds(shape=shape, cluster=cluster, **changes):
+        return step_seconds(shape, replace(base, **changes), cluster, 8192, 500.0)
+
+    # Gathered queries, keys and values: multi-head attention has none, but more rows to compute.
+    gathered = tensor_seconds(shape, base, cluster, 8192)
+    own_heads = tensor_seconds(replace(shape, num_query_groups=48), base, cluster, 8192)
+    assert gathered / own_heads == pytest.approx(1 + 2 * shape.qkv_rows / (8 * shape.hidden_size))
+    # The bubble of three micro-batches in eight, and a last stage that has the logits.
+    pipelined = seconds(pipeline_parallel=4, data_parallel=4, num_microbatches=32)
+    assert 32 / 35 * pipelined / seconds() > 1.05
+    # Gradients that a micro-batch's backward pass does not hide: on a network of a tenth.
+    slow = replace(cluster, gpu=replace(cluster.gpu, network=cluster.gpu.network / 10))
+    assert seconds(cluster=slow) > 1.05 * seconds() and seconds(cluster=slow, data_parallel=1) == seconds(
+        data_parallel=1
+    )
+    assert seconds(recompute="full") > 1.25 * seconds()

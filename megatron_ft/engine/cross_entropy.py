@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
+from megatron.core import jit, parallel_state
 from torch import Tensor
 
 ROWS = 64  # tokens whose fp32 logits exist at a time on the CPU
@@ -85,5 +85,6 @@ def _plain_to_gradient(logits: Tensor, local: Tensor, highest: Tensor, total: Te
     logits.copy_((softmax - at_label.float()) * gradient[:, None])
 
 
-_compiled_sums = torch.compile(_plain_sums)
-_compiled_to_gradient = torch.compile(_plain_to_gradient)
+# Only GPUs run these two: where there is none, set_up_device has turned the fuser off.
+_compiled_sums = jit.jit_fuser(_plain_sums)
+_compiled_to_gradient = jit.jit_fuser(_plain_to_gradient)

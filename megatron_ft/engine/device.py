@@ -14,6 +14,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from megatron_ft.config.config import Config
+from megatron_ft.engine.compiler import leave_functions_as_they_are, replace_dynamo
 from megatron_ft.errors import UserError
 
 _entered: "CpuForCuda | None" = None
@@ -125,7 +126,9 @@ class _NoStream:
 def _patch_cuda_functions() -> None:
     """Replace the device, stream and random-state functions of torch.cuda, and disable compiled
     fusions, which need a C++ compiler."""
-    import megatron.core.jit
+    replace_dynamo()
+    with leave_functions_as_they_are():
+        import megatron.core.jit
 
     megatron.core.jit.disable_jit_fuser()
     cpu = torch.device("cpu")

@@ -1,6 +1,8 @@
 # `make demo` sets everything up and runs the pipeline end to end; `make test` sets everything up and runs the tests.
 PYTHON ?= python3
-VENV := .venv
+# Another Megatron-Core than that of constraints.txt, in an environment of its own: make test PYTHON=python3.12 CORE=0.19.2
+CORE ?=
+VENV := .venv$(if $(CORE),-core-$(CORE))
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 BENCH_DIR ?= /tmp
@@ -45,8 +47,9 @@ venv: $(STAMP)
 $(STAMP): constraints.txt setup.py pyproject.toml megatron_ft/__init__.py megatron_ft/data/packing.cpp
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python 3.11 or newer is needed; make PYTHON=/path/to/python3.11")'
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt torch setuptools wheel pybind11
-	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[dev]'
+	$(if $(CORE),sed 's/^megatron-core==.*/megatron-core==$(CORE)/',cat) constraints.txt >$(VENV)/constraints.txt
+	$(RUN) -m pip install --quiet --disable-pip-version-check -c $(VENV)/constraints.txt torch setuptools wheel pybind11
+	$(RUN) -m pip install --quiet --disable-pip-version-check -c $(VENV)/constraints.txt --no-build-isolation -e '.[dev]'
 	touch $(STAMP)
 
 clean:

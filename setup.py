@@ -34,7 +34,10 @@ setup(
     cmdclass={"build_ext": build_ext},
     install_requires=[
         "torch>=2.6",
-        "megatron-core==0.16.1",
+        "megatron-core>=0.16.1,<0.20",
+        # Megatron-Core imports it from 0.17 on, which needs Python 3.12, without declaring it.
+        'triton; python_version >= "3.12" and platform_machine == "x86_64"',
+        "packaging",
         "tokenizers",
         "transformers>=5",
         "sentencepiece",

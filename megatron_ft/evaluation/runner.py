@@ -1,8 +1,9 @@
 """Run programs and give each its verdict.
 
-Programs run in as many sandboxes at a time as there are workers. Those that time out, or get no
-process where the user's processes are counted together, run again, one at a time, once all others
-have ended: a verdict is a fact about the program, not about the load.
+Programs run in as many sandboxes at a time as there are workers; Rust's are compiled, and run, many
+in one. Those that time out, or get no process where the user's processes are counted together, run
+again, one at a time, once all others have ended: a verdict is a fact about the program, not about
+the load.
 """
 
 import hashlib
@@ -25,6 +26,7 @@ from megatron_ft.evaluation.sandbox.sandbox import (
     StepReport,
     ToolchainError,
 )
+from megatron_ft.evaluation.toolchains import rust_batch
 from megatron_ft.evaluation.toolchains.compile_server import CompileServer
 from megatron_ft.evaluation.toolchains.toolchain import COMPILE_CPU_S, Toolchain
 
@@ -70,48 +72,63 @@ def run_programs(
                 stack.callback(server.close)
             slots.put((slot, server))
 
-        def verdict(program: Program) -> tuple[Program, Verdict]:
+        def verdicts(batch: Sequence[Program]) -> list[tuple[Program, Verdict]]:
             slot, server = slots.get()
             try:
-                return program, worker.verdict(program, slot, server)
+                return worker.verdicts(batch, slot, server)
             finally:
                 slots.put((slot, server))
 
         pool = stack.enter_context(ThreadPoolExecutor(workers))
-        waiting = iter(programs)
-        running = {pool.submit(verdict, program) for _, program in zip(range(2 * workers), waiting, strict=False)}
+        rust = toolchain.language == "rust"
+        waiting = iter(rust_batch.batches(programs, workers) if rust else [[program] for program in programs])
+        running = {pool.submit(verdicts, batch) for _, batch in zip(range(2 * workers), waiting, strict=False)}
         while running:
             done, running = wait(running, return_when=FIRST_COMPLETED)
-            for program, result in [future.result() for future in done]:
+            for program, result in [pair for future in done for pair in future.result()]:
                 if workers > 1 and (result.status == "timeout" or NO_PROCESS.search(result.output)):
                     again.append(program)
                 else:
                     yield program, result
-            running |= {pool.submit(verdict, program) for _, program in zip(done, waiting, strict=False)}
+            running |= {pool.submit(verdicts, batch) for _, batch in zip(done, waiting, strict=False)}
     for program in again:
         yield program, worker.verdict(program, 0, None)
 
 
 class Worker:
-    """Runs one program and judges it."""
+    """Runs programs and judges them."""
 
     def __init__(self, toolchain: Toolchain, sandbox: Sandbox, cpu_s: float):
         self.toolchain, self.sandbox, self.cpu_s = toolchain, sandbox, cpu_s
 
+    def verdicts(
+        self, batch: Sequence[Program], slot: int, server: CompileServer | None
+    ) -> list[tuple[Program, Verdict]]:
+        """The verdicts on programs that may run in one sandbox; more than one for Rust only."""
+        done = {}
+        if len(batch) > 1:
+            reports = rust_batch.run_together(batch, self.toolchain, self.sandbox, self.cpu_s, slot)
+            done = {program: self._judged(program, steps, len(steps)) for program, steps in reports.items()}
+        return [(program, done.get(program) or self.verdict(program, slot, server)) for program in batch]
+
     def verdict(self, program: Program, slot: int, server: CompileServer | None) -> Verdict:
-        """Never raises for what a program or the machine does: that is its status."""
+        """The verdict on a program that runs by itself.
+
+        Never raises for what a program or the machine does: that is its status."""
         try:
             job = self.toolchain.job(program.source, self.cpu_s)
             classes = server.classes(program.source) if server else None
             if classes is not None:
                 job = Job(classes, job.steps[-1:], job.readable, job.environment)
-            reports = self.sandbox.run(job, slot)
-            status = status_of(program, reports, len(job.steps), self.toolchain.completed)
-            return self._verdict(program, status, reports)
+            return self._judged(program, self.sandbox.run(job, slot), len(job.steps))
         except ToolchainError as error:
             return self._verdict(program, "toolchain_error", [], str(error))
         except SandboxError as error:
             return self._verdict(program, "sandbox_error", [], str(error))
+
+    def _judged(self, program: Program, reports: list[StepReport], steps: int) -> Verdict:
+        status = status_of(program, reports, steps, self.toolchain.completed)
+        return self._verdict(program, status, reports)
 
     def _verdict(self, program: Program, status: str, reports: list[StepReport], message: str = "") -> Verdict:
         last = reports[-1] if reports else None

@@ -41,7 +41,7 @@ def main() -> None:
     steps = []
     for step in job["steps"]:
         steps.append(run(step, job))
-        if steps[-1]["exit"] != 0 or steps[-1]["reason"]:
+        if (steps[-1]["exit"] != 0 or steps[-1]["reason"]) and not step["independent"]:
             break
     with open(report, "wb") as file:
         file.write(marshal.dumps(steps))

@@ -56,11 +56,13 @@ class ToolchainError(Exception):
 
 @dataclass(frozen=True)
 class Step:
-    """One command. `cpu_s` limits its CPU seconds, together with those in which it only waits."""
+    """One command. `cpu_s` limits its CPU seconds, together with those in which it only waits. The
+    steps after an `independent` one run even if it fails."""
 
     command: tuple[str, ...]
     cpu_s: float
     memory: int = MEMORY
+    independent: bool = False
 
 
 @dataclass(frozen=True)
@@ -204,6 +206,7 @@ class Sandbox:
         return {
             "command": list(step.command),
             "cpu_s": step.cpu_s,
+            "independent": step.independent,
             "wall_s": WALL_FACTOR * step.cpu_s,
             "memory": step.memory,
             "output": OUTPUT,

@@ -15,6 +15,7 @@ from megatron_ft.evaluation.toolchains.toolchain import (
 )
 
 INSTALL = "Rust and its crates regex and md5 (Debian: cargo librust-regex-dev librust-md5-dev)"
+SOURCE = "program.rs"
 DEBIAN_CRATES = "/usr/share/cargo/registry"
 # The reference builds programs against rand 0.4, regex 1 and md5 0.7.
 MANIFEST = """\
@@ -97,8 +98,8 @@ def find() -> Toolchain:
     return Toolchain(
         language="rust",
         version=version,
-        files=source_file("program.rs"),
-        compile=((compiler, *flags, "-o", "a.out", "program.rs"),),
+        files=source_file(SOURCE),
+        compile=((compiler, *flags, "-o", "a.out", SOURCE),),
         run=("./a.out", "--test-threads=1"),
         readable=(root, str(crates)),
         environment={"PATH": f"{root}/bin:/usr/bin:/bin", "RUST_BACKTRACE": "0"},

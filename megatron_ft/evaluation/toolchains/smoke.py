@@ -91,7 +91,8 @@ def check(toolchain: Toolchain, sandbox: Sandbox) -> None:
     """Raise ToolchainError or SandboxError if a toolchain does not work in this sandbox."""
     text = PROGRAMS[toolchain.language]
     right, wrong = (Program(toolchain.language, text.replace("WRONG", digit), None) for digit in "01")
-    for program, verdict in run_programs([right, wrong], toolchain, sandbox, 1, CPU_S):
+    verdicts = [pair for program in (right, wrong) for pair in run_programs([program], toolchain, sandbox, 1, CPU_S)]
+    for program, verdict in verdicts:
         expected = "passed" if program == right else "wrong_answer"
         if verdict.status == "sandbox_error":
             raise SandboxError(f"{sandbox.kind}: {verdict.output}")

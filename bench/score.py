@@ -5,8 +5,9 @@
 
 Programs are HumanEvalPack's canonical solutions. Times are CPU seconds of all processes, so that
 other jobs on the machine matter little; what is built once is built before. The plain way has no
-sandbox. With --generations, a list of the reference harness, the time of running equal programs
-once is compared with that of running each.
+sandbox; Rust's builds its crates once, as the reference does. With --generations, lists of the
+reference harness, running equal programs once is compared with running each, for the first
+--programs problems.
 """
 
 import sys
@@ -44,7 +45,7 @@ def main() -> None:
     add = parser.add_argument
     add("--data", required=True, metavar="DIR", help="directory with HumanEvalPack's LANGUAGE.jsonl")
     add("--languages", default="all", help="languages, separated by commas, or all")
-    add("--programs", type=int, default=20, help="programs per language")
+    add("--programs", type=int, default=20, help="programs per language, and problems of --generations")
     add("--generations", type=Path, metavar="FILE", help="fixtests-python lists of the reference harness")
     args = parser.parse_args()
     sandbox, _ = choose_sandbox(None)
@@ -54,7 +55,7 @@ def main() -> None:
     for language in parse_languages(args.languages):
         compare(language, args.data, args.programs, sandbox)
     if args.generations:
-        duplicates(args.generations, args.data)
+        duplicates(args.generations, args.data, args.programs, sandbox)
 
 
 def cpu_of(work: Callable[[], object]) -> float:
@@ -131,15 +132,21 @@ def cargo_project(scratch: Path) -> Path:
     return project
 
 
-def duplicates(path: Path, data: str) -> None:
-    lists = read_lists(path)
-    problems = load_problems(data, "python")
-    programs = [
-        program_of(problem, "fixtests", text) for problem, texts in zip(problems, lists, strict=True) for text in texts
-    ]
-    distinct = {program.sha256 for program in programs}
+def duplicates(path: Path, data: str, count: int, sandbox: Sandbox) -> None:
+    lists = zip(load_problems(data, "python"), read_lists(path), strict=True)
+    samples = [[program_of(problem, "fixtests", text) for text in texts] for problem, texts in lists]
+    toolchain = find_toolchain("python")
+
+    def seconds(programs: list[Program]) -> float:
+        return cpu_of(lambda: list(run_programs(programs, toolchain, sandbox, 1, CPU_S)))
+
+    programs = [program for of_problem in samples[:count] for program in of_problem]
+    once = list({program.sha256: program for program in programs}.values())
+    all_s, once_s = seconds(programs), seconds(once)
+    distinct = {program.sha256 for of_problem in samples for program in of_problem}
     print(
-        f"equal programs: {len(programs):,} samples, {len(distinct):,} programs: {len(programs) / len(distinct):.1f}x"
+        f"equal programs: {len(programs):,} samples in {all_s:.1f} s, {len(once):,} programs in {once_s:.1f} s: "
+        f"{all_s / once_s:.1f}x; {len(distinct):,} programs in all {sum(map(len, samples)):,} samples"
     )
 
 

@@ -26,7 +26,8 @@ from contextlib import ExitStack
 import numpy as np
 
 from megatron_ft.config.parser import Help, Parser
-from megatron_ft.data.indexed import IndexedReader, IndexedWriter, commit, field_paths, prefix_of
+from megatron_ft.data.documents import TokenizedDocuments
+from megatron_ft.data.indexed import MASK, IndexedWriter, commit, field_paths, learned_path, prefix_of
 from megatron_ft.data.provenance import Provenance, join, path_of
 from megatron_ft.errors import UserError, run_program
 from megatron_ft.files.output import OutputFile, writing
@@ -52,25 +53,26 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     parts = in_order(args.parts)
-    dtype = common_dtype(parts)
+    dtypes = field_dtypes(parts)
     made = join({part: Provenance.read(part) for part in parts})
     rejected = f"{args.output_prefix}_rejected.jsonl"
     with ExitStack() as stack:
         stack.enter_context(writing(args.output_prefix))
-        writers = [stack.enter_context(IndexedWriter(path, dtype)) for path in field_paths(args.output_prefix)]
+        fields = (*field_paths(args.output_prefix), learned_path(args.output_prefix))
+        writers = [stack.enter_context(IndexedWriter(path, dtype)) for path, dtype in zip(fields, dtypes, strict=False)]
         progress = stack.enter_context(Progress("merge", len(parts), " parts"))
         for part in parts:
-            for writer, path in zip(writers, field_paths(part), strict=True):
+            for writer, path in zip(writers, (*field_paths(part), learned_path(part)), strict=False):
                 writer.add_file(path)
             progress.update(1)
         num_rejected = join_rejected(parts, stack.enter_context(OutputFile(rejected)))
         if not num_rejected:
             Path(rejected).unlink(missing_ok=True)  # of an earlier run
         path_of(args.output_prefix).unlink(missing_ok=True)
-        commit(writers)
+        commit(writers, absent=fields[len(writers) :])
         if made:
             made.write(args.output_prefix)
-    inputs, outputs = writers
+    inputs, outputs = writers[:2]
     note = f"; rejected rows of {num_rejected} parts -> {rejected}" if num_rejected else ""
     print(
         f"{len(parts)} parts, {inputs.num_sequences:,} rows, {inputs.num_tokens:,} input tokens, "
@@ -87,25 +89,31 @@ def in_order(parts: list[str]) -> list[str]:
     return sorted(parts, key=lambda part: int(re.split(r"(\d+)", part)[differing[0]]))
 
 
-def common_dtype(parts: list[str]) -> np.dtype:
-    """The token dtype of all parts.
+def field_dtypes(parts: list[str]) -> list[np.dtype]:
+    """The dtypes of inputs, targets and, if the parts have them, marks of learned tokens.
 
-    Raises UserError if a part is missing or damaged, dtypes differ, or the number of inputs and
-    outputs of a part differs.
+    Raises UserError if a part is missing or damaged, or parts differ in the dtype of tokens or in
+    having marks.
     """
     dtypes: dict[np.dtype, str] = {}
+    with_marks: dict[bool, str] = {}
     for part in parts:
-        inputs, outputs = (IndexedReader(path) for path in field_paths(part))
-        if len(inputs) != len(outputs):
-            raise UserError(f"{part}: {len(inputs)} inputs but {len(outputs)} outputs; tokenize this part again")
-        for field in (inputs, outputs):
+        documents = TokenizedDocuments(part)
+        for field in (documents.inputs, documents.targets):
             dtypes[field.dtype] = field.path
+        with_marks[documents.learned is not None] = part
     if len(dtypes) > 1:
         (a, first), (b, second), *_ = dtypes.items()
         raise UserError(
             f"{first}.idx holds {a} tokens but {second}.idx {b}; tokenize all parts with the same tokenizer"
         )
-    return next(iter(dtypes))
+    if len(with_marks) > 1:
+        raise UserError(
+            f"{with_marks[True]} has conversations, with marks of the learned tokens, but {with_marks[False]} has other "
+            "rows; merge parts of one kind, and mix the two in training, as two datasets with weights"
+        )
+    tokens = next(iter(dtypes))
+    return [tokens, tokens, *(MASK.values() if True in with_marks else ())]
 
 
 def join_rejected(parts: list[str], output: OutputFile) -> int:

@@ -25,10 +25,11 @@ from itertools import pairwise
 import numpy as np
 
 from megatron_ft.config.parser import Help, Parser
+from megatron_ft.data.documents import TokenizedDocuments
 from megatron_ft.data.indexed import prefix_of
 from megatron_ft.data.lengths import length_plot, packing_report
 from megatron_ft.data.packed_dataset import PackedDocuments, PackedSample, check_vocabulary
-from megatron_ft.data.packing import Packing, TokenizedDocuments, pack
+from megatron_ft.data.packing import Packing, pack
 from megatron_ft.data.provenance import tokenizer_warning
 from megatron_ft.errors import UserError, run_program
 from megatron_ft.files.output import OutputFile, writing

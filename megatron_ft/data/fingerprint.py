@@ -11,15 +11,18 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from megatron_ft.data.file_array import file_version, read_error
-from megatron_ft.data.indexed import MISSING, field_paths
+from megatron_ft.data.indexed import MISSING, field_paths, learned_path
 
 BLOCKS = 16  # per file, the first and the last included
 BLOCK_BYTES = 16 << 10
 
 
 def token_files(prefix: str) -> list[Path]:
-    """The four files of a tokenized dataset."""
-    return [Path(field + suffix) for field in field_paths(prefix) for suffix in (".bin", ".idx")]
+    """The four files of a tokenized dataset, six if it marks which tokens are learned."""
+    fields = [*field_paths(prefix)]
+    if Path(learned_path(prefix) + ".idx").exists():
+        fields.append(learned_path(prefix))
+    return [Path(field + suffix) for field in fields for suffix in (".bin", ".idx")]
 
 
 def sampled_digest(paths: Iterable[Path], digits: int = 12) -> str:

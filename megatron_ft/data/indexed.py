@@ -6,15 +6,16 @@ it and Megatron-Core's `IndexedDataset` read. The `.idx`, all little-endian: 9 b
 document bounds; int32 sizes[n] in tokens; int64 pointers[n] in bytes; int64 document bounds. We
 write one sequence per document, so the bounds are 0..n.
 
-A dataset is two such pairs, one per field (`field_paths`). Writers use temporary names, and
-`commit` makes all files appear together, so a killed run leaves nothing that looks complete.
+A dataset is two such pairs, one per field (`field_paths`); conversations have a third one, of bytes
+(`learned_path`). Writers use temporary names, and `commit` makes all files appear together, so a
+killed run leaves nothing that looks complete.
 """
 
 import os
 import re
 import shutil
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -37,10 +38,11 @@ DTYPES: dict[int, np.dtype] = {
     5: np.dtype("<i8"),
     8: np.dtype("<u2"),
 }
+MASK = {1: np.dtype("u1")}
 OTHER_DTYPES = {1: "uint8 values", 2: "int8 values", 6: "float64 values", 7: "float32 values"}
-CODES = {dtype: code for code, dtype in DTYPES.items()}
+CODES = {dtype: code for code, dtype in (DTYPES | MASK).items()}
 _FILES_OF_A_PREFIX = re.compile(
-    r"(_(inputs|targets)_document(\.(bin|idx))?|_rejected\.jsonl|_made_from\.json|_packing/?)$"
+    r"(_(inputs|targets|learned)_document(\.(bin|idx))?|_rejected\.jsonl|_made_from\.json|_packing/?)$"
 )
 CHUNK = 1 << 16  # sequences per step of checking or writing an .idx, to bound memory
 BLOCK = 8  # sequences per start kept in memory
@@ -55,6 +57,11 @@ def field_paths(prefix: str | Path) -> tuple[str, str]:
     ('data/train_inputs_document', 'data/train_targets_document')
     """
     return f"{prefix}_inputs_document", f"{prefix}_targets_document"
+
+
+def learned_path(prefix: str | Path) -> str:
+    """Path, without suffix, of the marks of a dataset's learned tokens (see data/documents.py)."""
+    return f"{prefix}_learned_document"
 
 
 def prefix_of(path: str) -> str:
@@ -73,6 +80,7 @@ class IndexedReader:
     """Sequences of one `.bin/.idx` pair. `reader[i]` is an array [tokens] of `reader.dtype`, read
     from the file.
 
+    dtypes: those it may have, DTYPES for token ids or MASK, by their codes.
     sizes: int32 [n], tokens of each sequence. num_tokens: their sum.
 
     The complete index is checked when it is opened: no length is negative, each sequence starts
@@ -81,13 +89,13 @@ class IndexedReader:
     this check, and later if a file is truncated while it is in use.
     """
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path, dtypes: Mapping[int, np.dtype] = DTYPES):
         self.path = str(path)
         index = file_version(self.path + ".idx", MISSING)
         data = file_version(self.path + ".bin", MISSING)
         try:
             with open(index.path, "rb") as file:
-                self.dtype, self.sizes, self._starts = _read_index(file, index)
+                self.dtype, self.sizes, self._starts = _read_index(file, index, dtypes)
         except OSError as error:
             raise read_error(index.path, error, MISSING) from error
         self.num_tokens = int(self._starts[-1])
@@ -117,7 +125,9 @@ class IndexedReader:
         return self._tokens.read_many(starts, counts)
 
 
-def _read_index(file: BinaryIO, index: FileVersion) -> tuple[np.dtype, np.ndarray, np.ndarray]:
+def _read_index(
+    file: BinaryIO, index: FileVersion, dtypes: Mapping[int, np.dtype]
+) -> tuple[np.dtype, np.ndarray, np.ndarray]:
     """The dtype, the lengths and the block starts (see `_check_pointers`) of a checked `.idx`."""
     header = file.read(HEADER.size)
     if len(header) < HEADER.size or header[: len(MAGIC)] != MAGIC:
@@ -126,26 +136,27 @@ def _read_index(file: BinaryIO, index: FileVersion) -> tuple[np.dtype, np.ndarra
     _, version, code, count, num_bounds = HEADER.unpack(header)
     if version != VERSION:
         raise UserError(f"{index.path}: version {version} of the format, expected {VERSION}; {DAMAGED}")
-    if code not in DTYPES:
-        found = OTHER_DTYPES.get(code, "values of an unknown type")
-        supported = ", ".join(dtype.name for dtype in DTYPES.values())
+    if code not in dtypes:
+        other = f"{DTYPES[code].name} values" if code in DTYPES else "values of an unknown type"
+        supported = ", ".join(dtype.name for dtype in dtypes.values())
+        expected = f"token ids of one of {supported}" if dtypes is DTYPES else f"marks of type {supported}"
         raise UserError(
-            f"{index.path}: {found} (dtype code {code}), expected token ids of one of {supported}; "
+            f"{index.path}: {OTHER_DTYPES.get(code, other)} (dtype code {code}), expected {expected}; "
             "make it with preprocess/tokenize.py"
         )
-    expected = HEADER.size + 12 * count + 8 * num_bounds
-    if index.size != expected:
+    size = HEADER.size + 12 * count + 8 * num_bounds
+    if index.size != size:
         raise UserError(
-            f"{index.path}: {index.size} bytes, expected {expected} from its header "
+            f"{index.path}: {index.size} bytes, expected {size} from its header "
             f"({count} sequences, {num_bounds} document bounds); {DAMAGED}"
         )
     sizes = _read_values(file, index, np.dtype("<i4"), count)
     if count and sizes.min() < 0:
         i = int(np.argmax(sizes < 0))
         raise UserError(f"{index.path}: sequence {i} has a length of {sizes[i]} tokens; {DAMAGED}")
-    starts = _check_pointers(file, index, sizes, DTYPES[code].itemsize)
+    starts = _check_pointers(file, index, sizes, dtypes[code].itemsize)
     _check_bounds(file, index, count, num_bounds)
-    return DTYPES[code], sizes, starts
+    return dtypes[code], sizes, starts
 
 
 def _check_pointers(file: BinaryIO, index: FileVersion, sizes: np.ndarray, itemsize: int) -> np.ndarray:
@@ -228,7 +239,7 @@ class IndexedWriter:
 
     def add_file(self, path: str | Path) -> None:
         """Append every sequence of another pair of the same dtype."""
-        other = IndexedReader(path)
+        other = IndexedReader(path, DTYPES | MASK)
         if other.dtype != self.dtype:
             raise UserError(
                 f"{path}.idx: tokens are {other.dtype}, expected {self.dtype}; tokenize all parts with the same tokenizer"
@@ -283,8 +294,11 @@ class IndexedWriter:
         self.discard()
 
 
-def commit(writers: Iterable[IndexedWriter]) -> None:
+def commit(writers: Iterable[IndexedWriter], absent: Iterable[str] = ()) -> None:
     """Finish all writers and give their files the final names.
+
+    absent: paths, without suffix, of the pairs that an earlier dataset of this name may have and
+    this one does not; they are removed.
 
     Old indices are removed first and new ones appear last: killed at any point, no index is left
     next to tokens of another dataset.
@@ -292,8 +306,10 @@ def commit(writers: Iterable[IndexedWriter]) -> None:
     writers = list(writers)
     for writer in writers:
         writer.finish()
-    for writer in writers:
-        Path(writer.path + ".idx").unlink(missing_ok=True)
+    for path in (*absent, *(writer.path for writer in writers)):
+        Path(path + ".idx").unlink(missing_ok=True)
+    for path in absent:
+        Path(path + ".bin").unlink(missing_ok=True)
     for suffix in (".bin", ".idx"):
         for writer in writers:
             os.replace(writer.path + suffix + ".partial", writer.path + suffix)

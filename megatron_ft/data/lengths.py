@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_ft.data.packing import PackedIndex, Packing, TokenizedDocuments, pack
+from megatron_ft.data.documents import TokenizedDocuments
+from megatron_ft.data.packing import PackedIndex, Packing, pack
 from megatron_ft.errors import UserError
 
 PERCENTILES = (0, 5, 25, 50, 75, 95, 99, 100)
@@ -21,9 +22,12 @@ def packing_report(documents: TokenizedDocuments, packing: Packing, batch_sizes:
     inputs, outputs, both = lengths.values()
     too_long = both > packing.capacity
     orders = {order: pack(documents, replace(packing, order=order)) for order in ("best-fit", "greedy")}
+    of_these = ""
+    if documents.learned is not None:
+        of_these = f", {documents.learned_tokens(packing.start, packing.stop):,} of these learned"
     lines = [
         f"{documents.prefix}: {len(both):,} documents, {both.sum():,} tokens "
-        f"({inputs.sum():,} in inputs, {outputs.sum():,} in outputs)",
+        f"({inputs.sum():,} in inputs, {outputs.sum():,} in outputs{of_these})",
         f"longer than a packed sequence of {packing.capacity:,} tokens: {too_long.sum():,} documents "
         f"({too_long.mean():.2%}), {both[too_long].sum() / max(1, both.sum()):.2%} of the tokens",
         "",

@@ -13,14 +13,8 @@ import numpy as np
 
 from megatron_ft.config.config import Config
 from megatron_ft.data import _packing
-from megatron_ft.data.packing import (
-    PackedIndex,
-    Packing,
-    TokenizedDocuments,
-    damaged,
-    load_index,
-    load_index_covering,
-)
+from megatron_ft.data.documents import TokenizedDocuments
+from megatron_ft.data.packing import PackedIndex, Packing, damaged, load_index, load_index_covering
 from megatron_ft.data.provenance import tokenizer_warning
 from megatron_ft.data.splits import Group, Part, groups_of
 from megatron_ft.errors import UserError
@@ -33,7 +27,8 @@ class PackedSample(NamedTuple):
 
     tokens: int64 [s + 1].
     segment_ids: int32 [s + 1], the document of each token, from 1; 0 is padding.
-    is_inputs: bool [s + 1], whether the token belongs to a document's input.
+    is_inputs: bool [s + 1], whether the token is context: of a document's input, or a target token
+      that is not learned, such as a user's second question.
     """
 
     tokens: np.ndarray
@@ -96,6 +91,9 @@ class PackedDocuments:
         numbers = np.repeat(np.arange(1, pairs + 1, dtype=np.int32), 2)
         segment_ids = np.repeat(np.append(numbers, np.int32(0)), [*lengths, padding])
         is_inputs = np.repeat(np.append(np.tile([True, False], pairs), False), [*lengths, padding])
+        if self.documents.learned is not None:
+            learned = np.concatenate(self.documents.learned.read_many(ids))
+            is_inputs[~is_inputs & (segment_ids != 0)] = learned == 0
         return PackedSample(tokens, segment_ids, is_inputs)
 
 

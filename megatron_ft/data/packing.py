@@ -11,7 +11,6 @@ import hashlib
 import json
 import re
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
 from math import ceil, prod
 from pathlib import Path
 
@@ -19,8 +18,8 @@ import numpy as np
 
 from megatron_ft.data import _packing
 from megatron_ft.data.build_once import build_once
+from megatron_ft.data.documents import TokenizedDocuments
 from megatron_ft.data.file_array import FileArray, file_version, read_error
-from megatron_ft.data.indexed import IndexedReader, field_paths
 from megatron_ft.errors import UserError
 from megatron_ft.files.json_file import read_json, require
 
@@ -42,35 +41,6 @@ FACTS = (
     "capacity",
     "packed_tokens",
 )
-
-
-class TokenizedDocuments:
-    """The two fields of a dataset, `<prefix>_inputs_document` and `<prefix>_targets_document`;
-    sequence i of each belongs to document i.
-
-    Raises UserError if a file is missing or damaged, or the fields differ in length.
-    """
-
-    def __init__(self, prefix: str):
-        self.prefix = prefix
-        inputs, targets = field_paths(prefix)
-        self.inputs, self.targets = IndexedReader(inputs), IndexedReader(targets)
-        if len(self.inputs) != len(self.targets):
-            raise UserError(
-                f"{prefix}: {len(self.inputs)} inputs but {len(self.targets)} targets; "
-                "make both again in one run of preprocess/tokenize.py"
-            )
-
-    def __len__(self) -> int:
-        return len(self.inputs)
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """Digest of the lengths of all documents: nothing else in the data affects an index."""
-        digest = hashlib.blake2b(digest_size=16)
-        for reader in (self.inputs, self.targets):
-            digest.update(reader.sizes.data)
-        return digest.hexdigest()
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ another tokenizer than the dataset's. Datasets without the file (the mtf branch'
 import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
 
@@ -23,6 +23,8 @@ VERSION = 1
 MAX_SHARDS = 10**6
 NAMED_SHARDS = 10  # of the missing ones, in messages
 
+TRAIN_ON_FLAG = "--train-on"  # in the flags of conversations
+
 Inputs = tuple[tuple[str, int | None], ...]
 Keys = tuple[tuple[str, ...], ...]
 
@@ -34,7 +36,8 @@ class Provenance:
     `tokenizer` is a file name and `sha256` its `vocabulary_digest`, None if there is no single
     file. `shard` is (I, N): shard I of N of `inputs`, which are pairs of a name without folders and
     a size in bytes, None for standard input. `keys` are the names that the key of the inputs, and
-    that of the outputs, may have in a row; None if unknown.
+    that of the outputs, may have in a row; None if unknown. `flags` are the others that change
+    tokens, with their values as text; empty for rows of inputs and outputs.
     """
 
     tokenizer: str
@@ -44,6 +47,12 @@ class Provenance:
     shard: tuple[int, int]
     inputs: Inputs
     keys: Keys | None = None
+    flags: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def marks_learned(self) -> bool:
+        """Whether the dataset has marks of the tokens that are learned, as conversations have."""
+        return TRAIN_ON_FLAG in self.flags
 
     @classmethod
     def read(cls, prefix: str | Path) -> "Provenance | None":
@@ -71,6 +80,7 @@ class Provenance:
                 shard=(index, count),
                 inputs=tuple(_input(file, where) for file in require(data, "inputs", list, where)),
                 keys=_keys(optional(data, "keys", list, where, None, of=list), where),
+                flags=_flags(optional(data, "flags", dict, where, {}), where),
             )
         except UserError as error:
             reason = str(error).removeprefix(f"{where}: ")
@@ -78,8 +88,11 @@ class Provenance:
 
     def write(self, prefix: str | Path) -> None:
         """Write the file of the dataset `prefix`."""
+        content = {"version": VERSION, **asdict(self)}
+        if not self.flags:
+            del content["flags"]
         with OutputFile(path_of(prefix)) as output:
-            output.write(json.dumps({"version": VERSION, **asdict(self)}, indent=1).encode() + b"\n")
+            output.write(json.dumps(content, indent=1).encode() + b"\n")
             output.commit()
 
 
@@ -105,6 +118,12 @@ def _keys(found: list[list] | None, where: str) -> Keys | None:
     if found is not None and not all(type(name) is str for names in found for name in names):
         raise UserError(f'{where}: "keys" has a name that is not a string')
     return None if found is None else tuple(map(tuple, found))
+
+
+def _flags(found: dict, where: str) -> dict[str, str]:
+    if not all(type(value) is str for value in found.values()):
+        raise UserError(f'{where}: "flags" has a value that is not a string')
+    return found
 
 
 def inputs_of(sources: Sequence[Source]) -> Inputs:
@@ -135,6 +154,9 @@ def difference(expected: Provenance, found: Provenance) -> str | None:
         ours, theirs = getattr(expected, flag), getattr(found, flag)
         if ours != theirs:
             return f"made with another --{flag.replace('_', '-')} ({_shown(theirs)}), expected {_shown(ours)}"
+    if other := _different_flag(expected, found):
+        ours, theirs = expected.flags.get(other), found.flags.get(other)
+        return f"made with another {printable(other, 100)} ({_shown(theirs)}), expected {_shown(ours)}"
     if None not in (expected.keys, found.keys) and expected.keys != found.keys:
         return f"made from the keys {_shown(found.keys)} of each row, expected {_shown(expected.keys)}"
     if expected.inputs != found.inputs:
@@ -172,6 +194,11 @@ def join(parts: Mapping[str, Provenance | None]) -> Provenance | None:
                     f"{first} and {prefix} were made with different --{flag.replace('_', '-')}; "
                     "tokenize all parts with the same flags"
                 )
+        if other := _different_flag(ours, theirs):
+            raise UserError(
+                f"{first} and {prefix} were made with different {printable(other, 100)}; "
+                "tokenize all parts with the same flags"
+            )
     if len(known) < len(parts):
         return None
     _check_shards(known)
@@ -185,7 +212,14 @@ def join(parts: Mapping[str, Provenance | None]) -> Provenance | None:
         (1, 1),
         tuple(file for files in inputs for file in files),
         keys.pop() if len(keys) == 1 else None,
+        ours.flags,
     )
+
+
+def _different_flag(ours: Provenance, theirs: Provenance) -> str | None:
+    """One of `flags` that differs; None if none does."""
+    names = sorted({*ours.flags, *theirs.flags})
+    return next((name for name in names if ours.flags.get(name) != theirs.flags.get(name)), None)
 
 
 def _check_shards(parts: Mapping[str, Provenance]) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import replace
 
-from megatron_ft.data.indexed import IndexedReader, field_paths
+from megatron_ft.data.documents import TokenizedDocuments
 from megatron_ft.data.provenance import Provenance, difference, path_of
 from megatron_ft.errors import UserError
 
@@ -27,12 +27,10 @@ def missing_shards(prefix: str, count: int, expected: Provenance) -> Iterator[tu
 
 def _why_missing(shard: str, expected: Provenance) -> str | None:
     try:
-        inputs, outputs = (IndexedReader(path) for path in field_paths(shard))
+        TokenizedDocuments(shard)
         found = Provenance.read(shard)
     except UserError as error:
         return str(error)
-    if len(inputs) != len(outputs):
-        return f"{shard}: {len(inputs)} inputs but {len(outputs)} outputs"
     if found is None:
         return f"{path_of(shard)}: not found, so what the shard was made from is unknown"
     different = difference(expected, found)

@@ -18,6 +18,7 @@ from pathlib import Path
 from megatron_ft.config.command_line import option_strings, words_of
 from megatron_ft.config.config import ENTRIES, Config
 from megatron_ft.config.flag import Mtf
+from megatron_ft.data.indexed import IndexedReader, field_paths, learned_path
 from megatron_ft.data.splits import groups_of
 from megatron_ft.errors import UserError
 from megatron_ft.weights.directory import iteration_directory, read_tracker
@@ -130,6 +131,9 @@ def mtf_flags(config: Config) -> list[str]:
     tokenizer = Path(config.data.tokenizer_file)
     words += ["--tokenizer-file", str(tokenizer / "tokenizer.json" if tokenizer.is_dir() else tokenizer)]
     for split in ("train", "valid", "test"):
+        for group in groups_of(config, split):
+            for part in group.parts:
+                _check_rows(part.prefix)
         groups = [
             f"{group.name}: "
             + ", ".join(f"{part.weight} {part.start}:{part.end} {os.path.abspath(part.prefix)}" for part in group.parts)
@@ -142,6 +146,22 @@ def mtf_flags(config: Config) -> list[str]:
             )
         words += [f"--{split}-weighted-split-paths", *groups] if groups else []
     return words + start_flags(config)
+
+
+def _check_rows(prefix: str) -> None:
+    """Raise UserError for a dataset that the branch would misread: its loss covers all targets, and
+    its data loader stops at a document without inputs."""
+    if Path(learned_path(prefix) + ".idx").exists():
+        raise UserError(
+            f"{prefix}: conversations, of which the mtf branch would learn every turn; use --engine megatron-core, "
+            "or one row per answer, which dataset/other/to_rows.py writes"
+        )
+    inputs = field_paths(prefix)[0]
+    if Path(inputs + ".idx").exists() and not IndexedReader(inputs).sizes.all():
+        raise UserError(
+            f"{prefix}: documents without inputs, such as plain text, at which the mtf branch stops; "
+            "use --engine megatron-core"
+        )
 
 
 def start_flags(config: Config) -> list[str]:

@@ -4,11 +4,12 @@
 
 Needs one GPU and no data; without a GPU it prints one line and exits with status 0. The sequences
 have 8192 tokens and documents of about 500. StarCoderBase-1B in bf16 is run with packed attention,
-with the [s, s] mask through torch's fused kernel, and with the mtf branch's method: plain matrix
-products with mask and softmax stored, recomputed in backward; then packed with dropout 0.1, as in
-the published configurations. 3B and 7B run with packed attention, with full recompute and the
-optimizer in host memory where they need it. The table shows MFU, tokens/s and memory. --profile
-prints where the time of three packed steps of 1B goes: kernels by kind, and gaps between them.
+as is and with dropout 0.1, as in the published configurations; with Transformer Engine's layers,
+where it is installed; with the [s, s] mask through torch's fused kernel; and with the mtf branch's
+method: plain matrix products with mask and softmax stored, recomputed in backward. 3B and 7B run
+with packed attention, with full recompute and the optimizer in host memory where they need it. The
+table shows MFU, tokens/s and memory. --profile prints where the time of three packed steps of 1B
+goes: kernels by kind, and gaps between them.
 """
 
 import sys
@@ -36,7 +37,7 @@ from megatron_ft.config.config import Config
 from megatron_ft.config.parser import Help, Parser
 from megatron_ft.data.batch import Batch
 from megatron_ft.engine import device
-from megatron_ft.errors import run_program
+from megatron_ft.errors import UserError, run_program
 from megatron_ft.model import cost
 from megatron_ft.model.cost import GIB
 from megatron_ft.model.families import PRESETS
@@ -106,6 +107,7 @@ def main() -> int | None:
 PATHS = {
     "packed": "",
     "packed, dropout 0.1": "--hidden-dropout 0.1 --attention-dropout 0.1",
+    "packed, Transformer Engine": "--transformer-impl transformer_engine",
     "dense mask, fused": "",
     "dense mask, plain": "",
     "packed, full recompute": "--recompute-granularity full",
@@ -116,7 +118,7 @@ PATHS = {
 def paths_of(model: str) -> list[str]:
     """How `model` is run: 1b to compare the paths, the larger ones to see what fits."""
     names = list(PATHS)
-    return names[:5] if model == "1b" else [names[0], *names[4:]]
+    return names[:6] if model == "1b" else [names[0], *names[5:]]
 
 
 def attempt_in_a_process(model: str, path: str, flags: argparse.Namespace) -> Result | str:
@@ -144,6 +146,8 @@ def attempt(model: str, path: str, flags: argparse.Namespace) -> dict | str:
         return asdict(measure(f"starcoderbase-{model}", path, flags))
     except torch.OutOfMemoryError:
         return f"{model} {path}: does not fit"
+    except UserError as error:  # Transformer Engine cannot be used
+        return f"{model} {path}: skipped, {error}"
     except Exception as error:  # e.g. a missing kernel; the other paths still run
         traceback.print_exc()
         return f"{model} {path}: FAILED, {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
@@ -164,16 +168,16 @@ def measure(preset: str, path: str, flags: argparse.Namespace) -> Result:
 def training_step(preset: str, path: str, flags: argparse.Namespace) -> tuple[Callable[[], float], Config, float]:
     """A function that takes one step of a new model and returns its loss; the flags; the mean
     number of tokens that a token attends to, on average over all."""
-    from megatron_ft.engine.batches import micro_batch_from
     from megatron_ft.engine.model import build_model, wrap_for_data_parallel
     from megatron_ft.engine.optimizer import build_optimizer
     from megatron_ft.engine.parallel import initialize
     from megatron_ft.engine.step import forward_backward
+    from megatron_ft.training.batches import micro_batch_from
 
     with tempfile.NamedTemporaryFile() as unread:
-        words = f"--preset {preset} --bf16 --seq-length {flags.seq_length} --global-batch-size {flags.micro_batches} {PATHS[path]}"
+        words = f"--preset {preset} --bf16 --transformer-impl local --seq-length {flags.seq_length} --global-batch-size {flags.micro_batches} {PATHS[path]}"
         words = f"--hidden-dropout 0 --attention-dropout 0 {words} --train-iters 1 --data-prefix none --tokenizer-file {unread.name}"
-        config = parse_args([*words.split(), "--transformer-impl", "local"])
+        config = parse_args(words.split())
     where = device.set_up_device()
     initialize(config)
     vocabulary = config.shape.vocab_size
@@ -279,11 +283,8 @@ def packed_row(config: Config, document_tokens: int, seed: int) -> Batch:
 
 def to_device(micro, where: torch.device):
     """Move the micro-batch's tensors to a device."""
-    for name in ("tokens", "labels", "position_ids", "loss_mask", "weights"):
+    for name in ("tokens", "labels", "position_ids", "loss_mask", "weights", "cu_seqlens"):
         setattr(micro, name, getattr(micro, name).to(where))
-    micro.packed_seq_params.cu_seqlens_q = micro.packed_seq_params.cu_seqlens_kv = (
-        micro.packed_seq_params.cu_seqlens_q.to(where)
-    )
     return micro
 
 

@@ -29,7 +29,7 @@ from megatron_ft.errors import UserError, run_program
 from megatron_ft.files.atomic import free_bytes
 from megatron_ft.model.families import PRESETS
 from megatron_ft.model.shape import ModelShape
-from megatron_ft.model.tensor_names import hf_shape
+from megatron_ft.model.tensor_names import tensor_shape
 from megatron_ft.progress import Progress
 from megatron_ft.weights.legacy_writer import legacy_bytes, write_legacy
 from megatron_ft.weights.source import WeightSource
@@ -49,7 +49,7 @@ class RandomWeights(WeightSource):
         self._noise = torch.randn(NOISE, generator=torch.Generator().manual_seed(1)).to(DTYPE)
 
     def pieces(self, name: str) -> tuple[int, list[torch.Tensor]]:
-        rows, *rest = hf_shape(self.shape, name)
+        rows, *rest = tensor_shape(self.shape, name)
         width = torch.Size(rest).numel()
         step = NOISE // 2 // width
         pieces = []

@@ -89,16 +89,17 @@ def complete(directory: Path, prompt: str, args: argparse.Namespace) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model.to(device)
     ids = tokenizer(prompt, return_tensors="pt").input_ids
-    room = model.config.n_positions - args.max_new_tokens
+    positions = model.config.max_position_embeddings
+    room = positions - args.max_new_tokens
     if room < 1:
         raise UserError(
-            f"--max-new-tokens {args.max_new_tokens}: the model has {model.config.n_positions} positions; use fewer"
+            f"--max-new-tokens {args.max_new_tokens}: the model has {positions} positions; use fewer"
         )
     if ids.shape[1] == 0:
         raise UserError("the prompt is empty; give some text to complete")
     if ids.shape[1] > room:
         print(
-            f"dropping the prompt's first {ids.shape[1] - room} tokens: the model has {model.config.n_positions} positions",
+            f"dropping the prompt's first {ids.shape[1] - room} tokens: the model has {positions} positions",
             file=sys.stderr,
         )
         ids = ids[:, -room:]

@@ -16,7 +16,10 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # not this folder: its f
 
 from megatron_ft.config.parser import Help, Parser
 from megatron_ft.errors import UserError, run_program
+from megatron_ft.model.activation import ACTIVATIONS
+from megatron_ft.model.families import family_of
 from megatron_ft.model.family import activation_of
+from megatron_ft.model.gpt_bigcode import GPT_BIGCODE
 from megatron_ft.model.shape import padded_vocab_size
 from megatron_ft.printable import printable
 from megatron_ft.progress import Progress
@@ -48,6 +51,7 @@ def main() -> None:
         "--data-parallel", type=int, default=0, metavar="D",
         help="legacy: data-parallel ranks of the mtf branch with --use-distributed-optimizer, which needs an empty optim.pt for each",
     )  # fmt: skip
+    add("--activation", choices=tuple(ACTIVATIONS), help="form of GELU to record (default: the model's)")
     add("--overwrite", action="store_true", help="replace --save when it is not empty")
     args = parser.parse_args()
     layout = {"tensor_parallel": args.tensor_parallel, "pipeline_parallel": args.pipeline_parallel}
@@ -57,12 +61,19 @@ def main() -> None:
         raise UserError(f"{args.load}: a {source.kind} checkpoint; change its layout with convert/reshard.py")
     if source.notice:
         print(source.notice)
+    if line := source.override_activation(args.activation):
+        print(line)
     for warning in unfit_tokenizer(source):
         print(printable(f"warning: {warning}"))
     if source.shape.exact_gelu and args.format == "legacy":
         print(
             f"{args.load}: activation_function is {activation_of(source.shape)!r}; the mtf branch computes the tanh GELU, "
-            "with which StarCoder was trained, unless it is started with --no-bias-gelu-fusion"
+            "with which StarCoder was trained, unless it is started with --no-bias-gelu-fusion "
+            "(launch/finetune.py --engine mtf --activation gelu)"
+        )
+    if args.format == "legacy" and source.shape.family != GPT_BIGCODE.model_type:
+        raise UserError(
+            f"{args.load}: a {family_of(source.shape).title}, which the mtf branch does not have; use --format torch_dist"
         )
     check_layout(source.shape, **layout, divisible_by=args.make_vocab_size_divisible_by)
     dtype = dtype_to_write(source, args.dtype)

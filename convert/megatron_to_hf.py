@@ -1,4 +1,4 @@
-"""Convert a Megatron checkpoint to a Hugging Face GPTBigCode directory, a few rows in memory.
+"""Convert a Megatron checkpoint to a Hugging Face directory, a few rows in memory.
 
     python convert/megatron_to_hf.py --load runs/first --output runs/first-hf
 
@@ -28,7 +28,9 @@ import torch
 from megatron_ft.config.config import ENTRIES
 from megatron_ft.config.parser import Help, Parser
 from megatron_ft.errors import UserError, run_program
-from megatron_ft.model.families import shape_of_manifest
+from megatron_ft.model.activation import ACTIVATIONS
+from megatron_ft.model.families import family_of
+from megatron_ft.model.peft_tensors import hf_targets
 from megatron_ft.printable import printable
 from megatron_ft.progress import Progress
 from megatron_ft.tokenizer.consumer import check_ids_fit
@@ -78,6 +80,7 @@ def main() -> None:
         help="precision to store; keep is the widest of the tensors'",
     )
     add("--max-shard-size", default="5GB", metavar="SIZE", help="largest file")
+    add("--activation", choices=tuple(ACTIVATIONS), help="form of GELU to write (default: the checkpoint's)")
     add("--merge-lora", action="store_true", help="add a LoRA run's adapters to its base weights")
     add(
         "--base", metavar="DIR",
@@ -100,6 +103,8 @@ def main() -> None:
         print(source.notice)
     if source.kind == "Hugging Face":
         raise UserError(f"{args.load}: a Hugging Face model already; give a Megatron checkpoint")
+    if line := source.override_activation(args.activation):
+        print(line)
     if not adapters:
         torch.set_num_threads(1)  # the work is copying: more threads mostly wait, and slow the writer
     found = find_tokenizer(source, args)
@@ -165,10 +170,9 @@ def write_model(source: WeightSource, found: FoundTokenizer | None, rows: int, a
     }
     sources = [args.load, found and found.path, source.base.path if isinstance(source, MergedSource) else None]
     with new_directory(output, needed=nbytes, sources=sources, overwrite=args.overwrite) as directory:
-        kept = source.manifest.special_ids if source.manifest else {}
         write_configs(
-            directory, shape, dtype, found.tokenizer.config_ids if found else kept,
-            found.tokenizer.generation_ids if found else kept,
+            directory, shape, dtype, found.tokenizer.config_ids if found else source.special_ids,
+            found.tokenizer.generation_ids if found else source.special_ids,
         )  # fmt: skip
         if found:
             for line in write_tokenizer(directory, found.path, found.tokenizer, shape.max_position_embeddings):
@@ -196,18 +200,17 @@ def write_adapter(adapters: AdapterSource, args: argparse.Namespace) -> None:
     base = base_model(adapters, args.base)
     found = find_tokenizer(adapters, args)
     if found:
-        rows = shape_of_manifest(adapters.manifest.shape, str(adapters.path)).vocab_size
-        check_ids_fit(found.tokenizer, rows, adapters.path)
+        check_ids_fit(found.tokenizer, adapters.shape.vocab_size, adapters.path)
     tensors = adapters.peft_tensors(DTYPES.get(args.dtype))
     nbytes = sum(tensor.nbytes for tensor in tensors.values())
     sources = [args.load, adapters.base_path]
     with new_directory(Path(args.output), needed=nbytes, sources=sources, overwrite=args.overwrite) as directory:
         described = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
         write_tensors(directory / PEFT_WEIGHTS, described, lambda name: iter([tensors[name]]))
-        config = adapters.config.to_peft(base)
+        config = adapters.config.to_peft(hf_targets(family_of(adapters.shape)), base)
         (directory / PEFT_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         if found:
-            positions = adapters.manifest.shape["max_position_embeddings"]  # checked above
+            positions = adapters.shape.max_position_embeddings
             for line in write_tokenizer(directory, found.path, found.tokenizer, positions):
                 print(printable(line))
     print(f"{args.output}: PEFT adapter of rank {adapters.config.rank}, {len(tensors)} tensors, {nbytes / 1e6:.2f} MB")

@@ -39,8 +39,9 @@ import torch
 from megatron_ft.config.parser import Help, Parser
 from megatron_ft.errors import UserError, run_program
 from megatron_ft.files.atomic import replace_file
+from megatron_ft.model.hf_names import hf_tensors, label
 from megatron_ft.model.shape import ModelShape
-from megatron_ft.model.tensor_names import WTE, core_to_hf, hf_shape, layer_of, weight_of
+from megatron_ft.model.tensor_names import layer_of, name_of_parameter, tensor_shape
 from megatron_ft.printable import printable
 from megatron_ft.progress import Progress
 from megatron_ft.tokenizer.spec import first_line
@@ -56,8 +57,8 @@ BLOCK = 32 << 20  # bytes compared at once
 MOST_PADDING = 128 * 16  # rows; padding is below 128 x tensor-parallel ranks
 LOGITS_TOLERANCE = 1e-4  # fp32, other order of summation
 ARCHITECTURE = (
-    "num_layers", "hidden_size", "num_attention_heads", "max_position_embeddings", "ffn_hidden_size", "multi_query",
-    "layernorm_epsilon", "exact_gelu",
+    "num_layers", "hidden_size", "num_attention_heads", "max_position_embeddings", "ffn_hidden_size", "num_query_groups",
+    "layernorm_epsilon", "family", "rotary_base", "window_size", "untie_embeddings_and_output_weights", "exact_gelu",
 )  # fmt: skip
 
 
@@ -209,12 +210,13 @@ def compare_tensors(a: WeightSource, b: WeightSource) -> tuple[list[Comparison],
     """
     found: dict[str, Comparison] = {}
     rounded: dict[str, torch.dtype] = {}
-    sizes = {name: hf_shape(a.shape, name) for name in a.names()}
-    sizes[WTE] = (min(a.shape.vocab_size, b.shape.vocab_size), a.shape.hidden_size)
+    shape = a.shape.with_vocab(min(a.shape.vocab_size, b.shape.vocab_size))
+    sizes = {name: tensor_shape(shape, name) for name in a.names()}
     total = sum(torch.Size(size).numel() * a.dtype.itemsize for size in sizes.values())
     with Progress("comparing", total, "B") as progress:
         for name, size in sizes.items():
-            kind = name if layer_of(name) is None else f"transformer.h.*.{weight_of(name).hf}"
+            shown = label(shape, name)
+            kind = shown if layer_of(name) is None else shown.replace(f".{layer_of(name)}.", ".*.", 1)
             row = found.setdefault(kind, Comparison(kind))
             row.count += 1
             worst, same = 0.0, True
@@ -232,7 +234,7 @@ def compare_tensors(a: WeightSource, b: WeightSource) -> tuple[list[Comparison],
                     same, worst = False, max(worst, largest_difference(x, y))
             row.different += not same
             if not same and (worst > row.worst or not row.where):
-                row.worst, row.where = worst, name
+                row.worst, row.where = worst, shown
     return list(found.values()), rounded
 
 
@@ -312,7 +314,7 @@ def run_model(source: WeightSource, tokens: torch.Tensor, rounded: dict[str, tor
 
 
 def round_weights(weights: Iterable[tuple[str | None, torch.nn.Parameter]], rounded: dict[str, torch.dtype]) -> None:
-    """Round the fp32 parameters whose HF names are in `rounded`, in place."""
+    """Round the fp32 parameters whose names are in `rounded`, in place."""
     for name, parameter in weights:
         if name in rounded:
             parameter.copy_(parameter.to(rounded[name]))
@@ -320,12 +322,12 @@ def round_weights(weights: Iterable[tuple[str | None, torch.nn.Parameter]], roun
 
 def hugging_face_logits(source: WeightSource, tokens: torch.Tensor, rounded: dict[str, torch.dtype]) -> torch.Tensor:
     """Logits of transformers' model. Raises UserError when the tensors are not exactly its own."""
-    from transformers import GPTBigCodeForCausalLM
+    from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
     try:
-        loaded: Any = GPTBigCodeForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             source.path, dtype=torch.float32, output_loading_info=True, local_files_only=True
         )
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
@@ -336,7 +338,8 @@ def hugging_face_logits(source: WeightSource, tokens: torch.Tensor, rounded: dic
             raise UserError(
                 f"{source.path}: transformers reports {problem.replace('_', ' ')}: {sorted(info[problem])[:3]}"
             )
-    round_weights(model.named_parameters(), rounded)
+    of_hf = {tensor.name: name for name in source.names() for tensor in hf_tensors(source.shape, name)}
+    round_weights(((of_hf.get(name), weight) for name, weight in model.named_parameters()), rounded)
     return model.eval()(tokens).logits
 
 
@@ -354,7 +357,9 @@ def megatron_logits(source: WeightSource, tokens: torch.Tensor, rounded: dict[st
     try:
         [model] = build_model(config, source.shape, source.shape.vocab_size)
         load_weights(source, [model])
-        round_weights(((core_to_hf(name), weight) for name, weight in model.named_parameters()), rounded)
+        tied = not source.shape.untie_embeddings_and_output_weights
+        named = ((name_of_parameter(name, tied=tied), weight) for name, weight in model.named_parameters())
+        round_weights(named, rounded)
         return model.eval()(tokens, torch.arange(tokens.shape[1])[None], None)
     finally:
         parallel.destroy()

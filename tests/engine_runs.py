@@ -1,5 +1,6 @@
 """Functions that tests of the engine run on ranks: from flags to model, optimizer and batches."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -83,8 +84,8 @@ def loss_and_gradient_error(
 ) -> tuple[float, float]:
     """Loss and gradient error of one step on `random_batch(seed, ...)` with a HF model's weights.
 
-    The error is the largest difference from the HF model's gradients, {name: tensor} in
-    `gradients`.
+    The error is the largest difference from the HF model's gradients, which `gradients` has as if
+    they were a model's weights.
     """
     from megatron_ft.checkpoint.load_weights import load_weights, unwrap
     from megatron_ft.engine import parallel
@@ -93,13 +94,11 @@ def loss_and_gradient_error(
     from megatron_ft.engine.optimizer import build_optimizer
     from megatron_ft.engine.step import forward_backward
     from megatron_ft.weights.open import open_weights
-    from megatron_ft.weights.source import WeightSource
 
     source = open_weights(weights)
-    flags += f" --num-layers {source.shape.num_layers} --hidden-size {source.shape.hidden_size} --num-attention-heads 4"
-    flags += " --max-position-embeddings 256 --seq-length 256 --hidden-dropout 0 --attention-dropout 0 --data-prefix unused --train-iters 1"
-    flags += f" --attention-head-type {'multiquery' if source.shape.multi_query else 'multihead'}"
+    flags += " --preset tiny --seq-length 256 --data-prefix unused --train-iters 1"
     config = start(flags, tokenizer)
+    config = replace(config, shape=replace(source.shape, hidden_dropout=0.0, attention_dropout=0.0))
     chunks = build_model(config, config.shape, source.shape.vocab_size)
     load_weights(source, chunks)
     model = wrap_for_data_parallel(config, chunks)
@@ -109,26 +108,19 @@ def loss_and_gradient_error(
     losses = forward_backward(config, model, optimizer, [micro], micro.weight, 1000)
     (loss,) = parallel.sum_over_all([losses.double().sum().item() if parallel.counts_here() else 0.0])
 
-    stored = torch.load(gradients)
-
-    class Gradients(WeightSource):
-        shape, path, kind, dtype = source.shape, gradients, "gradients", torch.float32
-
-        def pieces(self, name: str):
-            return 0, [stored[name]]
-
     reference = build_model(config, config.shape, source.shape.vocab_size)
-    load_weights(Gradients(), reference)
+    load_weights(open_weights(gradients), reference)
     pairs = zip(unwrap(model[0]).parameters(), unwrap(reference[0]).parameters(), strict=True)
     return loss, max((ours.main_grad - theirs).abs().max().item() for ours, theirs in pairs)
 
 
-def dense_attention(query, key, value, lengths: list[int], scale=None, dropout=0.0):
+def dense_attention(query, key, value, lengths: list[int], scale=None, dropout=0.0, window=0):
     """The reference for packed attention: all scores, a [t, t] mask, softmax in fp32."""
     n, g, d = query.shape[1], key.shape[1], query.shape[2]
     key, value = (x.repeat_interleave(n // g, dim=1) for x in (key, value))
     document = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).to(query.device)
     mask = (document[:, None] == document[None]).tril()
+    mask = mask.triu(1 - window) if window else mask
     scores = torch.einsum("qnd,knd->nqk", query.float(), key.float()) * d**-0.5
     probabilities = scores.masked_fill(~mask, float("-inf")).softmax(-1)
     return torch.einsum("nqk,knd->qnd", probabilities, value.float()).to(query.dtype).flatten(1)

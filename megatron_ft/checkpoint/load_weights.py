@@ -13,7 +13,7 @@ from torch import nn
 
 from megatron_ft.errors import UserError
 from megatron_ft.model.lora import is_trainable
-from megatron_ft.model.tensor_names import WTE, core_to_hf, hf_shape, weight_of
+from megatron_ft.model.tensor_names import VOCABULARY, name_of_parameter, tensor_shape, weight_of
 from megatron_ft.weights.adapters import AdapterSource
 from megatron_ft.weights.source import WeightSource
 
@@ -25,7 +25,7 @@ MEAN_BLOCK = 4096
 class LoadReport:
     """What `load_weights` did on this rank."""
 
-    loaded: list[str] = field(default_factory=list)  # HF names
+    loaded: list[str] = field(default_factory=list)  # our names
     new_tokens: int = 0  # tokens that the source has no weights for
     zeroed_rows: int = 0  # vocabulary padding that the source does not have
     dropped_rows: int = 0  # vocabulary rows that the model does not have
@@ -67,10 +67,11 @@ def load_weights(source: WeightSource, model_chunks: Iterable[nn.Module], vocab_
     """Copy this rank's slices of `source` into its model chunks, in place, cast to their dtype.
 
     Of the model's vocabulary, `vocab_size` rows are tokens (None: as many as in the source). Tokens
-    that the source has no weights for start at the mean of those it has, the same in every layout;
-    padding beyond the source's rows becomes zero, and rows of the source beyond the model's are
-    left out. Parameters without an HF name (adapters) keep their values. Optimizers must copy their
-    fp32 master weights from the model afterwards.
+    that the source has no weights for start at the mean of those it has (of embeddings, and of an
+    untied output layer), the same in every layout; padding beyond the source's rows becomes zero,
+    and rows of the source beyond the model's are left out. Parameters that no checkpoint has
+    (adapters) keep their values. Optimizers must copy their fp32 master weights from the model
+    afterwards.
 
     Raises UserError if the architectures differ.
     """
@@ -84,13 +85,15 @@ def load_weights(source: WeightSource, model_chunks: Iterable[nn.Module], vocab_
         layers = model.decoder.layers
         first_layer = layers[0].layer_number - 1 if len(layers) else 0
         _check_architecture(source, model)
-        for core_name, parameter in model.named_parameters():
-            name = core_to_hf(core_name, first_layer)
+        tied = model.share_embeddings_and_output_weights
+        for parameter_name, parameter in model.named_parameters():
+            name = name_of_parameter(parameter_name, tied=tied, first_layer=first_layer)
             if name is None:
-                report.untouched.append(core_name)
+                report.untouched.append(parameter_name)
                 continue
-            if name == WTE:
-                _fill_embedding(parameter.data, source, vocab_size or known_tokens(source), tp_rank, tp_size, report)
+            if name in VOCABULARY:
+                tokens = vocab_size or known_tokens(source)
+                _fill_vocabulary(parameter.data, source, name, tokens, tp_rank, tp_size, report)
             else:
                 _fill(parameter.data, source, name, tp_rank, tp_size)
             report.loaded.append(name)
@@ -122,26 +125,32 @@ def load_adapters(adapters: AdapterSource, model_chunks: Iterable[nn.Module]) ->
     return f"{adapters.path}: adapters of rank {adapters.config.rank}, training continues with a fresh optimizer"
 
 
-def _fill_embedding(
-    parameter: torch.Tensor, source: WeightSource, vocab_size: int, tp_rank: int, tp_size: int, report: LoadReport
+def _fill_vocabulary(
+    parameter: torch.Tensor,
+    source: WeightSource,
+    name: str,
+    vocab_size: int,
+    tp_rank: int,
+    tp_size: int,
+    report: LoadReport,
 ) -> None:
     rows, first = parameter.shape[0], tp_rank * parameter.shape[0]
     stored, known = source.shape.vocab_size, known_tokens(source)
     have = max(0, min(rows, stored - first))
     if have:
-        parameter[:have].copy_(source.read_slice(WTE, 0, first, first + have))
+        parameter[:have].copy_(source.read_slice(name, 0, first, first + have))
     parameter[have:].zero_()
     new = slice(max(0, known - first), max(0, min(rows, vocab_size - first)))
     if new.start < new.stop:
-        parameter[new] = _mean_row(source, known).to(parameter)
+        parameter[new] = _mean_row(source, name, known).to(parameter)
     report.new_tokens = max(report.new_tokens, vocab_size - known)
     report.zeroed_rows = max(report.zeroed_rows, rows * tp_size - max(stored, vocab_size))
     report.dropped_rows = max(report.dropped_rows, stored - rows * tp_size)
 
 
-def _mean_row(source: WeightSource, known: int) -> torch.Tensor:
-    """[h] in fp64, the mean of the embedding's first `known` rows."""
-    blocks = (source.read_slice(WTE, 0, row, min(row + MEAN_BLOCK, known)) for row in range(0, known, MEAN_BLOCK))
+def _mean_row(source: WeightSource, name: str, known: int) -> torch.Tensor:
+    """[h] in fp64, the mean of a table's first `known` rows."""
+    blocks = (source.read_slice(name, 0, row, min(row + MEAN_BLOCK, known)) for row in range(0, known, MEAN_BLOCK))
     total = torch.zeros(source.shape.hidden_size, dtype=torch.float64)
     for block in blocks:
         total += block.double().sum(0)
@@ -150,7 +159,7 @@ def _mean_row(source: WeightSource, known: int) -> torch.Tensor:
 
 def _fill(parameter: torch.Tensor, source: WeightSource, name: str, tp_rank: int, tp_size: int) -> None:
     dim = weight_of(name).tp_dim
-    expected = list(hf_shape(source.shape, name))
+    expected = list(tensor_shape(source.shape, name))
     if dim is not None:
         expected[dim] //= tp_size
     if list(parameter.shape) != expected:

@@ -140,7 +140,7 @@ class Planner:
         """Memory and expected speed of a layout."""
         shape, config, cluster = self.shape, self.config, self.cluster
         memory = cost.estimate(shape, padded_vocab(config, shape, layout), layout, config.data.seq_length)
-        attended = min(self.document_tokens, config.data.seq_length)
+        attended = cost.attended_length(shape, min(self.document_tokens, config.data.seq_length))
         seconds = step_seconds(shape, layout, cluster, config.data.seq_length, attended)
         flops = self.batch * config.data.seq_length * cost.flops_per_token(shape, attended, lora=bool(layout.lora_rank))
         peak = cluster.gpu.peak_flops(layout.precision) * cluster.world_size

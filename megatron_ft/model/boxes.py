@@ -69,8 +69,9 @@ def shard(shape: tuple[int, ...], weight: Weight, rank: int, tensor_parallel: in
 def stage_of(weight: Weight, layer: int | None, num_layers: int, pipeline_parallel: int) -> int:
     """The pipeline stage that holds a tensor.
 
-    Stages have equal numbers of layers. The first also has the embeddings, the last the final norm.
+    Stages have equal numbers of layers. The first also has the embeddings, the last the final norm
+    and the output layer.
     """
     if layer is not None:
         return layer // (num_layers // pipeline_parallel)
-    return pipeline_parallel - 1 if weight.core.startswith("decoder.") else 0
+    return 0 if weight.module.endswith("embeddings") else pipeline_parallel - 1

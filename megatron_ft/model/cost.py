@@ -153,10 +153,12 @@ def sizes_on_rank(shape: ModelShape, padded_vocab_size: int, layout: Layout, sta
         layer += [outputs * inputs // tp, outputs // tp if parallel == "column" else outputs]
     sizes = shape.num_layers // pp * layer
     if stage == 0:
-        sizes += [padded_vocab_size // tp * h, shape.max_position_embeddings * h]
+        sizes += [padded_vocab_size // tp * h]
+        sizes += [shape.max_position_embeddings * h] if shape.learned_positions else []
     if stage == pp - 1:
         sizes += [h, h]
-        if pp > 1:  # the last stage keeps its own copy of the tied embedding
+        # The output layer, or the last stage's own copy of the tied embedding.
+        if pp > 1 or shape.untie_embeddings_and_output_weights:
             sizes += [padded_vocab_size // tp * h]
     return sizes
 
@@ -344,7 +346,7 @@ def layer_activation_bytes(shape: ModelShape, layout: Layout, tokens: int) -> in
     the output of attention, which attention keeps anyway.
     """
     size, tp, h, split = layout.element_bytes, layout.tensor_parallel, shape.hidden_size, _split(layout)
-    kv = 2 * shape.kv_channels * (1 if shape.multi_query else shape.num_attention_heads // tp)
+    kv = 2 * shape.kv_channels * max(1, shape.num_query_groups // tp)
     elements = 2 * h // split  # input of both layer norms
     elements += h // tp + kv  # queries, keys and values
     elements += h // tp  # attention's output
@@ -368,14 +370,23 @@ def layer_activation_bytes(shape: ModelShape, layout: Layout, tokens: int) -> in
 # ---- operations ----
 
 
+def attended_length(shape: ModelShape, length: float) -> float:
+    """The `attended_length` of `flops_per_token` for documents of `length` tokens.
+
+    With a window of W, (l^2 - (l - W)^2) / l: the tokens that precede the window are not seen.
+    """
+    beyond = max(0.0, length - shape.window_size) if shape.window_size else 0.0
+    return (length**2 - beyond**2) / length if length else 0.0
+
+
 def flops_per_token(
     shape: ModelShape, attended_length: float = 0.0, *, lora: bool = False, vocab_size: int | None = None
 ) -> float:
     """Model FLOPs per token of a training step, forward and backward, without recomputation.
 
     As in the definition of MFU (PaLM, appendix B). `attended_length` is the token-weighted mean
-    length of the documents, sum(l^2) / sum(l); attention is causal, so half of it is computed. With
-    `lora`, gradients of the frozen weights are not computed: 4 FLOPs per weight instead of 6 (those
+    length of the documents, sum(l^2) / sum(l), less what a window hides; attention is causal, so
+    half of it is computed. With `lora`, gradients of the frozen weights are not computed: 4 FLOPs per weight instead of 6 (those
     of the adapters, below 1%, are left out).
     """
     linear = shape.num_layers * sum(outputs * inputs for outputs, inputs, _ in linear_shapes(shape).values())

@@ -7,8 +7,9 @@ from megatron_ft.errors import UserError
 from megatron_ft.model.family import Family, shown
 from megatron_ft.model.gpt_bigcode import GPT_BIGCODE
 from megatron_ft.model.shape import ModelShape
+from megatron_ft.model.starcoder2 import STARCODER2
 
-FAMILIES = {family.model_type: family for family in (GPT_BIGCODE,)}
+FAMILIES = {family.model_type: family for family in (GPT_BIGCODE, STARCODER2)}
 # Published models, and `tiny` ones for demonstrations and tests, by the names of --preset.
 PRESETS = {name: shape for family in FAMILIES.values() for name, shape in family.presets.items()}
 

@@ -30,7 +30,12 @@ class Family:
     `read_config(config, where)`: the shape that a config.json at `where` describes; UserError for
         what this family cannot express.
     `write_config(shape)`: the fields of config.json, without special token ids.
+    `notices(config)`: lines for the log about what a configuration means.
     `check(shape)`: UserError, naming flags, for a shape that this family does not have.
+    `prefix`: of the names of all tensors but the output layer's; a model saved without its head
+        lacks it.
+    `modules`: transformers' modules by `tensor_names.Weight.module`, {} for the layer's number;
+        three of them where queries, keys and values are separate.
     `presets`: published models by the names of --preset.
     """
 
@@ -40,7 +45,10 @@ class Family:
     architecture: str
     read_config: Callable[[Mapping[str, Any], str], ModelShape]
     write_config: Callable[[ModelShape], dict[str, Any]]
+    notices: Callable[[Mapping[str, Any]], list[str]]
     check: Callable[[ModelShape], None]
+    prefix: str
+    modules: Mapping[str, tuple[str, ...]]
     presets: Mapping[str, ModelShape]
 
 

@@ -76,6 +76,17 @@ def _read_config(config: Mapping[str, Any], where: str) -> ModelShape:
     )
 
 
+def _notices(config: Mapping[str, Any]) -> list[str]:
+    """A line for the log about the exact GELU."""
+    if config.get("activation_function") not in EXACT_GELU:
+        return []
+    return [
+        "activation_function is 'gelu', the exact form, and is taken at its word; StarCoder was pre-trained with the "
+        "tanh form (the tools that merged its checkpoints wrote the other word; the difference is about 1e-3), which "
+        "--activation gelu_tanh selects"
+    ]
+
+
 def _write_config(shape: ModelShape) -> dict[str, Any]:
     """Fields of a GPTBigCodeConfig."""
     return {
@@ -209,6 +220,20 @@ GPT_BIGCODE = Family(
     architecture="GPTBigCodeForCausalLM",
     read_config=_read_config,
     write_config=_write_config,
+    notices=_notices,
     check=_check,
+    prefix="transformer.",
+    modules={
+        "word_embeddings": ("transformer.wte",),
+        "position_embeddings": ("transformer.wpe",),
+        "input_layernorm": ("transformer.h.{}.ln_1",),
+        "linear_qkv": ("transformer.h.{}.attn.c_attn",),
+        "linear_proj": ("transformer.h.{}.attn.c_proj",),
+        "pre_mlp_layernorm": ("transformer.h.{}.ln_2",),
+        "linear_fc1": ("transformer.h.{}.mlp.c_fc",),
+        "linear_fc2": ("transformer.h.{}.mlp.c_proj",),
+        "final_layernorm": ("transformer.ln_f",),
+        "output_layer": ("lm_head",),
+    },
     presets=_PRESETS,
 )

@@ -1,4 +1,4 @@
-"""LoRA adapters as tensors: their names in checkpoints and in PEFT, and merging them into weights.
+"""LoRA adapters as tensors: their settings, their names in checkpoints, merging them into weights.
 
 A checkpoint of a LoRA run has only the adapters, as torch_dist tensors stacked over layers,
 
@@ -6,32 +6,22 @@ A checkpoint of a LoRA run has only the adapters, as torch_dist tensors stacked 
     decoder.layers.<path>.lora_b   [layers, outputs, rank]
 
 with the paths of `LORA_TARGETS`. Its manifest has the training flags lora_rank, lora_alpha,
-lora_dropout and lora_targets (`AdapterConfig.from_flags`). From a dict of these tensors,
-  - `to_peft` makes the tensors of PEFT's adapter_model.safetensors, and `AdapterConfig.to_peft` its
-    adapter_config.json; `from_peft` and `AdapterConfig.from_peft` are the inverses;
-  - `merged` adds the adapters to a tensor of the base model.
-GPTBigCode's linear layers are nn.Linear and its fused query-key-value rows are Megatron's, so
-nothing is transposed or permuted.
+lora_dropout and lora_targets (`AdapterConfig.from_flags`). From a dict of these tensors `merged`
+adds the adapters to a tensor of the base model. PEFT's names: peft_tensors.py.
 """
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from megatron_ft.errors import UserError
 from megatron_ft.files.json_file import optional, require
 from megatron_ft.model.peft_fields import check_plain
 from megatron_ft.model.shape import MOST_WIDTH
-from megatron_ft.model.tensor_names import LAYER, LORA_TARGETS, layer_of, weight_of
-
-_HF_BY_CORE = {weight.core: weight.hf for weight in LAYER}
-# The same in GPTBigCode: attn.c_attn, attn.c_proj, mlp.c_fc, mlp.c_proj.
-HF_TARGETS = {target: _HF_BY_CORE[f"{path}.weight"].removesuffix(".weight") for target, path in LORA_TARGETS.items()}
+from megatron_ft.model.tensor_names import LORA_TARGETS, layer_of, weight_of
 
 
 @dataclass(frozen=True)
@@ -89,8 +79,11 @@ class AdapterConfig:
         }
         return [f"{flag} was {was}, is {now}" for flag, (was, now) in pairs.items() if was != now]
 
-    def to_peft(self, base_model: str | None = None) -> dict:
-        """Fields of PEFT's adapter_config.json; `base_model` is a path or name, or left out."""
+    def to_peft(self, modules: Mapping[str, list[str]], base_model: str | None = None) -> dict:
+        """Fields of PEFT's adapter_config.json; `base_model` is a path or name, or left out.
+
+        `modules` has the names of each target's modules in the base model.
+        """
         return {
             **({"base_model_name_or_path": base_model} if base_model else {}),
             "peft_type": "LORA",
@@ -99,7 +92,7 @@ class AdapterConfig:
             "r": self.rank,
             "lora_alpha": self.alpha,
             "lora_dropout": self.dropout,
-            "target_modules": [HF_TARGETS[target] for target in self.targets],
+            "target_modules": [module for target in self.targets for module in modules[target]],
             "bias": "none",
             "fan_in_fan_out": False,
         }
@@ -115,58 +108,15 @@ def stacked_name(target: str, part: str) -> str:
     return f"decoder.layers.{LORA_TARGETS[target]}.{part}"
 
 
-def to_peft(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Adapters by PEFT's names, one contiguous tensor per layer, from stacked ones."""
-    named = {}
-    for target, hf_name in HF_TARGETS.items():
-        for part, peft_part in (("lora_a", "lora_A"), ("lora_b", "lora_B")):
-            for layer, tensor in enumerate(tensors.get(stacked_name(target, part), ())):
-                named[f"base_model.model.transformer.h.{layer}.{hf_name}.{peft_part}.weight"] = tensor.contiguous()
-    return named
-
-
-def from_peft(named: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
-    """The inverse of `to_peft`: tensors stacked over layers.
-
-    Raises UserError, naming `where`, for anything but LoRA of GPTBigCode's linear layers with one
-    rank in all layers, for one of the factors A and B without the other, and for NaN or Inf.
-    """
-    targets = {hf_name: target for target, hf_name in HF_TARGETS.items()}
-    layers: dict[str, dict[int, Tensor]] = {}
-    for name, tensor in named.items():
-        match = re.fullmatch(r"base_model\.model\.transformer\.h\.(0|[1-9][0-9]{0,4})\.(.+)\.lora_([AB])\.weight", name)
-        if not match or match[2] not in targets:
-            raise UserError(f"{where}: {name} is not supported, expected only LoRA of {', '.join(targets)}")
-        if tensor.ndim != 2 or not tensor.is_floating_point():
-            raise UserError(f"{where}: {name} has shape {list(tensor.shape)} in {tensor.dtype}, expected a matrix")
-        if not tensor.float().isfinite().all():
-            raise UserError(
-                f"{where}: {name} has values that are NaN or Inf; use a checkpoint from before training diverged"
-            )
-        layers.setdefault(stacked_name(targets[match[2]], f"lora_{match[3].lower()}"), {})[int(match[1])] = tensor
-    if not layers:
-        raise UserError(f"{where}: has no LoRA tensors, expected those of {', '.join(targets)}")
-    depth = 1 + max(layer for found in layers.values() for layer in found)
-    for hf_name, target in targets.items():
-        a, b = (layers.get(stacked_name(target, part), {}) for part in ("lora_a", "lora_b"))
-        if odd := sorted(a.keys() ^ b.keys()):
-            part = "lora_B" if odd[0] in a else "lora_A"
-            raise UserError(f"{where}: layer {odd[0]} has no {hf_name}.{part}, only the other factor")
-    for key, found in layers.items():
-        if len(found) < depth or len({tensor.shape for tensor in found.values()}) > 1:
-            raise UserError(f"{where}: {key} does not have one rank in all {depth} layers, which is not supported")
-    return {key: torch.stack([found[layer] for layer in range(depth)]) for key, found in layers.items()}
-
-
-def merged(hf_name: str, weight: Tensor, tensors: Mapping[str, Tensor], config: AdapterConfig) -> Tensor:
-    """The base tensor `hf_name` ("transformer.h.3.attn.c_attn.weight") with its adapter added.
+def merged(name: str, weight: Tensor, tensors: Mapping[str, Tensor], config: AdapterConfig) -> Tensor:
+    """The base tensor `name` with its adapter added.
 
     The sum is computed in fp32 and returned in the weight's dtype; a tensor without an adapter is
     returned unchanged.
     """
-    layer = layer_of(hf_name)
+    layer = layer_of(name)
     for target in config.targets:
-        if layer is not None and weight_of(hf_name).core == f"{LORA_TARGETS[target]}.weight":
+        if layer is not None and weight_of(name).core == f"{LORA_TARGETS[target]}.weight":
             a, b = (tensors[stacked_name(target, part)][layer].float() for part in ("lora_a", "lora_b"))
             return (weight.float() + config.scaling * (b @ a)).to(weight.dtype)
     return weight

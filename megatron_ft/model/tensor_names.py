@@ -1,16 +1,17 @@
-"""One table of tensor names: Hugging Face GPTBigCode, Megatron-Core, and Megatron before Core.
+"""Names of a model's tensors: the package's own, and those of Megatron's modules and formats.
 
-For example, the fused query, key and value weight of layer 3, [rows, h]:
+The package's own names, the same for all families of models, are Megatron-Core's of Transformer
+Engine's layers (layer norms belong to the linear layers after them) with the layer's number. For
+example, the fused query, key and value weight of layer 3, [rows, h]:
 
-    HF             transformer.h.3.attn.c_attn.weight                   rows = q heads | k | v
-    Megatron-Core  decoder.layers.3.self_attention.linear_qkv.weight    same, sharded on axis 0
-    legacy         language_model.encoder.layers.3.self_attention.
-      multi-query    query.weight and key_value.weight    q sharded, [k | v] equal on all ranks
-      multi-head     query_key_value.weight               per head q, k, v
+    ours, GPTModel   decoder.layers.3.self_attention.linear_qkv.weight
+    torch_dist       decoder.layers.self_attention.linear_qkv.weight     layers stacked on axis 0
+    legacy           language_model.encoder.layers.3.self_attention.
+      multi-query      query.weight and key_value.weight    q sharded, [k | v] equal on all ranks
+      multi-head       query_key_value.weight               per head q, k, v
 
-torch_dist checkpoints use Megatron-Core's names for Transformer Engine's layers (layer norms belong
-to the linear layers after them), whichever layers wrote them. They stack the layers on axis 0,
-without their number in the key.
+Its rows are, for each key/value head: those of its query heads, of the key, of the value. Tensor
+parallelism cuts them into equal parts, also within a head. Hugging Face's names: hf_names.py.
 """
 
 import re
@@ -20,37 +21,44 @@ from megatron_ft.model.shape import ModelShape
 
 
 class Weight(NamedTuple):
-    """One tensor's three names, without layer prefixes."""
+    """One tensor, without layer prefixes.
 
-    hf: str
-    core: str
+    `module` and `part` are how families name it (Family.modules).
+    """
+
+    module: str
+    part: str  # "weight" or "bias"
+    core: str  # our name, and torch_dist's
     legacy: str
     tp_dim: int | None  # axis that tensor parallelism shards; None: replicated
 
 
+def _weight_and_bias(module: str, core: str, legacy: str, weight_dim: int | None, bias_dim: int | None):
+    return tuple(
+        Weight(module, part, f"{core}{part}", f"{legacy}.{part}", dim)
+        for part, dim in (("weight", weight_dim), ("bias", bias_dim))
+    )
+
+
 LAYER = (
-    Weight("ln_1.weight", "self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight", None),
-    Weight("ln_1.bias", "self_attention.linear_qkv.layer_norm_bias", "input_layernorm.bias", None),
-    Weight("attn.c_attn.weight", "self_attention.linear_qkv.weight", "self_attention.query_key_value.weight", 0),
-    Weight("attn.c_attn.bias", "self_attention.linear_qkv.bias", "self_attention.query_key_value.bias", 0),
-    Weight("attn.c_proj.weight", "self_attention.linear_proj.weight", "self_attention.dense.weight", 1),
-    Weight("attn.c_proj.bias", "self_attention.linear_proj.bias", "self_attention.dense.bias", None),
-    Weight("ln_2.weight", "mlp.linear_fc1.layer_norm_weight", "post_attention_layernorm.weight", None),
-    Weight("ln_2.bias", "mlp.linear_fc1.layer_norm_bias", "post_attention_layernorm.bias", None),
-    Weight("mlp.c_fc.weight", "mlp.linear_fc1.weight", "mlp.dense_h_to_4h.weight", 0),
-    Weight("mlp.c_fc.bias", "mlp.linear_fc1.bias", "mlp.dense_h_to_4h.bias", 0),
-    Weight("mlp.c_proj.weight", "mlp.linear_fc2.weight", "mlp.dense_4h_to_h.weight", 1),
-    Weight("mlp.c_proj.bias", "mlp.linear_fc2.bias", "mlp.dense_4h_to_h.bias", None),
+    *_weight_and_bias("input_layernorm", "self_attention.linear_qkv.layer_norm_", "input_layernorm", None, None),
+    *_weight_and_bias("linear_qkv", "self_attention.linear_qkv.", "self_attention.query_key_value", 0, 0),
+    *_weight_and_bias("linear_proj", "self_attention.linear_proj.", "self_attention.dense", 1, None),
+    *_weight_and_bias("pre_mlp_layernorm", "mlp.linear_fc1.layer_norm_", "post_attention_layernorm", None, None),
+    *_weight_and_bias("linear_fc1", "mlp.linear_fc1.", "mlp.dense_h_to_4h", 0, 0),
+    *_weight_and_bias("linear_fc2", "mlp.linear_fc2.", "mlp.dense_4h_to_h", 1, None),
 )
-WTE, WPE = "transformer.wte.weight", "transformer.wpe.weight"
-WHOLE = (
-    Weight(WTE, "embedding.word_embeddings.weight", "embedding.word_embeddings.weight", 0),
-    Weight(WPE, "embedding.position_embeddings.weight", "embedding.position_embeddings.weight", None),
-    Weight("transformer.ln_f.weight", "decoder.final_layernorm.weight", "encoder.final_layernorm.weight", None),
-    Weight("transformer.ln_f.bias", "decoder.final_layernorm.bias", "encoder.final_layernorm.bias", None),
-)
-# The last pipeline stage's copy of the tied embedding, in Megatron-Core.
+EMBEDDING, POSITIONS = "embedding.word_embeddings.weight", "embedding.position_embeddings.weight"
+# Of untied embeddings. With tied ones, GPTModel has this name for the last pipeline stage's copy.
 OUTPUT_LAYER = "output_layer.weight"
+WHOLE = (
+    Weight("word_embeddings", "weight", EMBEDDING, EMBEDDING, 0),
+    Weight("position_embeddings", "weight", POSITIONS, POSITIONS, None),
+    *_weight_and_bias("final_layernorm", "decoder.final_layernorm.", "encoder.final_layernorm", None, None),
+    Weight("output_layer", "weight", OUTPUT_LAYER, "", 0),
+)
+# The tensors with one row per token of the vocabulary.
+VOCABULARY = (EMBEDDING, OUTPUT_LAYER)
 
 # The linear layers that can have LoRA adapters, and their modules in a transformer layer.
 LORA_TARGETS = {
@@ -59,10 +67,9 @@ LORA_TARGETS = {
     "linear_fc1": "mlp.linear_fc1",
     "linear_fc2": "mlp.linear_fc2",
 }
-_LAYER_BY_HF = {weight.hf: weight for weight in LAYER}
 _LAYER_BY_CORE = {weight.core: weight for weight in LAYER}
-_WHOLE_BY_HF = {weight.hf: weight for weight in WHOLE}
 _WHOLE_BY_CORE = {weight.core: weight for weight in WHOLE}
+_LAYERS = "decoder.layers."
 # Without Transformer Engine the layer norms are modules of their own.
 _LOCAL_NORMS = {
     "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
@@ -70,70 +77,67 @@ _LOCAL_NORMS = {
 }
 
 
-def hf_names(shape: ModelShape) -> list[str]:
-    """All tensor names of the HF model in order, without the tied head."""
-    layers = [f"transformer.h.{layer}.{weight.hf}" for layer in range(shape.num_layers) for weight in LAYER]
-    return [WTE, WPE, *layers, "transformer.ln_f.weight", "transformer.ln_f.bias"]
+def tensor_names(shape: ModelShape) -> list[str]:
+    """Our names of all tensors of a model, in the order of its Hugging Face files."""
+    names = [EMBEDDING, POSITIONS] if shape.learned_positions else [EMBEDDING]
+    names += [f"{_LAYERS}{layer}.{weight.core}" for layer in range(shape.num_layers) for weight in LAYER]
+    names += [weight.core for weight in WHOLE if weight.module == "final_layernorm"]
+    return [*names, OUTPUT_LAYER] if shape.untie_embeddings_and_output_weights else names
 
 
-def layer_of(hf_name: str) -> int | None:
-    """Layer number in an HF tensor name, None for embeddings and the final norm."""
-    match = re.match(r"transformer\.h\.(\d+)\.", hf_name)
+def layer_of(name: str) -> int | None:
+    """Layer number in one of our names, None for embeddings, the final norm and the output."""
+    match = re.match(r"decoder\.layers\.(\d+)\.", name)
     return int(match.group(1)) if match else None
 
 
-def weight_of(hf_name: str) -> Weight:
-    """The entry of an HF tensor name. Raises KeyError for a name that is not GPTBigCode's."""
-    if layer_of(hf_name) is None:
-        return _WHOLE_BY_HF[hf_name]
-    return _LAYER_BY_HF[hf_name.split(".", 3)[3]]
+def weight_of(name: str) -> Weight:
+    """The entry of one of our names. Raises KeyError for any other."""
+    if layer_of(name) is None:
+        return _WHOLE_BY_CORE[name]
+    return _LAYER_BY_CORE[name.split(".", 3)[3]]
 
 
-def hf_shape(shape: ModelShape, hf_name: str) -> tuple[int, ...]:
-    """The tensor's shape in the HF model. Raises KeyError for a name that is not GPTBigCode's."""
+def tensor_shape(shape: ModelShape, name: str) -> tuple[int, ...]:
+    """The complete tensor's shape. Raises KeyError for a name that is not one of ours."""
     h, f, qkv = shape.hidden_size, shape.ffn_hidden_size, shape.qkv_rows
+    weight = weight_of(name)
     return {
-        WTE: (shape.vocab_size, h),
-        WPE: (shape.max_position_embeddings, h),
-        "attn.c_attn.weight": (qkv, h),
-        "attn.c_attn.bias": (qkv,),
-        "attn.c_proj.weight": (h, h),
-        "mlp.c_fc.weight": (f, h),
-        "mlp.c_fc.bias": (f,),
-        "mlp.c_proj.weight": (h, f),
-    }.get(weight_of(hf_name).hf, (h,))
+        ("word_embeddings", "weight"): (shape.vocab_size, h),
+        ("output_layer", "weight"): (shape.vocab_size, h),
+        ("position_embeddings", "weight"): (shape.max_position_embeddings, h),
+        ("linear_qkv", "weight"): (qkv, h),
+        ("linear_qkv", "bias"): (qkv,),
+        ("linear_proj", "weight"): (h, h),
+        ("linear_fc1", "weight"): (f, h),
+        ("linear_fc1", "bias"): (f,),
+        ("linear_fc2", "weight"): (h, f),
+    }.get((weight.module, weight.part), (h,))
 
 
-def core_to_hf(name: str, first_layer: int = 0) -> str | None:
-    """HF name of a parameter of Megatron-Core's GPTModel (either kind of layer), or None.
+def name_of_parameter(parameter: str, *, tied: bool, first_layer: int = 0) -> str | None:
+    """Our name of a parameter of Megatron-Core's GPTModel (either kind of layer), or None.
 
     `first_layer` is the number of this pipeline stage's first layer: modules number theirs from 0.
     """
-    if name == OUTPUT_LAYER:
-        return WTE
-    if name in _WHOLE_BY_CORE:
-        return _WHOLE_BY_CORE[name].hf
-    match = re.match(r"decoder\.layers\.(\d+)\.(.+)", name)
+    if parameter == OUTPUT_LAYER and tied:
+        return EMBEDDING
+    if parameter in _WHOLE_BY_CORE:
+        return parameter
+    match = re.match(r"decoder\.layers\.(\d+)\.(.+)", parameter)
     if not match:
         return None
     rest = match.group(2)
     for local, core in _LOCAL_NORMS.items():
         if rest.startswith(local):
             rest = core + rest.removeprefix(local)
-    weight = _LAYER_BY_CORE.get(rest)
-    return f"transformer.h.{int(match.group(1)) + first_layer}.{weight.hf}" if weight else None
+    return f"{_LAYERS}{int(match.group(1)) + first_layer}.{rest}" if rest in _LAYER_BY_CORE else None
 
 
-def hf_to_core(hf_name: str) -> str:
-    """torch_dist key with the layer number, `decoder.layers.3.mlp.linear_fc1.weight`."""
-    layer, weight = layer_of(hf_name), weight_of(hf_name)
-    return weight.core if layer is None else f"decoder.layers.{layer}.{weight.core}"
-
-
-def hf_to_stacked(hf_name: str) -> tuple[str, int | None]:
-    """torch_dist key without layer number, and the layer's row on axis 0.
+def stacked_key(name: str) -> tuple[str, int | None]:
+    """torch_dist key of one of our names, and the layer's row on axis 0.
 
     The row is None for a tensor that is not a layer's.
     """
-    layer, weight = layer_of(hf_name), weight_of(hf_name)
-    return (weight.core, None) if layer is None else (f"decoder.layers.{weight.core}", layer)
+    layer = layer_of(name)
+    return (name, None) if layer is None else (_LAYERS + weight_of(name).core, layer)

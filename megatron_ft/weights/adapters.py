@@ -9,17 +9,12 @@ import torch
 from megatron_ft.errors import UserError
 from megatron_ft.files.hub_cache import resolve_hub_cache
 from megatron_ft.files.json_file import read_json, require
-from megatron_ft.model.lora import (
-    HF_TARGETS,
-    AdapterConfig,
-    from_peft,
-    is_trainable,
-    merged,
-    stacked_name,
-    to_peft,
-)
+from megatron_ft.model.families import shape_of_manifest
+from megatron_ft.model.lora import AdapterConfig, is_trainable, merged, stacked_name
 from megatron_ft.model.peft_fields import check_plain
-from megatron_ft.model.tensor_names import hf_shape
+from megatron_ft.model.peft_tensors import from_peft, in_groups, to_peft
+from megatron_ft.model.shape import ModelShape
+from megatron_ft.model.tensor_names import LORA_TARGETS, tensor_shape
 from megatron_ft.printable import printable
 from megatron_ft.weights.directory import check_link
 from megatron_ft.weights.fingerprint import is_base
@@ -38,7 +33,7 @@ class AdapterSource:
     """The adapters of one checkpoint, and where their base weights were.
 
     `tensors` has their torch_dist names, stacked over layers (model/lora.py). They are small, so
-    they are in memory.
+    they are in memory. Those of a PEFT directory are complete once `open_base` was called.
     """
 
     path: Path
@@ -49,15 +44,22 @@ class AdapterSource:
     iteration: int | str | None = None  # of a run; None: a PEFT directory
     manifest: Manifest | None = None  # of a run; None: a PEFT directory
     notice: str | None = None  # of `find_iteration`
+    ungrouped: dict[str, torch.Tensor] | None = None  # of a PEFT directory, as `from_peft` gives them
 
     @property
     def args(self) -> dict:
         """Arguments of the run."""
         return self.manifest.args if self.manifest else {}
 
+    @property
+    def shape(self) -> ModelShape:
+        """Shape of the run's model. Raises UserError if the manifest's is malformed."""
+        assert self.manifest is not None
+        return shape_of_manifest(self.manifest.shape, f"{self.path / NAME}: shape")
+
     def peft_tensors(self, dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
-        """Tensors by PEFT's names, in `dtype` (None: as stored)."""
-        return {name: tensor.to(dtype or tensor.dtype) for name, tensor in to_peft(self.tensors).items()}
+        """A run's tensors by PEFT's names, in `dtype` (None: as stored)."""
+        return {name: tensor.to(dtype or tensor.dtype) for name, tensor in to_peft(self.tensors, self.shape).items()}
 
     def open_base(self, elsewhere: Path | str | None = None) -> WeightSource:
         """The base weights, where they were when training started, or `elsewhere`.
@@ -69,7 +71,7 @@ class AdapterSource:
         except UserError as error:
             raise UserError(f"base weights of the adapters {self.path}: {error}") from None
         for target in self.config.targets:
-            outputs, inputs = hf_shape(base.shape, f"transformer.h.0.{HF_TARGETS[target]}.weight")
+            outputs, inputs = tensor_shape(base.shape, f"decoder.layers.0.{LORA_TARGETS[target]}.weight")
             layers, rank = base.shape.num_layers, self.config.rank
             for part, shape in (("lora_a", (layers, rank, inputs)), ("lora_b", (layers, outputs, rank))):
                 if stacked_name(target, part) not in self.tensors:
@@ -81,6 +83,8 @@ class AdapterSource:
                         f"expected {list(shape)} for rank {rank} on {base.path}; "
                         "give the base that the adapters were trained on"
                     )
+        if self.ungrouped is not None:
+            self.tensors = in_groups(self.ungrouped, base.shape)
         if self.manifest and self.manifest.base and not is_base(base, self.manifest.base):
             raise UserError(
                 f"{self.path}: the base weights are not those the adapters were trained on: {base.path} has others; "
@@ -138,7 +142,7 @@ def _open_peft(path: Path) -> AdapterSource:
         raise UserError(f"{path}: {PEFT_CONFIG} but neither {PEFT_WEIGHTS} nor {PEFT_PICKLED}; copy one of them there")
     check_link(file, path)
     tensors = from_peft(read_tensors(file), str(file))
-    return AdapterSource(path, tensors, AdapterConfig.from_peft(config, tensors, str(where)), base)
+    return AdapterSource(path, tensors, AdapterConfig.from_peft(config, tensors, str(where)), base, ungrouped=tensors)
 
 
 def open_start(path: Path | str, iteration: int | str, flags: Mapping) -> tuple[WeightSource, AdapterSource | None]:
@@ -177,6 +181,10 @@ class MergedSource(WeightSource):
         self.shape, self.vocab_size = self.base.shape, self.base.vocab_size
         self.notice = adapters.notice or self.base.notice
         self._last: tuple[str, torch.Tensor] | None = None
+
+    @property
+    def special_ids(self) -> dict[str, int | None]:
+        return super().special_ids or self.base.special_ids
 
     def dtype_of(self, name: str) -> torch.dtype:
         return self.base.dtype_of(name)

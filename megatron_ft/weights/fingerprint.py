@@ -9,7 +9,8 @@ import hashlib
 
 import torch
 
-from megatron_ft.model.tensor_names import WTE, hf_shape
+from megatron_ft.model.hf_names import hf_name
+from megatron_ft.model.tensor_names import VOCABULARY, tensor_shape
 from megatron_ft.weights.source import WeightSource
 
 ROWS = 8  # per matrix
@@ -37,15 +38,15 @@ def fingerprint(source: WeightSource) -> str:
     """
     digest = hashlib.sha256()
     for name in source.names():
-        shape = hf_shape(source.shape, name)
+        shape = tensor_shape(source.shape, name)
         rows = shape[0]
         if len(shape) == 1:
             parts = [(0, rows)]
-        elif name == WTE:
+        elif name in VOCABULARY:
             parts = [(0, ROWS)]
         else:
             parts = [(row, row + 1) for row in sorted({part * (rows - 1) // (ROWS - 1) for part in range(ROWS)})]
-        digest.update(f"{name} {shape[1:]}".encode())
+        digest.update(f"{hf_name(source.shape, name)} {shape[1:]}".encode())
         for start, stop in parts:
             digest.update(source.read_slice(name, 0, start, stop).to(torch.float32).numpy().tobytes())
     return digest.hexdigest()

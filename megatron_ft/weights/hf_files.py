@@ -10,6 +10,7 @@ import torch
 
 from megatron_ft.errors import UserError
 from megatron_ft.model.families import family_of
+from megatron_ft.model.family import activation_of
 from megatron_ft.model.shape import ModelShape
 from megatron_ft.printable import printable
 
@@ -58,7 +59,7 @@ tags:
 # {name}
 
 A {family.title} ({family.models}) model of {shape.num_parameters() / 1e9:.3g} billion parameters: {shape.num_layers} layers of width {shape.hidden_size},
-{shape.num_attention_heads} heads with {shape.attention} attention, {shape.max_position_embeddings} positions, {shape.vocab_size} tokens.
+{shape.num_attention_heads} heads with {shape.attention} attention, {shape.max_position_embeddings} positions, {shape.vocab_size} tokens, activation `{activation_of(shape)}`.
 Trained with Megatron and converted by Megatron-FT.
 
 ```python

@@ -1,4 +1,4 @@
-"""Weights of a Hugging Face GPTBigCode directory: safetensors or `.bin`, one file or shards."""
+"""Weights of a Hugging Face directory: safetensors or `.bin`, one file or shards."""
 
 import zipfile
 from pathlib import Path
@@ -10,13 +10,16 @@ from megatron_ft.errors import UserError
 from megatron_ft.files.first_bytes import what_it_is
 from megatron_ft.files.json_file import read_json, require
 from megatron_ft.files.os_error import remedy
-from megatron_ft.model.families import shape_of_config
-from megatron_ft.model.tensor_names import WTE, hf_names
+from megatron_ft.model.families import family_of
+from megatron_ft.model.family import Family
+from megatron_ft.model.hf_names import HFTensor, hf_name, hf_tensors
+from megatron_ft.model.tensor_names import EMBEDDING, OUTPUT_LAYER
 from megatron_ft.weights.directory import check_file_name, check_link
+from megatron_ft.weights.hf_config import read_hf_config
 from megatron_ft.weights.safe_pickle import load_pt
+from megatron_ft.weights.santacoder import SantaCoderTensors, Tensors
 from megatron_ft.weights.source import WeightSource, check_shape, is_plain
 
-HEAD = "lm_head.weight"
 INDEX = ".index.json"
 # In the order in which transformers looks for them; it loads the first that exists.
 WEIGHTS = ("model.safetensors", f"model.safetensors{INDEX}", "pytorch_model.bin", f"pytorch_model.bin{INDEX}")
@@ -31,37 +34,52 @@ class HFSource(WeightSource):
     """See WeightSource.
 
     All tensors of the files are read, as transformers does, whichever an index lists. Their names
-    may lack the `transformer.` prefix (a bare GPTBigCodeModel) or have one of `WRAPPERS`, and of
-    the tied embedding and lm_head one may be missing. Raises UserError for a directory that is
-    damaged, incomplete, of another architecture, or whose lm_head is not tied.
+    may lack the family's prefix (a bare GPTBigCodeModel) or have one of `WRAPPERS`, and of a tied
+    embedding and lm_head one may be missing. Raises UserError for a directory that is damaged,
+    incomplete, of another architecture, or whose lm_head is not tied but should be.
     """
 
     kind = "Hugging Face"
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.shape = shape_of_config(read_json(path / "config.json"), str(path / "config.json"))
-        self._opened: dict[Path, _Safetensors | _Bin] = {}
+        self._config = read_hf_config(path)
+        self.shape = self._config.shape
+        self.notice = "; ".join(self._config.notices) or None
+        self.family = family_of(self.shape)
+        self._embedding, self._head = (hf_name(self.shape, name) for name in (EMBEDDING, OUTPUT_LAYER))
+        self._opened: dict[Path, Tensors] = {}
         self._where: dict[str, tuple[Path, str]] = {}
         for file in self._files():
             for stored_name in self._open(file).names():
                 name = _without_wrappers(stored_name)
-                name = name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"
+                if name != self._head and not name.startswith(self.family.prefix):
+                    name = self.family.prefix + name
                 if name in self._where and self._where[name][1] != stored_name:
                     raise UserError(
                         f"{file}: {stored_name} and {self._where[name][1]} are the same tensor of the model"
                     )
                 self._where[name] = (file, stored_name)
-        if HEAD in self._where and WTE not in self._where:
-            self._where[WTE] = self._where.pop(HEAD)
+        tied = not self.shape.untie_embeddings_and_output_weights
+        if tied and self._head in self._where and self._embedding not in self._where:
+            self._where[self._embedding] = self._where.pop(self._head)
         self._check_names()
-        for name in hf_names(self.shape):
-            check_shape(self.shape, name, self._shape_of(name), self._where[name][0])
+        for tensor in self._tensors():
+            check_shape(tensor.name, self._shape_of(tensor.name), tensor.shape, self._where[tensor.name][0])
         self.check_dtypes()
-        if HEAD in self._where and not self._head_is_tied():
+        if tied and self._head in self._where and not self._head_is_tied():
             raise UserError(
-                f"{path}: lm_head.weight differs from {WTE}; only models with tied embeddings can be converted"
+                f"{path}: {self._head} differs from {self._embedding}, expected the same values, since config.json "
+                "does not say tie_word_embeddings: false; the files do not belong together"
             )
+
+    @property
+    def special_ids(self) -> dict[str, int | None]:
+        return self._config.special_ids
+
+    def _tensors(self) -> list[HFTensor]:
+        """The model's tensors in the files, without a tied lm_head."""
+        return [tensor for name in self.names() for tensor in hf_tensors(self.shape, name)]
 
     def _files(self) -> list[Path]:
         """The files of weights, in the order in which transformers reads them."""
@@ -75,7 +93,8 @@ class HFSource(WeightSource):
             )
         file = self.path / found[0]
         if len(found) > 1:
-            self.notice = f"{self.path}: reading {found[0]}, as transformers does, and ignoring {', '.join(found[1:])}"
+            choice = f"{self.path}: reading {found[0]}, as transformers does, and ignoring {', '.join(found[1:])}"
+            self.notice = "; ".join([choice, *self._config.notices])
         if not file.name.endswith(INDEX):
             return [file]
         weight_map = require(read_json(file), "weight_map", dict, str(file), low=1, of=str)
@@ -88,20 +107,20 @@ class HFSource(WeightSource):
 
     def _check_names(self) -> None:
         """Raise UserError unless the stored tensors are those of the model."""
-        expected = hf_names(self.shape)
+        expected = [tensor.name for tensor in self._tensors()]
         missing = [name for name in expected if name not in self._where]
         # `.attn.bias` and `.attn.masked_bias` are causal masks that old transformers saved.
-        known = {*expected, HEAD}
+        known = {*expected, self._head}
         unknown = [n for n in self._where if n not in known and not n.endswith((".attn.bias", ".masked_bias"))]
-        if missing and (prefix := _foreign_prefix([stored for _, stored in self._where.values()])):
+        if missing and (prefix := _foreign_prefix([stored for _, stored in self._where.values()], self.family)):
             raise UserError(
-                f"{self.path}: names of tensors begin with {prefix!r}, expected {WTE}; "
+                f"{self.path}: names of tensors begin with {prefix!r}, expected {self._embedding}; "
                 f"they were saved from {PREFIXES.get(prefix, PREFIXES['model.'])}"
             )
         if missing and unknown:
             raise UserError(
                 f"{self.path}: {len(missing)} of {len(expected)} tensors are missing, the first is {missing[0]}, and there is "
-                f"{self._where[unknown[0]][1]}; expected those of a GPTBigCode of {self.shape.num_layers} layers, as in config.json"
+                f"{self._where[unknown[0]][1]}; expected those of a {self.family.title} of {self.shape.num_layers} layers, as in config.json"
             )
         if missing:
             raise UserError(
@@ -110,13 +129,14 @@ class HFSource(WeightSource):
             )
         if unknown:
             raise UserError(
-                f"{self.path}: {unknown[0]} does not belong to a GPTBigCode of {self.shape.num_layers} layers"
+                f"{self.path}: {unknown[0]} does not belong to a {self.family.title} of {self.shape.num_layers} layers"
             )
 
-    def _open(self, file: Path) -> "_Safetensors | _Bin":
+    def _open(self, file: Path) -> Tensors:
         if file not in self._opened:
             check_link(file, self.path)
-            self._opened[file] = open_tensors(file)
+            opened = open_tensors(file)
+            self._opened[file] = SantaCoderTensors(opened) if self._config.santacoder else opened
         return self._opened[file]
 
     def _shape_of(self, name: str) -> tuple[int, ...]:
@@ -125,18 +145,28 @@ class HFSource(WeightSource):
 
     def _head_is_tied(self, rows: int = 4096) -> bool:
         """Compares a few rows at a time, so that two embeddings are never in memory together."""
-        if tuple(self._shape_of(HEAD)) != tuple(self._shape_of(WTE)):
+        if self._shape_of(self._head) != self._shape_of(self._embedding):
             return False
         for row in range(0, self.shape.vocab_size, rows):
             stop = min(row + rows, self.shape.vocab_size)
-            head, words = (self.read_slice(name, 0, row, stop) for name in (HEAD, WTE))
+            head, words = (self._tensor(name)[row:stop] for name in (self._head, self._embedding))
             if not torch.equal(head, words) and not torch.allclose(head, words, rtol=0, atol=0, equal_nan=True):
                 return False
         return True
 
     def pieces(self, name: str) -> tuple[int, list[torch.Tensor]]:
+        """Where queries, keys and values are tensors of their own, views of their rows."""
+        views: dict[int, torch.Tensor] = {}
+        for tensor in hf_tensors(self.shape, name):
+            stored, first = self._tensor(tensor.name), 0
+            for rows in tensor.rows:
+                views[rows.start] = stored.narrow(0, first, len(rows))
+                first += len(rows)
+        return 0, [views[start] for start in sorted(views)]
+
+    def _tensor(self, name: str) -> torch.Tensor:
         file, stored_name = self._where[name]
-        return 0, [self._open(file).tensor(stored_name)]
+        return self._open(file).tensor(stored_name)
 
 
 def read_tensors(file: Path) -> dict[str, torch.Tensor]:
@@ -164,17 +194,19 @@ def _without_wrappers(name: str) -> str:
     return name
 
 
-def _foreign_prefix(names: list[str]) -> str | None:
-    """What names of a GPTBigCode's tensors begin with, if it is not `transformer.`.
+def _foreign_prefix(names: list[str], family: Family) -> str | None:
+    """What names of a family's tensors begin with, if it is not the family's own prefix.
 
-    >>> _foreign_prefix(["model.transformer.h.0.ln_1.weight"])
+    >>> from megatron_ft.model.gpt_bigcode import GPT_BIGCODE
+    >>> _foreign_prefix(["model.transformer.h.0.ln_1.weight"], GPT_BIGCODE)
     'model.'
     """
-    for end in ("wte.weight", "h.0.ln_1.weight", "lm_head.weight"):
+    for module in ("word_embeddings", "input_layernorm", "output_layer"):
+        end = f"{family.modules[module][0].format(0).removeprefix(family.prefix)}.weight"
         for name in names:
             if name.endswith(f".{end}"):
-                prefix = _without_wrappers(name.removesuffix(end).removesuffix("transformer."))
-                return prefix if prefix and prefix != "transformer." else None
+                prefix = _without_wrappers(name.removesuffix(end).removesuffix(family.prefix))
+                return prefix or None
     return None
 
 

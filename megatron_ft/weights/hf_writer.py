@@ -1,4 +1,4 @@
-"""Write a Hugging Face GPTBigCode directory from any source of weights, a block of rows at a time.
+"""Write a Hugging Face directory from any source of weights, a block of rows at a time.
 
 A safetensors file is a JSON header and the tensors' bytes one after the other, so it is written as
 a stream: shards are planned from the shapes, and a block of weights at a time is in memory.
@@ -12,29 +12,31 @@ from pathlib import Path
 import torch
 
 from megatron_ft.files.atomic import sync_file
-from megatron_ft.model.boxes import whole
-from megatron_ft.model.tensor_names import hf_shape
+from megatron_ft.model.boxes import part
+from megatron_ft.model.hf_names import HFTensor, hf_tensors
+from megatron_ft.model.shape import ModelShape
+from megatron_ft.model.tensor_names import tensor_names, tensor_shape
 from megatron_ft.weights.source import WeightSource
 from megatron_ft.weights.tensor_blocks import box_blocks, nbytes, raw, read_ahead, total_bytes
 
 DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
-def plan_shards(source: WeightSource, dtype: torch.dtype, vocab_rows: int, max_shard_bytes: int) -> list[list[str]]:
-    """Tensor names of each file, in order.
+def plan_shards(shape: ModelShape, dtype: torch.dtype, max_shard_bytes: int) -> list[dict[str, tuple[str, HFTensor]]]:
+    """The tensors of each file, in order: Hugging Face's name: (ours, what it has of ours).
 
     A file exceeds `max_shard_bytes` only if one tensor does.
     """
-    shape = source.shape.with_vocab(vocab_rows)
-    shards: list[list[str]] = [[]]
+    shards: list[dict[str, tuple[str, HFTensor]]] = [{}]
     size = 0
-    for name in source.names():
-        added = nbytes(dtype, hf_shape(shape, name))
-        if shards[-1] and size + added > max_shard_bytes:
-            shards.append([])
-            size = 0
-        shards[-1].append(name)
-        size += added
+    for name in tensor_names(shape):
+        for tensor in hf_tensors(shape, name):
+            added = nbytes(dtype, tensor.shape)
+            if shards[-1] and size + added > max_shard_bytes:
+                shards.append({})
+                size = 0
+            shards[-1][tensor.name] = name, tensor
+            size += added
     return shards
 
 
@@ -52,19 +54,23 @@ def write_safetensors(
     `advance(n)` is called after each block of n bytes. Raises UserError for a value that does not
     fit in `dtype`, and for a source that is damaged.
     """
-    shards = plan_shards(source, dtype, vocab_rows, max_shard_bytes)
     shape = source.shape.with_vocab(vocab_rows)
-
-    def blocks_of(name: str) -> Iterator[torch.Tensor]:
-        return box_blocks(source, name, dtype, whole(hf_shape(shape, name)))
-
+    shards = plan_shards(shape, dtype, max_shard_bytes)
     files: list[Path] = []
     weight_map: dict[str, str] = {}
-    for number, names in enumerate(shards, start=1):
+    for number, tensors in enumerate(shards, start=1):
         file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        write_tensors(directory / file, {name: (dtype, hf_shape(shape, name)) for name in names}, blocks_of, advance)
+
+        def blocks_of(hf_name: str, tensors: dict[str, tuple[str, HFTensor]] = tensors) -> Iterator[torch.Tensor]:
+            name, tensor = tensors[hf_name]
+            full = tensor_shape(shape, name)
+            for rows in tensor.rows:
+                yield from box_blocks(source, name, dtype, part(full, 0, rows.start, len(rows)))
+
+        described = {name: (dtype, tensor.shape) for name, (_, tensor) in tensors.items()}
+        write_tensors(directory / file, described, blocks_of, advance)
         files.append(directory / file)
-        weight_map |= dict.fromkeys(names, file)
+        weight_map |= dict.fromkeys(tensors, file)
     if len(shards) > 1:
         index = {"metadata": {"total_size": total_bytes(source, dtype, vocab_rows)}, "weight_map": weight_map}
         (directory / "model.safetensors.index.json").write_text(

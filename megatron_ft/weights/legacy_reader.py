@@ -23,8 +23,9 @@ import torch
 from megatron_ft.errors import UserError
 from megatron_ft.files.json_file import optional
 from megatron_ft.model.gpt_bigcode import shape_of_megatron_args
-from megatron_ft.model.tensor_names import WTE, hf_shape, layer_of, weight_of
+from megatron_ft.model.tensor_names import EMBEDDING, POSITIONS, layer_of, tensor_shape, weight_of
 from megatron_ft.weights.directory import check_link
+from megatron_ft.weights.hf_config import SPECIAL_IDS_ARG, known_ids
 from megatron_ft.weights.safe_pickle import load_pt
 from megatron_ft.weights.source import WeightSource, arguments_of, check_shape, is_plain, widest
 
@@ -64,12 +65,11 @@ class LegacySource(WeightSource):
         self._stages = [
             [self._tensors(self._load(ranks[t, p]), first, ranks[t, p]) for t in range(tp)] for p in range(pp)
         ]
-        embedding = "embedding.word_embeddings.weight"
-        if embedding not in self._stages[0][0] or "embedding.position_embeddings.weight" not in self._stages[0][0]:
+        if EMBEDDING not in self._stages[0][0] or POSITIONS not in self._stages[0][0]:
             raise UserError(
                 f"{directory}: the first stage has no word and learned position embeddings; expected a GPTBigCode"
             )
-        rows = sum((*tensor.shape, 0)[0] for tensor in self._shards(0, embedding))
+        rows = sum((*tensor.shape, 0)[0] for tensor in self._shards(0, EMBEDDING))
         self.shape = shape_of_megatron_args(self.args, rows, directory)
         if self.version not in (0, 1, 2, 3) or (self.version < 2 and self.shape.multi_query):
             raise UserError(
@@ -78,22 +78,32 @@ class LegacySource(WeightSource):
                 "expected version 2 or 3 (or 0 and 1 for multi-head models)"
             )
         self._first_layers = self._count_layers()
-        self._compared: set[str] = set()  # HF names of tensors whose replicas are equal
+        self._compared: set[str] = set()  # names of tensors whose replicas are equal
         for name in self.names():
             self._check_shape(name)
         self.check_dtypes()
 
+    @property
+    def special_ids(self) -> dict[str, int | None]:
+        """Those of the Hugging Face model that `write_legacy` wrote the checkpoint from."""
+        found = (self.args or {}).get(SPECIAL_IDS_ARG)
+        return known_ids(found, self.shape.vocab_size) if isinstance(found, dict) else {}
+
     def _check_shape(self, name: str) -> None:
         """Raise UserError unless the pieces of a tensor make its shape in the model."""
-        expected = hf_shape(self.shape, name)
+        expected = tensor_shape(self.shape, name)
         dim, pieces = self._stored(name)
         for piece in pieces:
             if [*piece.shape[:dim], *piece.shape[dim + 1 :]] != [*expected[:dim], *expected[dim + 1 :]]:
-                check_shape(self.shape, name, piece.shape, self.path)
+                check_shape(name, piece.shape, expected, self.path)
         total = list(expected)
         total[dim] = sum(piece.shape[dim] for piece in pieces)
-        check_shape(self.shape, name, total, self.path)
-        if self.version < 2 and "c_attn" in name and any(len(piece) % (3 * self.shape.kv_channels) for piece in pieces):
+        check_shape(name, total, expected, self.path)
+        if (
+            self.version < 2
+            and weight_of(name).module == "linear_qkv"
+            and any(len(piece) % (3 * self.shape.kv_channels) for piece in pieces)
+        ):
             raise UserError(f"{self.path}: {name} is cut within a head, expected complete heads on each rank")
 
     def _rank_name(self, tensor_rank: int, stage: int) -> str:
@@ -185,7 +195,7 @@ class LegacySource(WeightSource):
         With `compare`, UserError when replicas are not equal.
         """
         axis, shards = self._stored(name, compare)
-        if name.endswith((".attn.c_attn.weight", ".attn.c_attn.bias")) and self.version < 2:
+        if weight_of(name).module == "linear_qkv" and self.version < 2:
             shards = [self._reordered(shard) for shard in shards]
         return axis, shards
 
@@ -204,7 +214,7 @@ class LegacySource(WeightSource):
             key_value = key.replace("query_key_value", "key_value")
             return 0, [*self._shards(stage, query), self._replica(stage, key_value, name, compare)]
         shards = self._shards(stage, key)
-        if name == WTE and self.pipeline_parallel > 1 and compare:
+        if name == EMBEDDING and self.pipeline_parallel > 1 and compare:
             for rank, shard in enumerate(shards):
                 copy = self._stages[-1][rank].get("word_embeddings_for_head.weight")
                 if copy is not None and not torch.equal(copy, shard):

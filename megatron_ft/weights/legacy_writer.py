@@ -11,7 +11,7 @@ Tensors are streamed: a block of rows is in memory at a time.
 """
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -22,8 +22,9 @@ from megatron_ft.model.boxes import Box, part, shard
 from megatron_ft.model.family import activation_of
 from megatron_ft.model.gpt_bigcode import ACTIVATION_ARG
 from megatron_ft.model.shape import ModelShape
-from megatron_ft.model.tensor_names import LAYER, WHOLE, Weight, hf_shape
+from megatron_ft.model.tensor_names import LAYER, WHOLE, Weight, tensor_shape
 from megatron_ft.weights.directory import TRACKER
+from megatron_ft.weights.hf_config import SPECIAL_IDS_ARG
 from megatron_ft.weights.pt_writer import LazyTensor, write_pt
 from megatron_ft.weights.source import WeightSource
 from megatron_ft.weights.tensor_blocks import box_blocks, nbytes
@@ -37,8 +38,13 @@ def legacy_args(
     pipeline_parallel: int,
     padded_vocab: int,
     divisible_by: int,
+    special_ids: Mapping[str, int | None],
 ) -> argparse.Namespace:
-    """Arguments that the branch reads from a checkpoint, or compares with its own on loading."""
+    """Arguments that the branch reads from a checkpoint, or compares with its own on loading.
+
+    Two are ours, for the way back to Hugging Face: the exact GELU, of a model whose configuration
+    says it, and the special tokens' ids.
+    """
     return argparse.Namespace(
         num_layers=shape.num_layers,
         hidden_size=shape.hidden_size,
@@ -69,6 +75,7 @@ def legacy_args(
         consumed_valid_samples=0,
         iteration=0,
         **({ACTIVATION_ARG: activation_of(shape)} if shape.exact_gelu else {}),
+        **({SPECIAL_IDS_ARG: dict(special_ids)} if special_ids else {}),
     )
 
 
@@ -105,7 +112,7 @@ def write_legacy(
     """
     args = legacy_args(
         source.shape, dtype, tensor_parallel=tensor_parallel, pipeline_parallel=pipeline_parallel,
-        padded_vocab=padded_vocab, divisible_by=divisible_by,
+        padded_vocab=padded_vocab, divisible_by=divisible_by, special_ids=source.special_ids,
     )  # fmt: skip
     for stage in range(pipeline_parallel):
         for rank in range(tensor_parallel):
@@ -134,15 +141,15 @@ class _Rank(NamedTuple):
     pipeline_parallel: int
     padded_vocab: int
 
-    def shard(self, weight: Weight, hf_prefix: str = "") -> LazyTensor:
-        """This rank's part of a tensor."""
-        name = hf_prefix + weight.hf
-        shape = hf_shape(self.source.shape.with_vocab(self.padded_vocab), name)
+    def shard(self, weight: Weight, prefix: str = "") -> LazyTensor:
+        """This rank's part of a tensor; `prefix` is its layer's."""
+        name = prefix + weight.core
+        shape = tensor_shape(self.source.shape.with_vocab(self.padded_vocab), name)
         return self._lazy(name, shard(shape, weight, self.rank, self.tensor_parallel))
 
     def rows(self, name: str, first: int, count: int) -> LazyTensor:
         """Some rows of a tensor."""
-        return self._lazy(name, part(hf_shape(self.source.shape, name), 0, first, count))
+        return self._lazy(name, part(tensor_shape(self.source.shape, name), 0, first, count))
 
     def _lazy(self, name: str, box: Box) -> LazyTensor:
         return LazyTensor(self.dtype, box.sizes, partial(box_blocks, self.source, name, self.dtype, box))
@@ -156,7 +163,7 @@ def _model(one: _Rank) -> dict:
     same on all ranks, as two tensors.
     """
     shape = one.source.shape
-    word_embeddings, positions, norm_weight, norm_bias = WHOLE
+    word_embeddings, positions, norm_weight, norm_bias, _ = WHOLE
     language_model: dict = {}
     if one.stage == 0:
         language_model["embedding"] = {
@@ -168,15 +175,15 @@ def _model(one: _Rank) -> dict:
     own_queries = queries // one.tensor_parallel
     per_stage = shape.num_layers // one.pipeline_parallel
     for layer in range(per_stage):
-        hf_prefix = f"transformer.h.{one.stage * per_stage + layer}."
+        prefix = f"decoder.layers.{one.stage * per_stage + layer}."
         for weight in LAYER:
             key = f"layers.{layer}.{weight.legacy}"
             if shape.multi_query and "query_key_value" in key:
-                name = hf_prefix + weight.hf
+                name = prefix + weight.core
                 encoder[key.replace("query_key_value", "query")] = one.rows(name, one.rank * own_queries, own_queries)
                 encoder[key.replace("query_key_value", "key_value")] = one.rows(name, queries, shape.qkv_rows - queries)
             else:
-                encoder[key] = one.shard(weight, hf_prefix)
+                encoder[key] = one.shard(weight, prefix)
     if one.stage == one.pipeline_parallel - 1:
         encoder["final_layernorm.weight"] = one.shard(norm_weight)
         encoder["final_layernorm.bias"] = one.shard(norm_bias)

@@ -1,12 +1,13 @@
 """One lazy reader for the weights of any format: `WeightSource`, which each format implements.
 
-A source gives tensors under their Hugging Face names, complete or in slices, memory-mapped. Opening
-one reads names and shapes; weights are read when they are asked for.
+A source gives tensors under our names (model/tensor_names.py), complete or in slices,
+memory-mapped. Opening one reads names and shapes; weights are read when they are asked for.
 """
 
 import argparse
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import cached_property, reduce
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,9 @@ from typing import Any
 import torch
 
 from megatron_ft.errors import UserError
+from megatron_ft.model.activation import ACTIVATIONS, overridden_activation
 from megatron_ft.model.shape import ModelShape
-from megatron_ft.model.tensor_names import hf_names, hf_shape
+from megatron_ft.model.tensor_names import tensor_names
 from megatron_ft.weights.manifest import Manifest
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -37,8 +39,22 @@ class WeightSource(ABC):
     notice: str | None = None  # one line for the log where there was a choice of what to read
 
     def names(self) -> list[str]:
-        """Hugging Face GPTBigCode tensor names in file order, without the tied lm_head."""
-        return hf_names(self.shape)
+        """Our names of all tensors, in order."""
+        return tensor_names(self.shape)
+
+    @property
+    def special_ids(self) -> dict[str, int | None]:
+        """Ids of the special tokens under config.json's names; empty if they are not recorded."""
+        return self.manifest.special_ids if self.manifest else {}
+
+    def override_activation(self, activation: str | None) -> str | None:
+        """Give the shape the activation of the flag, which is None without the flag.
+
+        Returns a line for the log where that is another one than the checkpoint's.
+        """
+        if line := overridden_activation(self.shape, activation):
+            self.shape = replace(self.shape, exact_gelu=ACTIVATIONS[str(activation)])
+        return line
 
     @cached_property
     def dtype(self) -> torch.dtype:
@@ -63,7 +79,7 @@ class WeightSource(ABC):
         """The axis along which this checkpoint cuts the tensor, and its pieces in order, mapped."""
 
     def read(self, name: str) -> torch.Tensor:
-        """The complete tensor on the CPU, in its shape of the Hugging Face model (`hf_shape`).
+        """The complete tensor on the CPU, in the shape of `tensor_shape`.
 
         It is memory-mapped (do not write to it) where the checkpoint stores it in one piece.
         """
@@ -112,10 +128,9 @@ def arguments_of(found: object, where: Path) -> dict[str, Any]:
     return dict(args)
 
 
-def check_shape(shape: ModelShape, name: str, found: Sequence[int], where: Path | str) -> None:
+def check_shape(name: str, found: Sequence[int], expected: Sequence[int], where: Path | str) -> None:
     """Raise UserError when a tensor's shape is not what the model's configuration requires."""
-    expected = hf_shape(shape, name)
-    if tuple(found) != expected:
+    if tuple(found) != tuple(expected):
         raise UserError(
             f"{where}: {name} has shape {list(found)}, expected {list(expected)} from the checkpoint's own configuration; "
             "the files do not belong together"

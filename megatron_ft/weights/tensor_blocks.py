@@ -8,7 +8,7 @@ import torch
 
 from megatron_ft.errors import UserError
 from megatron_ft.model.boxes import Box
-from megatron_ft.model.tensor_names import hf_shape
+from megatron_ft.model.tensor_names import tensor_shape
 from megatron_ft.weights.source import WeightSource, slice_of_pieces
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}  # what converters write, by --dtype
@@ -50,7 +50,7 @@ def box_blocks(source: WeightSource, name: str, dtype: torch.dtype, box: Box) ->
     Rows beyond the tensor (padding of the vocabulary) are zeros. Raises UserError as `converted`
     and the source do.
     """
-    shape = hf_shape(source.shape, name)
+    shape = tensor_shape(source.shape, name)
     first, last = box.offsets[0], box.offsets[0] + box.sizes[0]
     width = 1 if len(shape) == 1 else shape[1]
     step = max(1, BLOCK // (width * max(dtype.itemsize, source.dtype.itemsize)))
@@ -100,4 +100,4 @@ def nbytes(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
 def total_bytes(source: WeightSource, dtype: torch.dtype, vocab_rows: int) -> int:
     """Bytes of all tensors in `dtype`, the embedding with `vocab_rows` rows."""
     shape = source.shape.with_vocab(vocab_rows)
-    return sum(nbytes(dtype, hf_shape(shape, name)) for name in source.names())
+    return sum(nbytes(dtype, tensor_shape(shape, name)) for name in source.names())

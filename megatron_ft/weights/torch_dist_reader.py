@@ -6,9 +6,9 @@ from typing import Any
 import torch
 
 from megatron_ft.errors import UserError
-from megatron_ft.model.families import shape_of_manifest
+from megatron_ft.model.families import family_of, shape_of_manifest
 from megatron_ft.model.gpt_bigcode import shape_of_megatron_args
-from megatron_ft.model.tensor_names import WPE, WTE, hf_to_core, hf_to_stacked
+from megatron_ft.model.tensor_names import EMBEDDING, POSITIONS, stacked_key, tensor_shape
 from megatron_ft.weights.manifest import NAME, damage_as_user_error, read_intact_manifest
 from megatron_ft.weights.safe_pickle import load_pt, load_pt_bytes
 from megatron_ft.weights.source import WeightSource, arguments_of, check_shape
@@ -42,12 +42,11 @@ class TorchDistSource(WeightSource):
                 f"{directory}: the adapters of a LoRA run, not a complete model; merge them first with "
                 "convert/megatron_to_hf.py --merge-lora, or continue training them with their --lora-rank"
             )
-        embedding, _ = hf_to_stacked(WTE)
-        if embedding not in self.files.tensors or hf_to_stacked(WPE)[0] not in self.files.tensors:
+        if EMBEDDING not in self.files.tensors or not (manifest or POSITIONS in self.files.tensors):
             raise UserError(
                 f"{directory}: has no word and learned position embeddings; expected a GPTBigCode (StarCoder)"
             )
-        rows = self._rows(embedding)
+        rows = self._rows(EMBEDDING)
         if manifest is not None:
             self.args = manifest.args
             shape = shape_of_manifest(manifest.shape, f"{directory / NAME}: shape")
@@ -58,7 +57,7 @@ class TorchDistSource(WeightSource):
         for name in self.names():
             key, layer = self._key(name)
             found = self.files.shape(key) if layer is None else self.files.shape(key)[1:]
-            check_shape(self.shape, name, found, directory)
+            check_shape(name, found, tensor_shape(self.shape, name), directory)
         self.check_dtypes()
 
     def _rows(self, key: str) -> int:
@@ -87,7 +86,7 @@ class TorchDistSource(WeightSource):
 
     def _key(self, name: str) -> tuple[str, int | None]:
         """Key, and the layer's row on axis 0 where layers are stacked."""
-        stacked, layer = hf_to_stacked(name)
+        stacked, layer = stacked_key(name)
         if stacked in self.files.tensors:
             layers = (*self.files.shape(stacked), 0)[0]
             if layer is not None and layers != self.shape.num_layers:
@@ -95,9 +94,9 @@ class TorchDistSource(WeightSource):
                     f"{self.path}: {layers} layers of {stacked}, expected {self.shape.num_layers} from its configuration"
                 )
             return stacked, layer
-        if hf_to_core(name) in self.files.tensors:
-            return hf_to_core(name), None
-        raise UserError(f"{self.path}: has no {stacked}; expected a complete GPTBigCode model")
+        if name in self.files.tensors:
+            return name, None
+        raise UserError(f"{self.path}: has no {stacked}; expected a complete {family_of(self.shape).title} model")
 
     def dtype_of(self, name: str) -> torch.dtype:
         return self.files.tensors[self._key(name)[0]].properties.dtype

@@ -15,7 +15,7 @@ import torch
 from megatron_ft.errors import UserError
 from megatron_ft.files.atomic import sync_file
 from megatron_ft.model.boxes import Box, shard, stage_of
-from megatron_ft.model.tensor_names import LAYER, WHOLE, WTE, Weight
+from megatron_ft.model.tensor_names import LAYER, VOCABULARY, WHOLE, Weight
 from megatron_ft.weights.manifest import damage_as_user_error
 from megatron_ft.weights.pt_writer import LazyTensor, write_pt
 from megatron_ft.weights.torch_dist_files import TorchDistFiles
@@ -99,7 +99,7 @@ def _model_weight(key: str) -> tuple[Weight, bool] | None:
 
 def _new_shape(files: TorchDistFiles, key: str, padded_vocab: int) -> tuple[int, ...]:
     shape, found = files.shape(key), _model_weight(key)
-    return (padded_vocab, *shape[1:]) if found and found[0].hf == WTE else shape
+    return (padded_vocab, *shape[1:]) if found and found[0].core in VOCABULARY else shape
 
 
 def _parts(

@@ -18,7 +18,7 @@ import torch
 from megatron_ft.files.atomic import sync_file
 from megatron_ft.files.checksum import describe_file
 from megatron_ft.model.boxes import shard, stage_of
-from megatron_ft.model.tensor_names import hf_shape, hf_to_stacked, layer_of, weight_of
+from megatron_ft.model.tensor_names import layer_of, stacked_key, tensor_shape, weight_of
 from megatron_ft.weights.directory import TRACKER
 from megatron_ft.weights.manifest import Manifest, git_revision, now, versions
 from megatron_ft.weights.pt_writer import LazyTensor, write_pt
@@ -72,6 +72,7 @@ def write_torch_dist(
     Manifest(
         iteration=0,
         shape=source.shape.with_vocab(vocab_size).as_dict(),
+        special_ids=source.special_ids,
         args={},
         state={},
         layout={"tensor": tensor_parallel, "pipeline": pipeline_parallel, "context": 1, "data": 1},
@@ -93,11 +94,11 @@ def _write_tensor(
     padded_vocab: int,
     advance: Callable[[int], None],
 ) -> StoredChunk:
-    """Append one tensor-parallel rank's part of the tensor with the Hugging Face name `name`."""
-    shape = hf_shape(source.shape.with_vocab(padded_vocab), name)
+    """Append one tensor-parallel rank's part of the tensor `name`."""
+    shape = tensor_shape(source.shape.with_vocab(padded_vocab), name)
     box = shard(shape, weight_of(name), rank, tensor_parallel)
     blocks = partial(box_blocks, source, name, dtype, box)
-    key, layer = hf_to_stacked(name)
+    key, layer = stacked_key(name)
     if layer is not None:
         shape, box = (source.shape.num_layers, *shape), box.stacked(layer)
     start = file.tell()

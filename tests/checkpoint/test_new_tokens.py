@@ -24,10 +24,10 @@ class Source(WeightSource):
     kind, path, shape, vocab_size, dtype = "random", Path("random"), SHAPE, KNOWN, torch.float32
 
     def pieces(self, name: str) -> tuple[int, list[torch.Tensor]]:
-        from megatron_ft.model.tensor_names import hf_shape
+        from megatron_ft.model.tensor_names import tensor_shape
 
-        whole = torch.randn(hf_shape(SHAPE, name), generator=torch.Generator().manual_seed(len(name)))
-        if name == "transformer.wte.weight":
+        whole = torch.randn(tensor_shape(SHAPE, name), generator=torch.Generator().manual_seed(len(name)))
+        if name == "embedding.word_embeddings.weight":
             whole[KNOWN:] = 1000
         return 0, [whole]
 
@@ -52,7 +52,7 @@ def fill(tp: int, pp: int) -> tuple[list, int, list[str]]:
 
 
 def test_new_tokens_start_at_the_mean_row_in_every_layout():
-    source = Source().read("transformer.wte.weight")
+    source = Source().read("embedding.word_embeddings.weight")
     for tp, pp in ((1, 1), (2, 1), (4, 1), (1, 2)):
         ranks = run_ranks(fill, tp * pp, tp, pp)
         for stage in range(pp):

@@ -116,7 +116,7 @@ def test_tensors_of_several_precisions_keep_every_value(model, tmp_path):
     assert open_weights(mixed).dtype == torch.float32
     printed = convert("hf_to_megatron", "--load", mixed, "--save", tmp_path / "core", "--format", "torch_dist")
     assert "51 in bfloat16, 1 in float32); all are written in float32, none is rounded" in printed
-    assert open_weights(tmp_path / "core").read(norm)[0] == 1 + 2**-20
+    assert open_weights(tmp_path / "core").read("decoder.final_layernorm.weight")[0] == 1 + 2**-20
     convert("hf_to_megatron", "--load", mixed, "--save", tmp_path / "legacy", "--format", "legacy")
     assert "several precisions" not in convert(
         "megatron_to_hf", "--load", tmp_path / "legacy", "--output", tmp_path / "back", "--tokenizer-from", mixed

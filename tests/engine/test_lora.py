@@ -8,12 +8,16 @@ import pytest
 import torch
 from checkpoint_runs import full_tensors
 from ranks import run_ranks
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from megatron_ft.config.arguments import parse_args
 from megatron_ft.errors import UserError
-from megatron_ft.model.lora import HF_TARGETS, AdapterConfig, merged, stacked_name, to_peft
+from megatron_ft.model.gpt_bigcode import GPT_BIGCODE
+from megatron_ft.model.hf_names import hf_name
+from megatron_ft.model.lora import AdapterConfig, merged, stacked_name
+from megatron_ft.model.peft_tensors import hf_targets, to_peft
 from megatron_ft.model.tensor_names import LORA_TARGETS
+from megatron_ft.weights.open import open_weights
 
 LENGTHS = [7, 20, 1, 12, 24]  # documents of two packed sequences, of 64 tokens together
 FLAGS = """--num-layers 4 --hidden-size 32 --num-attention-heads 4 --max-position-embeddings 32 --seq-length 32
@@ -86,7 +90,7 @@ def train_adapters(words, base, world_size, save):
     from megatron_ft.checkpoint.train_state import TrainState
     from megatron_ft.engine.model import wrap_for_data_parallel
     from megatron_ft.engine.optimizer import build_optimizer
-    from megatron_ft.engine.schedule import build_scheduler, plan_length
+    from megatron_ft.training.schedule import build_scheduler, plan_length
 
     config, chunks = start([*words, "--load", str(base), "--save", save], base, world_size)
     frozen = {name: p.detach().clone() for name, p in chunks[0].named_parameters() if not p.requires_grad}
@@ -182,8 +186,8 @@ def test_logits_equal_peft_with_the_same_adapter(runs, base, tmp_path):
     (ours,) = run_ranks(logits_of_core, 1, words, base, adapters)
 
     config = AdapterConfig.from_flags(parse_args(words).values())
-    save_file(to_peft(adapters), tmp_path / "adapter_model.safetensors")
-    (tmp_path / "adapter_config.json").write_text(json.dumps(config.to_peft(str(base))))
+    save_file(to_peft(adapters, open_weights(base).shape), tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config.to_peft(hf_targets(GPT_BIGCODE), str(base))))
     plain = GPTBigCodeForCausalLM.from_pretrained(base)
     without = document_logits(plain)
     peft = PeftModel.from_pretrained(plain, tmp_path).eval()
@@ -191,8 +195,10 @@ def test_logits_equal_peft_with_the_same_adapter(runs, base, tmp_path):
     assert (expected - without).abs().max() > 0.1, "the adapter must matter"
     torch.testing.assert_close(torch.from_numpy(ours), expected, atol=1e-5, rtol=1e-5)
 
-    base_weights = load_file(base / "model.safetensors")
-    changed = {name: merged(name, weight, adapters, config) for name, weight in base_weights.items()}
+    source = open_weights(base)
+    changed = {
+        hf_name(source.shape, name): merged(name, source.read(name), adapters, config) for name in source.names()
+    }
     whole = GPTBigCodeForCausalLM.from_pretrained(base)
     whole.load_state_dict(changed, strict=False)
     torch.testing.assert_close(document_logits(whole), expected, atol=2e-5, rtol=1e-5)
@@ -243,7 +249,7 @@ def test_dropout_masks_agree_for_replicated_inputs_and_differ_for_sharded_ones(b
 
 
 def test_lora_targets_are_gptbigcode_modules_and_unknown_ones_are_refused(base):
-    assert list(HF_TARGETS.values()) == ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]
+    assert [*hf_targets(GPT_BIGCODE).values()] == [["attn.c_attn"], ["attn.c_proj"], ["mlp.c_fc"], ["mlp.c_proj"]]
     config = parse_args(flags_for(base, "--lora-targets linear_fc1,linear_fc1 --transformer-impl auto"))
     assert AdapterConfig.from_flags(config.values()).targets == ("linear_fc1",)
     assert config.memory.transformer_impl == "local"  # Transformer Engine's layers cannot have adapters

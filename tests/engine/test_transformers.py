@@ -1,9 +1,12 @@
 """Loss and gradients on packed sequences equal transformers' GPTBigCode with the same weights."""
 
+import shutil
+
 import pytest
 import torch
 from engine_runs import loss_and_gradient_error, random_batch
 from ranks import run_ranks
+from safetensors.torch import save_file
 
 LAYOUTS = {
     "one rank": (1, "--micro-batch-size 1"),
@@ -41,10 +44,11 @@ def check(directory, golden, tmp_path, layouts: dict) -> None:
     expected = {}
     for count in (1, 2):
         expected[count], gradients = transformers_loss_and_gradients(directory, count)
-        torch.save(gradients, tmp_path / f"gradients_{count}.pt")
+        shutil.copytree(directory, tmp_path / f"gradients_{count}", ignore=shutil.ignore_patterns("model*"))
+        save_file(gradients, tmp_path / f"gradients_{count}/model.safetensors")
     for name, (ranks, flags) in layouts.items():
         count = int(flags.split()[1])
-        arguments = (flags, directory, golden / "data/tokenizer.json", tmp_path / f"gradients_{count}.pt", 7)
+        arguments = (flags, directory, golden / "data/tokenizer.json", tmp_path / f"gradients_{count}", 7)
         for loss, gradient_error in run_ranks(loss_and_gradient_error, ranks, *arguments):
             assert loss == pytest.approx(expected[count], abs=1e-5), name
             assert gradient_error < 1e-5, name

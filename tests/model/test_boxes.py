@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from megatron_ft.model.boxes import Box, overlap, shard, stage_of, whole
 from megatron_ft.model.families import PRESETS
-from megatron_ft.model.tensor_names import hf_names, hf_shape, layer_of, weight_of
+from megatron_ft.model.tensor_names import layer_of, tensor_names, tensor_shape, weight_of
 
 spans = st.lists(st.tuples(st.integers(0, 5), st.integers(1, 5)), min_size=2, max_size=2)
 
@@ -34,8 +34,8 @@ def test_overlap_is_the_common_part(first, second):
 def test_the_ranks_of_a_layout_hold_every_tensor_once(tp, pp):
     shape = PRESETS["tiny"]
     stages = {}
-    for name in hf_names(shape):
-        weight, size = weight_of(name), hf_shape(shape, name)
+    for name in tensor_names(shape):
+        weight, size = weight_of(name), tensor_shape(shape, name)
         boxes = {shard(size, weight, rank, tp) for rank in range(tp)}
         assert sum(np.prod(box.sizes) for box in boxes) == np.prod(size)
         assert all(a == b or overlap(a, b) is None for a in boxes for b in boxes)

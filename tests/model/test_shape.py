@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import GPTBigCodeConfig, GPTBigCodeForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron_ft.errors import UserError
-from megatron_ft.model.families import PRESETS, shape_of_config
+from megatron_ft.model.families import PRESETS, family_of, shape_of_config
 from megatron_ft.model.gpt_bigcode import GPT_BIGCODE, shape_of_megatron_args
 from megatron_ft.model.shape import ModelShape, padded_vocab_size
 
@@ -17,7 +17,7 @@ from megatron_ft.model.shape import ModelShape, padded_vocab_size
 def test_number_of_parameters_matches_transformers(name, multi_query):
     shape = replace(PRESETS[name], num_query_groups=1 if multi_query else PRESETS[name].num_attention_heads)
     with torch.device("meta"):
-        model = GPTBigCodeForCausalLM(GPTBigCodeConfig(**GPT_BIGCODE.write_config(shape)))
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**family_of(shape).write_config(shape)))
     assert shape.num_parameters() == sum(p.numel() for p in model.parameters())
 
 
@@ -27,10 +27,8 @@ def test_starcoderbase_has_its_published_size():
 
 @pytest.mark.parametrize("name", sorted(PRESETS))
 def test_shape_survives_hugging_face_configuration(name):
-    assert (
-        shape_of_config(GPTBigCodeConfig(**GPT_BIGCODE.write_config(PRESETS[name])).to_dict(), "config.json")
-        == PRESETS[name]
-    )
+    config = AutoConfig.for_model(**family_of(PRESETS[name]).write_config(PRESETS[name]))
+    assert shape_of_config(config.to_dict(), "config.json") == PRESETS[name]
 
 
 @pytest.mark.parametrize(

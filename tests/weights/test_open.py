@@ -12,7 +12,8 @@ from ranks import run_ranks
 from safetensors.torch import load_file, save_file
 
 from megatron_ft.errors import UserError
-from megatron_ft.model.tensor_names import hf_names
+from megatron_ft.model.hf_names import hf_name
+from megatron_ft.model.tensor_names import tensor_names
 from megatron_ft.weights.open import open_weights
 
 LEGACY = ("tp1pp1", "tp2pp2", "distopt_tp2pp2")
@@ -23,17 +24,23 @@ def hf_tiny(golden) -> dict[str, torch.Tensor]:
     return load_file(golden / "hf/hf_tiny/model.safetensors")
 
 
+def assert_same(source, tensors: dict[str, torch.Tensor]) -> None:
+    """A source has exactly these tensors of a Hugging Face GPTBigCode."""
+    assert {hf_name(source.shape, name) for name in source.names()} == set(tensors)
+    for name in source.names():
+        assert torch.equal(source.read(name), tensors[hf_name(source.shape, name)]), name
+
+
 @pytest.mark.parametrize("layout", LEGACY)
 def test_legacy_layouts_read_as_exactly_the_hugging_face_tensors(golden, hf_tiny, layout):
     source = open_weights(golden / "legacy" / layout)
     assert source.iteration == 7 and source.args["hidden_size"] == 64 and source.dtype == torch.float32
-    assert set(source.names()) == set(hf_tiny)
-    for name in source.names():
-        assert torch.equal(source.read(name), hf_tiny[name]), name
-    proj, fused = "transformer.h.3.mlp.c_proj.weight", "transformer.h.3.attn.c_attn.weight"
-    assert torch.equal(source.read_slice(proj, 1, 20, 180), hf_tiny[proj][:, 20:180])
-    assert torch.equal(source.read_slice(fused, 0, 20, 80), hf_tiny[fused][20:80])
-    assert torch.equal(source.read_slice(fused, 1, 3, 9), hf_tiny[fused][:, 3:9])
+    assert_same(source, hf_tiny)
+    proj, fused = "decoder.layers.3.mlp.linear_fc2.weight", "decoder.layers.3.self_attention.linear_qkv.weight"
+    hf_proj, hf_fused = hf_tiny["transformer.h.3.mlp.c_proj.weight"], hf_tiny["transformer.h.3.attn.c_attn.weight"]
+    assert torch.equal(source.read_slice(proj, 1, 20, 180), hf_proj[:, 20:180])
+    assert torch.equal(source.read_slice(fused, 0, 20, 80), hf_fused[20:80])
+    assert torch.equal(source.read_slice(fused, 1, 3, 9), hf_fused[:, 3:9])
 
 
 def copy_hf(golden: Path, to: Path) -> Path:
@@ -64,8 +71,8 @@ def test_hugging_face_shards_bin_files_and_bare_models_read_the_same(golden, hf_
 
     for directory in (sharded, binary, bare):
         source = open_weights(directory)
-        assert source.names() == hf_names(source.shape)
-        assert all(torch.equal(source.read(name), hf_tiny[name]) for name in source.names()), directory
+        assert source.names() == tensor_names(source.shape)
+        assert_same(source, hf_tiny)
 
     # transformers loads the single file where there is an index too, and safetensors before .bin.
     save_file({name: tensor + 1 for name, tensor in hf_tiny.items()}, sharded / "model.safetensors")
@@ -73,14 +80,13 @@ def test_hugging_face_shards_bin_files_and_bare_models_read_the_same(golden, hf_
     (binary / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": {"nothing": "gone.bin"}}))
     for directory in (sharded, binary):
         source, loaded = open_weights(directory), GPTBigCodeForCausalLM.from_pretrained(directory)
-        for name, tensor in loaded.named_parameters():
-            assert torch.equal(source.read(name), tensor), f"{directory}: {name}"
+        assert_same(source, dict(loaded.named_parameters()))
     assert open_weights(binary).notice.endswith(
         "reading pytorch_model.bin, as transformers does, and ignoring pytorch_model.bin.index.json"
     )
     assert open_weights(bare).notice is None
     (sharded / "model.safetensors").unlink()
-    assert torch.equal(open_weights(sharded).read(names[0]), hf_tiny[names[0]])
+    assert_same(open_weights(sharded), hf_tiny)
 
     (sharded / "b.safetensors").unlink()
     with pytest.raises(UserError, match="shards that are missing: b.safetensors"):
@@ -137,11 +143,11 @@ def test_an_inconsistent_legacy_checkpoint_is_refused_by_file(golden, tmp_path):
 
     edit(drifted / "mp_rank_01_001/model_optim_rng.pt", nudge)
     source = open_weights(drifted)
-    source.read("transformer.h.2.attn.c_attn.weight")
+    source.read("decoder.layers.2.self_attention.linear_qkv.weight")
     with pytest.raises(
         UserError, match="layers.1.self_attention.key_value.weight .*differs between mp_rank_00_001 and mp_rank_01_001"
     ):
-        source.read("transformer.h.3.attn.c_attn.weight")
+        source.read("decoder.layers.3.self_attention.linear_qkv.weight")
 
     untied = damaged("untied")
     edit(
@@ -149,7 +155,7 @@ def test_an_inconsistent_legacy_checkpoint_is_refused_by_file(golden, tmp_path):
         lambda found: found["model"]["word_embeddings_for_head"]["weight"].add_(1),
     )
     with pytest.raises(UserError, match="word_embeddings_for_head.weight of mp_rank_01_001 differs"):
-        open_weights(untied).read("transformer.wte.weight")
+        open_weights(untied).read("embedding.word_embeddings.weight")
 
     short = damaged("short")
     edit(
@@ -220,7 +226,7 @@ def test_old_orders_of_query_key_value_become_todays(tmp_path, version):
     )
     source = open_weights(tmp_path)
     assert source.iteration == "release" and not source.shape.multi_query
-    assert torch.equal(source.read("transformer.h.0.attn.c_attn.weight"), today.reshape(-1, h))
+    assert torch.equal(source.read("decoder.layers.0.self_attention.linear_qkv.weight"), today.reshape(-1, h))
 
 
 def fill_and_run(path: str, tp: int, pp: int, sequence_parallel: bool, tokens: np.ndarray) -> np.ndarray | None:

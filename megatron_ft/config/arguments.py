@@ -15,8 +15,9 @@ from megatron_ft.config.config import Config
 from megatron_ft.config.mtf_flags import ACCEPTED, REFUSED
 from megatron_ft.errors import UserError
 from megatron_ft.model.activation import ACTIVATIONS
-from megatron_ft.model.families import PRESETS
+from megatron_ft.model.families import PRESETS, family_of
 from megatron_ft.model.shape import ModelShape
+from megatron_ft.model.starcoder2 import DEFAULT_ROTARY_BASE, STARCODER2
 from megatron_ft.model.tensor_names import LORA_TARGETS
 
 LENGTHS = ("iters", "samples", "tokens", "epochs")  # units of --train-...
@@ -79,7 +80,7 @@ def settle(config: Config) -> Config:
         shape = shape_from_flags(config, PRESETS[config.model.preset])
     elif config.model.num_layers and config.model.hidden_size and config.model.num_attention_heads:
         positions = config.data.seq_length or 8192
-        base = ModelShape(num_layers=1, hidden_size=1, num_attention_heads=1, max_position_embeddings=positions)
+        base = ModelShape(num_layers=1, hidden_size=2, num_attention_heads=2, max_position_embeddings=positions)
         shape = shape_from_flags(config, base)
     if shape:
         config = with_shape(config, shape)
@@ -159,13 +160,23 @@ def shape_from_flags(config: Config, base: ModelShape) -> ModelShape:
     given = {f.name: getattr(model, f.name) for f in fields(ModelShape) if getattr(model, f.name, None) is not None}
     heads = given.get("num_attention_heads", base.num_attention_heads)
     multi_head = base.num_query_groups == base.num_attention_heads > 1
-    if model.attention_head_type or multi_head:
+    if model.attention_head_type or (multi_head and not model.num_query_groups):
+        if model.num_query_groups:
+            raise UserError("--attention-head-type and --num-query-groups exclude each other; keep one")
         given["num_query_groups"] = 1 if model.attention_head_type == "multiquery" else heads
     if model.activation:
         given["exact_gelu"] = ACTIVATIONS[model.activation]
     if "hidden_size" in given and "ffn_hidden_size" not in given:
         given["ffn_hidden_size"] = 0
-    return replace(base, **given)
+    rotary = model.position_embedding_type == "rope" if model.position_embedding_type else not base.learned_positions
+    if model.rotary_base and not rotary:
+        raise UserError(f"--rotary-base {model.rotary_base:g} needs --position-embedding-type rope; add it")
+    given["rotary_base"] = (model.rotary_base or base.rotary_base or DEFAULT_ROTARY_BASE) if rotary else 0.0
+    if rotary and base.learned_positions:
+        given["family"] = STARCODER2.model_type
+    shape = replace(base, **given)
+    family_of(shape).check(shape)
+    return shape
 
 
 def validation_fraction(config: Config) -> float:

@@ -45,16 +45,30 @@ class Model:
         bounds=ONE_OR_MORE, resume=SILENT, mtf=TRANSLATED
     )
     max_position_embeddings: int | None = flag(
-        "--max-position-embeddings", None, "learned positions; the longest sequence the model can see",
+        "--max-position-embeddings", None, "positions; the longest sequence the model can see",
         bounds=ONE_OR_MORE, resume=SILENT, mtf=TRANSLATED
     )
     attention_head_type: str | None = flag(
         "--attention-head-type", None, "one key/value head for all query heads, or one per query head",
         choices=("multiquery", "multihead"), resume=SILENT, mtf=TRANSLATED
     )
-    position_embedding_type: str = flag(
-        "--position-embedding-type", "absolute", "learned positions, the only ones GPTBigCode has",
-        choices=("absolute", "learned_absolute"), mtf=TRANSLATED
+    num_query_groups: int | None = flag(
+        "--num-query-groups", None, "key/value heads, each for as many query heads", bounds=ONE_OR_MORE, resume=SILENT
+    )
+    position_embedding_type: str | None = flag(
+        "--position-embedding-type", None, "learned positions, as GPTBigCode has, or rotary ones (rope), as StarCoder2",
+        choices=("absolute", "learned_absolute", "rope"), resume=SILENT, mtf=TRANSLATED
+    )
+    rotary_base: float | None = flag(
+        "--rotary-base", None, "base of rotary positions (default: 10000)", bounds=ONE_OR_MORE, resume=SILENT
+    )
+    window_size: int | None = flag(
+        "--window-size", None, "tokens that a token sees, itself included; 0: all before it", bounds=NOT_NEGATIVE,
+        resume=SILENT
+    )
+    untie_embeddings_and_output_weights: bool | None = flag(
+        "--untie-embeddings-and-output-weights", None, "an output layer of its own instead of the word embeddings",
+        negatable=True, resume=SILENT
     )
     activation: str | None = flag(
         "--activation", None,

@@ -82,6 +82,8 @@ def why_not_transformer_engine(config: Config, installed: Installed) -> str | No
             f"Transformer Engine {installed.transformer_engine} is installed, Megatron-Core "
             f"{importlib.metadata.version('megatron-core')} takes {accepted.specifier}"
         )
+    if config.shape is not None and not config.shape.learned_positions:
+        return "rotary positions are applied by the local layers' attention"
     if config.precision.name == "fp32":
         return "Transformer Engine has no attention kernel for packed rows in fp32; use --bf16"
     return _why_no_attention(config, installed)

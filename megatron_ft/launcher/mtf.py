@@ -21,6 +21,8 @@ from megatron_ft.config.flag import Mtf
 from megatron_ft.data.indexed import IndexedReader, field_paths, learned_path
 from megatron_ft.data.splits import groups_of
 from megatron_ft.errors import UserError
+from megatron_ft.model.families import family_of
+from megatron_ft.model.gpt_bigcode import GPT_BIGCODE
 from megatron_ft.weights.directory import iteration_directory, read_tracker
 
 # The only signal at which the branch saves; it then ends with status 0.
@@ -113,7 +115,7 @@ def mtf_flags(config: Config) -> list[str]:
     assert config.shape is not None
     words: list[str] = []
     for field in fields(config.shape):
-        if field.name in ENTRIES:
+        if field.name in ENTRIES and ENTRIES[field.name].flag.mtf is not Mtf.UNKNOWN:
             words += words_of(ENTRIES[field.name], getattr(config.shape, field.name))
     words += ["--attention-head-type", "multiquery" if config.shape.multi_query else "multihead"]
     words += ["--no-bias-gelu-fusion"] if config.shape.exact_gelu else []  # its fused kernel is the tanh form
@@ -216,6 +218,11 @@ def _check(config: Config, common: Sequence[str]) -> None:
         raise UserError(
             "--engine mtf needs the model's shape: "
             "give --preset, or --num-layers, --hidden-size and --num-attention-heads"
+        )
+    if config.shape.family != GPT_BIGCODE.model_type:
+        raise UserError(
+            f"--engine mtf: the branch has GPTBigCode (StarCoder, SantaCoder) and no {family_of(config.shape).title}; "
+            "use --engine megatron-core"
         )
     given = {word.partition("=")[0].replace("_", "-") for word in common}
     for option, entry in option_strings().items():

@@ -1,4 +1,4 @@
-"""StarCoder (GPTBigCode) as Megatron-Core's GPTModel: configuration, layer specification, DDP.
+"""Models of all families as Megatron-Core's GPTModel: configuration, layer specification, DDP.
 
 The layer specification replaces two modules that Megatron-Core lacks without Transformer Engine: a
 layer norm for sequence parallelism, and attention over packed sequences.
@@ -13,6 +13,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.tensor_parallel import set_defaults_if_not_set_tensor_model_parallel_attributes
 from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
@@ -91,7 +92,9 @@ def layer_spec(config: Config, shape: ModelShape, transformer: TransformerConfig
     layer = get_gpt_layer_local_spec()
     layer.submodules.input_layernorm = SequenceParallelLayerNorm
     layer.submodules.pre_mlp_layernorm = SequenceParallelLayerNorm
-    layer.submodules.self_attention.submodules.core_attention = PackedAttention
+    layer.submodules.self_attention.submodules.core_attention = ModuleSpec(
+        PackedAttention, params={"rotary_base": shape.rotary_base, "window_size": shape.window_size}
+    )
     layers = shape.num_layers // config.parallel.pipeline
     return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=SequenceParallelLayerNorm)
 
@@ -113,8 +116,9 @@ def build_model(config: Config, shape: ModelShape, padded_vocab: int) -> list[nn
         pre_process=parallel_state.is_pipeline_first_stage(),
         post_process=parallel_state.is_pipeline_last_stage(),
         parallel_output=True,
-        share_embeddings_and_output_weights=True,
-        position_embedding_type="learned_absolute",
+        share_embeddings_and_output_weights=not shape.untie_embeddings_and_output_weights,
+        # Rotary positions are applied by PackedAttention.
+        position_embedding_type="learned_absolute" if shape.learned_positions else "none",
     )
     if shape.exact_gelu and torch.cuda.is_available():
         fuse_exact_gelu(model)

@@ -386,8 +386,8 @@ def flops_per_token(
 
     As in the definition of MFU (PaLM, appendix B). `attended_length` is the token-weighted mean
     length of the documents, sum(l^2) / sum(l), less what a window hides; attention is causal, so
-    half of it is computed. With `lora`, gradients of the frozen weights are not computed: 4 FLOPs per weight instead of 6 (those
-    of the adapters, below 1%, are left out).
+    half of it is computed. With `lora`, gradients of the frozen weights are not computed: 4 FLOPs
+    per weight instead of 6 (those of the adapters, below 1%, are left out).
     """
     linear = shape.num_layers * sum(outputs * inputs for outputs, inputs, _ in linear_shapes(shape).values())
     linear += (vocab_size or shape.vocab_size) * shape.hidden_size

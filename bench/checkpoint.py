@@ -113,7 +113,7 @@ def build(flags: argparse.Namespace, folder: Path):
     from megatron_ft.engine.device import set_up_device
     from megatron_ft.engine.model import build_model, wrap_for_data_parallel
     from megatron_ft.engine.optimizer import build_optimizer
-    from megatron_ft.engine.schedule import build_scheduler, plan_length
+    from megatron_ft.training.schedule import build_scheduler, plan_length
 
     (folder / "tokenizer.json").write_text("{}", encoding="utf-8")
     config = parse_args(

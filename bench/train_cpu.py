@@ -144,13 +144,15 @@ class MegatronStep:
 
     def _mean_loss(self, row: Batch) -> torch.Tensor:
         from megatron_ft.engine.loss import token_losses
+        from megatron_ft.engine.packed_attention import PackedSequences
 
         micro = self._micro(row)
-        logits = self.model[0](micro.tokens, micro.position_ids, None, packed_seq_params=micro.packed_seq_params)
+        packed = PackedSequences.of(micro.cu_seqlens, micro.lengths)
+        logits = self.model[0](micro.tokens, micro.position_ids, None, packed_seq_params=packed)
         return token_losses(logits, micro.labels, VOCABULARY).mean()
 
     def _micro(self, row: Batch):
-        from megatron_ft.engine.batches import micro_batch_from
+        from megatron_ft.training.batches import micro_batch_from
 
         return micro_batch_from(row, row.loss_mask, "token", [0])
 

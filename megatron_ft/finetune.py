@@ -18,8 +18,8 @@ import time
 import warnings
 
 from megatron_ft.config.arguments import parse_args
-from megatron_ft.engine import signals
 from megatron_ft.errors import EXIT_DONE, EXIT_RESUME, EXIT_USER_ERROR, UserError, run_program
+from megatron_ft.training import signals
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -94,7 +94,7 @@ def state_and_checkpointer(words: list[str]):
     from megatron_ft.engine.device import set_up_device
     from megatron_ft.engine.model import build_model, wrap_for_data_parallel
     from megatron_ft.engine.optimizer import build_optimizer
-    from megatron_ft.engine.schedule import build_scheduler, plan_length
+    from megatron_ft.training.schedule import build_scheduler, plan_length
 
     config = parse_args(words, int(os.environ["WORLD_SIZE"]))
     set_up_device(config)

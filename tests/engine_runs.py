@@ -89,10 +89,11 @@ def loss_and_gradient_error(
     """
     from megatron_ft.checkpoint.load_weights import load_weights, unwrap
     from megatron_ft.engine import parallel
-    from megatron_ft.engine.batches import micro_batch_from
     from megatron_ft.engine.model import build_model, wrap_for_data_parallel
     from megatron_ft.engine.optimizer import build_optimizer
     from megatron_ft.engine.step import forward_backward
+    from megatron_ft.training.batches import micro_batch_from
+    from megatron_ft.training.sums import sum_over_all
     from megatron_ft.weights.open import open_weights
 
     source = open_weights(weights)
@@ -106,12 +107,19 @@ def loss_and_gradient_error(
     batch = random_batch(seed, config.training.micro_batch_size, 256, 6, 1000)
     micro = micro_batch_from(batch, batch.loss_mask, "token", [0])
     losses = forward_backward(config, model, optimizer, [micro], micro.weight, 1000)
-    (loss,) = parallel.sum_over_all([losses.double().sum().item() if parallel.counts_here() else 0.0])
+    (loss,) = sum_over_all([losses.double().sum().item() if parallel.counts_here() else 0.0])
 
     reference = build_model(config, config.shape, source.shape.vocab_size)
     load_weights(open_weights(gradients), reference)
     pairs = zip(unwrap(model[0]).parameters(), unwrap(reference[0]).parameters(), strict=True)
     return loss, max((ours.main_grad - theirs).abs().max().item() for ours, theirs in pairs)
+
+
+def packed_rows(micro):
+    """A MicroBatch's documents, as Megatron-Core's layers take them."""
+    from megatron_ft.engine.packed_attention import PackedSequences
+
+    return PackedSequences.of(micro.cu_seqlens, micro.lengths, micro.position_ids)
 
 
 def dense_attention(query, key, value, lengths: list[int], scale=None, dropout=0.0, window=0):
@@ -133,9 +141,9 @@ def difference_from_dense_model(flags: str, golden: Path) -> dict[str, float]:
     """
     import megatron_ft.engine.packed_attention as packed_attention
     from megatron_ft.engine import parallel
-    from megatron_ft.engine.batches import micro_batch_from
     from megatron_ft.engine.model import build_model
     from megatron_ft.model.shape import padded_vocab_size
+    from megatron_ft.training.batches import micro_batch_from
 
     flags = f"{flags} --preset tiny --num-layers 2 --seq-length 256 --data-prefix unused --train-iters 1"
     config = start(flags, golden / "data/tokenizer.json")
@@ -150,7 +158,7 @@ def difference_from_dense_model(flags: str, golden: Path) -> dict[str, float]:
             packed_attention.attend_by_document = attention
             parallel.seed_start(1)
             (model,) = build_model(config, config.shape, padded_vocab_size(1000, 128, config.parallel.tensor))
-            logits = model(micro.tokens, micro.position_ids, None, packed_seq_params=micro.packed_seq_params)
+            logits = model(micro.tokens, micro.position_ids, None, packed_seq_params=packed_rows(micro))
             logits.float().square().mean().backward()
             gradient = torch.cat([p.grad.float().flatten() for p in model.parameters()])
             results.append([logits.detach().float(), gradient])
@@ -171,7 +179,8 @@ def finetune(flags: list[str], during: str = "") -> int:
     import time
 
     from megatron_ft import finetune
-    from megatron_ft.engine import signals, step, validation
+    from megatron_ft.engine import step
+    from megatron_ft.training import signals
 
     signals.forget()
     what, _, when = during.partition(" ")
@@ -190,9 +199,9 @@ def finetune(flags: list[str], during: str = "") -> int:
     last_rank = int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1
     name, _, where = what.partition("-in-")
     if name.startswith("SIG") and last_rank:
-        module, function = (step, "forward_backward") if where == "step" else (validation, "_count")
+        function = "forward_backward" if where == "step" else "count_losses"
         number = signal.Signals[name]
-        setattr(module, function, after(getattr(module, function), lambda: os.kill(os.getpid(), number)))
+        setattr(step, function, after(getattr(step, function), lambda: os.kill(os.getpid(), number)))
     if what == "truncate-in-step":
         log = Path(flags[flags.index("--save") + 1]) / "validation.jsonl"
         step.forward_backward = after(step.forward_backward, lambda: log.write_text('{"iteration": 2, "gro\n'))
@@ -222,11 +231,13 @@ def losses_of_splits(golden: Path) -> dict:
     from megatron_ft.checkpoint.load_weights import load_weights
     from megatron_ft.data.batch import Batch
     from megatron_ft.engine import parallel
-    from megatron_ft.engine.batches import micro_batch_from
     from megatron_ft.engine.loss import token_losses
     from megatron_ft.engine.model import build_model, wrap_for_data_parallel
     from megatron_ft.engine.optimizer import build_optimizer
-    from megatron_ft.engine.step import forward_backward, local_sums
+    from megatron_ft.engine.step import forward_backward
+    from megatron_ft.training.batches import micro_batch_from
+    from megatron_ft.training.step import local_sums
+    from megatron_ft.training.sums import sum_over_all
     from megatron_ft.weights.open import open_weights
 
     flags = "--num-layers 4 --hidden-size 64 --num-attention-heads 4 --max-position-embeddings 256 --seq-length 256"
@@ -257,16 +268,16 @@ def losses_of_splits(golden: Path) -> dict:
         for size in (2, 1):
             config = config.with_flags(micro_batch_size=size)
             ours = micro_batches(size, average)
-            (weight,) = parallel.sum_over_all(local_sums(ours)[:1])
+            (weight,) = sum_over_all(local_sums(ours, parallel.counts_here())[:1])
             losses = forward_backward(config, model, optimizer, ours, weight, 1000)
-            (loss,) = parallel.sum_over_all([losses.double().sum().item() if parallel.counts_here() else 0.0])
+            (loss,) = sum_over_all([losses.double().sum().item() if parallel.counts_here() else 0.0])
             optimizer.prepare_grads()
             results[average].append((loss, float(optimizer.get_grad_norm())))
     if parallel.data_parallel_size() == 1:
         with torch.no_grad():
             per_sequence = []
             for micro in micro_batches(1, "token"):
-                logits = model[0](micro.tokens, micro.position_ids, None, packed_seq_params=micro.packed_seq_params)
+                logits = model[0](micro.tokens, micro.position_ids, None, packed_seq_params=packed_rows(micro))
                 losses = token_losses(logits, micro.labels, 1000) * micro.loss_mask
                 per_sequence.append((losses.sum().item(), micro.loss_mask.sum().item()))
         results["direct"]["token"] = sum(loss for loss, _ in per_sequence) / sum(n for _, n in per_sequence)

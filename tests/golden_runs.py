@@ -52,9 +52,7 @@ def branch_weights(path: Path):
 
 def branch_micro_batch(batches, number: int, average: str = "microbatch"):
     """Micro-batch `number` of the mtf branch's run; documents start where positions restart."""
-    from megatron_ft.engine.batches import MicroBatch
-    from megatron_ft.engine.loss import loss_weights
-    from megatron_ft.engine.packed_attention import PackedSequences
+    from megatron_ft.training.batches import MicroBatch, loss_weights
 
     arrays = {
         name: torch.from_numpy(batches[f"{number:03d}_{name}"])
@@ -67,7 +65,8 @@ def branch_micro_batch(batches, number: int, average: str = "microbatch"):
     return MicroBatch(
         **flat,
         weights=weights,
-        packed_seq_params=PackedSequences.from_cu_seqlens(bounds),
+        cu_seqlens=bounds,
+        lengths=bounds.diff().tolist(),
         samples=[],
         weight=weights.sum(dtype=torch.float64).item(),
         loss_tokens=0,
@@ -95,9 +94,11 @@ def golden_steps(flags: str, golden: Path) -> dict:
     from megatron_ft.checkpoint.load_weights import load_weights
     from megatron_ft.engine import parallel
     from megatron_ft.engine.model import build_model, wrap_for_data_parallel
-    from megatron_ft.engine.optimizer import build_optimizer, learning_rate
-    from megatron_ft.engine.schedule import build_scheduler, plan_length
-    from megatron_ft.engine.step import forward_backward, local_sums
+    from megatron_ft.engine.optimizer import build_optimizer
+    from megatron_ft.engine.step import forward_backward
+    from megatron_ft.training.schedule import build_scheduler, learning_rate, plan_length
+    from megatron_ft.training.step import local_sums
+    from megatron_ft.training.sums import sum_over_all
 
     config = start(f"{GOLDEN_FLAGS} {flags}", golden / "data/tokenizer.json")
     chunks = build_model(config, config.shape, 1024)
@@ -111,9 +112,9 @@ def golden_steps(flags: str, golden: Path) -> dict:
     result = {"loss": [], "grad_norm": [], "lr": []}
     for first in range(0, len(training), 2):
         ours = [branch_micro_batch(batches, n) for n in training[first : first + 2][rank::ranks]]
-        (weight,) = parallel.sum_over_all(local_sums(ours)[:1])
+        (weight,) = sum_over_all(local_sums(ours, parallel.counts_here())[:1])
         losses = forward_backward(config, model, optimizer, ours, weight, None)
-        (loss,) = parallel.sum_over_all([losses.double().sum().item() if parallel.counts_here() else 0.0])
+        (loss,) = sum_over_all([losses.double().sum().item() if parallel.counts_here() else 0.0])
         result["lr"].append(learning_rate(optimizer))
         _, grad_norm, _ = optimizer.step()
         scheduler.step(increment=4)

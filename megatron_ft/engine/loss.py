@@ -17,17 +17,6 @@ from torch import Tensor
 from megatron_ft.engine.cross_entropy import cross_entropy
 
 
-def loss_weights(loss_mask: Tensor, average: str) -> Tensor:
-    """Weight of each token's loss, float32 [b, s].
-
-    `average` "token": `loss_mask` [b, s] itself; "microbatch": normalized to a sum of 1.
-    """
-    if average == "token":
-        return loss_mask
-    total = loss_mask.sum()
-    return loss_mask / torch.where(total > 0, total, 1.0)
-
-
 def token_losses(logits: Tensor, labels: Tensor, vocab_size: int | None) -> Tensor:
     """Cross entropy of each token, float32 [...], from this rank's logits [..., vocabulary / TP].
 

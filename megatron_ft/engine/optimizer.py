@@ -90,8 +90,3 @@ def connect(config: Config, chunks: list[nn.Module], optimizer) -> None:
     model_config.finalize_model_grads_func = finalize_model_grads
     if config.parallel.overlap_grad_reduce:
         model_config.no_sync_func = chunks[0].no_sync
-
-
-def learning_rate(optimizer) -> float:
-    """The learning rate of the parameter groups that follow the schedule unscaled."""
-    return next(group["lr"] for group in optimizer.param_groups if group.get("default_config", True))

@@ -8,7 +8,8 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
 from megatron_ft.config.config import Config
-from megatron_ft.engine.batches import MicroBatch
+from megatron_ft.engine.packed_attention import PackedSequences
+from megatron_ft.training.batches import MicroBatch
 
 
 def run_micro_batches(
@@ -31,7 +32,8 @@ def run_micro_batches(
 
     def forward(batches: Iterator[MicroBatch], chunk: nn.Module) -> tuple[Tensor, Callable]:
         micro = next(batches)
-        logits = chunk(micro.tokens, micro.position_ids, None, packed_seq_params=micro.packed_seq_params, **precision)
+        packed = PackedSequences.of(micro.cu_seqlens, micro.lengths)
+        logits = chunk(micro.tokens, micro.position_ids, None, packed_seq_params=packed, **precision)
         return logits, partial(loss_of, micro)
 
     reports = get_forward_backward_func()(

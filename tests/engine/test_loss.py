@@ -5,7 +5,7 @@ import torch
 from engine_runs import losses_of_splits, padding_probability
 from ranks import run_ranks
 
-from megatron_ft.engine.loss import loss_weights
+from megatron_ft.training.batches import loss_weights
 
 
 def test_empty_loss_mask_has_weight_zero():

@@ -171,15 +171,15 @@ def test_an_error_that_every_rank_notices_is_reported_once(tmp_path):
 
 TRAINING = """
 from megatron_ft import finetune
-from megatron_ft.engine import parallel, train
+from megatron_ft.engine import parallel, step as steps
 parallel.destroy = lambda: time.sleep(60)  # as NCCL's, while a peer waits in a collective
-step = train.forward_backward
+forward_backward = steps.forward_backward
 def breaks(*args):
     if rank == {rank}:
         print('breaks at', time.time(), flush=True)
         raise {error}
-    return step(*args)
-train.forward_backward = breaks
+    return forward_backward(*args)
+steps.forward_backward = breaks
 sys.argv[1:] = {flags!r}
 finetune.run_rank()
 """

@@ -1,8 +1,7 @@
 """The training loop: steps, validation, checkpoints, and every way a run ends."""
 
-import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,41 +9,64 @@ import torch.distributed as dist
 
 from megatron_ft.checkpoint.train_state import BestCheckpoint, TrainState, ValidationData
 from megatron_ft.config.arguments import LENGTHS
-from megatron_ft.engine import signals
-from megatron_ft.engine.batches import BatchReader
-from megatron_ft.engine.optimizer import learning_rate
-from megatron_ft.engine.run import Run
-from megatron_ft.engine.schedule import changed_rate
-from megatron_ft.engine.step import step
-from megatron_ft.engine.validation import evaluate, sequences_to_evaluate
 from megatron_ft.errors import EXIT_DONE, EXIT_RESUME
 from megatron_ft.metrics.lines import VALIDATION, read_log
+from megatron_ft.training import signals
+from megatron_ft.training.batches import BatchReader, sequences_to_evaluate
+from megatron_ft.training.run import Run
+from megatron_ft.training.schedule import changed_rate, learning_rate
+from megatron_ft.training.validation import evaluate
 
 
-def train(run: Run) -> int:
+def train(run: Run, step: Callable[[Run], str | None]) -> int:
     """Train to the end, or until something stops the run; returns the exit status.
 
-    The state is saved unless the run ends with an error.
+    `step` takes one optimizer step and returns what stops the run, the same on all ranks. The state
+    is saved unless the run ends with an error.
     """
-    config, state = run.config, run.state
-    if config.validation.skip_train:
-        return _evaluate_only(run)
+    stop = begin(run)
+    while stop is None and not finished(run):
+        stop = after_step(run, step(run))
+    return end(run, stop)
+
+
+def begin(run: Run) -> str | None:
+    """What comes before the first step; returns what stopped the run, or None."""
     _forget_best_of_other_data(run)
     _log_how_the_run_resumes(run)
     # A run that was stopped during a validation repeats it.
-    stop = _validate_at_start(run) or _validate_if_due(run)
-    while stop is None and state.iteration < run.length.iterations and not _stopped_early(run):
-        stop = step(run) or _validate_if_due(run) or _exit_interval(run)
-        if stop is None and run.checkpointer.due(state):
-            with _gathered_weights(run):
-                run.checkpointer.save(state)
-        run.watchdog.alive()
-    if stop is not None:
-        with _gathered_weights(run):
-            run.checkpointer.save(state)
-        run.log.event(f"stopped by {stop} at iteration {state.iteration}; start the same command again to resume")
-        return EXIT_RESUME
-    return _finish(run)
+    return _validate_at_start(run) or _validate_if_due(run)
+
+
+def finished(run: Run) -> bool:
+    """Whether no step is left: all are taken, or the run has stopped early."""
+    return run.state.iteration >= run.length.iterations or _stopped_early(run)
+
+
+def after_step(run: Run, stop: str | None) -> str | None:
+    """What follows each step: validation and checkpoint where they are due.
+
+    `stop` is what stops the run according to the step; returns the first thing that does, or None.
+    """
+    stop = stop or _validate_if_due(run) or _exit_interval(run)
+    if stop is None and run.checkpointer.due(run.state):
+        with run.engine.gathered_weights():
+            run.checkpointer.save(run.state)
+    run.watchdog.alive()
+    return stop
+
+
+def end(run: Run, stop: str | None) -> int:
+    """After the last step of this start: save, and unless something stopped the run, finish it.
+
+    Returns the exit status.
+    """
+    if stop is None:
+        return _finish(run)
+    with run.engine.gathered_weights():
+        run.checkpointer.save(run.state)
+    run.log.event(f"stopped by {stop} at iteration {run.state.iteration}; start the same command again to resume")
+    return EXIT_RESUME
 
 
 def _log_how_the_run_resumes(run: Run) -> None:
@@ -116,7 +138,7 @@ def _validate(run: Run) -> str | None:
     else:
         state.best = best = BestCheckpoint(data=data, loss=loss, iteration=state.iteration, validated=state.iteration)
         if run.config.checkpoint.save:
-            with _gathered_weights(run):
+            with run.engine.gathered_weights():
                 saved = run.checkpointer.save(state, best=True)
             if not saved:  # later models need not beat one that is not on disk
                 on_disk = earlier or replace(best, loss=math.inf)
@@ -132,9 +154,9 @@ def _validate(run: Run) -> str | None:
 def _evaluate_groups(run: Run, groups: dict[str, BatchReader]) -> dict[str, dict[str, float]] | None:
     """Loss, perplexity and accuracy of every group, or None after a signal."""
     records = {}
-    with _gathered_weights(run):
+    with run.engine.gathered_weights():
         for group, reader in groups.items():
-            record = evaluate(run.config, run.state.model, reader, run.vocab_size, run.watchdog)
+            record = evaluate(run, reader)
             if record is None:
                 return None
             records[group] = record
@@ -172,24 +194,10 @@ def _stopped_early(run: Run) -> bool:
     return patience is not None and best is not None and best.waited >= patience
 
 
-@contextlib.contextmanager
-def _gathered_weights(run: Run) -> Iterator[None]:
-    """--overlap-param-gather gathers weights during the next forward pass; within this context they
-    are complete."""
-    if not run.config.parallel.overlap_param_gather:
-        yield
-        return
-    for chunk in run.state.model:
-        chunk.disable_forward_pre_hook()
-    yield
-    for chunk in run.state.model:
-        chunk.enable_forward_pre_hook()
-
-
 # --- the end ---
 
 
-def _evaluate_only(run: Run) -> int:
+def evaluate_only(run: Run) -> int:
     """--skip-train: evaluate every validation and test group once; the state does not change."""
     groups = {**run.valid_batches, **{f"test {name}": reader for name, reader in run.test_batches.items()}}
     records = _evaluate_groups(run, groups)
@@ -205,7 +213,7 @@ def _finish(run: Run) -> int:
     """After the last step: the last checkpoint, the last validation, the test groups."""
     state = run.state
     stop = None
-    with _gathered_weights(run):
+    with run.engine.gathered_weights():
         run.checkpointer.save(state)
     if run.config.validation.interval and not _validated(state) and not _logged(run, list(run.valid_batches)):
         stop = _validate(run)

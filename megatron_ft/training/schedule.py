@@ -138,6 +138,11 @@ def build_scheduler(config: Config, optimizer, length: Length, done: Length = NO
     )
 
 
+def learning_rate(optimizer) -> float:
+    """The learning rate of the parameter groups that follow the schedule unscaled."""
+    return next(group["lr"] for group in optimizer.param_groups if group.get("default_config", True))
+
+
 def changed_rate(scheduler, batch: int, used: float) -> bool:
     """Whether this schedule differs from the one of the last step, which had `batch` sequences.
 

@@ -15,8 +15,6 @@ from torch import Tensor
 from megatron_ft.config.config import Config
 from megatron_ft.data.batch import Batch, collate
 from megatron_ft.data.packed_dataset import PackedDataset
-from megatron_ft.engine.loss import loss_weights
-from megatron_ft.engine.packed_attention import PackedSequences
 
 
 @dataclass
@@ -26,12 +24,14 @@ class MicroBatch:
     tokens, labels, position_ids: int64 [1, t].
     loss_mask: float32 [1, t].
     weights: float32 [1, t], the weight of each token's loss in the mean of the step.
-    packed_seq_params: the documents' bounds, for attention.
+    cu_seqlens: int32 [n + 1], the bounds of n documents over the t tokens, for attention.
+    lengths: tokens of each of them, on the host.
     samples: the sequences' numbers in the dataset.
     weight: sum of `weights`.
     loss_tokens: tokens with loss, whatever their weight.
     document_tokens: tokens that are not padding.
-    squared_lengths: sum of the squared lengths of documents.
+    squared_lengths: sum of the squared lengths of documents, l^2, or l^2 - (l - W)^2 where they
+        exceed a window of W: twice the pairs of tokens that attention computes.
     """
 
     tokens: Tensor
@@ -39,7 +39,8 @@ class MicroBatch:
     position_ids: Tensor
     loss_mask: Tensor
     weights: Tensor
-    packed_seq_params: PackedSequences
+    cu_seqlens: Tensor
+    lengths: list[int]
     samples: list[int]
     weight: float
     loss_tokens: int
@@ -127,15 +128,14 @@ class BatchReader:
         mask = batch.loss_mask
         if self.once:
             mask = mask * torch.tensor([[float(i < length)] for i in samples])
-        return micro_batch_from(batch, mask, config.loss.average, samples)
+        window = config.shape.window_size if config.shape else 0
+        return micro_batch_from(batch, mask, config.loss.average, samples, window)
 
     def _to_device(self, micro: MicroBatch) -> MicroBatch:
         if self.device.type == "cpu":
             return micro
-        for name in ("tokens", "labels", "position_ids", "loss_mask", "weights"):
+        for name in ("tokens", "labels", "position_ids", "loss_mask", "weights", "cu_seqlens"):
             setattr(micro, name, getattr(micro, name).pin_memory().to(self.device, non_blocking=True))
-        packed = micro.packed_seq_params
-        packed.cu_seqlens_q = packed.cu_seqlens_kv = packed.cu_seqlens_q.to(self.device, non_blocking=True)
         return micro
 
 
@@ -145,8 +145,11 @@ def _done(micro: MicroBatch) -> Future[MicroBatch]:
     return future
 
 
-def micro_batch_from(batch: Batch, loss_mask: Tensor, average: str, samples: list[int]) -> MicroBatch:
-    """A collated Batch as a MicroBatch on the CPU; `loss_mask` [b, s] replaces the batch's own."""
+def micro_batch_from(batch: Batch, loss_mask: Tensor, average: str, samples: list[int], window: int = 0) -> MicroBatch:
+    """A collated Batch as a MicroBatch on the CPU; `loss_mask` [b, s] replaces the batch's own.
+
+    `window`: ModelShape.window_size.
+    """
     weights = loss_weights(loss_mask, average)
     segments = batch.segment_ids.reshape(-1)
     lengths = batch.cu_seqlens.diff().long()
@@ -157,10 +160,30 @@ def micro_batch_from(batch: Batch, loss_mask: Tensor, average: str, samples: lis
         position_ids=batch.position_ids.reshape(1, -1),
         loss_mask=loss_mask.reshape(1, -1),
         weights=weights.reshape(1, -1),
-        packed_seq_params=PackedSequences.from_cu_seqlens(batch.cu_seqlens),
+        cu_seqlens=batch.cu_seqlens,
+        lengths=lengths.tolist(),
         samples=samples,
         weight=weights.sum(dtype=torch.float64).item(),
         loss_tokens=int(loss_mask.count_nonzero()),
         document_tokens=int(documents.sum()),
-        squared_lengths=int((documents**2).sum()),
+        squared_lengths=int((documents**2).sum() - (documents - window).clamp(min=0).square().sum() * (window > 0)),
     )
+
+
+def loss_weights(loss_mask: Tensor, average: str) -> Tensor:
+    """Weight of each token's loss, float32 [b, s].
+
+    `average` "token": `loss_mask` [b, s] itself; "microbatch": normalized to a sum of 1.
+    """
+    if average == "token":
+        return loss_mask
+    total = loss_mask.sum()
+    return loss_mask / torch.where(total > 0, total, 1.0)
+
+
+def sequences_to_evaluate(config: Config, reader: BatchReader) -> int:
+    """Sequences of a group that --eval-iters covers."""
+    available = len(reader.dataset)
+    if config.validation.iters == "full":
+        return available
+    return min(available, int(config.validation.iters) * config.training.global_batch_size)

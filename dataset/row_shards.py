@@ -32,7 +32,7 @@ MAX_SHARDS = 100_000
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = Parser(description=__doc__, formatter_class=Help, allow_abbrev=False)
+    parser = Parser(description=__doc__, formatter_class=Help, allow_abbrev=False, reads_config=False)
     add = parser.add_argument
     add("action", choices=("run", "missing", "join"), help="see above")
     add("shards", metavar="I/N|N", help="shard I of N to run, or the number of shards")

@@ -9,6 +9,7 @@ SIGUSR2 and Ctrl-C every rank saves after its step, and the exit status is 75.
 """
 
 import argparse
+import json
 import os
 import signal
 import sys
@@ -19,9 +20,10 @@ from pathlib import Path
 # Not this folder: its files would hide modules of the same name.
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from megatron_ft.config.arguments import parse_args
-from megatron_ft.config.command_line import build_parser
+from megatron_ft.config.arguments import parse_args, print_settings
+from megatron_ft.config.command_line import build_parser, with_config
 from megatron_ft.config.config import Config
+from megatron_ft.config.config_file import LAUNCHED_WITH, PRINT_CONFIG
 from megatron_ft.config.parser import Help, Parser
 from megatron_ft.errors import EXIT_DONE, UserError, run_program
 from megatron_ft.launcher import mtf
@@ -144,17 +146,22 @@ def run_locally(training: Training, num_processes: int, gpus: int, *, dry_run: b
 def print_help(parser: argparse.ArgumentParser) -> None:
     """The launcher's flags, then the training program's."""
     print(parser.format_help() + "\nAll other flags go to the training program:\n")
-    print(build_parser().format_help())
+    print(build_parser(reads_config=False).format_help())
 
 
 def main() -> int:
     """Check the flags, then start the ranks; returns the exit status."""
     parser = launch_parser()
-    own, flags = split_flags(sys.argv[1:], parser)
+    words = with_config(sys.argv[1:], parser)
+    own, flags = split_flags(words, parser)
     if "--help" in own or "-h" in own:
         print_help(parser)
         return EXIT_DONE
+    if PRINT_CONFIG in own:
+        print_settings(parser, words)
+        return EXIT_DONE
     launch = parser.parse_args(own)
+    os.environ[LAUNCHED_WITH] = json.dumps(parser.settings_of(launch, all_of_them=False))
     job = Job.from_environment() if inside_batch_job() and launch.num_processes is None else None
     gpus = local_gpus()
     num_processes = job.num_tasks if job else launch.num_processes

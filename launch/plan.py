@@ -21,9 +21,10 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from megatron_ft.checkpoint.retention import Retention, most_at_once
-from megatron_ft.config.arguments import normalize, settle, with_shape
-from megatron_ft.config.command_line import build_parser, check_bounds, words_of
+from megatron_ft.config.arguments import normalize, print_settings, settle, with_shape
+from megatron_ft.config.command_line import build_parser, check_bounds, with_config, words_of
 from megatron_ft.config.config import ENTRIES, Config
+from megatron_ft.config.config_file import PRINT_CONFIG
 from megatron_ft.config.parser import Help, Parser
 from megatron_ft.errors import EXIT_DONE, UserError, run_program
 from megatron_ft.launcher.proposals import (
@@ -109,8 +110,12 @@ def main() -> int:
 
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, Config]:
     """The planner's flags, and the training program's with None for an open layout."""
-    own, training = plan_parser(), build_parser()
+    own, training = plan_parser(), build_parser(reads_config=False)
     training.set_defaults(**dict.fromkeys(DECIDED))
+    argv = with_config(argv, own)
+    if PRINT_CONFIG in argv:
+        print_settings(own, argv)
+        sys.exit()
     words, _ = normalize(argv, {**own.actions, **training.actions})
     options, rest = own.parse_known_args(words)
     config = Config.from_namespace(training.parse_args(rest))

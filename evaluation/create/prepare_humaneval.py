@@ -81,7 +81,7 @@ EDITED = {(task, name): edit.reason for (task, _), edit in EDITS.items() for nam
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = Parser(description=__doc__, formatter_class=Help, allow_abbrev=False)
+    parser = Parser(description=__doc__, formatter_class=Help, allow_abbrev=False, reads_config=False)
     steps = parser.add_subparsers(dest="step", required=True, metavar="STEP", parser_class=Parser)
     extract = steps.add_parser("extract", help="write files for the bugs", formatter_class=Help, allow_abbrev=False)
     extract.add_argument("input", type=Path, metavar="DIR", help="directory with LANGUAGE/humaneval.jsonl")

@@ -10,9 +10,11 @@ from collections.abc import Collection, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 
-from megatron_ft.config.command_line import build_parser, check_bounds, former_spellings
+from megatron_ft.config.command_line import build_parser, check_bounds, former_spellings, with_config
 from megatron_ft.config.config import Config
+from megatron_ft.config.config_file import PRINT_CONFIG, as_yaml
 from megatron_ft.config.mtf_flags import ACCEPTED, REFUSED
+from megatron_ft.config.parser import Parser
 from megatron_ft.errors import UserError
 from megatron_ft.model.activation import ACTIVATIONS
 from megatron_ft.model.families import PRESETS, family_of
@@ -26,13 +28,24 @@ LENGTHS = ("iters", "samples", "tokens", "epochs")  # units of --train-...
 def parse_args(argv: Sequence[str], world_size: int = 1) -> Config:
     """Parse, settle and validate a command line for `world_size` processes. Raises UserError."""
     parser = build_parser()
-    words, notices = normalize(argv, parser.actions)
-    config = Config.from_namespace(parser.parse_args(words), world_size)
+    words, notices = normalize(with_config(argv), parser.actions)
+    parsed = parser.parse_args(words)
+    config = Config.from_namespace(parsed, world_size)
     config.notices.extend(notices)
+    config.given.update(parser.settings_of(parsed, all_of_them=False))
     check_bounds(config.values())
     config = settle(config)
     validate(config)
     return config
+
+
+def print_settings(own: Parser, argv: Sequence[str]) -> None:
+    """Print all settings of a program with flags of its `own` next to those of training, as a file
+    for --config."""
+    training = build_parser(reads_config=False)
+    words, _ = normalize([word for word in argv if word != PRINT_CONFIG], {**own.actions, **training.actions})
+    parsed, rest = own.parse_known_args(words)
+    print(as_yaml(own.settings_of(parsed) | training.settings_of(training.parse_args(rest))), end="")
 
 
 def normalize(argv: Sequence[str], known: Collection[str]) -> tuple[list[str], list[str]]:

@@ -1,13 +1,22 @@
 """The command line of the training program, made from the table of flags."""
 
 import argparse
+import json
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from megatron_ft.config.config import ENTRIES, GROUPS, Entry
+from megatron_ft.config.config import ENTRIES, GROUPS, Config, Entry
+from megatron_ft.config.config_file import KEPT, LAUNCHED_WITH, as_yaml, take_files
 from megatron_ft.config.flag import Flag, flag_fields, value_type
 from megatron_ft.config.parser import Help, Parser
 from megatron_ft.errors import UserError
+from megatron_ft.files.atomic import replace_file
+from megatron_ft.printable import printable
+
+# Flags of launch/finetune.py in a run's config.yaml, which other programs skip.
+LAUNCHER = ("num-processes", "engine")
 
 
 class TakesPrecedence(argparse.Action):
@@ -39,14 +48,18 @@ def alternatives_of(dest: str) -> dict[str, Entry]:
     return {other: entry for other, entry in ENTRIES.items() if other != dest and entry.flag.alternatives == word}
 
 
-def build_parser() -> Parser:
-    """The parser with all groups; every flag is explained in one line."""
+def build_parser(*, reads_config: bool = True) -> Parser:
+    """The parser with all groups; every flag is explained in one line.
+
+    `reads_config` is False where a program's own parser has --config.
+    """
     parser = Parser(
         prog="megatron_ft.finetune",
         usage="python -m megatron_ft.finetune [flags]",
         description="Fine-tune a StarCoder-family model. Hyphens and underscores in flags are interchangeable.",
         formatter_class=Help,
         allow_abbrev=False,
+        reads_config=reads_config,
     )
     for kind in GROUPS.values():
         title, _, description = (kind.__doc__ or "").strip().rstrip(".").partition(": ")
@@ -59,6 +72,42 @@ def build_parser() -> Parser:
             group.add_argument(described.name, dest=described.dest, **options)
     parser.set_defaults(notices=[])
     return parser
+
+
+def with_config(argv: Sequence[str], own: Parser | None = None) -> list[str]:
+    """A command line with the flags of its `--config FILE` in front, so that all others override
+    them. `own` has the flags of a program that takes those of training as well.
+
+    Raises UserError.
+    """
+    words, settings = take_files(argv)
+    if not settings:
+        return words
+    training, spellings = build_parser(reads_config=False), former_spellings()
+    known = training.settable | (own.settable if own else {})
+    front = []
+    for setting in settings:
+        if setting.key in LAUNCHER and f"--{setting.key}" not in known:
+            continue
+        option = setting.option(known, spellings)
+        front += setting.words(option, known[option], known)
+        if known[option].nargs != 0:
+            training.check(known[option], setting)
+    return front + words
+
+
+def keep_settings(config: Config, directory: Path) -> None:
+    """Write the run's config.yaml: what the user has set, with absolute paths.
+
+    The launcher's own settings are included, so that the file repeats the run.
+    """
+    settings = {}
+    for name, value in {**json.loads(os.environ.get(LAUNCHED_WITH, "{}")), **config.given}.items():
+        entry = option_strings().get(f"--{name}")
+        is_path = entry is not None and entry.flag.metavar in ("DIR", "FILE", "PREFIX") and isinstance(value, str)
+        settings[name] = os.path.abspath(value) if is_path else value
+    comment = f"Repeats this run: launch/finetune.py --config {directory.absolute() / KEPT}, with another --save."
+    replace_file(directory / KEPT, as_yaml(settings, printable(comment)).encode())
 
 
 def _how_to_parse(value: type, described: Flag) -> dict[str, Any]:

@@ -33,7 +33,8 @@ class Config:
     """Every flag's value, in groups.
 
     `shape` is the model's, None until a checkpoint gives it. `notices` are lines for the log;
-    copies share the list, and setting up a run appends to it.
+    copies share the list, and setting up a run appends to it. `given` are the flags that a user has
+    set, as the settings of a config.yaml.
     """
 
     model: Model = Model()
@@ -51,6 +52,7 @@ class Config:
     logging: Logging = Logging()
     shape: ModelShape | None = None
     notices: list[str] = field(default_factory=list)
+    given: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def from_namespace(cls, parsed: argparse.Namespace, world_size: int = 1) -> "Config":
@@ -114,7 +116,7 @@ class Entry:
 
 # Groups by their names in `Config`, and all flags by their names with underscores.
 GROUPS: dict[str, type] = {
-    item.name: type(item.default) for item in fields(Config) if item.name not in ("shape", "notices")
+    item.name: type(item.default) for item in fields(Config) if item.name not in ("shape", "notices", "given")
 }
 ENTRIES: dict[str, Entry] = {
     described.dest: Entry(group, item.name, item.default, described)

@@ -25,6 +25,7 @@ Files in the save directory, one JSON object per line:
       time                 Unix time in seconds
     validation.jsonl  one line per validation and group: iteration, group, loss, perplexity, ...
     events.jsonl      starts, checkpoints, stops, with iteration and time
+    config.yaml       the flags that were given; launch/finetune.py --config repeats the run
 
 The numbers of a step are logged as they are; only the console averages over an interval.
 """
@@ -35,6 +36,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+from megatron_ft.config.command_line import keep_settings
 from megatron_ft.config.config import Config
 from megatron_ft.errors import UserError
 from megatron_ft.metrics.console import Console, RunPlan
@@ -80,6 +82,7 @@ class MetricsLog:
         save_dir = Path(save_dir) if save_dir else None
         if save_dir:
             self._files = LogFiles(save_dir, self.console.print)
+            keep_settings(config, save_dir)
             self._remove_repeated(self._files)
         self._sinks = open_sinks(config, model, save_dir, 0 if config.validation.skip_train else plan.start_iteration)
 

@@ -22,8 +22,10 @@ print("compiled")
 
 def test_rank_trains_and_saves_without_importing_the_compiler(tmp_path):
     flags = "--preset tiny --from-scratch --seq-length 256 --train-iters 2 --recompute-granularity full"
-    files = ["--data-prefix", FIXTURES / "data", "--tokenizer-file", FIXTURES / "tokenizer.json", "--save", tmp_path]
-    command = [sys.executable, "-c", TRAIN, *flags.split(), *map(str, files)]
+    files = {"data-prefix": FIXTURES / "data", "tokenizer-file": FIXTURES / "tokenizer.json"}
+    files |= {"save": tmp_path / "run", "data-cache-path": tmp_path}
+    words = [word for name, path in files.items() for word in (f"--{name}", str(path))]
+    command = [sys.executable, "-c", TRAIN, *flags.split(), *words]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd="/")
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-2:] == ["imported:", "compiled"]

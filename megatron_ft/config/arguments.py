@@ -11,8 +11,9 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 from megatron_ft.config.command_line import build_parser, check_bounds, former_spellings, with_config
-from megatron_ft.config.config import Config
+from megatron_ft.config.config import ENTRIES, Config
 from megatron_ft.config.config_file import PRINT_CONFIG, as_yaml
+from megatron_ft.config.flag import MEGATRON, TRANSFORMERS
 from megatron_ft.config.mtf_flags import ACCEPTED, REFUSED
 from megatron_ft.config.parser import Parser
 from megatron_ft.errors import UserError
@@ -25,15 +26,19 @@ from megatron_ft.model.tensor_names import LORA_TARGETS
 LENGTHS = ("iters", "samples", "tokens", "epochs")  # units of --train-...
 
 
-def parse_args(argv: Sequence[str], world_size: int = 1) -> Config:
-    """Parse, settle and validate a command line for `world_size` processes. Raises UserError."""
+def parse_args(argv: Sequence[str], world_size: int = 1, engine: str = MEGATRON) -> Config:
+    """Parse, settle and validate a command line for `world_size` processes of an engine.
+
+    Raises UserError.
+    """
     parser = build_parser()
     words, notices = normalize(with_config(argv), parser.actions)
     parsed = parser.parse_args(words)
-    config = Config.from_namespace(parsed, world_size)
+    config = Config.from_namespace(parsed, world_size, engine)
     config.notices.extend(notices)
     config.given.update(parser.settings_of(parsed, all_of_them=False))
     check_bounds(config.values())
+    check_engine(config)
     config = settle(config)
     validate(config)
     return config
@@ -82,6 +87,14 @@ def normalize(argv: Sequence[str], known: Collection[str]) -> tuple[list[str], l
     return words, notices
 
 
+def check_engine(config: Config) -> None:
+    """Raise UserError for the first flag, not at its default, that the engine does not have."""
+    for dest, entry in ENTRIES.items():
+        only = entry.flag.only
+        if only not in (None, config.engine) and config.value(dest) != entry.default:
+            raise UserError(f"{entry.flag.name}: only --engine {only} has it; leave it out, or use that engine")
+
+
 def settle(config: Config) -> Config:
     """Fill in what flags imply about each other: the shape of a preset, batch sizes, other names.
 
@@ -107,7 +120,7 @@ def settle(config: Config) -> Config:
     if config.training.global_batch_size is None:
         batch = config.training.micro_batch_size * max(1, parallel.data)
         config = config.with_flags(global_batch_size=batch)
-    if config.optimizer.name == "sgd" and parallel.distributed_optimizer:
+    if config.engine == MEGATRON and config.optimizer.name == "sgd" and parallel.distributed_optimizer:
         config = config.with_flags(use_distributed_optimizer=False)
         config.notices.append(
             "--optimizer sgd: only Adam's state is sharded across data-parallel ranks, each keeps its own"
@@ -125,6 +138,8 @@ def _settle_overlap(config: Config) -> Config:
     """Overlap data-parallel communication with computation where there is some, unless a flag says
     otherwise."""
     parallel = config.parallel
+    if config.engine == TRANSFORMERS:  # which overlaps by itself
+        return config.with_flags(overlap_grad_reduce=False, overlap_param_gather=False)
     if parallel.overlap_grad_reduce is None:
         config = config.with_flags(overlap_grad_reduce=parallel.data > 1)
     if parallel.overlap_param_gather is None:
@@ -138,11 +153,11 @@ def _settle_overlap(config: Config) -> Config:
 def _settle_training(config: Config) -> Config:
     """Other names of flags to one, and what flags about training imply."""
     config = config.with_flags(load=config.checkpoint.load or config.checkpoint.finetune_from)
-    if config.lora.rank and config.memory.transformer_impl == "auto":
+    if config.engine == MEGATRON and config.lora.rank and config.memory.transformer_impl == "auto":
         config = config.with_flags(transformer_impl="local")  # Transformer Engine's layers take no adapters
     if config.memory.recompute_activations:
         config = config.with_flags(recompute_granularity=config.memory.recompute_granularity or "selective")
-    if config.memory.recompute_granularity == "full":
+    if config.engine == MEGATRON and config.memory.recompute_granularity == "full":
         config = config.with_flags(
             recompute_method=config.memory.recompute_method or "uniform",
             recompute_num_layers=config.memory.recompute_num_layers or 1,
@@ -252,7 +267,8 @@ def _validate_shape(config: Config) -> None:
     shape, recompute = config.shape, config.memory.recompute_num_layers
     if shape is None:
         if not config.checkpoint.load and not config.checkpoint.save:
-            raise UserError("no model: give --preset (one of " + ", ".join(sorted(PRESETS)) + ") or --load DIR")
+            preset = "" if config.engine == TRANSFORMERS else f"--preset (one of {', '.join(sorted(PRESETS))}) or "
+            raise UserError(f"no model: give {preset}--load DIR")
         return
     shape.check_layout(config.parallel.tensor, config.parallel.pipeline)
     if config.data.seq_length > shape.max_position_embeddings:
@@ -295,7 +311,8 @@ def _validate_length(config: Config) -> None:
     for flag, value in (("--min-lr", schedule.min_lr), ("--lr-warmup-init", schedule.warmup_init)):
         if value > schedule.lr:
             raise UserError(f"{flag} {value:g} is above --lr {schedule.lr:g}; lower it, or raise --lr")
-    if unknown := [name for name in config.lora.targets.split(",") if name not in LORA_TARGETS]:
+    unknown = [name for name in config.lora.targets.split(",") if name not in LORA_TARGETS]
+    if unknown and config.engine == MEGATRON:  # transformers' modules have other names
         raise UserError(f"--lora-targets: {unknown[0]!r} is not one of {', '.join(LORA_TARGETS)}")
 
 

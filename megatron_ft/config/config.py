@@ -8,7 +8,7 @@ import argparse
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from megatron_ft.config.flag import Flag, flag_fields
+from megatron_ft.config.flag import MEGATRON, Flag, flag_fields
 from megatron_ft.config.flags import (
     Checkpoint,
     Data,
@@ -32,9 +32,9 @@ from megatron_ft.model.shape import ModelShape
 class Config:
     """Every flag's value, in groups.
 
-    `shape` is the model's, None until a checkpoint gives it. `notices` are lines for the log;
-    copies share the list, and setting up a run appends to it. `given` are the flags that a user has
-    set, as the settings of a config.yaml.
+    `shape` is the model's, None until a checkpoint gives it, and always in --engine transformers.
+    `notices` are lines for the log; copies share the list, and setting up a run appends to it. `given` are the flags
+    that a user has set, as the settings of a config.yaml.
     """
 
     model: Model = Model()
@@ -50,15 +50,16 @@ class Config:
     validation: Validation = Validation()
     checkpoint: Checkpoint = Checkpoint()
     logging: Logging = Logging()
+    engine: str = MEGATRON
     shape: ModelShape | None = None
     notices: list[str] = field(default_factory=list)
     given: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def from_namespace(cls, parsed: argparse.Namespace, world_size: int = 1) -> "Config":
+    def from_namespace(cls, parsed: argparse.Namespace, world_size: int = 1, engine: str = MEGATRON) -> "Config":
         """From what the parser of command_line.py gives."""
         given = {dest: getattr(parsed, dest) for dest in ENTRIES}
-        return cls(notices=list(parsed.notices)).with_flags(**given, world_size=world_size)
+        return cls(engine=engine, notices=list(parsed.notices)).with_flags(**given, world_size=world_size)
 
     def value(self, dest: str) -> Any:
         """A flag's value by its name with underscores, as manifests have it."""
@@ -116,7 +117,7 @@ class Entry:
 
 # Groups by their names in `Config`, and all flags by their names with underscores.
 GROUPS: dict[str, type] = {
-    item.name: type(item.default) for item in fields(Config) if item.name not in ("shape", "notices", "given")
+    item.name: type(item.default) for item in fields(Config) if item.name not in ("engine", "shape", "notices", "given")
 }
 ENTRIES: dict[str, Entry] = {
     described.dest: Entry(group, item.name, item.default, described)

@@ -32,6 +32,10 @@ class Mtf(Enum):
     UNKNOWN = auto()  # the branch has no counterpart: refused
 
 
+# Engines of this project, as `--engine` names them.
+MEGATRON, TRANSFORMERS = "megatron-core", "transformers"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Flag:
     """Everything about a flag besides its type and default, which are the field's."""
@@ -44,6 +48,7 @@ class Flag:
     bounds: Bound | None = None
     resume: Resume = Resume.LISTED
     mtf: Mtf | str = Mtf.UNKNOWN  # or the branch's own name of the same value
+    only: str | None = None  # the one engine, MEGATRON or TRANSFORMERS, that has it
     aliases: tuple[str, ...] = ()  # other accepted spellings: the branch's, and our former ones
     alternatives: str | None = None  # of the flags that share this word the last takes precedence
     negatable: bool = False  # a switch that also has a --no-... form

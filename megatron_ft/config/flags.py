@@ -11,7 +11,7 @@ them; they are annotated with the type that they have from then on.
 from dataclasses import dataclass
 
 from megatron_ft.config.bounds import FRACTION, NOT_NEGATIVE, ONE_OR_MORE, POSITIVE, ZERO_DISABLES, Bound
-from megatron_ft.config.flag import Mtf, Resume, flag
+from megatron_ft.config.flag import MEGATRON, TRANSFORMERS, Mtf, Resume, flag
 from megatron_ft.model.activation import ACTIVATIONS
 from megatron_ft.model.families import PRESETS
 from megatron_ft.model.tensor_names import LORA_TARGETS
@@ -29,58 +29,63 @@ class Model:
 
     preset: str | None = flag(
         "--preset", None, "published model whose numbers fill in the architecture flags", choices=sorted(PRESETS),
-        resume=SILENT, mtf=TRANSLATED
+        resume=SILENT, mtf=TRANSLATED, only=MEGATRON
     )
     num_layers: int | None = flag(
-        "--num-layers", None, "transformer layers", bounds=ONE_OR_MORE, resume=SILENT, mtf=TRANSLATED
+        "--num-layers", None, "transformer layers", bounds=ONE_OR_MORE, resume=SILENT, mtf=TRANSLATED, only=MEGATRON
     )
     hidden_size: int | None = flag(
-        "--hidden-size", None, "width of the model", bounds=ONE_OR_MORE, resume=SILENT, mtf=TRANSLATED
+        "--hidden-size", None, "width of the model", bounds=ONE_OR_MORE, resume=SILENT, mtf=TRANSLATED,
+        only=MEGATRON
     )
     num_attention_heads: int | None = flag(
-        "--num-attention-heads", None, "query heads", bounds=ONE_OR_MORE, resume=SILENT, mtf=TRANSLATED
+        "--num-attention-heads", None, "query heads", bounds=ONE_OR_MORE, resume=SILENT, mtf=TRANSLATED,
+        only=MEGATRON
     )
     ffn_hidden_size: int | None = flag(
         "--ffn-hidden-size", None, "width of the feed-forward layers (default: 4 x hidden size)",
-        bounds=ONE_OR_MORE, resume=SILENT, mtf=TRANSLATED
+        bounds=ONE_OR_MORE, resume=SILENT, mtf=TRANSLATED, only=MEGATRON
     )
     max_position_embeddings: int | None = flag(
         "--max-position-embeddings", None, "positions; the longest sequence the model can see",
-        bounds=ONE_OR_MORE, resume=SILENT, mtf=TRANSLATED
+        bounds=ONE_OR_MORE, resume=SILENT, mtf=TRANSLATED, only=MEGATRON
     )
     attention_head_type: str | None = flag(
         "--attention-head-type", None, "one key/value head for all query heads, or one per query head",
-        choices=("multiquery", "multihead"), resume=SILENT, mtf=TRANSLATED
+        choices=("multiquery", "multihead"), resume=SILENT, mtf=TRANSLATED, only=MEGATRON
     )
     num_query_groups: int | None = flag(
-        "--num-query-groups", None, "key/value heads, each for as many query heads", bounds=ONE_OR_MORE, resume=SILENT
+        "--num-query-groups", None, "key/value heads, each for as many query heads", bounds=ONE_OR_MORE, resume=SILENT,
+        only=MEGATRON
     )
     position_embedding_type: str | None = flag(
         "--position-embedding-type", None, "learned positions, as GPTBigCode has, or rotary ones (rope), as StarCoder2",
-        choices=("absolute", "learned_absolute", "rope"), resume=SILENT, mtf=TRANSLATED
+        choices=("absolute", "learned_absolute", "rope"), resume=SILENT, mtf=TRANSLATED, only=MEGATRON
     )
     rotary_base: float | None = flag(
-        "--rotary-base", None, "base of rotary positions (default: 10000)", bounds=ONE_OR_MORE, resume=SILENT
+        "--rotary-base", None, "base of rotary positions (default: 10000)", bounds=ONE_OR_MORE, resume=SILENT,
+        only=MEGATRON
     )
     window_size: int | None = flag(
         "--window-size", None, "tokens that a token sees, itself included; 0: all before it", bounds=NOT_NEGATIVE,
-        resume=SILENT
+        resume=SILENT, only=MEGATRON
     )
     untie_embeddings_and_output_weights: bool | None = flag(
         "--untie-embeddings-and-output-weights", None, "an output layer of its own instead of the word embeddings",
-        negatable=True, resume=SILENT
+        negatable=True, resume=SILENT, only=MEGATRON
     )
     activation: str | None = flag(
         "--activation", None,
         "GELU in its tanh approximation, which StarCoder was pre-trained with, or exact (default: the checkpoint's)",
-        choices=tuple(ACTIVATIONS), resume=SILENT, mtf=TRANSLATED
+        choices=tuple(ACTIVATIONS), resume=SILENT, mtf=TRANSLATED, only=MEGATRON
     )
     layernorm_epsilon: float | None = flag(
-        "--layernorm-epsilon", None, "epsilon of the layer norms", bounds=POSITIVE, resume=SILENT, mtf=TRANSLATED
+        "--layernorm-epsilon", None, "epsilon of the layer norms", bounds=POSITIVE, resume=SILENT, mtf=TRANSLATED,
+        only=MEGATRON
     )
     init_method_std: float | None = flag(
         "--init-method-std", None, "standard deviation of randomly initialized weights", bounds=NOT_NEGATIVE,
-        resume=SILENT, mtf=TRANSLATED
+        resume=SILENT, mtf=TRANSLATED, only=MEGATRON
     )
     hidden_dropout: float | None = flag(
         "--hidden-dropout", None, "dropout on embeddings and residuals", bounds=FRACTION, resume=SILENT,
@@ -92,7 +97,7 @@ class Model:
     )
     make_vocab_size_divisible_by: int = flag(
         "--make-vocab-size-divisible-by", 128, "the vocabulary is padded to a multiple of this times TP",
-        bounds=ONE_OR_MORE, mtf=SAME, planned=True
+        bounds=ONE_OR_MORE, mtf=SAME, planned=True, only=MEGATRON
     )
 
 
@@ -249,7 +254,9 @@ class Optimizer:
     adam_eps: float = flag("--adam-eps", 1e-8, "Adam's epsilon", bounds=POSITIVE, mtf=SAME)
     sgd_momentum: float = flag("--sgd-momentum", 0.9, "momentum of --optimizer sgd", bounds=FRACTION, mtf=SAME)
     clip_grad: float = flag("--clip-grad", 1.0, "maximum gradient norm; 0 disables", bounds=ZERO_DISABLES, mtf=SAME)
-    cpu_offload: bool = flag("--optimizer-cpu-offload", False, "keep optimizer state in host memory", planned=True)
+    cpu_offload: bool = flag(
+        "--optimizer-cpu-offload", False, "keep optimizer state in host memory", planned=True, only=MEGATRON
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -306,20 +313,24 @@ class Precision:
         mtf=SAME
     )
     loss_scale: float | None = flag(
-        "--loss-scale", None, "fixed fp16 loss scale (default: dynamic)", bounds=POSITIVE, mtf=SAME
+        "--loss-scale", None, "fixed fp16 loss scale (default: dynamic)", bounds=POSITIVE, mtf=SAME, only=MEGATRON
     )
     initial_loss_scale: float = flag(
         "--initial-loss-scale", 2.0**16, "first dynamic loss scale", bounds=POSITIVE, mtf=SAME
     )
-    min_loss_scale: float = flag("--min-loss-scale", 1.0, "smallest dynamic loss scale", bounds=POSITIVE, mtf=SAME)
+    min_loss_scale: float = flag(
+        "--min-loss-scale", 1.0, "smallest dynamic loss scale", bounds=POSITIVE, mtf=SAME, only=MEGATRON
+    )
     loss_scale_window: int = flag(
         "--loss-scale-window", 1000, "steps without overflow before the scale doubles", bounds=ONE_OR_MORE,
         mtf=SAME
     )
-    hysteresis: int = flag("--hysteresis", 2, "overflows before the scale halves", bounds=ONE_OR_MORE, mtf=SAME)
+    hysteresis: int = flag(
+        "--hysteresis", 2, "overflows before the scale halves", bounds=ONE_OR_MORE, mtf=SAME, only=MEGATRON
+    )
     fp32_gradients: bool = flag(
         "--accumulate-allreduce-grads-in-fp32", True, "gradients accumulate in fp32", negatable=True, mtf=SAME,
-        planned=True
+        planned=True, only=MEGATRON
     )
 
     @property
@@ -334,14 +345,18 @@ class Parallel:
 
     tensor: int = flag(
         "--tensor-model-parallel-size", 1, "tensor-parallel ranks (TP)", bounds=ONE_OR_MORE, mtf=SAME,
-        aliases=("--model-parallel-size",)
+        aliases=("--model-parallel-size",), only=MEGATRON
     )
-    pipeline: int = flag("--pipeline-model-parallel-size", 1, "pipeline stages (PP)", bounds=ONE_OR_MORE, mtf=SAME)
+    pipeline: int = flag(
+        "--pipeline-model-parallel-size", 1, "pipeline stages (PP)", bounds=ONE_OR_MORE, mtf=SAME, only=MEGATRON
+    )
     context: int = flag(
-        "--context-parallel-size", 1, "context-parallel ranks; only 1 is supported", bounds=ONE_OR_MORE
+        "--context-parallel-size", 1, "context-parallel ranks; only 1 is supported", bounds=ONE_OR_MORE,
+        only=MEGATRON
     )
     sequence: bool = flag(
-        "--sequence-parallel", False, "shard norms and dropout across tensor-parallel ranks", mtf=SAME
+        "--sequence-parallel", False, "shard norms and dropout across tensor-parallel ranks", mtf=SAME,
+        only=MEGATRON
     )
     distributed_optimizer: bool = flag(
         "--use-distributed-optimizer", True, "shard optimizer state across data-parallel ranks", negatable=True,
@@ -349,11 +364,12 @@ class Parallel:
     )
     overlap_grad_reduce: bool | None = flag(
         "--overlap-grad-reduce", None, "reduce gradients during backward (default: with data parallelism)",
-        negatable=True, resume=SILENT, mtf=TRANSLATED
+        negatable=True, resume=SILENT, mtf=TRANSLATED, only=MEGATRON
     )
     overlap_param_gather: bool | None = flag(
         "--overlap-param-gather", None, "gather weights during forward (default: with --overlap-grad-reduce, the "
-        "distributed optimizer and no --optimizer-cpu-offload)", negatable=True, resume=SILENT, mtf=TRANSLATED
+        "distributed optimizer and no --optimizer-cpu-offload)", negatable=True, resume=SILENT, mtf=TRANSLATED,
+        only=MEGATRON
     )
     timeout_minutes: float = flag(
         "--distributed-timeout-minutes", 10, "minutes before a collective operation fails", bounds=POSITIVE,
@@ -382,15 +398,15 @@ class Memory:
     )
     recompute_method: str | None = flag(
         "--recompute-method", None, "layers that full recompute applies to (default: uniform)",
-        choices=("uniform", "block"), mtf=SAME, planned=True
+        choices=("uniform", "block"), mtf=SAME, planned=True, only=MEGATRON
     )
     recompute_num_layers: int | None = flag(
         "--recompute-num-layers", None, "layers per full recompute unit (default: 1)", bounds=ONE_OR_MORE,
-        mtf=SAME, planned=True
+        mtf=SAME, planned=True, only=MEGATRON
     )
     recompute_activations: bool = flag(
         "--recompute-activations", False, "the same as --recompute-granularity selective", mtf=TRANSLATED,
-        aliases=("--checkpoint-activations",)
+        aliases=("--checkpoint-activations",), only=MEGATRON
     )
     transformer_impl: str = flag(
         "--transformer-impl", "auto", "Transformer Engine's layers, where they have attention for packed rows",
@@ -417,6 +433,14 @@ class Lora:
     targets: str = flag(
         "--lora-targets", ",".join(LORA_TARGETS), "comma-separated layers that get adapters", resume=FIXED,
         planned=True
+    )
+    dora: bool = flag(
+        "--lora-dora", False, "DoRA: adapters of the weights' direction, and their lengths", resume=FIXED,
+        only=TRANSFORMERS
+    )
+    quantize_base: str | None = flag(
+        "--quantize-base", None, "QLoRA: frozen weights in 4 bits (nf4, fp4) or 8 (int8), by bitsandbytes",
+        choices=("nf4", "fp4", "int8"), resume=FIXED, only=TRANSFORMERS
     )
 
 
@@ -462,7 +486,7 @@ class Checkpoint:
     )
     from_scratch: bool = flag(
         "--from-scratch", False, "random weights; without it a missing checkpoint is an error", resume=SILENT,
-        mtf=TRANSLATED
+        mtf=TRANSLATED, only=MEGATRON
     )
     finetune: bool = flag(
         "--finetune", False, "of the mtf branch; a first start always loads only weights", resume=SILENT,
@@ -498,7 +522,7 @@ class Checkpoint:
     keep_every: int | None = flag(
         "--keep-every", None, "iterations divisible by this are kept permanently", bounds=ZERO_DISABLES
     )
-    async_save: bool = flag("--async-save", False, "write checkpoints in the background")
+    async_save: bool = flag("--async-save", False, "write checkpoints in the background", only=MEGATRON)
     verify: bool = flag(
         "--verify-checkpoint", False, "verify the checksums of what is loaded, not only the sizes", resume=SILENT
     )

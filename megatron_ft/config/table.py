@@ -11,7 +11,7 @@ from megatron_ft.config.flag import Mtf
 from megatron_ft.errors import UserError, run_program
 
 BEGIN, END = "<!-- flags: begin -->", "<!-- flags: end -->"
-HEADER = "| flag | default | meaning | bounds | on a resume | `mtf` |\n| --- | --- | --- | --- | --- | --- |\n"
+HEADER = "| flag | default | meaning | bounds | on a resume | `mtf` | engine |\n| --- | --- | --- | --- | --- | --- | --- |\n"
 MTF = {Mtf.SAME: "same", Mtf.TRANSLATED: "translated", Mtf.UNKNOWN: "refused"}
 
 
@@ -37,6 +37,7 @@ def _row(entry: Entry) -> str:
         str(described.bounds or ""),
         described.resume.name.lower(),
         MTF[branch] if branch else f"`{described.mtf}`",
+        described.only or "",
     ]
     return f"| {' | '.join(cells)} |\n"
 

@@ -74,7 +74,7 @@ def test_a_flag_is_added_by_one_edit(with_made_up_flag, tmp_path):
         "bounds": "--spin 9: must be at least 1 and below 8",
         "resume": "--spin was 5, is 6",
         "mtf": "--branch-spin 5",
-        "table": "| `--spin` | 3 | made-up number | at least 1 and below 8 | fixed | `--branch-spin` |",
+        "table": "| `--spin` | 3 | made-up number | at least 1 and below 8 | fixed | `--branch-spin` |  |",
     }
     plan = python("launch/plan.py", "--preset", "tiny", "--nodes", "1", "--gpu", "h100-80gb", "--spin", "4")
     assert "--spin 4" in plan

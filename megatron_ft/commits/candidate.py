@@ -16,12 +16,12 @@ OPTIONAL = ("new_file", "message", "lang", "license", "repos")  # absent: empty
 class Candidate:
     """A row whose texts rules look at and cleaning steps change.
 
-    fields: the row as it was read. subject, lower: the subject and its lower case. old, new: the
-    contents. path: old_file. name: its base name. language: display name; the row's own, else by
-    the path.
+    fields: the row as it was read. subject, lower, words: the subject, its lower case and its
+    words. old, new: the contents. path: old_file. name: its base name. language: display name; the
+    row's own, else by the path.
     """
 
-    __slots__ = ("fields", "subject", "lower", "old", "new", "path", "name", "language")
+    __slots__ = ("fields", "subject", "lower", "words", "old", "new", "path", "name", "language")
 
     def __init__(self, fields: dict[str, Any], line: bytes | None = None):
         """Raises BadRow if a text field is missing or is not a string. `line` is what the row was
@@ -45,7 +45,7 @@ class Candidate:
         self.set_subject(subject)
 
     def set_subject(self, subject: str) -> None:
-        self.subject, self.lower = subject, subject.lower()
+        self.subject, self.lower, self.words = subject, subject.lower(), subject.split()
 
     @property
     def message(self) -> str:

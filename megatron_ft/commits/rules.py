@@ -114,20 +114,21 @@ def subject_length(row: Candidate, limits: Limits) -> bool:
     """Characters or words of the subject are too few or too many."""
     if not limits.min_subject_chars <= len(row.subject) <= limits.max_subject_chars:
         return True
-    return not limits.min_subject_words <= len(row.subject.split()) <= limits.max_subject_words
+    return not limits.min_subject_words <= len(row.words) <= limits.max_subject_words
 
 
 def clean_subject(row: Candidate, limits: Limits) -> bool:
     """Remove "[skip ci]", a first word in brackets, then one that ends in a colon, and a last word
     in brackets; single blanks between words. Never drops."""
-    words = row.subject.replace("[skip ci]", "").split()
+    words = row.subject.replace("[skip ci]", "").split() if "[skip ci]" in row.subject else [*row.words]
     if words and words[0].startswith("[") and words[0].endswith("]"):
         del words[0]
     if words and words[0].endswith(":"):
         del words[0]
     if words and words[-1].startswith("[") and words[-1].endswith("]"):
         del words[-1]
-    row.set_subject(" ".join(words))
+    if (subject := " ".join(words)) != row.subject:
+        row.set_subject(subject)
     return False
 
 
@@ -161,7 +162,10 @@ def noise(row: Candidate, limits: Limits) -> bool:
 
 def noise_phrase(row: Candidate, limits: Limits) -> bool:
     lower = row.lower
-    return any(phrase in lower for phrase in NOISE_PHRASES)
+    for phrase in NOISE_PHRASES:
+        if phrase in lower:
+            return True
+    return False
 
 
 def version_or_hash(row: Candidate, limits: Limits) -> bool:
@@ -175,7 +179,7 @@ def cherry_pick(row: Candidate, limits: Limits) -> bool:
 
 def commit_id(row: Candidate, limits: Limits) -> bool:
     """The subject has 40 hexadecimal digits."""
-    return COMMIT_ID.search(row.lower) is not None
+    return len(row.lower) >= 40 and COMMIT_ID.search(row.lower) is not None
 
 
 def mass_update(row: Candidate, limits: Limits) -> bool:
@@ -210,7 +214,8 @@ def joke(row: Candidate, limits: Limits) -> bool:
 
 def ticket(row: Candidate, limits: Limits) -> bool:
     """The subject has the number of an issue, a bug or a feature."""
-    return TICKET.search(row.lower) is not None
+    lower = row.lower
+    return ("issue" in lower or "bug" in lower or "feature" in lower) and TICKET.search(lower) is not None
 
 
 def work_in_progress(row: Candidate, limits: Limits) -> bool:
@@ -231,4 +236,4 @@ def leetcode(row: Candidate, limits: Limits) -> bool:
 
 def few_words(row: Candidate, limits: Limits) -> bool:
     """Fewer than four words are left after cleaning."""
-    return len(row.subject.split()) < 4
+    return len(row.words) < 4

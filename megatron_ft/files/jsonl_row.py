@@ -42,7 +42,8 @@ def parse_object(line: bytes | None) -> dict:
         raise BadRow(f"longer than {MAX_LINE_BYTES >> 20} MiB")
     try:
         row = orjson.loads(line)
-        rounded = _may_be_rounded(row)
+        # The quick test is enough for nearly all rows.
+        rounded = not (type(row) is dict and EXACT.issuperset(map(type, row.values()))) and _may_be_rounded(row)
     except orjson.JSONDecodeError:  # also for NaN, lone surrogates and infinite numbers
         rounded = True
     if rounded:

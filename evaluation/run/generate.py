@@ -202,8 +202,10 @@ def open_engine(args: argparse.Namespace, model: Path, problems: dict[str, list[
     directory, notice = resolve_hub_cache(model)
     if notice:
         print(notice, file=sys.stderr)
+    if not directory.exists():
+        raise UserError(f"{directory}: no such directory{download_hint(directory)}")
     if not (directory / "config.json").is_file():
-        raise UserError(f"{directory}: not a Hugging Face model (no config.json){download_hint(directory)}")
+        raise UserError(f"{directory}: not a Hugging Face model (no config.json)")
 
     from megatron_ft.evaluation.engines.sampling import LocalModel
 
@@ -214,8 +216,11 @@ def open_engine(args: argparse.Namespace, model: Path, problems: dict[str, list[
 
 def write_prompts(args: argparse.Namespace, problems: dict[str, list[Problem]]) -> None:
     """One row per task, language and problem, in the data's order."""
+    tasks = [task for task in args.tasks if task != "explainsynthesize"]
+    if tasks != args.tasks:
+        print("no prompts of explainsynthesize: they hold what a model describes", file=sys.stderr)
     with OutputFile(args.write_prompts) as output, writing(args.write_prompts):
-        for task in args.tasks:
+        for task in tasks:
             for problem in (problem for language in args.languages for problem in problems[language]):
                 row = {"task": task, "problem": problem.task_id, "prompt": prompt_of(problem, task, args.style)}
                 output.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
@@ -267,6 +272,8 @@ def generate(args: argparse.Namespace, engine: Engine, task: str, language: str,
             alarm.progressed()
             tokens += sum(sample.tokens for sample in samples)
             progress.update(len(samples), f"{tokens / progress.seconds:.0f} tokens/s")
+    kept = len(mine) * args.samples - len(missing)
+    print(f"{name}: {len(missing):,} samples generated, {kept:,} kept from before", flush=True)
 
 
 def requests_for(

@@ -36,7 +36,15 @@ from megatron_ft.evaluation.problems import (
 )
 from megatron_ft.evaluation.programs import Program
 from megatron_ft.evaluation.prompts import parse_tasks
-from megatron_ft.evaluation.records import MANIFEST, NO_SCORE, STATUSES, Result, Verdict, results_file
+from megatron_ft.evaluation.records import (
+    MANIFEST,
+    NO_SCORE,
+    STATUSES,
+    Result,
+    Verdict,
+    read_manifest,
+    results_file,
+)
 from megatron_ft.evaluation.runner import default_workers, key_of, run_programs
 from megatron_ft.evaluation.samples import Sample, import_lists, programs_of
 from megatron_ft.evaluation.sandbox.probes import choose_sandbox
@@ -47,7 +55,6 @@ from megatron_ft.evaluation.toolchains.find import find_toolchain
 from megatron_ft.evaluation.toolchains.toolchain import RUN_CPU_S, Toolchain
 from megatron_ft.evaluation.verdicts import UNCACHED, VerdictCache
 from megatron_ft.files.atomic import replace_file
-from megatron_ft.files.json_file import read_json
 from megatron_ft.files.jsonl_row import to_line
 from megatron_ft.files.output import writing
 from megatron_ft.printable import printable
@@ -99,7 +106,7 @@ def main() -> int:
     if args.import_generations:
         task, language = args.tasks[0], args.languages[0]
         import_lists(args.import_generations, directory, task, language, data, load_problems(data, language))
-    manifest = read_json(directory / MANIFEST, remedy="expected an evaluation of generate.py")
+    manifest = read_manifest(directory)
     tasks, languages = chosen(args, manifest, directory)
     problems = {language: load_problems(data, language) for language in languages}
     check_data(manifest, data, languages, directory)

@@ -86,6 +86,8 @@ def load_problems(directory: str | Path, language: str) -> list[Problem]:
     PREFIX/0, PREFIX/1, ... in order.
     """
     path = data_file(directory, language)
+    if not path.exists():
+        raise UserError(f"{path}: no such file; expected HumanEvalPack's (see {SOURCE})")
     lines = read_small_file(path).split(b"\n")
     if lines[-1]:
         raise UserError(f"{path}: the last line does not end in a newline; copy the file again")

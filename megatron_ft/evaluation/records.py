@@ -151,6 +151,13 @@ def open_manifest(directory: Path, manifest: Mapping[str, Any]) -> None:
             )
 
 
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """The manifest of an evaluation; UserError if the directory has none."""
+    if not (directory / MANIFEST).is_file():
+        raise UserError(f"{directory}: not an evaluation (no {MANIFEST}); expected the --output of generate.py")
+    return read_json(directory / MANIFEST)
+
+
 def _shown(manifest: Mapping, key: str) -> str:
     text = json.dumps(manifest[key], ensure_ascii=False) if key in manifest else "missing"
     return text if len(text) <= 60 else text[:57] + "..."

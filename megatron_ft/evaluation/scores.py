@@ -22,11 +22,12 @@ from megatron_ft.evaluation.records import (
     Generation,
     Result,
     read_generations,
+    read_manifest,
     read_records,
     results_file,
 )
 from megatron_ft.evaluation.statistics import bootstrap, pass_at_k
-from megatron_ft.files.json_file import read_json, require
+from megatron_ft.files.json_file import require
 
 KS = (1, 10, 100)
 LENGTH_FRACTION = 0.2  # of samples that ended by length, above which a warning is due
@@ -78,10 +79,7 @@ def load_evaluation(directory: Path, data: Path, mode: str) -> Evaluation:
     """
     if mode not in MODES:
         raise UserError(f"mode {mode!r}: unknown; one of {', '.join(MODES)}")
-    if not (directory / MANIFEST).is_file():
-        raise UserError(f"{directory}: not an evaluation (no {MANIFEST}); expected the --output of generate.py")
-    where = str(directory / MANIFEST)
-    manifest = read_json(directory / MANIFEST)
+    manifest, where = read_manifest(directory), str(directory / MANIFEST)
     tasks, languages = require(manifest, "tasks", list, where), require(manifest, "languages", list, where)
     samples = require(manifest, "samples", int, where, low=1)
     style = None if "imported" in manifest else require(manifest, "style", str, where)

@@ -40,7 +40,7 @@ def generate(monkeypatch, model, data):
     return run
 
 
-def test_samples_do_not_depend_on_shards_batches_or_restarts(generate, tmp_path):
+def test_samples_do_not_depend_on_shards_batches_or_restarts(generate, tmp_path, capsys):
     generate(tmp_path / "one", "--tasks", "synthesize")
     expected = texts(tmp_path / "one")
     assert len(expected) == 3 * SAMPLES and len(set(expected.values())) == 3 * SAMPLES
@@ -53,8 +53,10 @@ def test_samples_do_not_depend_on_shards_batches_or_restarts(generate, tmp_path)
     generate(tmp_path / "one", "--tasks", "synthesize", "--batch-size", 1)
     assert texts(tmp_path / "one") == expected
     size = path.stat().st_size
+    capsys.readouterr()
     generate(tmp_path / "one", "--tasks", "synthesize")
     assert path.stat().st_size == size
+    assert capsys.readouterr().out == "synthesize-js: 0 samples generated, 9 kept from before\n"
 
 
 def test_records_name_their_prompt_and_how_they_ended(generate, data, tmp_path):
@@ -95,12 +97,15 @@ def test_sampling_follows_the_model_s_probabilities_within_the_nucleus():
 
 
 def test_prompts_are_written_without_a_model(data, tmp_path):
-    flags = ["--data", data, "--languages", "js", "--style", "instruct", "--tasks", "fixtests"]
-    run_program(GENERATE, *flags, "--write-prompts", tmp_path / "prompts.jsonl")
+    """Also of explain, where they are known before a model describes."""
+    flags = ["--data", data, "--languages", "js", "--style", "instruct", "--tasks", "fixtests,explain"]
+    done = run_program(GENERATE, *flags, "--write-prompts", tmp_path / "prompts.jsonl")
+    assert done.stderr == "no prompts of explainsynthesize: they hold what a model describes\n"
     rows = [json.loads(line) for line in (tmp_path / "prompts.jsonl").read_text().splitlines()]
     problems = load_problems(data, "js")
-    assert [row["problem"] for row in rows] == [problem.task_id for problem in problems]
-    assert [row["prompt"] for row in rows] == [prompt_of(problem, "fixtests", "instruct") for problem in problems]
+    asked = [(task, problem) for task in ("fixtests", "explaindescribe") for problem in problems]
+    assert [(row["task"], row["problem"]) for row in rows] == [(task, problem.task_id) for task, problem in asked]
+    assert [row["prompt"] for row in rows] == [prompt_of(problem, task, "instruct") for task, problem in asked]
 
 
 @pytest.mark.parametrize(

@@ -142,7 +142,7 @@ def test_bad_input_is_one_line(tmp_path):
         return one_error_line(done)
 
     assert "name either DIR" in error()
-    assert "expected an evaluation" in error(tmp_path) or "manifest.json" in error(tmp_path)
+    assert "not an evaluation (no manifest.json); expected the --output of generate.py" in error(tmp_path)
     assert "its languages are python, not go" in error(directory, "--languages", "go")
     assert "its tasks are fixtests, not fixdocs" in error(directory, "--tasks", "fixdocs")
     assert "--workers must be at least 1" in error(directory, "--workers", "0")

@@ -46,11 +46,14 @@ class Replay:
         for task in tasks:
             for problem in (problem for language in problems.values() for problem in language):
                 for number in range(samples):
-                    if (task, problem.task_id, number) not in self._found:
+                    found = self._found.get((task, problem.task_id, number))
+                    if found is None:
                         raise UserError(
                             f"{path}: no sample {number} of {problem.task_id} for {task}; expected {samples} per "
                             "problem: name its --tasks and --languages, and --samples, as it has them"
                         )
+                    if task != "explainsynthesize":  # whose prompts hold descriptions
+                        self._check(found, prompt_of(problem, task, style))
 
     def identity(self) -> dict[str, Any]:
         """The file and a digest of what it holds."""
@@ -62,17 +65,21 @@ class Replay:
 
     def sample(self, request: Request) -> list[Sample]:
         """The stored samples of these numbers; UserError if they answer another prompt."""
-        digest = hashlib.sha256(request.prompt.encode()).hexdigest()
         samples = []
         for number in request.numbers:
             found = self.stored(request.task, request.problem.task_id, number)
-            if found.prompt_sha256 not in ("", digest):
-                raise UserError(
-                    f"{self._path}: sample {number} of {found.problem} answers another prompt (sha256 "
-                    f"{found.prompt_sha256[:16]}, expected {digest[:16]}); name its --style and --data"
-                )
+            self._check(found, request.prompt)
             samples.append(Sample(found.text, found.tokens, found.finish, found.seed, found.prompt_cut))
         return samples
+
+    def _check(self, found: Generation, prompt: str) -> None:
+        """Raise UserError if a sample answers another prompt."""
+        digest = hashlib.sha256(prompt.encode()).hexdigest()
+        if found.prompt_sha256 not in ("", digest):
+            raise UserError(
+                f"{self._path}: sample {found.sample} of {found.problem} answers another prompt (sha256 "
+                f"{found.prompt_sha256[:16]}, expected {digest[:16]}); name its --style and --data"
+            )
 
 
 def _eos(directory: Path) -> str | None:

@@ -7,8 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT, one_error_line, run_program
+from fixtures.make import TRAINING_FLAGS
 from generate_program import GENERATE, texts, write_data
+from safetensors.torch import load_file
 
 FIXTURES = ROOT / "tests/fixtures"
 
@@ -50,3 +53,17 @@ def test_a_run_that_cannot_be_used_is_one_line_and_leaves_no_model(run, tmp_path
     done = run_program(GENERATE, bare, *flags_of(tmp_path), ok=False)
     assert "has no tokenizer; convert it with convert/megatron_to_hf.py --tokenizer-file" in one_error_line(done)
     assert not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.slow
+def test_a_lora_run_is_merged_into_its_base(tmp_path):
+    """Adapters that change the weights, and the base's weights in all that they do not touch."""
+    save = tmp_path / "adapters"
+    flags = [*TRAINING_FLAGS.split(), "--train-iters", "3", "--lr", "0.1", "--lora-rank", "2", "--lora-dropout", "0"]
+    run_program("launch/finetune.py", *flags, "--data-cache-path", tmp_path / "cache", "--save", save)
+    done = run_program(GENERATE, save, *flags_of(tmp_path))
+    assert "converting its newest checkpoint" in done.stderr
+    merged, base = (load_file(model / "model.safetensors") for model in (tmp_path / "out/model", FIXTURES / "model"))
+    changed = {name for name, tensor in base.items() if not torch.equal(tensor.float(), merged[name].float())}
+    assert len(texts(tmp_path / "out")) == 3 and merged.keys() == base.keys()
+    assert changed == {name for name in base if name.endswith(("attn.weight", "proj.weight", "fc.weight"))}

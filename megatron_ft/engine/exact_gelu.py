@@ -1,4 +1,4 @@
-"""Bias and exact GELU in one kernel, for models whose configuration says `gelu`.
+"""Bias and exact GELU in one kernel, for models whose configuration has `gelu`.
 
 Megatron-Core fuses a linear layer's bias only into the tanh approximation of GELU. Without this
 file, a model with the exact form, x / 2 (1 + erf(x / sqrt 2)), would add the bias in a pass of its

@@ -33,7 +33,7 @@ def _check_is_gpt_bigcode(config: Mapping[str, Any], where: str) -> None:
             f"{where}: model_type is 'gpt_bigcode', but architectures names {other:.100}, "
             f"expected GPTBigCodeForCausalLM{_OTHER_CLASSES.get(other, '')}"
         )
-    if not given(config, "use_position_embeddings", bool, where, True):
+    if given(config, "use_position_embeddings", bool, where, True) is False:
         raise UserError(f"{where}: use_position_embeddings is false; a GPTBigCode has learned positions")
     for name, what in _OTHER_FIELDS.items():
         if config.get(name):
@@ -50,7 +50,7 @@ def _read_config(config: Mapping[str, Any], where: str) -> ModelShape:
             f"expected the tanh GELU {TANH_GELU[0]!r} or the exact one, {EXACT_GELU[0]!r}"
         )
     for name in ("scale_attn_weights", "tie_word_embeddings"):
-        if not given(config, name, bool, where, True):
+        if given(config, name, bool, where, True) is False:
             raise UserError(f"{where}: {name} is false, expected true, as in every StarCoder")
     dropout = given(config, "resid_pdrop", float, where, 0.1, high=1)
     if dropout != given(config, "embd_pdrop", float, where, 0.1, high=1):

@@ -1,4 +1,4 @@
-"""What a Hugging Face directory's config.json says: the model's shape and its special tokens.
+"""A Hugging Face directory's config.json: the model's shape and its special tokens.
 
 Read without the weights, and without torch, so that a model can be planned before it is downloaded.
 """

@@ -103,6 +103,12 @@ def test_flags_that_both_parsers_have_are_not_refused(flags, checkout):
     assert [option for option, flag in shared.items() if flag.mtf is Mtf.UNKNOWN] == []
     composed = words(compose(flags, checkout, "--from-scratch", "--position-embedding-type", "absolute"))
     assert "--position-embedding-type" not in composed, "the branch always learns positions"
+    assert "--no-bias-gelu-fusion" not in composed, "its fused kernel is the tanh form of GELU"
+
+
+def test_the_exact_gelu_is_the_branchs_unfused_one(flags, checkout):
+    composed = words(compose(flags, checkout, "--from-scratch", "--activation", "gelu"))
+    assert "--no-bias-gelu-fusion" in composed and "--activation" not in composed
 
 
 def test_a_length_in_tokens_is_translated_to_sequences(flags, checkout):

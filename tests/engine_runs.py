@@ -79,18 +79,22 @@ def random_batch(seed: int, num_sequences: int, length: int, documents: int, voc
     return collate(samples, eod=0)
 
 
-def loss_and_gradient_error(
-    flags: str, weights: Path, tokenizer: Path, gradients: Path, seed: int
-) -> tuple[float, float]:
-    """Loss and gradient error of one step on `random_batch(seed, ...)` with a HF model's weights.
+def differences_from_transformers(
+    flags: str, weights: Path, tokenizer: Path, reference: Path, seed: int
+) -> tuple[float, float, float]:
+    """Loss of one step on `random_batch(seed, ...)` with a HF model's weights, and the largest
+    differences of gradients and logits.
 
-    The error is the largest difference from the HF model's gradients, which `gradients` has as if
-    they were a model's weights.
+    `reference` has the HF model's gradients, as if they were a model's weights, and its logits.
     """
+    from megatron.core import parallel_state
+    from safetensors.torch import load_file
+
     from megatron_ft.checkpoint.load_weights import load_weights, unwrap
     from megatron_ft.engine import parallel
     from megatron_ft.engine.model import build_model, wrap_for_data_parallel
     from megatron_ft.engine.optimizer import build_optimizer
+    from megatron_ft.engine.pipeline import run_micro_batches
     from megatron_ft.engine.step import forward_backward
     from megatron_ft.training.batches import micro_batch_from
     from megatron_ft.training.sums import sum_over_all
@@ -106,13 +110,27 @@ def loss_and_gradient_error(
     optimizer = build_optimizer(config, model)
     batch = random_batch(seed, config.training.micro_batch_size, 256, 6, 1000)
     micro = micro_batch_from(batch, batch.loss_mask, "token", [0])
+    seen: list[torch.Tensor] = []
+
+    def keep(micro, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        seen.append(logits.detach().clone())
+        return logits.new_zeros(()), logits.new_zeros(1)
+
+    run_micro_batches(config, model, [micro], keep, forward_only=True)
     losses = forward_backward(config, model, optimizer, [micro], micro.weight, 1000)
     (loss,) = sum_over_all([losses.double().sum().item() if parallel.counts_here() else 0.0])
 
-    reference = build_model(config, config.shape, source.shape.vocab_size)
-    load_weights(open_weights(gradients), reference)
-    pairs = zip(unwrap(model[0]).parameters(), unwrap(reference[0]).parameters(), strict=True)
-    return loss, max((ours.main_grad - theirs).abs().max().item() for ours, theirs in pairs)
+    gradients = build_model(config, config.shape, source.shape.vocab_size)
+    load_weights(open_weights(reference), gradients)
+    pairs = zip(unwrap(model[0]).parameters(), unwrap(gradients[0]).parameters(), strict=True)
+    gradient = max((ours.main_grad - theirs).abs().max().item() for ours, theirs in pairs)
+    expected = load_file(reference / "logits.safetensors")["logits"]
+    logits = 0.0
+    for ours in seen:
+        columns = ours.shape[-1]
+        first = columns * parallel_state.get_tensor_model_parallel_rank()
+        logits = (ours[0] - expected[:, first : first + columns]).abs().max().item()
+    return loss, gradient, logits
 
 
 def packed_rows(micro):
@@ -120,6 +138,27 @@ def packed_rows(micro):
     from megatron_ft.engine.packed_attention import PackedSequences
 
     return PackedSequences.of(micro.cu_seqlens, micro.lengths, micro.position_ids)
+
+
+def logits_of_shapes(weights: Path, tokenizer: Path, shapes: list[dict], seed: int) -> list[torch.Tensor]:
+    """Logits on `random_batch(seed, 1, ...)` of a HF model's weights in models whose shapes differ
+    from its own in some fields."""
+    from megatron_ft.checkpoint.load_weights import load_weights
+    from megatron_ft.engine.model import build_model
+    from megatron_ft.training.batches import micro_batch_from
+    from megatron_ft.weights.open import open_weights
+
+    source = open_weights(weights)
+    config = start("--preset tiny --seq-length 256 --data-prefix unused --train-iters 1", tokenizer)
+    batch = random_batch(seed, 1, 256, 6, 1000)
+    micro = micro_batch_from(batch, batch.loss_mask, "token", [0])
+    found = []
+    for changes in shapes:
+        (model,) = build_model(config, replace(source.shape, **changes), source.shape.vocab_size)
+        load_weights(source, [model])
+        with torch.no_grad():
+            found.append(model.eval()(micro.tokens, micro.position_ids, None, packed_seq_params=packed_rows(micro))[0])
+    return found
 
 
 def dense_attention(query, key, value, lengths: list[int], scale=None, dropout=0.0, window=0):

@@ -32,7 +32,7 @@ def run_micro_batches(
 
     def forward(batches: Iterator[MicroBatch], chunk: nn.Module) -> tuple[Tensor, Callable]:
         micro = next(batches)
-        packed = PackedSequences.of(micro.cu_seqlens, micro.lengths)
+        packed = PackedSequences.of(micro.cu_seqlens, micro.lengths, micro.position_ids)
         logits = chunk(micro.tokens, micro.position_ids, None, packed_seq_params=packed, **precision)
         return logits, partial(loss_of, micro)
 

@@ -1,6 +1,7 @@
 """Tokens added to the tokenizer: full training starts them at the mean row, LoRA refuses them."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from conversions import convert, tiny_hf
 from ranks import run_ranks
 
 from megatron_ft.model.shape import ModelShape, padded_vocab_size
+from megatron_ft.model.tensor_names import EMBEDDING, OUTPUT_LAYER, VOCABULARY, tensor_shape
 from megatron_ft.weights.open import open_weights
 from megatron_ft.weights.source import WeightSource
 
@@ -24,16 +26,21 @@ class Source(WeightSource):
     kind, path, shape, vocab_size, dtype = "random", Path("random"), SHAPE, KNOWN, torch.float32
 
     def pieces(self, name: str) -> tuple[int, list[torch.Tensor]]:
-        from megatron_ft.model.tensor_names import tensor_shape
-
         whole = torch.randn(tensor_shape(SHAPE, name), generator=torch.Generator().manual_seed(len(name)))
-        if name == "embedding.word_embeddings.weight":
+        if name in VOCABULARY:
             whole[KNOWN:] = 1000
         return 0, [whole]
 
 
-def fill(tp: int, pp: int) -> tuple[list, int, list[str]]:
-    """This rank's embedding after loading, its tensor-parallel rank, the lines of the report."""
+class UntiedSource(Source):
+    """One with an output layer of its own."""
+
+    shape = replace(SHAPE, untie_embeddings_and_output_weights=True)
+
+
+def fill(tp: int, pp: int, source: WeightSource) -> tuple[list, int, list[str]]:
+    """This rank's last table of the vocabulary after loading, its tensor-parallel rank, the lines
+    of the report."""
     from megatron.core import parallel_state
 
     from megatron_ft.checkpoint.load_weights import load_weights
@@ -45,16 +52,16 @@ def fill(tp: int, pp: int) -> tuple[list, int, list[str]]:
     device.set_up_device()
     config = Config(parallel=Parallel(tensor=tp, pipeline=pp, world_size=tp * pp)).with_flags(global_batch_size=1)
     parallel.initialize(config)
-    [model] = build_model(config, SHAPE, padded_vocab_size(TOKENS, 16, tp))
-    report = load_weights(Source(), [model], TOKENS)
+    [model] = build_model(config, source.shape, padded_vocab_size(TOKENS, 16, tp))
+    report = load_weights(source, [model], TOKENS)
     rows = model.shared_embedding_or_output_weight()
     return rows.tolist(), parallel_state.get_tensor_model_parallel_rank(), report.lines()
 
 
 def test_new_tokens_start_at_the_mean_row_in_every_layout():
-    source = Source().read("embedding.word_embeddings.weight")
+    source = Source().read(EMBEDDING)
     for tp, pp in ((1, 1), (2, 1), (4, 1), (1, 2)):
-        ranks = run_ranks(fill, tp * pp, tp, pp)
+        ranks = run_ranks(fill, tp * pp, tp, pp, Source())
         for stage in range(pp):
             found = torch.tensor(sum((rows for rows, _, _ in ranks[stage * tp : stage * tp + tp]), []))
             assert torch.equal(found[:KNOWN], source[:KNOWN])
@@ -68,6 +75,15 @@ def test_new_tokens_start_at_the_mean_row_in_every_layout():
         lines = ranks[0][2]
         assert lines[1].startswith("10 new tokens without weights in the checkpoint")
         assert lines[2].startswith(f"{padding} rows of vocabulary padding"), lines
+
+
+def test_an_untied_output_layer_gets_the_new_tokens_as_well():
+    source = UntiedSource().read(OUTPUT_LAYER)
+    ranks = run_ranks(fill, 2, 2, 1, UntiedSource())
+    found = torch.tensor(sum((rows for rows, _, _ in ranks), []))
+    assert torch.equal(found[:KNOWN], source[:KNOWN]) and not found[TOKENS:].any()
+    mean = source[:KNOWN].double().mean(0).float()
+    torch.testing.assert_close(found[KNOWN:TOKENS], mean.expand(TOKENS - KNOWN, -1), atol=1e-7, rtol=1e-6)
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,7 @@
 """Packed attention equals attention with a dense [t, t] mask: forward, gradients, entire models."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from engine_runs import dense_attention, difference_from_dense_model
@@ -37,24 +39,44 @@ def test_equals_the_dense_mask(documents, groups, dtype, tolerance):
         torch.testing.assert_close(ours, dense, atol=tolerance, rtol=tolerance)
 
 
-def test_flex_attention_equals_the_dense_mask():
+@pytest.mark.parametrize("window", [0, 1, 50, 97, 400])
+def test_flex_attention_and_a_window_equal_the_dense_mask(window):
     """Only the forward pass: FlexAttention has no backward pass on the CPU."""
     torch.manual_seed(0)
-    query, key, value = (torch.randn(300, heads, 16) for heads in (4, 1, 1))
+    query, key, value = (torch.randn(300, heads, 16) for heads in (4, 2, 2))
     packed = PackedSequences.from_cu_seqlens(torch.tensor([0, 1, 151, 153, 250, 300], dtype=torch.int32))
-    out = flex_attend(query, key, value, packed, compiled=False)
-    torch.testing.assert_close(out, dense_attention(query, key, value, DOCUMENTS["uneven"]), atol=1e-5, rtol=1e-5)
+    expected = dense_attention(query, key, value, DOCUMENTS["uneven"], window=window)
+    for out in (
+        flex_attend(query, key, value, packed, window=window, compiled=False),
+        attend_by_document(query, key, value, DOCUMENTS["uneven"], window=window),
+    ):
+        torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_window_holds_in_unpacked_rows_and_with_dropout():
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(50, 1, heads, 16) for heads in (4, 2, 2))
+    config = SimpleNamespace(attention_dropout=0.0, sequence_parallel=False)
+    attention = packed_attention.PackedAttention(config, 1, None, "self", window_size=7)
+    packed = dense_attention(query[:, 0], key[:, 0], value[:, 0], [50], window=7)
+    torch.testing.assert_close(attention(query, key, value, None)[:, 0], packed, atol=1e-5, rtol=1e-5)
+    # What dropout leaves of a row of ones has seen at most 7 tokens: it is a multiple of 2 / 7.
+    same = torch.zeros(50, 1, 16)
+    dropped = attend_by_document(same, same, torch.ones_like(same), [50], None, 0.5, 7)[6:, 0] * 7 / 2
+    torch.testing.assert_close(dropped, dropped.round(), atol=1e-4, rtol=0)
+    assert len(dropped.round().unique()) > 3
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("window", [0, 16])
 @pytest.mark.parametrize("groups", [1, 8], ids=["multi-query", "multi-head"])
-def test_flash_attention_is_called_with_valid_arguments(groups, dropout):
+def test_flash_attention_is_called_with_valid_arguments(groups, dropout, window):
     """On the meta device, where torch checks shapes and derivatives without running a kernel."""
     bounds = torch.empty(3, device="meta", dtype=torch.int32)
     packed = PackedSequences("thd", bounds, bounds, max_seqlen_q=60, max_seqlen_kv=60, lengths=[40, 60])
     inputs = [torch.empty(100, n, 64, device="meta", dtype=torch.bfloat16) for n in (8, groups, groups)]
     inputs = [x.requires_grad_() for x in inputs]
-    out = packed_attention._flash(*inputs, packed, None, dropout)
+    out = packed_attention._flash(*inputs, packed, None, dropout, window)
     assert out.shape == (100, 512) and out.dtype == torch.bfloat16
     out.sum().backward()
     assert [x.grad.shape for x in inputs] == [x.shape for x in inputs]
@@ -66,7 +88,8 @@ def test_flash_attention_is_called_with_valid_arguments(groups, dropout):
 @pytest.mark.parametrize(
     ("kernel", "dtype", "tolerance"), [("varlen", torch.bfloat16, 1e-2), ("flex", torch.float32, 1e-5)]
 )
-def test_gpu_kernels_equal_the_dense_mask(documents, groups, kernel, dtype, tolerance):
+@pytest.mark.parametrize("window", [0, 60])
+def test_gpu_kernels_equal_the_dense_mask(documents, groups, kernel, dtype, tolerance, window):
     lengths = DOCUMENTS[documents]
     torch.manual_seed(0)
     values = [torch.randn(sum(lengths), heads, 64, device="cuda").to(dtype) for heads in (4, groups, groups)]
@@ -77,11 +100,11 @@ def test_gpu_kernels_equal_the_dense_mask(documents, groups, kernel, dtype, tole
     for attention in (kernel, "dense"):
         inputs = [v.clone().requires_grad_() for v in values]
         if attention == "dense":
-            out = dense_attention(*inputs, lengths)
+            out = dense_attention(*inputs, lengths, window=window)
         elif attention == "flex":
-            out = flex_attend(*inputs, packed, compiled=True)
+            out = flex_attend(*inputs, packed, window=window, compiled=True)
         else:
-            out = packed_attention._flash(*inputs, packed, None, dropout=0.0)
+            out = packed_attention._flash(*inputs, packed, None, dropout=0.0, window=window)
         (out * weight).mean().backward()
         results.append([out, *(x.grad for x in inputs)])
     for ours, dense in zip(*results, strict=True):
@@ -114,7 +137,7 @@ def test_flash_attention_drops_the_same_in_forward_and_backward():
     packed = PackedSequences.from_cu_seqlens(torch.tensor([0, 100, 1000], dtype=torch.int32), torch.device("cuda"))
     query, key, value = (torch.randn(1000, n, 64, device="cuda", dtype=torch.bfloat16) for n in (8, 1, 1))
     value = torch.ones_like(value).requires_grad_()
-    out = packed_attention._flash(query, key, value, packed, None, dropout=0.1)
+    out = packed_attention._flash(query, key, value, packed, None, dropout=0.1, window=0)
     assert out.float().std() > 0.005 and abs(out.float().mean() - 1) < 0.01  # dropped and rescaled
     out.float().sum().backward()  # linear in value: sum of out = sum of gradient x value
     torch.testing.assert_close(value.grad.float().sum(), out.float().sum(), rtol=1e-2, atol=0)

@@ -96,6 +96,9 @@ LAYOUTS = [
     ("starcoderbase-1b", 1, 1, "--bf16"),
     ("santacoder", 1, 2, "--attention-head-type multihead"),
     ("starcoderbase", 4, 2, "--bf16 --lora-rank 16"),
+    ("starcoder2-15b", 4, 2, "--bf16 --sequence-parallel"),
+    ("starcoder2-7b", 4, 1, "--bf16 --lora-rank 16"),
+    ("starcoder2-3b", 4, 2, "--bf16"),
 ]
 
 
@@ -264,7 +267,8 @@ def activations_of_run(config, vocab, count_flops=False):
     with FlopCounterMode(display=False) as counter, kernel, DropoutOfGpus():
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             precision = {"fp32_output": False} if config.precision.bf16 else {}
-            logits = model(*inputs, None, packed_seq_params=PackedSequences.from_cu_seqlens(bounds), **precision)
+            packed = PackedSequences.of(bounds, bounds.diff().tolist(), inputs[1])
+            logits = model(*inputs, None, packed_seq_params=packed, **precision)
             loss = token_losses(logits, inputs[0], vocab).mean()
         if count_flops:
             loss.backward()
@@ -288,6 +292,7 @@ class DropoutOfGpus(TorchFunctionMode):
 
 SMALL = "--num-layers 3 --hidden-size 256 --num-attention-heads 4 --attention-head-type multihead"
 LIKE_1B = "--num-layers 2 --hidden-size 2048 --num-attention-heads 16 --bf16"  # starcoderbase-1b with fewer layers
+ROTARY = SMALL.replace("--attention-head-type multihead", "--num-query-groups 2 --position-embedding-type rope --bf16")
 TP2 = "--tensor-model-parallel-size 2"
 
 
@@ -298,6 +303,7 @@ TP2 = "--tensor-model-parallel-size 2"
         f"{SMALL} --bf16 --hidden-dropout 0.1 {TP2} --sequence-parallel",
         f"{SMALL} --bf16 --lora-rank 16 {TP2} --sequence-parallel",
         f"{SMALL} --bf16 --lora-rank 16 --lora-targets linear_fc1,linear_proj {TP2}",
+        f"{ROTARY} --window-size 256 --untie-embeddings-and-output-weights",
         f"{LIKE_1B} --hidden-dropout 0.1",
         f"{LIKE_1B} --hidden-dropout 0.1 --lora-rank 16",
         f"{LIKE_1B} --lora-rank 16 --lora-dropout 0 --lora-targets linear_qkv,linear_proj",

@@ -46,9 +46,10 @@ from typing import Any
 
 from megatron_ft.commits.row import TEXT_FIELDS, check_commit
 from megatron_ft.config.parser import Help, Parser
+from megatron_ft.config.row_flags import add_row_flags
 from megatron_ft.errors import UserError, run_program
 from megatron_ft.files.hash_order import fraction_of
-from megatron_ft.files.jsonl import parse_shard, shard_bytes
+from megatron_ft.files.jsonl import shard_bytes
 from megatron_ft.files.jsonl_row import BadRow
 from megatron_ft.files.output import writing
 from megatron_ft.files.report import write_report
@@ -64,21 +65,12 @@ DEFAULT_FRACTION = {"with-filename": 0.5}  # of rows with a file name; 0 for lin
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=Help, allow_abbrev=False)
-    add = parser.add_argument
-    add(
-        "--input",
-        nargs="+",
-        required=True,
-        metavar="FILE",
-        help="rows of git_commits.py or CommitPack: JSONL files (also .gz, .zst), parquet files, directories of them, "
+    add_row_flags(
+        parser,
+        "rows of git_commits.py or CommitPack: JSONL files (also .gz, .zst), parquet files, directories of them, "
         "or - for stdin",
     )
-    add(
-        "--output",
-        required=True,
-        metavar="FILE",
-        help="file to write: JSONL, .gz and .zst compressed, or .parquet; - for stdout",
-    )
+    add = parser.add_argument
     add("--format", choices=list(COMMIT_FORMATS), default="starcoder", help="prompt format, as shown above")
     add(
         "--filename-fraction",
@@ -88,8 +80,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "0.5 for with-filename, 0 for line-diff)",
     )
     add("--seed", type=int, default=1234, help="seed of the choice of rows with a file name")
-    add("--shard", default="1/1", metavar="I/N", help="convert only the I-th of N parts of the input")
-    add("--skip-bad-rows", action="store_true", help="skip and count bad rows instead of stopping at the first")
     args = parser.parse_args(argv)
     if args.filename_fraction is None:
         args.filename_fraction = DEFAULT_FRACTION.get(args.format, 0.0)
@@ -99,7 +89,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         )
     if not 0 <= args.filename_fraction <= 1:
         raise UserError(f"--filename-fraction {args.filename_fraction:g}: must be 0 to 1, such as 0.5")
-    args.shard = parse_shard(args.shard)
     return args
 
 

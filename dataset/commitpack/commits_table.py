@@ -31,10 +31,10 @@ from megatron_ft.commits.selection.history import inspect
 from megatron_ft.commits.selection.journal import Journal
 from megatron_ft.commits.selection.write_tables import FORMATS, QUERIES, counts, write_tables
 from megatron_ft.config.parser import Help, Parser
+from megatron_ft.config.row_flags import add_shard_flag
 from megatron_ft.errors import UserError, run_program
 from megatron_ft.extras import require
 from megatron_ft.files.json_file import read_small_file
-from megatron_ft.files.jsonl import parse_shard
 from megatron_ft.files.output import open_locked, writing
 from megatron_ft.files.report import report_path, write_report
 from megatron_ft.printable import printable
@@ -51,10 +51,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     repos("--repos-file", type=Path, metavar="FILE", help="file with one path of a repository per line")
     add("--output", type=Path, required=True, metavar="DIR", help="directory of the tables")
     add("--format", choices=tuple(FORMATS), default="parquet", help="format of the tables")
-    add("--shard", default="1/1", metavar="I/N", help="take the Ith of every N repositories")
+    add_shard_flag(parser, "take the Ith of every N repositories")
     add("--memory", type=int, metavar="MIB", help="memory for DuckDB (default: three quarters of the job's)")
     args = parser.parse_args(argv)
-    args.shard = parse_shard(args.shard)
     if args.memory is not None and args.memory < 64:
         raise UserError(f"--memory {args.memory}: must be at least 64 MiB")
     return args

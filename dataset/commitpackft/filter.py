@@ -40,8 +40,9 @@ from megatron_ft.commits.secrets import mask_secrets, secret
 from megatron_ft.commits.token_rule import TokenRule
 from megatron_ft.commits.waterfall import Waterfall
 from megatron_ft.config.parser import Help, Parser
+from megatron_ft.config.row_flags import add_row_flags
 from megatron_ft.errors import UserError, run_program
-from megatron_ft.files.jsonl import Source, parse_shard, shard_bytes
+from megatron_ft.files.jsonl import Source, shard_bytes
 from megatron_ft.files.jsonl_row import BadRow, to_line
 from megatron_ft.files.output import STANDARD_OUTPUT, OutputFile, check_not_input, scratch_directory, writing
 from megatron_ft.files.report import write_report
@@ -71,15 +72,8 @@ THRESHOLDS = {
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=Help, allow_abbrev=False)
+    add_row_flags(parser, "commit rows: JSONL (also .gz, .zst) or parquet files, directories of them, or - for stdin")
     add = parser.add_argument
-    add(
-        "--input",
-        nargs="+",
-        required=True,
-        metavar="FILE",
-        help="commit rows: JSONL (also .gz, .zst) or parquet files, directories of them, or - for stdin",
-    )
-    add("--output", required=True, metavar="FILE", help="file to write: .jsonl, .jsonl.gz, .parquet; - for stdout")
     add("--preset", choices=sorted(PRESETS), default="commitpackft", help="rules and thresholds")
     add("--without", nargs="+", default=[], metavar="RULE", help="rules of the preset to leave out")
     add("--tokenizer-file", metavar="PATH", help="tokenizer for the rule on tokens (default: rule left out)")
@@ -101,8 +95,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--score-command", metavar="CMD", help="reads the rows left as JSONL, writes one number per line")
     add("--min-score", type=float, default=0.5, metavar="X", help="lowest score to keep")
     add("--seed", type=int, default=Limits.seed, help="seed of the random choices")
-    add("--shard", default="1/1", metavar="I/N", help="read the I-th of N parts of the input only")
-    add("--skip-bad-rows", action="store_true", help="skip and count bad rows instead of stopping at the first")
     group = parser.add_argument_group("thresholds (default: the preset's)")
     for name, text in THRESHOLDS.items():
         kind = type(getattr(Limits, name))
@@ -114,7 +106,6 @@ def main() -> None:
     args = parse_args()
     preset = PRESETS[args.preset]
     limits = limits_of(args, preset)
-    shard = parse_shard(args.shard)
     rules = rules_of(args, preset)
     check_not_input(args.output, [args.opt_out, args.tokenizer_file])
     sources = open_tables(args.input, [args.output])
@@ -124,13 +115,13 @@ def main() -> None:
     gc.freeze()
     gc.set_threshold(100_000)
     with TableWriter(args.output, COLUMNS) as output, writing(args.output):
-        survivors = filter_rows(sources, shard, rules, limits, waterfall, bad if args.skip_bad_rows else None)
+        survivors = filter_rows(sources, args.shard, rules, limits, waterfall, bad if args.skip_bad_rows else None)
         if args.score_command:
             survivors = scored(survivors, args, waterfall)
         for candidate, line in survivors:
             output.write(candidate.row() if line is None else candidate.fields, line)
             waterfall.keep(candidate.language)
-        if not waterfall.rows and shard == (1, 1):
+        if not waterfall.rows and args.shard == (1, 1):
             raise UserError(
                 f"{sources[0].name}: no row{' that is not bad' if bad else ''}; expected rows of CommitPack"
             )

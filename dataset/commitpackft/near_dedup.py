@@ -36,9 +36,10 @@ from typing import Any
 from megatron_ft.commits.minhash import bands, method, shingles
 from megatron_ft.commits.near_duplicates import SIGNATURE_COLUMNS, NearDuplicates
 from megatron_ft.config.parser import Help, Parser
+from megatron_ft.config.row_flags import add_shard_flag
 from megatron_ft.errors import UserError, run_program
 from megatron_ft.files.json_file import read_json
-from megatron_ft.files.jsonl import STDIN, Source, parse_shard, shard_bytes
+from megatron_ft.files.jsonl import STDIN, Source, shard_bytes
 from megatron_ft.files.jsonl_row import NO_KEY, BadRow, keys_of, text_of, to_line
 from megatron_ft.files.output import STANDARD_OUTPUT, check_not_input, scratch_directory, writing
 from megatron_ft.files.report import report_path, write_report
@@ -59,7 +60,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--step", choices=("all", "signatures", "join", "apply"), default="all", help="see above")
     add("--signatures", nargs="+", metavar="FILE", help="join: outputs of all shards of --step signatures, in order")
     add("--removed", metavar="FILE", help="apply: output of --step join")
-    add("--shard", type=parse_shard, default=(1, 1), metavar="I/N", help="signatures, apply: only the I-th of N parts")
+    add_shard_flag(parser, "signatures, apply: only the I-th of N parts")
     add("--fields", nargs="+", default=list(FIELDS), metavar="KEY", help="keys of the texts that are compared")
     add("--id", default="commit", metavar="KEY", help="key of the id; a row without one gets the hash of its texts")
     add("--threshold", type=float, default=0.85, help="Jaccard index from which on rows are near-duplicates")

@@ -25,13 +25,14 @@ from collections import Counter
 from collections.abc import Sequence
 
 from megatron_ft.config.parser import Help, Parser
+from megatron_ft.config.row_flags import add_row_flags
 from megatron_ft.conversations.fences import fenced_language
 from megatron_ft.conversations.phrases import phrases_in, read_phrases
 from megatron_ft.conversations.recognize import ShapeFinder
 from megatron_ft.conversations.records import join_trees, open_records, read_records
 from megatron_ft.conversations.shapes import SHAPES
 from megatron_ft.errors import UserError, run_program
-from megatron_ft.files.jsonl import parse_shard, shard_bytes
+from megatron_ft.files.jsonl import shard_bytes
 from megatron_ft.files.jsonl_row import BadRow
 from megatron_ft.files.output import check_not_input, writing
 from megatron_ft.files.report import write_report
@@ -46,22 +47,12 @@ SHOWN = 5  # phrases printed at the end
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=Help, allow_abbrev=False)
+    add_row_flags(parser, "files and directories, as for to_rows.py")
     add = parser.add_argument
-    add("--input", nargs="+", required=True, metavar="FILE", help="files and directories, as for to_rows.py")
-    add(
-        "--output",
-        required=True,
-        metavar="FILE",
-        help="file to write: JSONL, .gz and .zst compressed, or .parquet; - for stdout",
-    )
     add("--phrases", type=Path, default=PHRASES, metavar="FILE", help="one phrase per line, under [category]")
     add("--turns", choices=("all", "answers"), default="all", help="turns in which phrases are searched")
     add("--shape", choices=[shape.name for shape in SHAPES], help="shape of all rows (default: recognized)")
-    add("--shard", default="1/1", metavar="I/N", help="filter only the I-th of N parts of the input")
-    add("--skip-bad-rows", action="store_true", help="skip and count bad rows instead of stopping at the first")
-    args = parser.parse_args(argv)
-    args.shard = parse_shard(args.shard)
-    return args
+    return parser.parse_args(argv)
 
 
 def main() -> None:

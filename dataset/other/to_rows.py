@@ -37,13 +37,14 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from megatron_ft.config.parser import Help, Parser
+from megatron_ft.config.row_flags import add_row_flags
 from megatron_ft.conversations.chat_template import ChatTemplate
 from megatron_ft.conversations.recognize import ShapeFinder
 from megatron_ft.conversations.records import join_trees, open_records, read_records
 from megatron_ft.conversations.shapes import SHAPES, Shape
 from megatron_ft.conversations.turns import Exchange
 from megatron_ft.errors import UserError, run_program
-from megatron_ft.files.jsonl import parse_shard, shard_bytes
+from megatron_ft.files.jsonl import shard_bytes
 from megatron_ft.files.jsonl_row import BadRow
 from megatron_ft.files.output import writing
 from megatron_ft.files.report import write_report
@@ -65,26 +66,15 @@ def description() -> str:
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Parser(description=description(), formatter_class=Help, allow_abbrev=False)
+    add_row_flags(parser, "files and directories as above; - for JSONL on stdin")
     add = parser.add_argument
-    add(
-        "--input", nargs="+", required=True, metavar="FILE", help="files and directories as above; - for JSONL on stdin"
-    )
-    add(
-        "--output",
-        required=True,
-        metavar="FILE",
-        help="file to write: JSONL, .gz and .zst compressed, or .parquet; - for stdout",
-    )
     add("--shape", choices=[shape.name for shape in SHAPES], help="shape of all rows (default: recognized)")
     add("--format", choices=[*CHAT_FORMATS, CHAT], default="question", help="prompt format, as shown above")
     add("--tokenizer-file", type=Path, metavar="DIR", help="Hugging Face directory with the template of --format chat")
     add("--first-turn", action="store_true", help="keep only the first answer of each conversation")
-    add("--shard", default="1/1", metavar="I/N", help="convert only the I-th of N parts of the input")
-    add("--skip-bad-rows", action="store_true", help="skip and count bad rows instead of stopping at the first")
     args = parser.parse_args(argv)
     if (args.format == CHAT) != (args.tokenizer_file is not None):
         raise UserError("--format chat needs --tokenizer-file DIR, and no other format uses it; give both or neither")
-    args.shard = parse_shard(args.shard)
     return args
 
 

@@ -27,11 +27,12 @@ from typing import Any
 
 from megatron_ft.commits.contamination import ProblemIndex, in_order
 from megatron_ft.config.parser import Help, Parser
+from megatron_ft.config.row_flags import add_shard_flag
 from megatron_ft.errors import UserError, run_program
 from megatron_ft.evaluation.contaminated import score_table, scores_without
 from megatron_ft.evaluation.cutting import MODES
 from megatron_ft.evaluation.scores import load_evaluation
-from megatron_ft.files.jsonl import Block, Source, parse_shard, shard_bytes
+from megatron_ft.files.jsonl import Block, Source, shard_bytes
 from megatron_ft.files.output import OutputFile, writing
 from megatron_ft.files.tables import Row, open_tables, read_table
 from megatron_ft.printable import printable
@@ -55,7 +56,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--json", metavar="FILE", help="also write the result as JSON")
     add("--results", type=Path, metavar="DIR", help="scored evaluation: its scores with and without the problems held")
     add("--mode", choices=MODES, default="faithful", help="mode of score.py, with --results")
-    add("--shard", type=parse_shard, default=(1, 1), metavar="I/N", help="search only the I-th of N parts of the rows")
+    add_shard_flag(parser, "search only the I-th of N parts of the rows")
     add("--skip-bad-rows", action="store_true", help="skip and count bad rows instead of stopping at the first")
     args = parser.parse_args(argv)
     if args.data is None:

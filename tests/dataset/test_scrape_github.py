@@ -169,15 +169,15 @@ def test_a_renamed_file_is_read_under_both_names(root, server, tmp_path):
     assert (row["old_contents"], row["new_contents"]) == ("1\n" * 20, "1\n" * 19)
 
 
-@pytest.mark.parametrize("unknown", [3, 20])
-def test_unknown_commits_do_not_cost_the_others(root, server, tmp_path, unknown):
+def test_unknown_commits_cost_one_fetch_each_and_not_the_others(root, server, tmp_path):
+    unknown = 12
     ids = make_repository(root / "o/n", numbered(60))[1:]
     gone = [f"{i:040x}" for i in range(1, unknown + 1)]
     mixed = [id for pair in zip(gone, ids, strict=False) for id in pair] + ids[unknown:]
     output, _ = scrape(server, tmp_path, [metadata(id, "o/n") for id in mixed])
     assert statuses(output) == ["commit_gone" if id in gone else "ok" for id in mixed]
     assert [row["commit"] for row in read_rows(output / "part-00000.jsonl")] == ids
-    assert len(server.log) < 3 * unknown * 6
+    assert len(server.log) <= 4 + 2 * unknown  # a fetch is a list of references and a pack, which fails here
 
 
 @pytest.mark.parametrize("unknown", [1, 30])

@@ -22,7 +22,6 @@ from megatron_ft.commits.scraper.status import Status
 from megatron_ft.errors import UserError
 
 MAX_IDS = 1000  # per fetch
-TAKEN_OUT = 8  # unknown objects that are taken out one by one before the rest is halved
 LFS = b"version https://git-lfs.github.com/spec/"
 
 
@@ -125,41 +124,26 @@ def _contents(index: int, pair: Blobs, sizes: dict[str, int], reader: BlobReader
 def _fetch_existing(
     server: Server, directory: Path, repo: str, ids: list[str], pause: Callable[[], None], *options: str
 ) -> None:
-    """Fetch the objects that the server has. A fetch with one that it does not have fails as a
-    whole, so that one is taken out and the fetch repeated; after TAKEN_OUT, by halves."""
-
+    """Fetch the objects that the server has. A fetch with some that it does not have fails as a
+    whole and names one of them, so that one is taken out and the fetch repeated: as often as there
+    are unknown objects."""
     # An id of zeros stands for a file that does not exist, and git does not ask for it.
-    attempts, ids = 0, [id for id in ids if id.strip("0")]
-
-    def attempt(ids: list[str]) -> bool:
-        """Whether all came; if not, the unknown one is taken out."""
-        nonlocal attempts
-        if attempts:
-            pause()
-        attempts += 1
+    left = [id for id in ids if id.strip("0")]
+    while left:
         try:
-            server.fetch(directory, repo, ids, *options)
+            server.fetch(directory, repo, left, *options)
+        except NotOurRef as unknown:
+            if unknown.id not in left:
+                reason = f"the server does not have {unknown.id}, which was not asked for"
+                raise FetchFailed(Status.SERVER_ERROR, reason) from None
+            left.remove(unknown.id)
+            if left:
+                pause()
+        else:
             # The commits at the border of a shallow fetch have no parents in git's view, which is
             # wrong for those among them that another fetch brings with their parents.
             (directory / "shallow").unlink(missing_ok=True)
-        except NotOurRef as unknown:
-            if unknown.id not in ids:
-                reason = f"the server does not have {unknown.id}, which was not asked for"
-                raise FetchFailed(Status.SERVER_ERROR, reason) from None
-            ids.remove(unknown.id)
-            return False
-        return True
-
-    def by_halves(ids: list[str]) -> None:
-        if ids and not attempt(ids):
-            middle = len(ids) // 2
-            by_halves(ids[:middle])
-            by_halves(ids[middle:])
-
-    while ids and attempts < TAKEN_OUT:
-        if attempt(ids):
             return
-    by_halves(ids)
 
 
 def _unique(ids: Iterable[str]) -> list[str]:

@@ -238,8 +238,9 @@ def find_license(repo: Path, blobs: BlobReader) -> str:
 
 
 def name_of(repo: Path) -> str:
-    """OWNER/NAME from the URL of the remote `origin`, or the directory's name without one."""
+    """OWNER/NAME from the URL of the remote `origin`, or the directory's name without one. A comma,
+    which separates names in a row, is written as an underscore."""
     config = run_git(repo, "config", "--get", "remote.origin.url")
     url = config.stdout.decode("utf-8", "replace").strip()
     match = re.search(r"([^/:@]+/[^/:@]+?)(?:\.git)?/?$", url) if "://" in url or "@" in url else None
-    return match[1] if match else repo.resolve().name
+    return (match[1] if match else repo.resolve().name).replace(",", "_")

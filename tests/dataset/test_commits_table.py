@@ -16,6 +16,9 @@ import pytest
 from conftest import ROOT, one_error_line, run_program
 from github_repos import EXECUTABLE, REGULAR, SYMLINK, read_parquet
 
+from megatron_ft.commits.git import name_of
+from megatron_ft.commits.selection.history import full_name
+
 TABLES = "dataset/commitpack/commits_table.py"
 SELECT = "dataset/commitpack/select_commits.py"
 MIT = "MIT License\n\nPermission is hereby granted, free of charge, to any person obtaining a copy\n"
@@ -265,6 +268,16 @@ def test_a_full_disk_is_one_line_and_loses_nothing(mirrors, tmp_path):
     assert len(read_parquet(tmp_path / "out/commits.parquet")) == 13
 
 
+def test_a_comma_in_a_name_does_not_make_two_repositories(mirrors, tmp_path):
+    mirror = tmp_path / "a, b/c,d.git"
+    mirror.parent.mkdir()
+    subprocess.run(["git", "clone", "-q", "--bare", mirrors[0] / "owner/one.git", mirror], check=True)
+    subprocess.run(["git", "-C", mirror, "remote", "remove", "origin"], check=True)
+    assert (name_of(mirror), full_name(mirror)) == ("c_d.git", "a_ b/c_d")
+    subprocess.run(["git", "-C", mirror, "remote", "add", "origin", "https://git.example/a,b/c.git"], check=True)
+    assert name_of(mirror) == full_name(mirror) == "a_b/c"
+
+
 def test_statuses_say_why_and_a_later_run_tries_again(mirrors, tmp_path):
     root, _ = mirrors
     one = root / "owner/one.git"
@@ -347,7 +360,7 @@ def test_bad_inputs_are_one_line(mirrors, tmp_path):
         ("--repos", tmp_path / "plain"): "no commits yet",
         ("--repos-file", tmp_path / "none"): "expected one path of a repository per line",
         ("--repos-file", tmp_path / "gone"): "gone",
-        ("--repos", tmp_path, "--shard", "3/2"): "--shard 3/2",
+        ("--repos", tmp_path, "--shard", "3/2"): "--shard: 3/2",
         ("--repos", tmp_path, "--memory", "1"): "--memory 1",
     }
     for number, (flags, expected) in enumerate(cases.items()):

@@ -205,6 +205,33 @@ def test_a_table_of_another_program_is_an_error(tables, tmp_path):
     assert "commits_table_dedup.parquet: was made by another program" in error
 
 
+DAMAGE = {
+    "cut": lambda data: data[:-200],
+    "footer": lambda data: data[:-600] + bytes(590) + data[-10:],
+    "origin": lambda data: data.replace(b'{"query"', b'\0\0query"'),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_table_is_named_and_made_again(tables, tmp_path, damage):
+    output = tmp_path / "out"
+    rows = select(tables, output)
+    path = output / "commits_table_base.parquet"
+    path.write_bytes(DAMAGE[damage](path.read_bytes()))
+    error = one_error_line(run_program(SELECT, *arguments(tables, output), ok=False))
+    assert f"{path}: cannot be read (" in error and "delete it and run the command again" in error
+    path.unlink()  # as the error asks
+    assert select(tables, output) == rows
+
+
+def test_a_selection_of_no_commits_names_the_stage_that_left_none(tables, tmp_path):
+    tables["licenses"] = write_parquet(tmp_path, "licenses", [{"repo_name": "x/y", "license": "mit"}], "others")
+    for _ in range(2):  # the second time from existing tables
+        done = run_program(SELECT, *arguments(tables, tmp_path / "out"))
+        assert "warning: no commit was selected: commits_table_base made no row of " in done.stderr
+        assert "1 of licenses" in done.stderr
+
+
 def bad_inputs() -> dict:
     import pyarrow
 

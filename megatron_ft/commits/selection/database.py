@@ -107,6 +107,8 @@ class Database:
             return UserError(f"{what}; free disk space, or check the file and its permissions")
         if isinstance(error, kinds.InvalidInputException | kinds.ConversionException):
             return UserError(f"{what}; expected the columns of BigQuery's github_repos, see docs/dataset.md")
+        if type(error) is kinds.Error:  # the end of a parquet file, which tells where the rest is
+            return UserError(f"a parquet file is damaged ({what}); copy it again")
         return error
 
     def __enter__(self) -> "Database":

@@ -88,7 +88,7 @@ def full_name(repo: Path) -> str:
     """OWNER/NAME from the remote's URL, else from the last two parts of the path."""
     name = name_of(repo)
     path = repo.resolve()
-    return name if "/" in name else f"{path.parent.name}/{path.name.removesuffix('.git')}"
+    return name if "/" in name else f"{path.parent.name}/{path.name.removesuffix('.git')}".replace(",", "_")
 
 
 def languages(repo: Path) -> list[dict[str, Any]]:

@@ -16,6 +16,7 @@ from megatron_ft.commits.selection.github_tables import TABLES, create_view
 from megatron_ft.commits.selection.stages import Stage, digest_of
 from megatron_ft.errors import UserError
 from megatron_ft.files.atomic import sync_path
+from megatron_ft.files.json_file import parse_json
 from megatron_ft.files.jsonl import Source
 from megatron_ft.files.output import scratch_directory, writing
 from megatron_ft.files.report import write_report
@@ -28,7 +29,8 @@ QUERY = "query"
 def run_stages(
     stages: Sequence[Stage], inputs: Mapping[str, Sequence[Source]], directory: Path, memory: int | None = None
 ) -> Path:
-    """Write the tables of the stages to `directory`, except existing ones; returns the last.
+    """Write the tables of the stages to `directory`, except existing ones; returns the last, and
+    warns if it has no rows.
 
     `inputs` are the files of each table of github_repos. A table appears complete or not at all,
     with its `_report.json`: rows in and out. Raises UserError if a table was made from other inputs
@@ -42,6 +44,7 @@ def run_stages(
                 made_from = {QUERY: stage.digest} | {table: made[table] for table in stage.reads}
                 made[stage.table] = digest_of(made_from)
                 tables.complete(stage, made_from, scratch)
+            tables.warn_of_none(stages)
     return directory / f"{stages[-1].table}.parquet"
 
 
@@ -76,6 +79,18 @@ class Tables:
         read = ", ".join(f"{count:,} of {table}" for table, count in rows_in.items())
         print(f"{stage.table}: rows {read} -> {rows:,} ({seconds:.1f} s)", file=sys.stderr)
 
+    def warn_of_none(self, stages: Sequence[Stage]) -> None:
+        """Name the first stage that left no rows, if the last one has none."""
+        if self._view(stages[-1].table):
+            return
+        first = next(stage for stage in stages if not self._view(stage.table))
+        given = ", ".join(f"{self._view(table):,} of {table}" for table in first.reads)
+        print(
+            f"warning: no commit was selected: {first.table} made no row of {given}; check that the tables are of "
+            "the same repositories, and the lists of licenses, languages and noise subjects",
+            file=sys.stderr,
+        )
+
     def _view(self, table: str) -> int:
         """Rows of a table, for which a view is created the first time."""
         if table not in self._rows:
@@ -90,8 +105,14 @@ class Tables:
     def _check(self, path: Path, made_from: dict[str, str]) -> None:
         """UserError unless the table of a file was made from this."""
         query = f"SELECT decode(value) FROM parquet_kv_metadata({literal(path)}) WHERE decode(key) = '{MADE_FROM}'"
-        rows = self._database.run(query)
-        found = json.loads(rows[0][0]) if rows else {}
+        try:
+            rows = self._database.run(query)
+            found = parse_json(rows[0][0], f"its {MADE_FROM}") if rows else {}
+        except UserError as error:
+            reason = str(error).partition("; ")[0]
+            raise UserError(
+                f"{path}: cannot be read ({reason}); if it is damaged, delete it and run the command again"
+            ) from error
         if found != made_from:
             others = [name for name in sorted(found | made_from) if found.get(name) != made_from.get(name)]
             reason = f"with other inputs ({', '.join(others)} changed)" if found else "by another program"

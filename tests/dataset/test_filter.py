@@ -236,7 +236,7 @@ def test_bad_rows_stop_the_run_or_are_counted(tmp_path):
         (["--max-tokens", "40"], "--max-tokens 40: no row passes --min-tokens 50 and --max-tokens 40"),
         (["--mass-update-fraction", "1.5"], "must be from 0 to 1"),
         (["--min-tokens", "-1"], "must not be negative"),
-        (["--shard", "3/2"], "--shard 3/2"),
+        (["--shard", "3/2"], "--shard: 3/2"),
         (["--tokenizer-file", "missing.json"], "missing.json: no such tokenizer"),
         (["--decontaminate", "missing"], "missing: no problems found"),
         (["--opt-out", "missing.txt"], "--opt-out missing.txt: cannot be read"),

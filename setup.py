@@ -1,20 +1,37 @@
 """Build and install Megatron-FT: the package, its C++ packing extension, and its dependencies."""
 
 import re
+import shutil
 from pathlib import Path
 
 from pybind11.setup_helpers import Pybind11Extension, build_ext
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 root = Path(__file__).resolve().parent
 version = re.search(r'__version__ = "(.+)"', (root / "megatron_ft/__init__.py").read_text(encoding="utf-8")).group(1)
 
 plots = ["matplotlib"]
 wandb = ["wandb"]
-dataset = ["duckdb", "sqlglot", "pyarrow", "rensa", "pyyaml"]
+dataset = ["duckdb", "sqlglot", "pyarrow", "rensa"]
 evaluation = ["diff-match-patch"]
 types = ["mypy", "types-psutil", "types-PyYAML", "types-tqdm"]
 dev = ["pytest", "pytest-xdist", "hypothesis", "ruff", "codespell", "peft", *types, *plots, *dataset, *evaluation]
+
+
+class BuildWithPrograms(build_py):
+    """Puts the programs, in a checkout folders next to the package, into the package."""
+
+    def run(self) -> None:
+        super().run()
+        if self.editable_mode:
+            return
+        for folder in ("dataset", "preprocess", "launch", "convert", "evaluation", "slurm"):
+            ignored = shutil.ignore_patterns("__pycache__", "cluster.env")
+            copy = Path(self.build_lib) / "megatron_ft/programs" / folder
+            shutil.rmtree(copy, ignore_errors=True)  # of an earlier build, with files that are gone
+            shutil.copytree(root / folder, copy, ignore=ignored)
+
 
 setup(
     name="megatron-ft",
@@ -31,7 +48,8 @@ setup(
             "megatron_ft.data._packing", ["megatron_ft/data/packing.cpp"], cxx_std=17, extra_compile_args=["-O3"]
         )
     ],
-    cmdclass={"build_ext": build_ext},
+    cmdclass={"build_ext": build_ext, "build_py": BuildWithPrograms},
+    entry_points={"console_scripts": ["megatron-ft = megatron_ft.cli.main:run"]},
     install_requires=[
         "torch>=2.6",
         "megatron-core>=0.16.1,<0.20",
@@ -50,6 +68,7 @@ setup(
         "tqdm",
         "zstandard",
         "tensorboard",
+        "pyyaml",
     ],
     extras_require={
         "gpu": ["transformer-engine[pytorch]"],

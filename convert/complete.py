@@ -92,9 +92,7 @@ def complete(directory: Path, prompt: str, args: argparse.Namespace) -> None:
     positions = model.config.max_position_embeddings
     room = positions - args.max_new_tokens
     if room < 1:
-        raise UserError(
-            f"--max-new-tokens {args.max_new_tokens}: the model has {positions} positions; use fewer"
-        )
+        raise UserError(f"--max-new-tokens {args.max_new_tokens}: the model has {positions} positions; use fewer")
     if ids.shape[1] == 0:
         raise UserError("the prompt is empty; give some text to complete")
     if ids.shape[1] > room:

@@ -30,10 +30,16 @@ MEGATRON_FT_ARGUMENTS=$(printf '%q ' "$@")
 export MEGATRON_FT_ARGUMENTS
 if [ "$#" = 0 ]; then MEGATRON_FT_ARGUMENTS=""; fi
 
+# The programs: of this checkout, or of the package in VENV, with which `megatron-ft slurm init` wrote this file.
+PROGRAMS=$MEGATRON_FT
+if [ ! -f "$PROGRAMS/launch/finetune.py" ]; then
+  PROGRAMS=$(python -P -c 'from megatron_ft.launcher.command import PROGRAMS; print(PROGRAMS)')
+fi
+
 # On a login node: check everything, then submit the script. To check, submit.py runs the script with
 # MEGATRON_FT_CHECK set. A script that sets OWN_SUBMISSION submits several jobs by itself.
 if [ -z "${SLURM_JOB_ID:-}${MEGATRON_FT_CHECK:-}${OWN_SUBMISSION:-}" ]; then
-  exec python -P "$MEGATRON_FT/launch/submit.py" "$(realpath -- "$0")" "$@"
+  exec python -P "$PROGRAMS/launch/submit.py" "$(realpath -- "$0")" "$@"
 fi
 
 # finetune FLAGS...: train, or resume from --save if it contains a checkpoint. Flags override the
@@ -46,13 +52,13 @@ finetune() {
     if [ -n "${!name:-}" ]; then flags+=("$flag" "${!name}"); fi
   done
   if [ -n "${MEGATRON_FT_CHECK:-}" ]; then
-    exec python -P "$MEGATRON_FT/launch/finetune.py" --check --num-processes "$MEGATRON_FT_CHECK" "${flags[@]}" "$@"
+    exec python -P "$PROGRAMS/launch/finetune.py" --check --num-processes "$MEGATRON_FT_CHECK" "${flags[@]}" "$@"
   fi
-  exec python -P "$MEGATRON_FT/launch/finetune.py" "${flags[@]}" "$@"
+  exec python -P "$PROGRAMS/launch/finetune.py" "${flags[@]}" "$@"
 }
 
-# run PROGRAM ARGS...: run a program of this checkout on the job's first node.
+# run PROGRAM ARGS...: run a program on the job's first node.
 run() {
   if [ -n "${MEGATRON_FT_CHECK:-}" ]; then return 0; fi
-  python -P "$MEGATRON_FT/$1" "${@:2}"
+  python -P "$PROGRAMS/$1" "${@:2}"
 }

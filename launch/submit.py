@@ -21,7 +21,7 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from megatron_ft.errors import EXIT_DONE, UserError, run_program
-from megatron_ft.launcher.command import ROOT
+from megatron_ft.launcher.command import PROGRAMS, ROOT
 
 SIZES = {
     "-N": "nodes",
@@ -44,7 +44,7 @@ def main() -> int:
         raise UserError(
             "sbatch is not on PATH, so this is not a SLURM login node; without SLURM, use python launch/finetune.py"
         )
-    site = read_cluster_env()
+    site = read_cluster_env(script)
     header = re.findall(r"^#SBATCH (.+)$", script.read_text("utf-8", "replace"), flags=re.MULTILINE)
     requested = sizes([word for line in header for word in shlex.split(line)])
     given = sizes(options)
@@ -90,14 +90,16 @@ def split_command(words: Sequence[str]) -> tuple[list[str], Path, list[str]]:
     raise UserError(f"no script among: {shlex.join(words)}; expected [sbatch options] slurm/SCRIPT.sh [flags]")
 
 
-def read_cluster_env() -> dict[str, str]:
-    """The environment after bash has sourced slurm/cluster.env. Raises UserError."""
-    path = Path(os.environ.get("CLUSTER_ENV") or ROOT / "slurm" / "cluster.env")
+def read_cluster_env(script: Path) -> dict[str, str]:
+    """The environment after bash has sourced slurm/cluster.env, which for an installed package is
+    next to the script. Raises UserError."""
+    home = ROOT if PROGRAMS == ROOT else script.parents[1]
+    path = Path(os.environ.get("CLUSTER_ENV") or home / "slurm" / "cluster.env")
     if not path.is_file():
-        raise UserError(f"{path} not found: cp '{ROOT}/slurm/cluster.env.example' '{path}', and fill it in")
+        raise UserError(f"{path} not found: cp '{home}/slurm/cluster.env.example' '{path}', and fill it in")
     read = subprocess.run(
         ["bash", "-euc", 'set -a; source "$1"; exec env -0', "bash", str(path)],
-        env={**os.environ, "MEGATRON_FT": str(ROOT)}, capture_output=True, encoding="utf-8", errors="surrogateescape",
+        env={**os.environ, "MEGATRON_FT": str(home)}, capture_output=True, encoding="utf-8", errors="surrogateescape",
     )  # fmt: skip
     if read.returncode:
         raise UserError(f"{path} does not run: {' '.join(read.stderr.split())}")

@@ -25,7 +25,7 @@ done
 [ "$#" = 0 ] || shift # the --
 read -ra train_options <<<"${TRAIN_OPTIONS:-}"
 read -ra options <<<"${SBATCH_OPTIONS:-}"
-submit() { MEGATRON_FT_DATA_COMES=1 python -P "$MEGATRON_FT/launch/submit.py" --parsable --kill-on-invalid-dep=yes "$@"; }
+submit() { MEGATRON_FT_DATA_COMES=1 python -P "$PROGRAMS/launch/submit.py" --parsable --kill-on-invalid-dep=yes "$@"; }
 
 # Check training before submitting anything, so that a wrong flag fails now, not after hours of
 # tokenizing.

@@ -29,17 +29,17 @@ SHARDS=${SHARDS:-16}
 program=${1:-}
 case ${task:-submit} in
 shard)
-  run dataset/row_shards.py run "$SLURM_ARRAY_TASK_ID/$SHARDS" "$MEGATRON_FT/$program" "${@:2}"
+  run dataset/row_shards.py run "$SLURM_ARRAY_TASK_ID/$SHARDS" "$PROGRAMS/$program" "${@:2}"
   ;;
 join)
-  run dataset/row_shards.py join "$SHARDS" "$MEGATRON_FT/$program" "${@:2}"
+  run dataset/row_shards.py join "$SHARDS" "$PROGRAMS/$program" "${@:2}"
   ;;
 submit)
   [ -n "$program" ] || fail "program is missing: bash slurm/rows.sh dataset/commitpackft/filter.py --input rows.jsonl --output kept.jsonl"
-  [ -f "$MEGATRON_FT/$program" ] || fail "$program: not found in $MEGATRON_FT; expected a path like dataset/commitpackft/filter.py"
+  [ -f "$PROGRAMS/$program" ] || fail "$program: not found in $PROGRAMS; expected a path like dataset/commitpackft/filter.py"
   [[ $SHARDS =~ ^[1-9][0-9]*$ ]] || fail "SHARDS=$SHARDS: expected a positive integer, like 16"
   read -ra options <<<"${SBATCH_OPTIONS:-}"
-  found=$(run dataset/row_shards.py missing "$SHARDS" "$MEGATRON_FT/$program" "${@:2}")
+  found=$(run dataset/row_shards.py missing "$SHARDS" "$PROGRAMS/$program" "${@:2}")
   missing=()
   while IFS=$'\t' read -r shard _; do
     if [ -n "$shard" ]; then missing+=("$shard"); fi

@@ -27,7 +27,7 @@ PROGRAMS = ("dataset", "preprocess", "launch", "convert", "evaluation", "bench",
 LAYERS = (
     "printable", "errors", "extras", "progress", "files", "model", "config", "tokenizer", "commits", "prompts",
     "conversations", "mixing", "tokenizing", "data", "weights", "evaluation", "checkpoint", "metrics", "training", "engine",
-    "run", "finetune", "launcher",
+    "run", "finetune", "launcher", "conversion", "cli",
 )  # fmt: skip
 # Arrows that stay forbidden wherever a room moves in LAYERS.
 FORBIDDEN = {
@@ -244,11 +244,11 @@ with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):
     runpy.run_path(sys.argv[0], run_name="__main__")
 print(*sorted({"torch", "megatron", "transformers"} & set(sys.modules)))
 """
-WITH_FLAGS = [path for path in sources(ROOT, "dataset", "preprocess", "launch", "evaluation") if path.name != "rank.py"]
-LIGHT = [*WITH_FLAGS, ROOT / "convert/complete.py"]
+FOLDERS = ("dataset", "preprocess", "launch", "convert", "evaluation")
+WITH_FLAGS = [path for path in sources(ROOT, *FOLDERS) if path.name != "rank.py"]
 
 
-@pytest.mark.parametrize("program", LIGHT, ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize("program", WITH_FLAGS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_flags_are_parsed_before_torch_is_loaded(program):
     command = [sys.executable, "-c", SHOW_HELP, str(program)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)

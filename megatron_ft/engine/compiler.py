@@ -33,7 +33,7 @@ def replace_dynamo() -> None:
     """Let torch's optimizers and process groups find what they call of torch._dynamo without
     importing it. Changes nothing if it is imported already."""
     sys.modules.setdefault(DYNAMO, _Dynamo(DYNAMO))
-    torch._dynamo = sys.modules[DYNAMO]  # type: ignore[assignment]  # the attribute of an import
+    torch._dynamo = sys.modules[DYNAMO]  # as an import does
 
 
 class _Dynamo(ModuleType):

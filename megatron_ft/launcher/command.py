@@ -13,6 +13,8 @@ from pathlib import Path
 from megatron_ft.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
+# The folders of programs: of the checkout, or those that an installed package has with it.
+PROGRAMS = ROOT / "megatron_ft/programs" if (ROOT / "megatron_ft/programs").is_dir() else ROOT
 NVIDIA_SMI_SECONDS = 60  # without its persistence daemon, the driver takes seconds per GPU to load
 
 
@@ -45,7 +47,8 @@ def shared_environment(ranks_on_node: int, gpus: int) -> dict[str, str]:
         "PYTHONUNBUFFERED": "1",  # logs are followed with tail -f
         "PYTHONUTF8": "1",  # srun may start ranks with LANG=C; logs are UTF-8 everywhere
     }
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    checkout = [str(ROOT)] if PROGRAMS == ROOT else []  # an installed package is found without it
+    path = os.pathsep.join(filter(None, [*checkout, os.environ.get("PYTHONPATH")]))
     return {
         **{name: os.environ.get(name, value) for name, value in defaults.items()},
         "PYTHONPATH": path,

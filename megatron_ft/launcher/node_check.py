@@ -23,7 +23,7 @@ from megatron_ft.errors import UserError
 from megatron_ft.files.atomic import free_bytes
 from megatron_ft.files.json_file import require
 from megatron_ft.files.log_lines import parse_log_line
-from megatron_ft.launcher.command import ROOT, local_gpus, training_python
+from megatron_ft.launcher.command import PROGRAMS, ROOT, local_gpus, training_python
 from megatron_ft.launcher.slurm_job import Job, expects_gpus, start_slurm
 from megatron_ft.launcher.slurm_ranks import srun_command
 from megatron_ft.model.cost import checkpoint_bytes
@@ -67,7 +67,7 @@ def check_nodes(job: Job, config: Config) -> dict[str, str]:
 
     Raises UserError if no node can: then no single node is at fault.
     """
-    command = [sys.executable, "-P", str(ROOT / "launch" / "preflight.py")]
+    command = [sys.executable, "-P", str(PROGRAMS / "launch" / "preflight.py")]
     command += ["--gpus", str(job.tasks_per_node if expects_gpus() else 0)]
     command += ["--need-gb", f"{checkpoint_gigabytes(config):.3f}"]
     command += ["--save", config.checkpoint.save] if config.checkpoint.save else []

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import IO
 
 from megatron_ft.errors import EXIT_DONE, EXIT_RESUME, EXIT_USER_ERROR
-from megatron_ft.launcher.command import ROOT, free_port, shared_environment
+from megatron_ft.launcher.command import PROGRAMS, free_port, shared_environment
 from megatron_ft.launcher.slurm_job import Job, expects_gpus, start_slurm
 
 # A user signal would kill a rank that has not installed its handlers, so it is held back this long
@@ -116,7 +116,7 @@ def _srun_with_all_gpus() -> list[str]:
 
 def ranks_command(job: Job, command: Sequence[str], logs: Path) -> list[str]:
     """srun's command line for all ranks: a failed rank ends the step on all nodes."""
-    wrapped = [sys.executable, "-P", str(ROOT / "launch" / "rank.py"), str(logs), *command]
+    wrapped = [sys.executable, "-P", str(PROGRAMS / "launch" / "rank.py"), str(logs), *command]
     return srun_command(job, wrapped, options=["--kill-on-bad-exit=1", "--unbuffered", "--job-name=ranks"])
 
 

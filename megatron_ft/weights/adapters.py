@@ -19,8 +19,9 @@ from megatron_ft.printable import printable
 from megatron_ft.weights.directory import check_link
 from megatron_ft.weights.fingerprint import is_base
 from megatron_ft.weights.hf_reader import read_tensors
+from megatron_ft.weights.locate import find_iteration
 from megatron_ft.weights.manifest import NAME, Manifest, damage_as_user_error, read_intact_manifest, read_manifest
-from megatron_ft.weights.open import find_iteration, open_weights
+from megatron_ft.weights.open import open_weights
 from megatron_ft.weights.source import WeightSource
 from megatron_ft.weights.torch_dist_files import TorchDistFiles
 

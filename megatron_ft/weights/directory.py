@@ -25,6 +25,7 @@ from megatron_ft.files.json_file import kind_of
 
 TRACKER = "latest_checkpointed_iteration.txt"
 BEST = "best_checkpointed_iteration.txt"
+METADATA = ".metadata"  # of a torch_dist checkpoint
 OWNER = ".owner.json"  # names the training run that writes here
 MAX_ITERATION = 10**12
 # What a run leaves half written or half deleted, and nothing that anybody else may be writing:

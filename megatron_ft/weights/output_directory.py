@@ -54,6 +54,12 @@ def new_directory(
         ) from error
 
 
+def check_output(path: Path, sources: Iterable[str | Path | None], *, overwrite: bool) -> None:
+    """Raise UserError when `new_directory` would refuse `path`, before anything is read."""
+    with suppress(OSError):  # which new_directory reports
+        _check_output(path, path.resolve(), sources, overwrite)
+
+
 def _check_output(named: Path, path: Path, sources: Iterable[str | Path | None], overwrite: bool) -> None:
     """Raise UserError when `path`, which the user named `named`, may not be written."""
     if path.exists() and not path.is_dir():

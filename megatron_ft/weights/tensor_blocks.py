@@ -9,9 +9,11 @@ import torch
 from megatron_ft.errors import UserError
 from megatron_ft.model.boxes import Box
 from megatron_ft.model.tensor_names import tensor_shape
+from megatron_ft.weights.precision import PRECISIONS
 from megatron_ft.weights.source import WeightSource, slice_of_pieces
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}  # what converters write, by --dtype
+# What converters write, by --dtype.
+DTYPES = dict(zip(PRECISIONS, (torch.bfloat16, torch.float16, torch.float32), strict=True))
 # Bytes of weights in memory at once: few enough that they are still in the CPU's cache when they
 # are written, and that the allocator reuses their pages (larger blocks are new, zeroed pages).
 BLOCK = 1 << 20

@@ -27,11 +27,10 @@ from torch.distributed.checkpoint.metadata import (
 
 from megatron_ft.errors import UserError
 from megatron_ft.files.atomic import sync_file
-from megatron_ft.weights.directory import check_file_name
+from megatron_ft.weights.directory import METADATA, check_file_name
 from megatron_ft.weights.manifest import Damaged
 from megatron_ft.weights.safe_pickle import load_dcp_metadata
 
-METADATA = ".metadata"
 MOST_BYTES = 1 << 60  # no tensor and no file is larger
 T = TypeVar("T")
 # CheckpointingConfig in megatron/core/dist_checkpointing/core.py

@@ -6,6 +6,12 @@ writes data/rows_inputs_document.{bin,idx} and data/rows_targets_document.{bin,i
 followed by an end-of-text token, and data/rows_made_from.json, by which merge.py, view.py and
 training recognize a different tokenizer. The bytes do not depend on --workers.
 
+Rows may also be conversations, written as the tokenizer's chat template has them and learned turn
+by turn, or plain texts, all of which is learned:
+
+    python preprocess/tokenize.py chats.jsonl --messages-key messages --tokenizer-file DIR ...
+    python preprocess/tokenize.py code.jsonl --text-key text --fim-rate 0.5 ...
+
 For a job array, give each task one shard and join the parts with merge.py. The result is byte for
 byte that of a single run:
 
@@ -31,8 +37,10 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from megatron_ft.config.parser import Help, Parser
-from megatron_ft.data.indexed import IndexedWriter, commit, field_paths
-from megatron_ft.data.provenance import MAX_SHARDS, Provenance, inputs_of, path_of
+from megatron_ft.conversations.chat_template import ChatTemplate
+from megatron_ft.conversations.learned_spans import ANSWERS, TRAIN_ON
+from megatron_ft.data.indexed import IndexedWriter, commit, field_paths, learned_path
+from megatron_ft.data.provenance import MAX_SHARDS, TRAIN_ON_FLAG, Provenance, inputs_of, path_of
 from megatron_ft.data.shards import missing_shards
 from megatron_ft.errors import UserError, run_program
 from megatron_ft.files.jsonl import Block, Source, open_sources, parse_shard, read_blocks, shard_bytes
@@ -44,10 +52,15 @@ from megatron_ft.tokenizer.consumer import difference_to_transformers
 from megatron_ft.tokenizer.files import vocabulary_digest
 from megatron_ft.tokenizer.kinds import Tokenizer
 from megatron_ft.tokenizer.tokenizer import load_tokenizer
+from megatron_ft.tokenizing.conversation_encoder import ConversationEncoder
 from megatron_ft.tokenizing.in_order import BlockEncoder, encode_in_order
 from megatron_ft.tokenizing.row_encoder import Encoded, RowEncoder
+from megatron_ft.tokenizing.text_encoder import FillInTheMiddle, TextEncoder
 
-REMEDY = "fix the row, name other keys (--input-key, --output-key), or skip such rows (--skip-bad-rows)"
+REMEDY = (
+    "fix the row, name other keys (--input-key, --output-key; --messages-key or --text-key for rows of one key), "
+    "or skip such rows (--skip-bad-rows)"
+)
 REMEDY_OF_DIFFERENCE = (
     "the token files have the ids of its tokenizer.json, which models are pretrained with, "
     "and convert/megatron_to_hf.py writes a tokenizer that transformers loads as it is"
@@ -73,11 +86,40 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add("--input-key", default="inputs", metavar="KEY", help="key of the text the model reads")
     add("--output-key", metavar="KEY", help="key of the text it learns to write (default: outputs, else targets)")
+    add("--messages-key", metavar="KEY", help="rows are conversations: a list of {role, content} under KEY")
+    add(
+        "--chat-template",
+        type=Path,
+        metavar="FILE",
+        help="Jinja template of the conversations (default: that of --tokenizer-file, a directory)",
+    )
+    add(
+        "--train-on",
+        choices=TRAIN_ON,
+        default=ANSWERS,
+        help="what is learned of a conversation: " + ", ".join(f"{name}: {what}" for name, what in TRAIN_ON.items()),
+    )
+    add("--text-key", metavar="KEY", help="rows are plain texts, all of which is learned: a string under KEY")
+    add(
+        "--fim-rate",
+        type=float,
+        default=0.0,
+        metavar="RATE",
+        help="fraction of plain texts that are rearranged for fill-in-the-middle",
+    )
+    add(
+        "--fim-spm-rate",
+        type=float,
+        default=0.5,
+        metavar="RATE",
+        help="fraction of these in the order suffix, prefix, middle; the others are prefix, suffix, middle",
+    )
+    add("--seed", type=int, default=1234, help="seed of --fim-rate: with the text, it determines the cuts")
     add(
         "--append-eod",
         action=argparse.BooleanOptionalAction,
-        default=True,
-        help="append an end-of-text token to every output",
+        help="append an end-of-text token to every output (default: yes, except to conversations, which end as the "
+        "template says)",
     )
     add(
         "--literal-special-tokens",
@@ -105,6 +147,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args.input += args.more_input or []
     args.literal_special_tokens = args.literal_special_tokens or []
     args.shard = parse_shard(args.shard)
+    check_kind_of_rows(args)
+    if args.append_eod is None:
+        args.append_eod = args.messages_key is None
     if args.workers < 1:
         raise UserError(f"--workers {args.workers}: must be at least 1")
     if args.missing_shards is not None and not 1 <= args.missing_shards <= MAX_SHARDS:
@@ -117,37 +162,81 @@ def main() -> None:
     os.environ["RAYON_NUM_THREADS"] = str(args.workers)  # threads of the tokenizers library
     rejected = Path(f"{args.output_prefix}_rejected.jsonl")
     sources = open_sources(args.input, [rejected])
-    keys = [[args.input_key], [args.output_key] if args.output_key else ["outputs", "targets"]]
+    template = ChatTemplate(Path(args.tokenizer_file), args.chat_template) if args.messages_key else None
     if args.missing_shards:
-        expected = provenance(args, Path(args.tokenizer_file), sources, keys)
+        expected = provenance(args, Path(args.tokenizer_file), sources, template)
         for index, reason in missing_shards(args.output_prefix, args.missing_shards, expected):
             print(f"{index}\t{printable(reason)}")
         return
     tokenizer = load_tokenizer(args.tokenizer_file, args.literal_special_tokens)
-    print_notices(args, tokenizer)
-    encoder = RowEncoder(tokenizer, keys, args.append_eod)
+    print_notices(args, tokenizer, template)
+    encoder = encoder_of(args, tokenizer, template)
     totals = Totals(special_counts=np.zeros_like(encoder.special_ids))
     with ExitStack() as stack:
         stack.enter_context(writing(args.output_prefix))
-        writers = [stack.enter_context(IndexedWriter(path, encoder.dtype)) for path in field_paths(args.output_prefix)]
+        fields = (*field_paths(args.output_prefix), learned_path(args.output_prefix))
+        writers = [
+            stack.enter_context(IndexedWriter(path, dtype)) for path, dtype in zip(fields, encoder.dtypes, strict=False)
+        ]
         rejects = stack.enter_context(OutputFile(rejected)) if args.skip_bad_rows else None
         write_tokens(args, sources, encoder, writers, rejects, totals)
         if not writers[0].num_sequences and args.shard[1] == 1:
-            raise UserError(nothing_written(sources, keys, totals))
+            raise UserError(nothing_written(sources, keys_of(args), totals))
         if rejects is not None and totals.bad:
             rejects.commit()
         else:
             rejected.unlink(missing_ok=True)  # of an earlier run
         path_of(args.output_prefix).unlink(missing_ok=True)
-        commit(writers)
-        provenance(args, tokenizer.path, sources, keys).write(args.output_prefix)
+        commit(writers, absent=fields[len(writers) :])
+        provenance(args, tokenizer.path, sources, template).write(args.output_prefix)
     print_summary(args, tokenizer, writers, totals, rejected)
 
 
+def check_kind_of_rows(args: argparse.Namespace) -> None:
+    """Raise UserError for flags that are for another kind of rows."""
+    if args.messages_key and args.text_key:
+        raise UserError("--messages-key and --text-key: rows are either conversations or plain texts; give one of them")
+    if (args.chat_template or args.train_on != ANSWERS) and not args.messages_key:
+        flag = "--chat-template" if args.chat_template else "--train-on"
+        raise UserError(f"{flag} is for conversations; add --messages-key messages, or leave it out")
+    if args.append_eod and args.messages_key:
+        raise UserError(
+            "--append-eod: a conversation ends as its chat template says; give another --chat-template FILE"
+        )
+    for flag, rate in (("--fim-rate", args.fim_rate), ("--fim-spm-rate", args.fim_spm_rate)):
+        if not 0 <= rate <= 1:
+            raise UserError(f"{flag} {rate:g}: expected a fraction from 0 to 1")
+    if args.fim_rate and not args.text_key:
+        raise UserError("--fim-rate is for plain texts; add --text-key text, or leave it out")
+
+
+def keys_of(args: argparse.Namespace) -> list[list[str]]:
+    """For each text of a row, the names that its key may have."""
+    if one := args.messages_key or args.text_key:
+        return [[one]]
+    return [[args.input_key], [args.output_key] if args.output_key else ["outputs", "targets"]]
+
+
+def encoder_of(args: argparse.Namespace, tokenizer: Tokenizer, template: ChatTemplate | None) -> BlockEncoder:
+    """The encoder of this kind of rows."""
+    if template:
+        return ConversationEncoder(tokenizer, template, args.messages_key, args.train_on)
+    if args.text_key:
+        rates = (args.fim_rate, args.fim_spm_rate)
+        fim = FillInTheMiddle.of(tokenizer, *rates, args.seed) if args.fim_rate else None
+        return TextEncoder(tokenizer, args.text_key, args.append_eod, fim)
+    return RowEncoder(tokenizer, keys_of(args), args.append_eod)
+
+
 def provenance(
-    args: argparse.Namespace, tokenizer: Path, sources: Sequence[Source], keys: Sequence[Sequence[str]]
+    args: argparse.Namespace, tokenizer: Path, sources: Sequence[Source], template: ChatTemplate | None
 ) -> Provenance:
     """What this command makes its output from."""
+    flags = {}
+    if template:
+        flags = {TRAIN_ON_FLAG: args.train_on, "--chat-template": template.digest}
+    elif args.fim_rate:
+        flags = {f"--{flag}": str(vars(args)[flag.replace("-", "_")]) for flag in ("fim-rate", "fim-spm-rate", "seed")}
     return Provenance(
         tokenizer=tokenizer.name,
         sha256=vocabulary_digest(Path(args.tokenizer_file)),
@@ -155,13 +244,19 @@ def provenance(
         literal_special_tokens=tuple(sorted(args.literal_special_tokens)),
         shard=args.shard,
         inputs=inputs_of(sources),
-        keys=tuple(map(tuple, keys)),
+        keys=tuple(map(tuple, keys_of(args))),
+        flags=flags,
     )
 
 
-def print_notices(args: argparse.Namespace, tokenizer: Tokenizer) -> None:
+def print_notices(args: argparse.Namespace, tokenizer: Tokenizer, template: ChatTemplate | None) -> None:
     """Print what users of the model should know about its tokenizer: its two ends, if it has two,
-    and whether transformers encodes in another way. Raises UserError if their sizes differ."""
+    and whether transformers encodes in another way. Raises UserError if their sizes differ, or a
+    literal token is one of the chat template."""
+    if template and (written := [token for token in args.literal_special_tokens if template.writes(token)]):
+        raise UserError(f"--literal-special-tokens {written[0]}: the chat template writes this token; leave it out")
+    if template and template.dated:
+        print("warning: the chat template writes the current date; shards of different days differ", file=sys.stderr)
     if args.append_eod and tokenizer.end_notice:
         print(printable(tokenizer.end_notice), file=sys.stderr)
     if Path(args.tokenizer_file).is_dir():
@@ -177,13 +272,15 @@ class Totals:
     special_counts: np.ndarray  # int64 [special tokens]
     bad: Counter[str] = field(default_factory=Counter)  # rows by reason
     tokens: int = 0
+    learned: int = 0  # marked tokens of conversations
     ended: int = 0
 
     def add(self, encoded: Encoded) -> None:
         self.bad.update(reason for _, reason in encoded.bad)
         self.special_counts = self.special_counts + encoded.special_counts
         self.ended += encoded.ended
-        self.tokens += sum(int(sizes.sum()) for sizes in encoded.sizes)
+        self.tokens += sum(int(sizes.sum()) for sizes in encoded.sizes[:2])
+        self.learned += sum(marks.count(b"\x01") for marks in encoded.data[2:])
 
 
 def write_tokens(
@@ -230,19 +327,21 @@ def nothing_written(sources: Sequence[Source], keys: Sequence[Sequence[str]], to
     found = "no rows"
     if totals.bad:
         found = f"all {totals.bad.total():,} rows are bad, the first because: {next(iter(totals.bad))}"
-    inputs, outputs = (" or ".join(map(repr, names)) for names in keys)
-    return f"{sources[0].name}: {found}; expected one JSON object per line, with the keys {inputs} and {outputs}"
+    names = " and ".join(" or ".join(map(repr, names)) for names in keys)
+    expected = f"the key {names}" if len(keys) == 1 else f"the keys {names}"
+    return f"{sources[0].name}: {found}; expected one JSON object per line, with {expected}"
 
 
 def print_summary(
     args: argparse.Namespace, tokenizer: Tokenizer, writers: Sequence[IndexedWriter], totals: Totals, rejected: Path
 ) -> None:
     """Print what was written, which rows were skipped and why, and special tokens in the data."""
-    inputs, outputs = writers
+    inputs, outputs, *marks = writers
+    of_these = f", {totals.learned:,} of these learned" if marks else ""
     print(
         f"{inputs.num_sequences:,} rows: {inputs.num_tokens:,} input tokens, {outputs.num_tokens:,} output tokens"
-        f"{' including end-of-text' if args.append_eod else ''}, {inputs.dtype} -> "
-        f"{args.output_prefix}_{{inputs,targets}}_document.{{bin,idx}}"
+        f"{' including end-of-text' if args.append_eod else ''}{of_these}, {inputs.dtype} -> "
+        f"{args.output_prefix}_{{inputs,targets{',learned' if marks else ''}}}_document.{{bin,idx}}"
     )
     if totals.bad:
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in totals.bad.most_common())

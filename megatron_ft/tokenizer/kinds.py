@@ -178,10 +178,23 @@ class JsonTokenizer(Tokenizer):
         try:
             encoded = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
         except Exception as error:  # the library raises bare Exception
-            raise UserError(
-                f"{self.path}: cannot encode a text ({first_line(error)}); use a tokenizer that knows every character"
-            ) from error
+            raise self._cannot_encode(error) from error
         return [np.array(one.ids, self.dtype) for one in encoded]
+
+    def encode_with_offsets(self, text: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Ids of a text, [tokens] of `dtype`, and the characters at which each token starts and
+        ends, both int64 [tokens]. Slower than `encode_batch`, and raises UserError like it."""
+        try:
+            encoded = self._backend.encode(text, add_special_tokens=False)
+        except Exception as error:  # the library raises bare Exception
+            raise self._cannot_encode(error) from error
+        offsets = np.array(encoded.offsets, np.int64).reshape(-1, 2)
+        return np.array(encoded.ids, self.dtype), offsets[:, 0], offsets[:, 1]
+
+    def _cannot_encode(self, error: Exception) -> UserError:
+        return UserError(
+            f"{self.path}: cannot encode a text ({first_line(error)}); use a tokenizer that knows every character"
+        )
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._backend.decode([int(i) for i in ids], skip_special_tokens=False)

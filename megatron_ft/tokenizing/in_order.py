@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
 
+import numpy as np
+
 from megatron_ft.files.jsonl import Block
 from megatron_ft.printable import printable
 from megatron_ft.tokenizer.kinds import Tokenizer
@@ -15,9 +17,14 @@ MEMORY = 512 << 20  # bytes of blocks in flight, as estimated by `memory_of`; on
 
 
 class BlockEncoder(Protocol):
-    """What encodes the rows of one kind; one object serves all threads."""
+    """What encodes the rows of one kind; one object serves all threads.
+
+    special_ids: int64 [special tokens]. dtypes: of each field.
+    """
 
     tokenizer: Tokenizer
+    special_ids: np.ndarray
+    dtypes: list[np.dtype]
 
     def check_fast_encoder(self, block: Block) -> None:
         """Compare the fast encoder with the reference on the first rows of the data."""

@@ -15,7 +15,8 @@ SAMPLE_BYTES = 1 << 18  # longer lines are left out of that sample
 
 @dataclass(frozen=True)
 class Encoded:
-    """The result of encoding one block of rows. The fields of a row are its inputs and outputs."""
+    """The result of encoding one block of rows. The fields of a row are its inputs, its
+    outputs and, of conversations, marks of the learned outputs."""
 
     data: list[bytes]  # per field: the token ids of all rows
     sizes: list[np.ndarray]  # per field: int32 [rows], tokens of each row
@@ -33,6 +34,7 @@ class RowEncoder:
     def __init__(self, tokenizer: Tokenizer, keys: list[list[str]], append_eod: bool):
         self.tokenizer, self.keys, self.append_eod = tokenizer, keys, append_eod
         self.dtype = tokenizer.dtype
+        self.dtypes = [self.dtype, self.dtype]
         self.special_ids = np.array(list(tokenizer.special_ids.values()), np.int64)
         eod = np.array([tokenizer.eod], self.dtype).tobytes() if append_eod else b""
         self.endings = [b"", eod]  # per field: bytes to append to each row

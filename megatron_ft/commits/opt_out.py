@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ft.errors import UserError
-from megatron_ft.files.os_error import remedy
+from megatron_ft.files.json_file import read_small_text
 
 
 def read_owners(path: str | Path) -> frozenset[str]:
@@ -12,13 +12,7 @@ def read_owners(path: str | Path) -> frozenset[str]:
 
     Raises UserError if the file cannot be read, or a line is not the name of an owner.
     """
-    try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
-    except OSError as error:
-        what_to_do = remedy(error, "give a file with one owner per line")
-        raise UserError(f"--opt-out {path}: cannot be read ({error.strerror}); {what_to_do}") from error
-    except UnicodeDecodeError:
-        raise UserError(f"--opt-out {path}: not text; expected one owner per line") from None
+    lines = read_small_text(Path(path), "one owner per line").splitlines()
     owners = set()
     for number, line in enumerate(lines, 1):
         owner = line.partition("#")[0].strip()

@@ -20,12 +20,13 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ft.errors import UserError
-from megatron_ft.files.json_file import read_small_file
+from megatron_ft.files.json_file import read_small_text
 
 CONFIG, PRINT_CONFIG = "--config", "--print-config"
 KEPT = "config.yaml"  # in --save: what repeats the run
 LAUNCHED_WITH = "MEGATRON_FT_LAUNCHED_WITH"  # variable by which ranks know the launcher's own settings, as JSON
 MOST_LEVELS = 20  # of sections
+EXPECTED = "YAML, like 'seq-length: 2048'"
 
 
 @dataclass(frozen=True)
@@ -116,9 +117,7 @@ def read_settings(path: Path) -> list[Setting]:
     import yaml
 
     try:
-        root = yaml.compose(read_small_file(path).decode("utf-8-sig"), Loader=yaml.SafeLoader)
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: not UTF-8; expected YAML, like 'seq-length: 2048'") from None
+        root = yaml.compose(read_small_text(path, EXPECTED), Loader=yaml.SafeLoader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
         line = f", line {mark.line + 1}" if mark else ""

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_ft.errors import UserError
-from megatron_ft.files.json_file import read_small_file
+from megatron_ft.files.json_file import read_small_text
 
 WORD = re.compile(r"\w+")
 APOSTROPHES = "\u2019\u2018\u02bc\u00b4"
@@ -48,10 +48,7 @@ def normalized(text: str) -> str:
 
 def read_phrases(path: Path) -> list[Phrase]:
     """The phrases of a file in its order; UserError if it cannot be read or holds none."""
-    try:
-        lines = read_small_file(path).decode("utf-8-sig").splitlines()
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: not UTF-8; expected one phrase per line, under [category]") from None
+    lines = read_small_text(path, "one phrase per line, under [category]").splitlines()
     phrases: dict[str, Phrase] = {}
     category = ""
     for number, line in enumerate(lines, 1):

@@ -23,8 +23,8 @@ KINDS = [
     (kind, re.compile(start, re.DOTALL), found)
     for kind, start, found in (
         ("lfs", rb"version https?://(?:git-lfs|hawser)", "a Git LFS pointer, not the file; git lfs pull downloads it"),
-        ("html", rb"\s*<(?i:!doctype html|html|head|body)\b", f"an HTML page, not the file; {DOWNLOAD}"),
-        ("xml", rb"\s*<\?xml\b", f"an XML document, such as a server's error message, not the file; {DOWNLOAD}"),
+        ("html", rb"(?:\xef\xbb\xbf)?\s*<(?i:!doctype html|html|head|body)\b", f"an HTML page, not the file; {DOWNLOAD}"),
+        ("xml", rb"(?:\xef\xbb\xbf)?\s*<\?xml\b", f"an XML document, such as a server's error message, not the file; {DOWNLOAD}"),
         (
             "hub",
             rb"(?:Entry not found|Repository not found|Access to \w+ \S+ is restricted|Invalid username or password)",

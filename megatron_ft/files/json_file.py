@@ -70,6 +70,18 @@ def read_small_file(path: Path, max_bytes: int = MAX_BYTES) -> bytes:
     return content
 
 
+def read_small_text(path: Path, expected: str) -> str:
+    """The text of a small file in UTF-8, without a byte order mark; UserError, which says what was
+    `expected`, if it is not text, or a page or pointer in place of it."""
+    content = read_small_file(path)
+    if content and (other := describe(content)):
+        raise UserError(f"{path}: {other}")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not UTF-8; expected {expected}") from None
+
+
 def parse_json(content: bytes | str, where: str, remedy: str = "") -> dict[str, Any]:
     """The object in a JSON text, with the limits of `read_json`; `where` names the text in the
     UserError if there is none."""

@@ -26,7 +26,7 @@ from typing import Any
 
 from megatron_ft.errors import UserError
 from megatron_ft.extras import require
-from megatron_ft.files.json_file import kind_of, read_small_file
+from megatron_ft.files.json_file import kind_of, read_small_text
 
 ALL = "all"
 MIX_KEYS = ("seed", "rows", "sources")
@@ -175,9 +175,7 @@ def _parse(path: Path) -> Any:
             return super().construct_mapping(node, deep)
 
     try:
-        return yaml.load(read_small_file(path).decode("utf-8-sig"), Loader)
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: not UTF-8; expected YAML") from None
+        return yaml.load(read_small_text(path, "YAML"), Loader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""

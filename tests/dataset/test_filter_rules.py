@@ -211,12 +211,12 @@ def test_opt_out_ignores_case_and_a_fork_keeps_no_row(tmp_path):
     assert [rule(Candidate(GOOD | {"repos": repos}), Limits()) for repos in names] == [True] * 3 + [False] * 4
 
 
-@pytest.mark.parametrize("content", [b"jane/repo\n", b"jane doe\n", b"\xff\xfe\x00"])
+@pytest.mark.parametrize("content", [b"jane/repo\n", b"jane doe\n", b"\x80\n"])
 def test_opt_out_file_that_lists_no_owners_is_one_error(content, tmp_path):
     (tmp_path / "owners.txt").write_bytes(content)
     with pytest.raises(UserError, match="owners.txt.*expected one"):
         read_owners(tmp_path / "owners.txt")
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="no such file"):
         read_owners(tmp_path / "missing.txt")
 
 

@@ -197,7 +197,7 @@ def test_output_that_exists_is_not_touched(tmp_path):
         (["--plot", "x.gif"], "must end in .png, .pdf or .svg"),
         (["--licenses", "missing.jsonl"], "missing.jsonl"),
         (["--input", "-", "--licenses", "-"], "standard input (-) can be read only once; give --licenses a file"),
-        (["--opt-out", "missing.txt"], "missing.txt: cannot be read"),
+        (["--opt-out", "missing.txt"], "missing.txt: no such file"),
     ],
 )
 def test_wrong_flags_are_one_line(flags, what, tmp_path):

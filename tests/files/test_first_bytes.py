@@ -46,5 +46,10 @@ def test_other_files_are_not_accused(start):
     assert describe(start) is None
 
 
+@pytest.mark.parametrize("start", [b"<!DOCTYPE html>", b"\n<html lang='en'>", b'<?xml version="1.0"?>'])
+def test_pages_are_recognized_behind_a_byte_order_mark(start):
+    assert describe(b"\xef\xbb\xbf" + start) == describe(start) is not None
+
+
 def test_unreadable_paths_are_not_described(tmp_path):
     assert what_it_is(tmp_path) is None and what_it_is(tmp_path / "none") is None

@@ -6,7 +6,7 @@ import os
 import pytest
 
 from megatron_ft.errors import UserError
-from megatron_ft.files.json_file import MAX_DEPTH, optional, read_json, require
+from megatron_ft.files.json_file import MAX_DEPTH, optional, read_json, read_small_text, require
 
 
 def error_of(path, **limits) -> str:
@@ -115,3 +115,18 @@ def test_unusual_numbers_and_long_values_are_refused_in_a_short_line(value):
     with pytest.raises(UserError) as error:
         require({"a": value}, "a", float, "config.json")
     assert len(str(error.value)) < 100
+
+
+def test_a_list_in_utf_8_is_read_without_its_byte_order_mark_and_nothing_else_is(tmp_path):
+    path = tmp_path / "languages.txt"
+    path.write_bytes("\N{BOM}Python\n".encode())
+    assert read_small_text(path, "one per line") == "Python\n"
+    for content, reason in {
+        "Python\n".encode("utf-16-le"): "UTF-16, not UTF-8",
+        b"<!DOCTYPE html>\n<html>\n": "an HTML page",
+        b"version https://git-lfs.github.com/spec/v1\n": "a Git LFS pointer",
+        "Café\n".encode("latin-1"): "not UTF-8; expected one per line",
+    }.items():
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=f"^{path}: {reason}"):
+            read_small_text(path, "one per line")

@@ -15,7 +15,7 @@ from typing import Any
 
 from megatron_ft.errors import UserError
 from megatron_ft.extras import require
-from megatron_ft.files.json_file import read_small_file
+from megatron_ft.files.json_file import read_small_text
 
 PUBLIC_DATASET = "bigquery-public-data.github_repos"
 NAMES = (
@@ -101,7 +101,7 @@ def load_stages(directory: Path, lists: Mapping[str, Sequence[str]]) -> list[Sta
     stages = []
     for number, table in enumerate(NAMES, 1):
         path = directory / f"sql_{number}_{table}.sql"
-        sql = read_small_file(path).decode("utf-8")
+        sql = read_small_text(path, "a query")
         used = {name: values for name, values in lists.items() if f"UNNEST(@{name})" in sql}
         stages.append(Stage(table, path, sql, used))
     return stages
@@ -110,10 +110,7 @@ def load_stages(directory: Path, lists: Mapping[str, Sequence[str]]) -> list[Sta
 def read_list(path: Path) -> list[str]:
     """The lines of a list, without blank lines and lines that start with #; UserError if none is
     left."""
-    try:
-        lines = [line.strip() for line in read_small_file(path).decode("utf-8").splitlines()]
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: not UTF-8; expected one value per line") from None
+    lines = [line.strip() for line in read_small_text(path, "one value per line").splitlines()]
     values = [line for line in lines if line and not line.startswith("# ")]
     if not values:
         raise UserError(f"{path}: empty list; expected one value per line")

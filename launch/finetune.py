@@ -24,6 +24,7 @@ from megatron_ft.config.arguments import parse_args, print_settings
 from megatron_ft.config.command_line import build_parser, with_config
 from megatron_ft.config.config import Config
 from megatron_ft.config.config_file import LAUNCHED_WITH, PRINT_CONFIG
+from megatron_ft.config.flag import MEGATRON, TRANSFORMERS
 from megatron_ft.config.parser import Help, Parser
 from megatron_ft.errors import EXIT_DONE, UserError, run_program
 from megatron_ft.launcher import mtf
@@ -47,9 +48,10 @@ def launch_parser() -> Parser:
     )
     add(
         "--engine",
-        choices=["megatron-core", "mtf"],
-        default="megatron-core",
-        help="mtf runs the checkout of BigCode's branch at MEGATRON_PATH",
+        choices=[MEGATRON, TRANSFORMERS, "mtf"],
+        default=MEGATRON,
+        help="transformers trains any causal model with its Trainer; mtf runs the checkout of BigCode's branch at "
+        "MEGATRON_PATH",
     )
     add(
         "--check",
@@ -102,6 +104,10 @@ def check_training(engine: str, flags: Sequence[str], num_processes: int) -> Tra
         common, branch_only = mtf.split_branch_only(flags, mtf.branch_flags(checkout))
         config = parse_args(common, world_size=num_processes)
         return Training(config, mtf.mtf_command(config, common, branch_only, checkout), mtf.STOP_SIGNAL)
+    if engine == TRANSFORMERS:
+        from megatron_ft.hf_engine.arguments import parse  # imports torch
+
+        return Training(parse(flags, num_processes), training_command(flags, "megatron_ft.hf_engine.finetune"))
     return Training(parse_args(flags, world_size=num_processes), training_command(flags))
 
 

@@ -16,6 +16,7 @@ import os
 import sys
 import time
 import warnings
+from collections.abc import Callable
 
 from megatron_ft.config.arguments import parse_args
 from megatron_ft.errors import EXIT_DONE, EXIT_RESUME, EXIT_USER_ERROR, UserError, run_program
@@ -26,21 +27,31 @@ def main(argv: list[str] | None = None) -> int:
     """Run this rank; returns its exit status. Raises UserError on rank 0; other ranks print it."""
     started = time.monotonic()
     signals.install()  # before torch is imported, which takes seconds
+    return rank_status(lambda: _train(sys.argv[1:] if argv is None else argv, started))
+
+
+def _train(argv: list[str], started: float) -> int:
+    config = parse_args(argv, int(os.environ.get("WORLD_SIZE", 1)))
+    _silence_warnings()
+
+    from megatron_ft.engine import parallel
+    from megatron_ft.engine.device import set_up_device
+
+    device = set_up_device(config)
+    parallel.initialize(config)
+
+    from megatron_ft.run import run  # imports Megatron-Core, which set_up_device prepares for
+
+    status = run(config, device, started)
+    parallel.destroy()  # only after success: see run_rank
+    return status
+
+
+def rank_status(train: Callable[[], int]) -> int:
+    """The exit status of this rank, which `train` returns; a UserError is raised only on rank 0,
+    and printed on the others."""
     try:
-        config = parse_args(sys.argv[1:] if argv is None else argv, int(os.environ.get("WORLD_SIZE", 1)))
-        _silence_warnings()
-
-        from megatron_ft.engine import parallel
-        from megatron_ft.engine.device import set_up_device
-
-        device = set_up_device(config)
-        parallel.initialize(config)
-
-        from megatron_ft.run import run  # imports Megatron-Core, which set_up_device prepares for
-
-        status = run(config, device, started)
-        parallel.destroy()  # only after success: see run_rank
-        return status
+        return train()
     except UserError as error:
         if int(os.environ.get("RANK", 0)) == 0:
             raise
@@ -48,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
         return EXIT_USER_ERROR
 
 
-def run_rank() -> None:
+def run_rank(main: Callable[[], int] = main) -> None:
     """Run `main` and end this process; after a failure at once, without destroying process groups.
 
     NCCL's teardown waits for peers, which may wait in a collective that a failed rank never joins.

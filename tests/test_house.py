@@ -27,7 +27,7 @@ PROGRAMS = ("dataset", "preprocess", "launch", "convert", "evaluation", "bench",
 LAYERS = (
     "printable", "errors", "extras", "progress", "files", "model", "config", "tokenizer", "commits", "prompts",
     "conversations", "mixing", "tokenizing", "data", "weights", "evaluation", "checkpoint", "metrics", "training", "engine",
-    "run", "finetune", "launcher", "conversion", "cli",
+    "run", "finetune", "hf_engine", "launcher", "conversion", "cli",
 )  # fmt: skip
 # Arrows that stay forbidden wherever a room moves in LAYERS.
 FORBIDDEN = {

@@ -19,7 +19,7 @@ from pathlib import Path
 from megatron_ft.checkpoint import optimizer_state, resume, retention, sharded_state
 from megatron_ft.checkpoint.collective import Collective
 from megatron_ft.checkpoint.load_weights import known_tokens, load_adapters, load_weights
-from megatron_ft.checkpoint.rank_files import RankWriter
+from megatron_ft.checkpoint.rank_files import RankWriter, Writer
 from megatron_ft.checkpoint.resume import Start, WeightsLocation
 from megatron_ft.checkpoint.save_directory import Claim, RankReport, SaveDirectory
 from megatron_ft.checkpoint.train_state import BestCheckpoint, TrainState, describe, restore, tensors_to_save
@@ -41,7 +41,7 @@ class _Pending:
 
     saves: SaveDirectory
     staging: Path
-    writer: RankWriter
+    writer: Writer
     manifest: Manifest
     is_best: bool
 
@@ -56,7 +56,7 @@ class Checkpointer:
     def __init__(
         self,
         config: Config,
-        shape: ModelShape,
+        shape: ModelShape | None,
         special_ids: dict[str, int | None],
         log: Callable[[str], None] = print,
         *,
@@ -104,7 +104,7 @@ class Checkpointer:
         self.token = claim.token
         self.ranks.on_rank_0(self._data_at_start)
         start = self._resume(state, saves, claim) if claim.iterations else self._first_start(state)
-        needed = self.ranks.total(sharded_state.bytes_to_save(state.model, state.optimizer, bool(self._base)))
+        needed = self.ranks.total(self._bytes_to_save(state))
         self.ranks.on_rank_0(lambda: retention.check_free_space(saves.path, needed, self.config, self.log))
         return start
 
@@ -125,6 +125,7 @@ class Checkpointer:
             self.weights_iteration = number if isinstance(number, int) else 0
             if self.config.lora.rank:
                 self._check_tokens(source)
+            assert self.shape is not None
             report = load_weights(source, state.model, self.shape.vocab_size)
             lines = [f"{source.path} ({source.kind}): {line}" for line in report.lines()]
             lines += [found.notice for found in (adapters, source) if found and found.notice]
@@ -143,6 +144,7 @@ class Checkpointer:
 
         Adapters leave the embedding as it is, so these tokens would never be learned.
         """
+        assert self.shape is not None
         tokens, known = self.shape.vocab_size, known_tokens(base)
         if tokens > known:
             raise UserError(
@@ -259,26 +261,31 @@ class Checkpointer:
                 return True
             failure = self.ranks.on_rank_0(lambda: saves.mark_best(state.iteration, state.best))
             return self._failed(saves, failure) if failure else True
-        manifest = self.ranks.on_rank_0(
-            lambda: describe(
-                state,
-                self.config,
-                self.shape,
-                data=self._data_at_start(),
-                base=self._base,
-                special_ids=self.special_ids,
-            )
-        )
+        manifest = self.ranks.on_rank_0(lambda: self._describe(state))
         staging = directory.staging_directory(saves.path, state.iteration, self.token)
         failure = self.ranks.on_rank_0(lambda: saves.open_staging(staging))
         if failure:
             return self._failed(saves, failure)
-        items = tensors_to_save(state, adapters_only=bool(self._base))
-        writer = RankWriter(staging, self.ranks.rank, items, background=self.config.checkpoint.async_save)
+        writer = self._writer(staging, state)
         writer.start()
         self._pending = _Pending(saves, staging, writer, manifest, best)
         self._last_save_time, self._last_save_samples = time.monotonic(), state.consumed_samples
         return True if self.config.checkpoint.async_save else self.wait()
+
+    def _bytes_to_save(self, state: TrainState) -> int:
+        """Bytes of this rank's part of a checkpoint."""
+        return sharded_state.bytes_to_save(state.model, state.optimizer, bool(self._base))
+
+    def _describe(self, state: TrainState) -> Manifest:
+        """The manifest of a checkpoint, without its files."""
+        assert self.shape is not None
+        data = self._data_at_start()
+        return describe(state, self.config, self.shape, data=data, base=self._base, special_ids=self.special_ids)
+
+    def _writer(self, staging: Path, state: TrainState) -> Writer:
+        """What writes this rank's part of a checkpoint."""
+        items = tensors_to_save(state, adapters_only=bool(self._base))
+        return RankWriter(staging, self.ranks.rank, items, background=self.config.checkpoint.async_save)
 
     @property
     def writing(self) -> bool:

@@ -44,6 +44,16 @@ class Collective:
         outcomes = self.all_of(_Outcome.of(work))
         return next((outcome for outcome in outcomes if outcome.error), outcomes[0]).unfold()
 
+    def each(self, work: Callable[[], T]) -> T:
+        """Run `work` on every rank; returns this rank's result, which need not be sent.
+
+        If it fails anywhere, every rank raises what the first failing rank raised.
+        """
+        outcome = _Outcome.of(work)
+        for failed in self.all_of(_Outcome[T](error=outcome.error)):
+            failed.unfold()
+        return outcome.unfold()
+
     def all_of(self, value: T) -> list[T]:
         """Every rank's value, on every rank."""
         values = [value] * self.world_size

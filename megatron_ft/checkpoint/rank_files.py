@@ -15,7 +15,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple, Protocol
 
 import torch
 from megatron.core.dist_checkpointing import ShardedTensor
@@ -32,12 +32,32 @@ from megatron_ft.weights.torch_dist_metadata import StoredChunk
 HASHED_IN_THREAD = 1 << 16  # bytes; smaller writes are hashed faster than handed over
 
 
+class Writer(Protocol):
+    """What writes one rank's part of a checkpoint.
+
+    After `wait`, either `error` is the reason of a failure, or `files` are {name: {"size": bytes,
+    "sha256": digest}} and `entries` the chunks for `.metadata`.
+    """
+
+    error: str | None
+    files: dict[str, dict]
+    entries: list[StoredChunk]
+
+    @property
+    def running(self) -> bool:
+        """Whether a background thread is still writing."""
+
+    def start(self) -> None:
+        """Write, in this thread or in the background. Never raises: see `error`."""
+
+    def wait(self) -> None:
+        """Block until everything is written and durable, or has failed."""
+
+
 class RankWriter:
-    """One rank's file of one checkpoint.
+    """One rank's file of one checkpoint; no file if it has nothing to write.
 
     With `background`, the tensors are copied to the CPU on construction and written by a thread.
-    After `wait`, either `error` is the reason of a failure, or `file` is {"size": bytes, "sha256":
-    digest} (None if this rank had nothing to write) and `entries` are the chunks for `.metadata`.
     """
 
     def __init__(
@@ -48,7 +68,7 @@ class RankWriter:
         self.background = background
         self.copies: list[torch.Tensor | bytes | None] = [_copy_of(item) for item in self.items] if background else []
         self.entries: list[StoredChunk] = []
-        self.file: dict | None = None
+        self.files: dict[str, dict] = {}
         self.error: str | None = None
         self._thread: threading.Thread | None = None
 
@@ -89,7 +109,7 @@ class RankWriter:
                 if stream.failure:  # torch's own error does not mention the cause
                     raise stream.failure
             sync_file(file)
-            self.file = {"size": stream.tell(), "sha256": stream.digest()}
+            self.files = {self.path.name: {"size": stream.tell(), "sha256": stream.digest()}}
         written = self.path.stat().st_size
         if written != stream.tell():
             raise OSError(f"{written} bytes arrived of {stream.tell()}")

@@ -206,10 +206,10 @@ def find_base(base: dict, config: Config, where: Path) -> WeightsLocation:
     )
 
 
-def compare(manifest: Manifest, config: Config, shape: ModelShape, data: dict[str, str]) -> Differences:
+def compare(manifest: Manifest, config: Config, shape: ModelShape | None, data: dict[str, str]) -> Differences:
     """Differences between a saved run and a command line, whose `describe_data` is `data`."""
     found = Differences()
-    shape_now = shape.as_dict()
+    shape_now = shape.as_dict() if shape else {}  # --engine transformers has none
     for name in dict.fromkeys([*shape_now, *manifest.shape]):
         saved, now = manifest.shape.get(name), shape_now.get(name)
         if saved != now:

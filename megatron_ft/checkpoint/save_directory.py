@@ -12,7 +12,7 @@ from pathlib import Path
 
 from megatron_ft.checkpoint import resume, retention
 from megatron_ft.checkpoint.lease import SaveDirectoryLease
-from megatron_ft.checkpoint.rank_files import RankWriter
+from megatron_ft.checkpoint.rank_files import Writer
 from megatron_ft.checkpoint.train_state import BestCheckpoint
 from megatron_ft.config.config import Config
 from megatron_ft.errors import UserError
@@ -43,14 +43,13 @@ class RankReport:
     """What one rank has written into a checkpoint, or the error that kept it from doing so."""
 
     error: str | None
-    name: str
-    file: dict | None  # size and sha256; None: this rank had nothing to write
-    chunks: list[StoredChunk]
+    files: dict[str, dict]  # by name: size and sha256
+    chunks: list[StoredChunk]  # for torch_dist's `.metadata`; no rank has any in another format
 
     @classmethod
-    def of(cls, writer: RankWriter) -> "RankReport":
+    def of(cls, writer: Writer) -> "RankReport":
         """The report of a writer that has finished."""
-        return cls(writer.error, writer.path.name, writer.file, writer.entries)
+        return cls(writer.error, writer.files, writer.entries)
 
 
 class SaveDirectory:
@@ -115,10 +114,11 @@ class SaveDirectory:
         return failure
 
     def _commit(self, staging: Path, manifest: Manifest, reports: Sequence[RankReport], is_best: bool) -> None:
-        write_metadata(staging, [chunk for report in reports for chunk in report.chunks])
-        manifest.files = {report.name: report.file for report in reports if report.file}
-        for name in (".metadata", "common.pt", "metadata.json"):
-            manifest.files[name] = describe_file(staging / name)
+        manifest.files = {name: file for report in reports for name, file in report.files.items()}
+        if chunks := [chunk for report in reports for chunk in report.chunks]:
+            write_metadata(staging, chunks)
+            for name in (".metadata", "common.pt", "metadata.json"):
+                manifest.files[name] = describe_file(staging / name)
         for name, file in manifest.files.items():
             path = staging / name
             if not path.is_file() or path.stat().st_size != file["size"]:

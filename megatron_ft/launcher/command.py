@@ -18,9 +18,9 @@ PROGRAMS = ROOT / "megatron_ft/programs" if (ROOT / "megatron_ft/programs").is_d
 NVIDIA_SMI_SECONDS = 60  # without its persistence daemon, the driver takes seconds per GPU to load
 
 
-def training_command(flags: Sequence[str]) -> list[str]:
-    """Command line of one Megatron-Core rank."""
-    return [*training_python(), "-m", "megatron_ft.finetune", *flags]
+def training_command(flags: Sequence[str], module: str = "megatron_ft.finetune") -> list[str]:
+    """Command line of one rank of an engine whose program is `module`."""
+    return [*training_python(), "-m", module, *flags]
 
 
 def training_python() -> list[str]:

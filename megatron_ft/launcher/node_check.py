@@ -31,7 +31,7 @@ from megatron_ft.model.shape import padded_vocab_size
 
 SECONDS = 90  # a node that has not answered by then is unresponsive
 TORCH_SECONDS = 60  # of these, for the training program's Python to import torch
-PACKAGES = ("torch", "megatron-core", "numpy", "transformer-engine")
+PACKAGES = ("torch", "megatron-core", "numpy", "transformer-engine", "transformers", "accelerate", "peft")
 
 
 @dataclass(frozen=True)

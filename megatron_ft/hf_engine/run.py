@@ -1,0 +1,138 @@
+"""One training run of `--engine transformers` on one rank: the model, start or resume, train."""
+
+import contextlib
+import os
+import tempfile
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from megatron_ft.checkpoint.resume import newest_manifest
+from megatron_ft.checkpoint.train_state import TrainState
+from megatron_ft.config.config import Config
+from megatron_ft.errors import UserError
+from megatron_ft.hf_engine.checkpointer import HfCheckpointer
+from megatron_ft.hf_engine.facts import CausalModelFacts
+from megatron_ft.hf_engine.model import (
+    fit_vocabulary,
+    load_model,
+    positions_of,
+    read_config,
+    use_liger,
+    with_dropouts,
+)
+from megatron_ft.hf_engine.start import StartingPoint, find_start
+from megatron_ft.hf_engine.trainer import PackedTrainer, shards, training_arguments
+from megatron_ft.metrics.metrics import MetricsLog
+from megatron_ft.tokenizer.tokenizer import load_tokenizer
+from megatron_ft.training.prepare import Prepared, open_log, open_run, prepare, start
+from megatron_ft.training.schedule import Length
+from megatron_ft.training.train import end, evaluate_only
+from megatron_ft.weights.directory import iteration_directory
+
+
+def initialize(config: Config) -> None:
+    """Create the process group; RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT are torchrun's."""
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    store = None if "MASTER_ADDR" in os.environ else dist.HashStore()
+    dist.init_process_group(
+        backend,
+        timeout=timedelta(minutes=config.parallel.timeout_minutes),
+        rank=int(os.environ.get("RANK", 0)),
+        world_size=int(os.environ.get("WORLD_SIZE", 1)),
+        store=store,
+    )
+
+
+def run(config: Config, device: torch.device, started: float) -> int:
+    """Train with the flags of `config` and return the exit status.
+
+    The process group exists already; `started` is time.monotonic() when the program started. Raises
+    UserError.
+    """
+    if config.precision.fp16 and device.type == "cpu":
+        raise UserError("--fp16: loss scaling needs a GPU in --engine transformers; use --bf16, or leave it out")
+    point = starting_point(config)
+    model_config = read_config(point)
+    with_dropouts(model_config, config)
+    config = with_sequence_length(config, positions_of(model_config), point)
+    tokenizer = load_tokenizer(config.data.tokenizer_file)
+    notices: list[str] = []
+
+    def load(directory: Path, adapters: Path | None) -> nn.Module:
+        model = load_model(directory, model_config, config, device)
+        notices.extend(filter(None, (fit_vocabulary(model, tokenizer.vocab_size, config),)))
+        notices.extend(filter(None, (use_liger(model, config, device),)))
+        if not config.lora.rank:
+            return model
+        from megatron_ft.hf_engine.adapters import add_adapters, load_adapters  # PEFT may not be installed
+
+        adapted = add_adapters(model, config, directory)
+        if adapters:
+            load_adapters(adapted, adapters, config)
+        return adapted
+
+    prepared = prepare(
+        config, tokenizer, lambda epoch: HfCheckpointer(config, tokenizer, load, sequences_per_epoch=epoch)
+    )
+    state = TrainState([], None, None)
+    reasons = start(prepared, state)
+    facts = CausalModelFacts(state.model[0], point.model, config, sharded=shards(config))
+    with contextlib.closing(open_log(prepared, state, reasons, device, facts, notices)) as log:
+        vocab_size = None if config.loss.softmax_over_padding else tokenizer.vocab_size
+        return train_to_end(prepared, state, vocab_size, log, device, started)
+
+
+def train_to_end(
+    prepared: Prepared,
+    state: TrainState,
+    vocab_size: int | None,
+    log: MetricsLog,
+    device: torch.device,
+    started: float,
+) -> int:
+    """Train until the run ends or is stopped; returns the exit status."""
+    config, model = prepared.config, state.model[0]
+    left = max(1, prepared.length.iterations - state.iteration)  # the Trainer wraps the model only to train
+    with tempfile.TemporaryDirectory() as scratch:
+        arguments = training_arguments(config, Path(scratch), steps=left, use_cache=model.config.use_cache)
+        done = Length(state.iteration, state.consumed_samples)
+        trainer = PackedTrainer(model, config, arguments, vocab_size=vocab_size, length=prepared.length, done=done)
+        assert isinstance(prepared.checkpointer, HfCheckpointer)
+        prepared.checkpointer.trainer = trainer
+        ranks = dist.get_world_size()
+        with open_run(prepared, state, trainer, log, device, data_parallel_size=ranks, started=started) as run:
+            trainer.run = run
+            trainer.train()
+            return evaluate_only(run) if config.validation.skip_train else end(run, trainer.stop)
+
+
+def starting_point(config: Config) -> StartingPoint:
+    """The model whose configuration is the run's: of --load, or of the checkpoint to resume."""
+    checkpoint = config.checkpoint
+    if checkpoint.load:
+        return find_start(checkpoint.load, checkpoint.load_iteration, adapters=bool(config.lora.rank))
+    manifest = newest_manifest(config)
+    if manifest is None:
+        raise UserError(f"--save {checkpoint.save} contains no checkpoint, and --load is missing; give --load DIR")
+    if manifest.base:
+        return find_start(manifest.base["path"], "latest", adapters=False)
+    assert checkpoint.save is not None
+    return find_start(str(iteration_directory(Path(checkpoint.save), manifest.iteration)), "latest", adapters=False)
+
+
+def with_sequence_length(config: Config, positions: int | None, point: StartingPoint) -> Config:
+    """`config` with the model's positions as sequence length where none is given. Raises UserError
+    if there are fewer."""
+    length = config.data.seq_length
+    if length is None:
+        if positions is None:
+            raise UserError(f"{point.model}: its config.json names no longest sequence; give --seq-length")
+        return replace(config, data=replace(config.data, seq_length=positions))
+    if positions is not None and length > positions:
+        raise UserError(f"--seq-length {length} exceeds the {positions} positions of {point.model}; use at most that")
+    return config

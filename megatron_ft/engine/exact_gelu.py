@@ -42,13 +42,13 @@ class BiasGelu(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, y: Tensor, bias: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx, y: Tensor, bias: Tensor) -> Tensor:
         """Exact GELU of y + bias."""
         ctx.save_for_backward(y, bias)
         return (_fused_bias_gelu if y.is_cuda else bias_gelu)(bias, y)
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor]:
         """The gradients for y and bias; autograd sums the latter to the bias's shape."""
         y, bias = ctx.saved_tensors
         found = (_fused_bias_gelu_gradient if y.is_cuda else bias_gelu_gradient)(gradient, bias, y)

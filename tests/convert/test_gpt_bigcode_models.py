@@ -225,6 +225,9 @@ def activations(start: Path, legacy: Path, out: Path) -> dict[str, Any]:
         found[flags.replace(f"{start}", "GELU").replace(f"{legacy}", "LEGACY")] = (config.shape.exact_gelu, lines)
     printed = succeed("convert/megatron_to_hf.py", "--load", legacy, "--output", out, "--activation", "gelu")
     found["exported"] = (json.loads((out / "config.json").read_text())["activation_function"], printed)
+    words = ["--format", "torch_dist", "--activation", "gelu_tanh"]
+    printed = succeed("convert/hf_to_megatron.py", "--load", start, "--save", out / "core", *words)
+    found["imported"] = (open_weights(out / "core").shape.exact_gelu, printed)
     return found
 
 
@@ -249,8 +252,9 @@ def test_the_activation_is_the_configurations_unless_a_flag_overrides_it(results
         "--preset tiny --from-scratch": (False, []),
         "--preset tiny --from-scratch --activation gelu": (True, []),
         "exported": ("gelu", found["exported"][1]),
+        "imported": (False, found["imported"][1]),
     }
-    assert to_gelu[0] in found["exported"][1]
+    assert to_gelu[0] in found["exported"][1] and to_tanh[0] in found["imported"][1]
 
 
 def logits_of_both(directory: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -56,6 +56,12 @@ def test_losses_in_bf16_equal_the_cpus_in_fp32(common, tmp_path):
     assert losses(in_fp32) == pytest.approx(losses(expected), abs=2e-3)
 
 
+def test_the_compiled_kernel_of_the_exact_gelu_has_the_cpus_losses(common, tmp_path):
+    expected = steps(common, tmp_path / "cpu", "--train-iters 2 --activation gelu", env=CPU)
+    found = steps(common, tmp_path / "gpu", "--train-iters 2 --activation gelu")
+    assert losses(found) == pytest.approx(losses(expected), abs=2e-3)
+
+
 def test_a_stopped_run_resumes(common, tmp_path):
     """1e-3: the backward pass of flash attention adds in no fixed order."""
     whole = steps(common, tmp_path / "whole", "--train-iters 6 --bf16")

@@ -30,9 +30,9 @@ from megatron_ft.errors import EXIT_DONE, UserError, run_program
 from megatron_ft.launcher import mtf
 from megatron_ft.launcher.command import as_shell, local_gpus, model_parallel_size, rank_environment, training_command
 from megatron_ft.launcher.local_ranks import local_environment, run_local_ranks
-from megatron_ft.launcher.node_check import needed_files
 from megatron_ft.launcher.slurm_job import Job, inside_batch_job
 from megatron_ft.launcher.slurm_ranks import ranks_command, ranks_environment
+from megatron_ft.launcher.start_check import check_start
 from megatron_ft.launcher.supervise import supervise
 
 
@@ -111,15 +111,6 @@ def check_training(engine: str, flags: Sequence[str], num_processes: int) -> Tra
     return Training(parse_args(flags, world_size=num_processes), training_command(flags))
 
 
-def check_files(config: Config) -> None:
-    """Raise UserError for the first file that training needs and that does not exist."""
-    if os.environ.get("MEGATRON_FT_DATA_COMES"):  # an earlier job of a pipeline writes them
-        return
-    for path in needed_files(config):
-        if not os.path.exists(path):
-            raise UserError(f"{path} not found; correct --data-prefix, the split files, --tokenizer-file or --load")
-
-
 def run_in_job(job: Job, training: Training, *, dry_run: bool) -> int:
     """Run all ranks of a SLURM job; returns the exit status of its batch script."""
     extra = {"MEGATRON_FT_STOP_SIGNAL": str(int(training.stop_signal))} if training.stop_signal else {}
@@ -176,8 +167,9 @@ def main() -> int:
     if num_processes < 1:
         raise UserError(f"--num-processes {num_processes}: must be at least 1")
     training = check_training(launch.engine, flags, num_processes)
+    if launch.check or not (job or launch.dry_run):  # in a job, each node is checked
+        check_start(training.config, launch.engine)
     if launch.check:
-        check_files(training.config)
         return EXIT_DONE
     if job:
         return run_in_job(job, training, dry_run=launch.dry_run)

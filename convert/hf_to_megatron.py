@@ -1,4 +1,4 @@
-"""Convert a Hugging Face GPTBigCode model (any StarCoder, SantaCoder) to a Megatron checkpoint.
+"""Convert a Hugging Face model (StarCoder, SantaCoder, StarCoder2) to a Megatron checkpoint.
 
     python convert/hf_to_megatron.py --load starcoderbase-1b --save sc-1b --format torch_dist
     python convert/hf_to_megatron.py --load starcoderbase --save sc-mtf --format legacy \\
@@ -6,7 +6,7 @@
 
 torch_dist is Megatron-Core's format. Any layout loads it; --tensor-parallel only sets how the
 vocabulary is padded and how the files are cut. legacy is what BigCode's mtf branch loads, at
-exactly this layout. Our own trainer also starts from the Hugging Face directory itself.
+exactly this layout; the branch has no StarCoder2. Our own trainer also starts from the Hugging Face directory itself.
 """
 
 import sys

@@ -140,7 +140,7 @@ def packed_rows(micro):
     return PackedSequences.of(micro.cu_seqlens, micro.lengths, micro.position_ids)
 
 
-def logits_of_shapes(weights: Path, tokenizer: Path, shapes: list[dict], seed: int) -> list[torch.Tensor]:
+def logits_of_shapes(weights: Path, tokenizer: Path, shapes: list[dict], seed: int) -> list[np.ndarray]:
     """Logits on `random_batch(seed, 1, ...)` of a HF model's weights in models whose shapes differ
     from its own in some fields."""
     from megatron_ft.checkpoint.load_weights import load_weights
@@ -157,7 +157,8 @@ def logits_of_shapes(weights: Path, tokenizer: Path, shapes: list[dict], seed: i
         (model,) = build_model(config, replace(source.shape, **changes), source.shape.vocab_size)
         load_weights(source, [model])
         with torch.no_grad():
-            found.append(model.eval()(micro.tokens, micro.position_ids, None, packed_seq_params=packed_rows(micro))[0])
+            logits = model.eval()(micro.tokens, micro.position_ids, None, packed_seq_params=packed_rows(micro))
+        found.append(logits[0].numpy())
     return found
 
 

@@ -177,14 +177,21 @@ def _fill(parameter: torch.Tensor, source: WeightSource, name: str, tp_rank: int
 def _check_architecture(source: WeightSource, model: Any) -> None:
     """Raise UserError that names the first size in which the model and the checkpoint differ."""
     config, shape = model.config, source.shape
-    for what, ours, theirs in (
+    positions = {True: "learned", False: "rotary"}
+    embeddings = {True: "tied", False: "untied"}
+    learned, tied = model.position_embedding_type == "learned_absolute", model.share_embeddings_and_output_weights
+    compared = [
+        ("positions", positions[learned], positions[shape.learned_positions]),
+        ("embeddings", embeddings[tied], embeddings[not shape.untie_embeddings_and_output_weights]),
         ("layers", config.num_layers, shape.num_layers),
         ("hidden size", config.hidden_size, shape.hidden_size),
         ("attention heads", config.num_attention_heads, shape.num_attention_heads),
         ("key/value heads", config.num_query_groups, shape.num_query_groups),
         ("feed-forward size", config.ffn_hidden_size, shape.ffn_hidden_size),
-        ("positions", model.max_sequence_length, shape.max_position_embeddings),
-    ):
+    ]
+    if learned:
+        compared.append(("positions", model.max_sequence_length, shape.max_position_embeddings))
+    for what, ours, theirs in compared:
         if ours != theirs:
             raise UserError(
                 f"{source.path}: a model with {theirs} {what}, but the flags (or --preset) ask for {ours}; "

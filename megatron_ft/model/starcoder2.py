@@ -130,7 +130,7 @@ def _published(**numbers: Any) -> ModelShape:
 STARCODER2 = Family(
     model_type="starcoder2",
     title="StarCoder2",
-    models="StarCoder2",
+    models="StarCoder2 3B, 7B, 15B",
     architecture="Starcoder2ForCausalLM",
     read_config=_read_config,
     write_config=_write_config,

@@ -58,7 +58,7 @@ tags:
 
 # {name}
 
-A {family.title} ({family.models}) model of {shape.num_parameters() / 1e9:.3g} billion parameters: {shape.num_layers} layers of width {shape.hidden_size},
+A {family.title} model of {shape.num_parameters() / 1e9:.3g} billion parameters: {shape.num_layers} layers of width {shape.hidden_size},
 {shape.num_attention_heads} heads with {shape.attention} attention, {shape.max_position_embeddings} positions, {shape.vocab_size} tokens, activation `{activation_of(shape)}`.
 Trained with Megatron and converted by Megatron-FT.
 

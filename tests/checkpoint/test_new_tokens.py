@@ -54,7 +54,8 @@ def fill(tp: int, pp: int, source: WeightSource) -> tuple[list, int, list[str]]:
     parallel.initialize(config)
     [model] = build_model(config, source.shape, padded_vocab_size(TOKENS, 16, tp))
     report = load_weights(source, [model], TOKENS)
-    rows = model.shared_embedding_or_output_weight()
+    untied = source.shape.untie_embeddings_and_output_weights
+    rows = model.output_layer.weight if untied else model.shared_embedding_or_output_weight()
     return rows.tolist(), parallel_state.get_tensor_model_parallel_rank(), report.lines()
 
 

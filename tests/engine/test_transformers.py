@@ -119,10 +119,10 @@ def test_starcoder2_equals_transformers(starcoder2, golden, tmp_path, embeddings
 
 def test_starcoder2_with_another_window_or_base_differs(starcoder2, golden, tmp_path):
     write_reference(starcoder2["tied"], 1, tmp_path / "reference")
-    expected = load_file(tmp_path / "reference/logits.safetensors")["logits"]
+    expected = load_file(tmp_path / "reference/logits.safetensors")["logits"].numpy()
     others = [{"window_size": WINDOW - 1}, {"window_size": WINDOW + 1}, {"window_size": 0}, {"rotary_base": 10000.0}]
     arguments = (starcoder2["tied"], golden / "data/tokenizer.json", [{}, *others], 7)
     [(same, *different)] = run_ranks(logits_of_shapes, 1, *arguments)
-    assert (same - expected).abs().max() < 1e-5
+    assert abs(same - expected).max() < 1e-5
     for changes, logits in zip(others, different, strict=True):
-        assert (logits - expected).abs().max() > 0.01, changes
+        assert abs(logits - expected).max() > 0.01, changes

@@ -317,6 +317,10 @@ def test_activation_bytes_are_those_that_autograd_keeps(tmp_path, flags):
     # a concatenated copy of its output.
     again = not config.lora.rank or ("linear_proj" in layout.lora_targets and not layout.lora_dropout)
     copy = again * hidden // layout.tensor_parallel * layout.element_bytes
+    if 1 < config.shape.num_query_groups < config.shape.num_attention_heads:
+        # There, keys and values are also copied for each of a group's query heads.
+        shared = 512 * config.shape.num_query_groups * config.shape.kv_channels
+        copy += 2 * (hidden - shared) // layout.tensor_parallel * layout.element_bytes
     for number in range(2, config.shape.num_layers + 1):  # with LoRA the first layer's input needs no gradient
         expected = cost.layer_activation_bytes(config.shape, layout, 512)
         assert kept[number] - copy == pytest.approx(expected, rel=0.005)

@@ -7,6 +7,7 @@ import torch
 from transformers import Starcoder2Config
 
 from megatron_ft.config.arguments import parse_args
+from megatron_ft.engine.kernels import Installed, why_not_transformer_engine
 from megatron_ft.engine.rotary import rotate, rotation
 from megatron_ft.errors import UserError
 from megatron_ft.model import cost
@@ -139,6 +140,13 @@ def test_a_hand_made_shape_with_rotary_positions_is_starcoder2s():
         num_layers=2, hidden_size=64, num_attention_heads=4, num_query_groups=2, window_size=16, rotary_base=10000.0,
         untie_embeddings_and_output_weights=True, max_position_embeddings=128, family="starcoder2",
     )  # fmt: skip
+
+
+def test_layers_are_not_transformer_engines():
+    config = parse_args(f"--preset starcoder2-3b --bf16 {LAYOUT}".split())
+    installed = Installed("2.9.0", flash_attention_2=True, capability=(9, 0))
+    assert "rotary positions are applied by the local layers" in why_not_transformer_engine(config, installed)
+    assert why_not_transformer_engine(replace(config, shape=PRESETS["tiny"]), installed) is None
 
 
 def test_attention_flops_count_what_the_window_shows():

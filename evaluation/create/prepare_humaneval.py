@@ -34,6 +34,7 @@ from megatron_ft.files.json_file import kind_of, read_small_file
 from megatron_ft.files.jsonl_row import BadRow, keys_of, parse_object, text_of
 from megatron_ft.files.output import OutputFile, writing
 from megatron_ft.files.report import write_report
+from megatron_ft.printable import printable
 
 ROWS, BUGS, ORIGINAL = "humaneval.jsonl", "humanevalpack.json", "HumanEval_original.jsonl"
 NEEDED = ("task_id", "prompt", "declaration", "canonical_solution", "test")
@@ -164,7 +165,7 @@ def check(directory: Path, expected: Path) -> int:
                 if ours.get(name) != theirs.get(name):
                     reason = EDITED.get((ours["task_id"], name))
                     unexplained += reason is None
-                    print(f"{ours['task_id']} {name}: {reason or 'differs'}")
+                    print(printable(f"{ours['task_id']} {name}: {reason or 'differs'}"))
     print(f"{unexplained} fields differ without a known reason")
     return 1 if unexplained else 0
 

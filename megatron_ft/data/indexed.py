@@ -145,6 +145,11 @@ def _read_index(
             "make it with preprocess/tokenize.py"
         )
     size = HEADER.size + 12 * count + 8 * num_bounds
+    if count and index.size == size + count:
+        raise UserError(
+            f"{index.path}: has the modes of a multimodal dataset after its document bounds, expected token ids only; "
+            "make it with preprocess/tokenize.py"
+        )
     if index.size != size:
         raise UserError(
             f"{index.path}: {index.size} bytes, expected {size} from its header "

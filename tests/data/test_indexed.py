@@ -129,6 +129,10 @@ def test_a_second_writer_is_refused(tmp_path):
         (lambda p: Path(f"{p}.idx").write_bytes(b""), "not a Megatron MMIDIDX index"),
         (lambda p: Path(f"{p}.idx").write_bytes(b"x" * 99), "not a Megatron MMIDIDX index"),
         (lambda p: Path(f"{p}.idx").write_bytes(Path(f"{p}.idx").read_bytes()[:-1]), "from its header"),
+        (
+            lambda p: Path(f"{p}.idx").write_bytes(Path(f"{p}.idx").read_bytes() + bytes(2)),
+            "modes of a multimodal dataset",
+        ),
         (lambda p: Path(f"{p}.bin").write_bytes(Path(f"{p}.bin").read_bytes()[:-2]), "from its index"),
         (lambda p: Path(f"{p}.bin").write_bytes(Path(f"{p}.bin").read_bytes() + b"xx"), "from its index"),
         (lambda p: Path(f"{p}.idx").write_bytes(LFS_POINTER), r"set\.idx: a Git LFS pointer"),

@@ -73,11 +73,15 @@ def test_edits_made_by_hand_are_listed_by_check_and_can_be_left_out(shared_data,
 def test_check_finds_a_changed_field(humaneval_x, tmp_path):
     run_program(PREPARE, "merge", humaneval_x, "--output", tmp_path / "pack")
     other = shutil.copytree(tmp_path / "pack", tmp_path / "other")
-    changed = json.loads((other / "go.jsonl").read_text()) | {"test": "none"}
+    changed = json.loads((other / "go.jsonl").read_text()) | {"test": "none", "\x1b[2Jkey": "cleared"}
     (other / "go.jsonl").write_text(json.dumps(changed) + "\n")
     done = run_program(PREPARE, "check", tmp_path / "pack", other, ok=False)
     assert done.returncode == 1
-    assert done.stdout.splitlines() == ["Go/0 test: differs", "1 fields differ without a known reason"]
+    assert done.stdout.splitlines() == [
+        "Go/0 test: differs",
+        r"Go/0 \x1b[2Jkey: differs",
+        "2 fields differ without a known reason",
+    ]
 
 
 def test_extract_writes_the_solutions_and_never_overwrites_bugs(humaneval_x):

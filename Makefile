@@ -44,7 +44,7 @@ venv: $(STAMP)
 
 # Exact versions; the package is installed in place, so the checkout is what runs. What setup.py reads or compiles
 # makes it install again when it changes.
-$(STAMP): constraints.txt setup.py pyproject.toml megatron_ft/__init__.py megatron_ft/data/packing.cpp
+$(STAMP): constraints.txt setup.py pyproject.toml megatron_ft/__init__.py $(wildcard megatron_ft/*/*.cpp megatron_ft/*/*.h)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python 3.11 or newer is needed; make PYTHON=/path/to/python3.11")'
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
 	$(if $(CORE),sed 's/^megatron-core==.*/megatron-core==$(CORE)/',cat) constraints.txt >$(VENV)/constraints.txt
@@ -53,5 +53,5 @@ $(STAMP): constraints.txt setup.py pyproject.toml megatron_ft/__init__.py megatr
 	touch $(STAMP)
 
 clean:
-	rm -rf $(VENV) build demo *.egg-info megatron_ft/data/_packing*.so
+	rm -rf $(VENV) build demo *.egg-info megatron_ft/*/_*.so
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis

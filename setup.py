@@ -1,4 +1,4 @@
-"""Build and install Megatron-FT: the package, its C++ packing extension, and its dependencies."""
+"""Build and install Megatron-FT: the package, its C++ extensions, and its dependencies."""
 
 import re
 import shutil
@@ -16,7 +16,31 @@ wandb = ["wandb"]
 dataset = ["duckdb", "sqlglot", "pyarrow", "rensa"]
 evaluation = ["diff-match-patch"]
 types = ["mypy", "types-psutil", "types-PyYAML", "types-tqdm"]
-dev = ["pytest", "pytest-xdist", "hypothesis", "ruff", "codespell", "peft", *types, *plots, *dataset, *evaluation]
+dev = [
+    "pytest",
+    "pytest-xdist",
+    "hypothesis",
+    "regex",
+    "ruff",
+    "codespell",
+    "peft",
+    *types,
+    *plots,
+    *dataset,
+    *evaluation,
+]
+
+
+def extension(module: str, source: str) -> Pybind11Extension:
+    """A module of the package, made of one .cpp file and the headers next to it."""
+    path = Path("megatron_ft") / source
+    return Pybind11Extension(
+        f"megatron_ft.{module.replace('/', '.')}",
+        [str(path)],
+        depends=sorted(map(str, path.parent.glob("*.h"))),
+        cxx_std=17,
+        extra_compile_args=["-O3"],
+    )
 
 
 class BuildWithPrograms(build_py):
@@ -42,12 +66,16 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["megatron_ft", "megatron_ft.*"]),
-    package_data={"megatron_ft": ["py.typed", "data/_packing.pyi", "commits/*.txt", "evaluation/toolchains/*.java"]},
-    ext_modules=[
-        Pybind11Extension(
-            "megatron_ft.data._packing", ["megatron_ft/data/packing.cpp"], cxx_std=17, extra_compile_args=["-O3"]
-        )
-    ],
+    package_data={
+        "megatron_ft": [
+            "py.typed",
+            "data/_packing.pyi",
+            "tokenizer/_bpe.pyi",
+            "commits/*.txt",
+            "evaluation/toolchains/*.java",
+        ]
+    },
+    ext_modules=[extension("data/_packing", "data/packing.cpp"), extension("tokenizer/_bpe", "tokenizer/bpe.cpp")],
     cmdclass={"build_ext": build_ext, "build_py": BuildWithPrograms},
     entry_points={"console_scripts": ["megatron-ft = megatron_ft.cli.main:run"]},
     install_requires=[
@@ -59,10 +87,8 @@ setup(
         "tokenizers",
         "transformers>=5",
         "sentencepiece",
-        "tiktoken",
         "numpy",
         "orjson",
-        "regex",
         "safetensors",
         "psutil",
         "tqdm",

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_ft.errors import UserError
+from megatron_ft.tokenizer._bpe import Encoder16, Encoder32
 from megatron_ft.tokenizer.fast_bpe import CannotExpress, FastBPE
 from megatron_ft.tokenizer.spec import Spec, build, check_ids, first_line, without_dropout
 
@@ -107,13 +108,18 @@ class Tokenizer(ABC):
     def token_of(self, token_id: int) -> str:
         """The token of one id as the vocabulary has it, "" for an id beyond it."""
 
+    @property
+    def fast_encoder(self) -> Encoder16 | Encoder32 | None:
+        """What `_bpe.Rows16` or `Rows32` encodes rows with; None if only `encode_batch` can."""
+        return None
+
     def check_sample(self, texts: Sequence[str]) -> None:  # noqa: B027 - only some kinds compare
         """Compare a fast encoder with the reference on real data; stop using it if they differ."""
 
 
 class JsonTokenizer(Tokenizer):
     """A tokenizer.json, encoded by the `tokenizers` library or, if that is known to be equal, by
-    tiktoken's core."""
+    `fast_bpe`."""
 
     kind = "tokenizer.json"
 
@@ -160,9 +166,13 @@ class JsonTokenizer(Tokenizer):
     def _fast(self) -> FastBPE | None:
         try:
             return FastBPE.build(self.spec, self._backend, self.dtype)
-        except (CannotExpress, ImportError) as reason:
+        except CannotExpress as reason:
             self._use_slow(str(reason))
             return None
+
+    @property
+    def fast_encoder(self) -> Encoder16 | Encoder32 | None:
+        return self._fast.encoder if self._fast else None
 
     def _use_slow(self, reason: str) -> None:
         self.notices.append(f"using the slower tokenizers library for {self.path.name}: {reason}")

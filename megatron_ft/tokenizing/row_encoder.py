@@ -7,6 +7,7 @@ import numpy as np
 
 from megatron_ft.files.jsonl import Block
 from megatron_ft.files.jsonl_row import BadRow, parse_row
+from megatron_ft.tokenizer._bpe import Rows16, Rows32
 from megatron_ft.tokenizer.kinds import Tokenizer
 
 SAMPLE_ROWS = 64  # rows of the data on which the fast encoder is checked against the reference
@@ -32,12 +33,11 @@ class RowEncoder:
     """
 
     def __init__(self, tokenizer: Tokenizer, keys: list[list[str]], append_eod: bool):
-        self.tokenizer, self.keys, self.append_eod = tokenizer, keys, append_eod
+        self.tokenizer, self.keys = tokenizer, keys
         self.dtype = tokenizer.dtype
         self.dtypes = [self.dtype, self.dtype]
         self.special_ids = np.array(list(tokenizer.special_ids.values()), np.int64)
-        eod = np.array([tokenizer.eod], self.dtype).tobytes() if append_eod else b""
-        self.endings = [b"", eod]  # per field: bytes to append to each row
+        self._eod = tokenizer.eod if append_eod else None
 
     def check_fast_encoder(self, block: Block) -> None:
         """Compare the fast encoder with the reference on the first rows of the data.
@@ -56,35 +56,27 @@ class RowEncoder:
     def encode(self, block: Block) -> Encoded:
         """Encode the good rows of a block.
 
-        Rows are parsed and freed one at a time, because a single one may have 64 MiB.
+        With a fast encoder that is one call for all rows that leave no doubt; the others are parsed
+        here, one at a time, because a single one may have 64 MiB.
         """
-        data: tuple[list[bytes | memoryview], ...] = ([], [])
-        sizes: tuple[list[int], ...] = ([], [])
+        make = Rows16 if self.dtype.itemsize == 2 else Rows32
+        rows = make(self.tokenizer.fast_encoder, block.lines, self.keys, self._eod)
         bad: list[tuple[int, str]] = []
-        ended = 0
-        for i, line in block.rows():
+        while (i := rows.next()) < len(block.lines):
             try:
-                texts = parse_row(line, self.keys)
-                encoded = [self.tokenizer.encode_batch([texts.pop(0)])[0] for _ in self.keys]
-                if empty := [names[0] for names, ids in zip(self.keys, encoded, strict=True) if not len(ids)]:
-                    raise BadRow(f"{empty[0]!r} has no tokens")
+                rows.add(self._encode_line(block.lines[i]))
             except BadRow as reason:
                 bad.append((i, str(reason)))
-                continue
-            for ids, ending, pieces, lengths in zip(encoded, self.endings, data, sizes, strict=True):
-                pieces += [ids.data, ending]
-                ended += bool(ending) and bool(ids[-1] == self.tokenizer.eod)
-                lengths.append(len(ids) + len(ending) // self.dtype.itemsize)
-        joined = [b"".join(pieces) for pieces in data]
-        special_counts = sum(map(self._count_specials, joined), start=np.zeros_like(self.special_ids))
-        if self.append_eod:
-            special_counts[self.special_ids == self.tokenizer.eod] -= len(sizes[1])
-        return Encoded(joined, [np.array(lengths, np.int32) for lengths in sizes], bad, special_counts, ended)
+        sizes = rows.sizes()
+        special_counts = rows.count(self.special_ids.tolist())
+        if self._eod is not None:
+            special_counts[self.special_ids == self._eod] -= len(sizes[-1])
+        return Encoded(rows.data(), sizes, bad, special_counts, rows.ended)
 
-    def _count_specials(self, data: bytes) -> np.ndarray:
-        """int64 [special tokens], how often each occurs in `data`."""
-        counts = np.zeros_like(self.special_ids)
-        ids = np.frombuffer(data, self.dtype)
-        for start in range(0, len(ids), 1 << 20):
-            counts += np.bincount(ids[start : start + (1 << 20)], minlength=self.tokenizer.vocab_size)[self.special_ids]
-        return counts
+    def _encode_line(self, line: bytes | None) -> list[np.ndarray]:
+        """Ids of each field of a line, [tokens]; BadRow with the reason if it is not a good row."""
+        texts = parse_row(line, self.keys)
+        encoded = [self.tokenizer.encode_batch([texts.pop(0)])[0] for _ in self.keys]
+        if empty := [names[0] for names, ids in zip(self.keys, encoded, strict=True) if not len(ids)]:
+            raise BadRow(f"{empty[0]!r} has no tokens")
+        return encoded

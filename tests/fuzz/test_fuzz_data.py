@@ -7,7 +7,7 @@ tells how to repeat one input.
 import gzip
 import json
 import shutil
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -76,11 +76,6 @@ def read_merged(directory: Path) -> list[bytes]:
 
 def read_rows(name: str, directory: Path, *flags: str) -> list[bytes]:
     """The token files that tokenize.py writes."""
-    from megatron_ft.tokenizer import fast_bpe
-
-    # Computed for every tokenizer that is opened; most of the time of a small input.
-    if not hasattr(fast_bpe.unassigned_code_points, "cache_info"):
-        fast_bpe.unassigned_code_points = cache(fast_bpe.unassigned_code_points)
     out = directory.parent / "out"
     words = ("--tokenizer-file", TOKENIZER, "--output-prefix", out / "rows", "--workers", "1", *flags)
     program("preprocess/tokenize.py", directory / name, *words)

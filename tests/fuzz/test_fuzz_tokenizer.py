@@ -7,7 +7,7 @@ tells how to repeat one input.
 import io
 import json
 import shutil
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -62,12 +62,9 @@ def sentencepiece_model(directory: Path) -> None:
 
 def read_tokenizer(name: str, directory: Path) -> None:
     """What tokenizing, training and conversion ask of a tokenizer."""
-    from megatron_ft.tokenizer import fast_bpe
     from megatron_ft.tokenizer.files import fingerprint, vocabulary_digest
     from megatron_ft.tokenizer.tokenizer import load_tokenizer
 
-    if not hasattr(fast_bpe.unassigned_code_points, "cache_info"):  # most of the time of a small input
-        fast_bpe.unassigned_code_points = cache(fast_bpe.unassigned_code_points)
     tokenizer = load_tokenizer(directory / name)
     for text in TEXTS:
         ids = tokenizer.encode(text)

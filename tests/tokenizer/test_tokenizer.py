@@ -71,28 +71,28 @@ def test_fast_bpe_matches_tokenizers_on_random_text(pairs, text):
         assert ours.encode(text) == reference.encode(text, add_special_tokens=False).ids
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     st.lists(
         st.one_of(
             TEXTS,
             st.builds(
                 lambda piece, n: piece * n,
-                st.sampled_from(["a", " ", "=", "ab", "\n", "xyz ", "0", "é", "def", " \t", "<fim_pad>"]),
-                st.integers(1, 90),
+                st.sampled_from(["a", " ", "=", "ab", "\n", "xyz", "0", "é", "def", " \t", "'s", "<fim_pad>"]),
+                st.integers(1, 9000),
             ),
-            st.text("defrtun_", min_size=40, max_size=120),
+            st.builds(
+                lambda seed, n: "".join(random.Random(seed).choices("defrtun_", k=n)),
+                st.integers(0, 1 << 32),
+                st.sampled_from([70, 90, 100, 130, 9000]),
+            ),
         ),
-        max_size=6,
+        max_size=3,
     ).map("".join)
 )
-def test_fast_bpe_matches_tokenizers_where_long_texts_are_cut(pairs, text):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fast_bpe, "LONG_TEXT", 24)
-        patch.setattr(fast_bpe, "WINDOW", 20)
-        patch.setattr(fast_bpe, "OVERLAP", 6)
-        for ours, reference in pairs:
-            assert ours.encode(text) == reference.encode(text, add_special_tokens=False).ids
+def test_fast_bpe_matches_tokenizers_on_long_pre_tokens(pairs, text):
+    for ours, reference in pairs:
+        assert ours.encode(text) == reference.encode(text, add_special_tokens=False).ids
 
 
 def test_starcoder_reference_vectors(shared_data):
@@ -165,11 +165,11 @@ def test_unsupported_tokenizers_fall_back_with_a_reason(tmp_path, monkeypatch):
     assert "has no steps" in notice_of(without_steps, path)
     lower_rank_last = json.loads(json.dumps(good))
     lower_rank_last["model"]["merges"].reverse()
-    assert "is not encoded as that token" in notice_of(lower_rank_last, path)
+    assert "comes before those that make them" in notice_of(lower_rank_last, path)
     stripping = json.loads(json.dumps(good))
     stripping["added_tokens"][0]["lstrip"] = True
     assert "matching rules" in notice_of(stripping, path)
-    monkeypatch.setattr(fast_bpe, "DIGITS_BYTE_LEVEL", fast_bpe.BYTE_LEVEL)
+    monkeypatch.setattr(fast_bpe, "_splits_digits", lambda spec: False)
     assert "its ids differ on" in notice_of(good, path)
     assert "\n" not in notice_of(good, path)
 
@@ -177,14 +177,15 @@ def test_unsupported_tokenizers_fall_back_with_a_reason(tmp_path, monkeypatch):
 def test_a_difference_on_real_data_falls_back(tmp_path, monkeypatch):
     train(STARCODERS).save(str(tmp_path / "tokenizer.json"))
     monkeypatch.setattr(fast_bpe, "HARD_CASES", ["="])
-    monkeypatch.setattr(fast_bpe, "DIGITS_BYTE_LEVEL", r"\p{L}|[^\p{L}]+")
+    monkeypatch.setattr(fast_bpe, "class_edges", list)
+    monkeypatch.setattr(fast_bpe, "_splits_digits", lambda spec: False)
     tokenizer = load_tokenizer(tmp_path / "tokenizer.json")
     tokenizer.encode("=")
     assert tokenizer.notices == []
-    tokenizer.check_sample(["=", "return x"])
-    assert "ids differ on 'return" in tokenizer.notices[0]
+    tokenizer.check_sample(["=", "return  1"])
+    assert "ids differ on 'return" in tokenizer.notices[0] and tokenizer.fast_encoder is None
     reference = Backend.from_file(str(tmp_path / "tokenizer.json"))
-    assert tokenizer.encode("return x") == reference.encode("return x").ids
+    assert tokenizer.encode("return  1") == reference.encode("return  1").ids
 
 
 def test_literal_special_tokens_are_encoded_as_text(pairs):

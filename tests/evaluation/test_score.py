@@ -36,10 +36,11 @@ SAMPLED = {"python": (0, 1, 32, 162), "cpp": (22, 23, 38, 162), "js": (0, 33, 11
 SAMPLED |= {"go": (0, 10, 27, 72, 158), "rust": (0, 38, 91, 137, 162)}
 
 
-def evaluation(directory: Path, data: Path, language: str, texts: dict[str, list[str]], task: str = "fixtests") -> Path:
-    """An evaluation with these generated texts by problem."""
+def evaluation(directory: Path, data: Path, language: str, texts: dict[str, list[str]], *tasks: str) -> Path:
+    """An evaluation of tasks, by default fixtests, with these generated texts by problem."""
+    tasks = tasks or ("fixtests",)
     manifest = {
-        "tasks": [task],
+        "tasks": list(tasks),
         "languages": [language],
         "style": STYLE,
         "samples": max(map(len, texts.values())),
@@ -47,11 +48,12 @@ def evaluation(directory: Path, data: Path, language: str, texts: dict[str, list
         "eos": "<|endoftext|>",
     }
     open_manifest(directory, manifest)
-    with RecordWriter(generations_file(directory, task, language)) as writer:
-        for problem in load_problems(data, language):
-            digest = prompt_sha256(problem, task, manifest)
-            for i, text in enumerate(texts.get(problem.task_id, ())):
-                writer.append([Generation(task, language, problem.task_id, i, 0, digest, text, 1, "stop")])
+    for task in tasks:
+        with RecordWriter(generations_file(directory, task, language)) as writer:
+            for problem in load_problems(data, language):
+                digest = prompt_sha256(problem, task, manifest)
+                for i, text in enumerate(texts.get(problem.task_id, ())):
+                    writer.append([Generation(task, language, problem.task_id, i, 0, digest, text, 1, "stop")])
     return directory
 
 
@@ -179,20 +181,19 @@ def test_canonical_and_buggy_solutions_score_as_in_the_reference(language, share
     needs(language)
     data = shared_data / "humanevalpack"
     problems = [p for p in load_problems(data, language) if int(p.task_id.split("/")[1]) in SAMPLED[language]]
-    for task in ("fixtests", "synthesize"):
-        for answer in ("canonical_solution", "buggy_solution"):
-            texts = {p.task_id: ["\n" + getattr(p, answer).lstrip("\n")] for p in problems}
-            directory = evaluation(tmp_path / f"{task}-{answer}", data, language, texts, task)
-            for mode in ("faithful", "clean"):
-                command = (SCORE, directory, "--data", data, "--mode", mode, "--cpu-limit", "5", "--partial")
-                run_program(*command, timeout=900)
-                passed = {
-                    int(name.split("/")[1])
-                    for (name, _), status in statuses(directory, language, task, mode).items()
-                    if status == "passed"
-                }
-                wanted = set(SAMPLED[language]) if answer == "canonical_solution" else set()
-                if mode == "faithful" and wanted:
-                    wanted -= FAILS_IN_REFERENCE.get((language, task), set())
-                free = {23} if language == "cpp" else {32} if language == "rust" else set()
-                assert passed - free == wanted - free, (task, answer, mode)
+    answers = ("canonical_solution", "buggy_solution")
+    texts = {p.task_id: ["\n" + getattr(p, answer).lstrip("\n") for answer in answers] for p in problems}
+    tasks = ("fixtests", "synthesize")
+    directory = evaluation(tmp_path / "evaluation", data, language, texts, *tasks)
+    free = {23} if language == "cpp" else {32} if language == "rust" else set()
+    for mode in ("faithful", "clean"):
+        command = (SCORE, directory, "--data", data, "--mode", mode, "--cpu-limit", "5", "--partial")
+        run_program(*command, timeout=900)
+        for task in tasks:
+            passed: tuple[set[int], set[int]] = set(), set()
+            for (name, sample), status in statuses(directory, language, task, mode).items():
+                if status == "passed":
+                    passed[sample].add(int(name.split("/")[1]))
+            fails = FAILS_IN_REFERENCE.get((language, task), set()) if mode == "faithful" else set()
+            assert passed[0] - free == set(SAMPLED[language]) - fails - free, (task, mode)
+            assert passed[1] <= free, (task, mode)

@@ -15,7 +15,7 @@ from megatron_ft.errors import UserError
 from megatron_ft.files.json_file import read_json
 from megatron_ft.model.tensor_names import LORA_TARGETS
 from megatron_ft.printable import printable
-from megatron_ft.weights.adapters import PEFT_CONFIG
+from megatron_ft.weights.locate import ADAPTER
 
 # The linear layers of a transformer layer under the names that families of transformers give them,
 # by ours. The longer name tells two c_proj apart.
@@ -93,7 +93,7 @@ def add_adapters(model: PreTrainedModel, config: Config, base: Path) -> PeftMode
 
 def load_adapters(model: PeftModel, directory: Path, config: Config) -> None:
     """Fill the adapters from a PEFT directory. Raises UserError if they differ from the flags."""
-    saved, lora = read_json(directory / PEFT_CONFIG), config.lora
+    saved, lora = read_json(directory / ADAPTER), config.lora
     pairs: dict[str, tuple[Any, Any]] = {
         "--lora-rank": (saved.get("r"), lora.rank),
         "--lora-alpha": (saved.get("lora_alpha"), lora.alpha),

@@ -1,6 +1,6 @@
 """The command line of `--engine transformers`, and what is checked before anything is loaded.
 
-The launcher checks a command line in this way on a login node, too, and a rank again.
+No torch here: the launcher checks a command line on a login node in a second.
 """
 
 import importlib.util
@@ -63,7 +63,9 @@ def check_packages(config: Config) -> None:
 def check_start(config: Config) -> None:
     """Raise UserError unless there is a checkpoint to resume or a model to start from."""
     checkpoint = config.checkpoint
+    if checkpoint.save and list_iterations(Path(checkpoint.save)):
+        return
     if checkpoint.load:
         find_start(checkpoint.load, checkpoint.load_iteration, adapters=bool(config.lora.rank))
-    elif checkpoint.save and not list_iterations(Path(checkpoint.save)):
+    else:
         raise UserError(f"--save {checkpoint.save} contains no checkpoint, and --load is missing; give --load DIR")

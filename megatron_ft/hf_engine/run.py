@@ -112,17 +112,16 @@ def train_to_end(
 
 
 def starting_point(config: Config) -> StartingPoint:
-    """The model whose configuration is the run's: of --load, or of the checkpoint to resume."""
-    checkpoint = config.checkpoint
+    """The model whose configuration is the run's: of the checkpoint to resume, or of --load."""
+    checkpoint, manifest = config.checkpoint, newest_manifest(config)
+    if manifest and not manifest.base and checkpoint.save:
+        newest = iteration_directory(Path(checkpoint.save), manifest.iteration)
+        return find_start(str(newest), "latest", adapters=False)
     if checkpoint.load:
         return find_start(checkpoint.load, checkpoint.load_iteration, adapters=bool(config.lora.rank))
-    manifest = newest_manifest(config)
-    if manifest is None:
-        raise UserError(f"--save {checkpoint.save} contains no checkpoint, and --load is missing; give --load DIR")
-    if manifest.base:
+    if manifest and manifest.base:
         return find_start(manifest.base["path"], "latest", adapters=False)
-    assert checkpoint.save is not None
-    return find_start(str(iteration_directory(Path(checkpoint.save), manifest.iteration)), "latest", adapters=False)
+    raise UserError(f"--save {checkpoint.save} contains no checkpoint, and --load is missing; give --load DIR")
 
 
 def with_sequence_length(config: Config, positions: int | None, point: StartingPoint) -> Config:

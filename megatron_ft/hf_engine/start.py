@@ -9,8 +9,7 @@ from megatron_ft.data.fingerprint import sampled_digest
 from megatron_ft.errors import UserError
 from megatron_ft.files.hub_cache import download_hint, resolve_hub_cache
 from megatron_ft.files.json_file import read_json, require
-from megatron_ft.weights.adapters import PEFT_CONFIG
-from megatron_ft.weights.open import find_iteration
+from megatron_ft.weights.locate import ADAPTER, find_iteration
 
 CONFIG = "config.json"
 
@@ -56,7 +55,7 @@ def find_start(load: str, iteration: int | str, *, adapters: bool) -> StartingPo
             f"--load {load}: adapters, not a complete model; give their flags (--lora-rank ...) to train them, "
             "or merge them with PEFT's merge_and_unload()"
         )
-    where = directory / PEFT_CONFIG
+    where = directory / ADAPTER
     base = require(read_json(where), "base_model_name_or_path", str, str(where), low=1, high=4096)
     found = find_start(base, "latest", adapters=False)
     return StartingPoint(found.model, directory.absolute())
@@ -64,7 +63,7 @@ def find_start(load: str, iteration: int | str, *, adapters: bool) -> StartingPo
 
 def _kind(directory: Path) -> str | None:
     """The file that tells what a directory is: a model's config.json, or adapters'."""
-    return next((name for name in (CONFIG, PEFT_CONFIG) if (directory / name).is_file()), None)
+    return next((name for name in (CONFIG, ADAPTER) if (directory / name).is_file()), None)
 
 
 def check_kind(config: Mapping[str, Any], where: Path) -> None:

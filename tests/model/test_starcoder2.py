@@ -1,6 +1,7 @@
 """StarCoder2's configurations become shapes and are written again; others are refused."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from megatron_ft.config.arguments import parse_args
 from megatron_ft.engine.kernels import Installed, why_not_transformer_engine
 from megatron_ft.engine.rotary import rotate, rotation
 from megatron_ft.errors import UserError
+from megatron_ft.launcher.mtf import mtf_command
 from megatron_ft.model import cost
 from megatron_ft.model.families import PRESETS, shape_of_config, shape_of_manifest
 from megatron_ft.model.shape import ModelShape
@@ -147,6 +149,12 @@ def test_layers_are_not_transformer_engines():
     installed = Installed("2.9.0", flash_attention_2=True, capability=(9, 0))
     assert "rotary positions are applied by the local layers" in why_not_transformer_engine(config, installed)
     assert why_not_transformer_engine(replace(config, shape=PRESETS["tiny"]), installed) is None
+
+
+def test_the_mtf_engine_refuses_the_model():
+    config = parse_args(f"--preset starcoder2-3b --bf16 {LAYOUT}".split())
+    with pytest.raises(UserError, match="--engine mtf: the branch has GPTBigCode .* and no StarCoder2; use --engine"):
+        mtf_command(config, [], [], Path("/nowhere"))
 
 
 def test_attention_flops_count_what_the_window_shows():

@@ -15,6 +15,7 @@ plots = ["matplotlib"]
 wandb = ["wandb"]
 dataset = ["duckdb", "sqlglot", "pyarrow", "rensa"]
 evaluation = ["diff-match-patch"]
+trainer = ["accelerate", "peft"]
 types = ["mypy", "types-psutil", "types-PyYAML", "types-tqdm"]
 dev = [
     "pytest",
@@ -23,7 +24,7 @@ dev = [
     "regex",
     "ruff",
     "codespell",
-    "peft",
+    *trainer,
     *types,
     *plots,
     *dataset,
@@ -102,6 +103,7 @@ setup(
         "wandb": wandb,
         "dataset": dataset,
         "evaluation": evaluation,
+        "transformers": [*trainer, "bitsandbytes", "liger-kernel"],
         "dev": dev,
     },
 )

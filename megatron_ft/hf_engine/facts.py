@@ -1,4 +1,4 @@
-"""What the log of a run of `--engine transformers` says about its model."""
+"""What the log of a run of `--engine transformers` has about its model."""
 
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ class CausalModelFacts:
 
     def __init__(self, model: Any, where: Path, config: Config, *, sharded: bool) -> None:
         self._config, self._where = config, where
-        self._shares = config.parallel.world_size if sharded else 1
+        self._ranks_per_copy = config.parallel.world_size if sharded else 1
         self._kind = model.config.model_type
         text = model.config.get_text_config(decoder=True)
         self._layers, self._hidden = text.num_hidden_layers, text.hidden_size
@@ -24,7 +24,7 @@ class CausalModelFacts:
         self._bytes = sum(weight.numel() * weight.element_size() for weight in parameters)
         self._trained = sum(weight.numel() for weight in parameters if weight.requires_grad)
         tables = {id(table.weight) for table in (model.get_input_embeddings(), model.get_output_embeddings()) if table}
-        # Looking up a token is no multiplication; a tied table is counted for the output layer.
+        # Looking up a token multiplies nothing; a tied table counts for the output layer.
         lookups = model.get_input_embeddings().weight.numel() if len(tables) > 1 else 0
         self._multiplied = self._parameters - lookups
 
@@ -39,7 +39,7 @@ class CausalModelFacts:
     def memory(self, gpu: Gpu | None) -> str:
         """Weights, gradients and optimizer state of one rank."""
         moments = 8 if self._config.optimizer.name == "adam" else 4
-        state = (self._bytes + (4 + moments) * self._trained) / self._shares
+        state = (self._bytes + (4 + moments) * self._trained) / self._ranks_per_copy
         unit, size = ("GiB", GIB) if state >= GIB else ("MiB", 2**20)
         return f"about {state / size:.1f} {unit} per rank for weights, gradients and optimizer, and activations"
 

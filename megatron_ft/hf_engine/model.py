@@ -42,7 +42,7 @@ def read_config(point: StartingPoint) -> Any:
 
 
 def positions_of(config: Any) -> int | None:
-    """The longest sequence that a model takes, where its configuration says so."""
+    """The longest sequence that a model takes, where its configuration has it."""
     found = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
     return found if isinstance(found, int) and found > 0 else None
 

@@ -1,4 +1,4 @@
-"""What a run's log says about the model that is trained: its size, its memory, its FLOPs."""
+"""What a run's log has about the model that is trained: its size, its memory, its FLOPs."""
 
 from typing import Any, Protocol
 

@@ -60,17 +60,22 @@ def test_shellcheck_finds_nothing():
 
 
 RECIPES = sorted(path.name for path in (ROOT / "slurm").glob("finetune_*.sh"))
+# How each begins, and how many ranks it is checked for: 64 where the batch is large enough.
+RANDOM, TRANSFORMERS = ("--from-scratch", "64"), ("--load model", "8")
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_flags_after_a_script_override_those_that_set_the_same(name, tmp_path):
+    start, ranks = TRANSFORMERS if name == "finetune_octocoder.sh" else RANDOM
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/config.json").write_text('{"model_type": "gpt_bigcode"}')
     (tmp_path / "tokenizer.json").touch()
     (tmp_path / "cluster.env").write_text(f"VENV={shlex.quote(sys.prefix)}\nSCRATCH=.\n")
-    environment = {**os.environ, "CLUSTER_ENV": str(tmp_path / "cluster.env"), "MEGATRON_FT_CHECK": "64"}
+    environment = {**os.environ, "CLUSTER_ENV": str(tmp_path / "cluster.env"), "MEGATRON_FT_CHECK": ranks}
     environment["MEGATRON_FT_DATA_COMES"] = "1"
 
     def check(*flags: str) -> subprocess.CompletedProcess:
-        data = ["--data-prefix", "data", "--tokenizer-file", "tokenizer.json", "--from-scratch"]
+        data = ["--data-prefix", "data", "--tokenizer-file", "tokenizer.json", *start.split()]
         command = ["bash", str(ROOT / "slurm" / name), *data, *flags]
         return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
 

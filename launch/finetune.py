@@ -5,7 +5,7 @@ r"""Start a training run: as local processes, or in a SLURM job as tasks of srun
         --tensor-model-parallel-size 2
 
 The same command resumes the run. Flags are checked before anything starts. On SIGTERM, SIGUSR1,
-SIGUSR2 and Ctrl-C every rank saves after its step, and the exit status is 75.
+SIGUSR2, Ctrl-C and a closed terminal every rank saves after its step, and the exit status is 75.
 """
 
 import argparse
@@ -132,11 +132,6 @@ def run_locally(training: Training, num_processes: int, gpus: int, *, dry_run: b
         print(f"# rank 0 of {num_processes}; the others differ in RANK and LOCAL_RANK")
         print(as_shell({**environment, **rank_environment(0, num_processes, 0, num_processes)}, training.command))
         return EXIT_DONE
-    if 0 < gpus < num_processes:
-        raise UserError(
-            f"--num-processes {num_processes}: there are {gpus} GPUs, and each takes one process; give at most {gpus}, "
-            "or type CUDA_VISIBLE_DEVICES= before the command to train on the CPU"
-        )
     return run_local_ranks(training.command, num_processes, environment, training.logs, training.stop_signal)
 
 
@@ -167,6 +162,11 @@ def main() -> int:
     if num_processes < 1:
         raise UserError(f"--num-processes {num_processes}: must be at least 1")
     training = check_training(launch.engine, flags, num_processes)
+    if not (job or launch.check or launch.dry_run) and 0 < gpus < num_processes:
+        raise UserError(
+            f"--num-processes {num_processes}: there are {gpus} GPUs, and each takes one process; give at most {gpus}, "
+            "or type CUDA_VISIBLE_DEVICES= before the command to train on the CPU"
+        )
     if launch.check or not (job or launch.dry_run):  # in a job, each node is checked
         check_start(training.config, launch.engine)
     if launch.check:

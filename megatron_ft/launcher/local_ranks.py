@@ -21,8 +21,8 @@ from typing import IO
 
 from megatron_ft.errors import EXIT_DONE, EXIT_RESUME, EXIT_USER_ERROR
 from megatron_ft.launcher.command import free_port, rank_environment, shared_environment
+from megatron_ft.training.signals import STOP_SIGNALS
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 # With a process group, torch puts the rank in front.
 _TRACEBACK = re.compile(r"(\[rank\d+\]: )?Traceback \(most recent")
 # What ranks get to end after another has failed, and when in that time they get SIGTERM: most are
@@ -167,10 +167,8 @@ def _wait(ranks: list[subprocess.Popen], stop: _StopRequests) -> int | None:
             if received == signal.SIGINT:
                 if interrupted:
                     raise KeyboardInterrupt
-                interrupted, received = True, signal.SIGTERM
+                interrupted = True
                 print("\nstopping: every rank saves after this step (Ctrl-C again ends them at once)", file=sys.stderr)
-            if received == signal.SIGHUP:
-                received = signal.SIGTERM
             stop.forwarded = True
             for rank in ranks:
                 if rank.poll() is None:

@@ -10,6 +10,7 @@ from megatron_ft.config.config import Config
 from megatron_ft.errors import UserError
 
 MANY_EPOCHS = 10
+FEW_STEPS = 20
 
 
 @dataclass(frozen=True)
@@ -91,11 +92,29 @@ def many_epochs(length: Length, sequences_per_epoch: int) -> list[str]:
     ]
 
 
+def few_steps(length: Length, sequences_per_epoch: int, batch: int) -> str | None:
+    """A warning if the data make fewer steps than a learning-rate schedule needs; None otherwise.
+
+    `batch`: sequences per step. Only a length that follows from the data is judged: steps that the
+    user has asked for are meant.
+    """
+    if length.iterations >= FEW_STEPS:
+        return None
+    steps = f"{length.iterations} step{'s' * (length.iterations != 1)}"
+    suggested = max(1, length.samples // FEW_STEPS)
+    remedy = f"lower --global-batch-size {batch}" + (f" to {suggested}" if suggested < batch else "")
+    return (
+        f"warning: your data make {steps} ({sequences_per_epoch:,} sequences per epoch); {remedy}, or train more epochs"
+    )
+
+
 def build_scheduler(config: Config, optimizer, length: Length, done: Length = NOTHING):
     """Megatron's OptimizerParamScheduler, which counts sequences.
 
-    Flags in steps are converted with the batch sizes that `done` had. Raises UserError if the
-    warm-up is longer than the decay, or the WSD decay does not fit.
+    Flags in steps are converted with the batch sizes that `done` had. A warm-up of less than a step
+    is none: it would begin and end at --lr-warmup-init, by default a step at rate 0. Neither has a
+    run of one step a warm-up. Raises UserError if the warm-up is longer than the decay, or the WSD
+    decay does not fit.
     """
     from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
@@ -111,6 +130,8 @@ def build_scheduler(config: Config, optimizer, length: Length, done: Length = NO
             f"the learning-rate warm-up of {warmup:g} sequences takes all of the schedule's {decay}; "
             "lower --lr-warmup-iters, or lengthen the run or --lr-decay-iters"
         )
+    if warmup < global_batch_at(config, 0) or length.iterations == 1:
+        warmup = 0
     wsd_decay = config.schedule.wsd_decay_samples or (
         samples_of(config, config.schedule.wsd_decay_iters) if config.schedule.wsd_decay_iters else None
     )

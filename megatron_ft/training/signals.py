@@ -12,18 +12,24 @@ import threading
 import time
 from pathlib import Path
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 _received: list[str] = []
 
 
 def install() -> None:
-    """Record SIGTERM, SIGUSR1 and SIGUSR2, which the training loop checks after every step."""
+    """Record stop signals, which the training loop checks after every step.
+
+    A second Ctrl-C ends the process at once. Under nohup, a closed terminal is ignored.
+    """
     for number in STOP_SIGNALS:
-        signal.signal(number, _remember)
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, _remember)
 
 
 def _remember(number: int, frame) -> None:
     _received.append(signal.Signals(number).name)
+    if number == signal.SIGINT:
+        signal.signal(number, signal.default_int_handler)
 
 
 def received() -> str | None:

@@ -388,7 +388,7 @@ def test_closed_terminal_stops_a_run_like_sigterm(runs):
     (stopped,) = [event for event in runs.events("closed") if event.startswith("stopped by")]
     assert not any("could not be saved" in event for event in runs.events("closed"))
     iteration = int((save / "latest_checkpointed_iteration.txt").read_text())
-    assert f"stopped by SIGTERM at iteration {iteration};" in stopped and iteration >= 3
+    assert f"stopped by SIGHUP at iteration {iteration};" in stopped and iteration >= 3
     assert runs.lines("closed")[-1]["iteration"] == iteration
 
 

@@ -16,6 +16,7 @@ from conftest import ROOT, one_error_line, run_program
 
 from megatron_ft.config.config import Config
 from megatron_ft.errors import UserError
+from megatron_ft.training.signals import STOP_SIGNALS
 
 LAUNCHED = """
 import os, signal, sys, time
@@ -119,13 +120,13 @@ def test_only_rank_0_writes_to_the_terminal(tmp_path):
     assert launched.log.read_text() == "hello from 1 True\n"
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2])
+@pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_a_stop_signal_reaches_every_rank_and_the_status_is_resume(tmp_path, number):
     code = """
 def stop(number, frame):
-    print('rank', rank, 'saves', flush=True)
+    print('rank', rank, 'saves at', signal.Signals(number).name, flush=True)
     sys.exit(75)
-for n in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+for n in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP):
     signal.signal(n, stop)
 print('ready', flush=True)
 time.sleep(30)
@@ -135,8 +136,9 @@ time.sleep(30)
     while not launched.log.exists() or "ready" not in launched.log.read_text():
         time.sleep(0.05)
     launched.process.send_signal(number)
-    assert launched.end() == (75, "rank 0 saves\n")
-    assert "rank 1 saves" in launched.log.read_text()
+    status, out = launched.end()
+    assert status == 75 and out.endswith(f"rank 0 saves at {number.name}\n")
+    assert f"rank 1 saves at {number.name}" in launched.log.read_text()
 
 
 def test_a_failed_rank_ends_all_and_its_traceback_is_printed_last(tmp_path):

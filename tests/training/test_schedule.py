@@ -119,6 +119,20 @@ def test_learning_rates_follow_the_formula(tmp_path, text, expected):
     assert rates(config, 10) == pytest.approx(expected, abs=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("--train-iters 1 --lr-warmup-fraction 0.03", [1]),
+        ("--train-iters 1 --lr-decay-iters 100 --lr-warmup-iters 10", [1]),
+        ("--train-iters 10 --lr-warmup-fraction 0.09", [1, 1]),
+        ("--train-iters 10 --lr-warmup-samples 4", [0, 1]),
+    ],
+)
+def test_warm_up_of_less_than_a_step_does_not_waste_it(tmp_path, text, expected):
+    config = flags(tmp_path, f"--global-batch-size 4 --lr 1 --lr-decay-style constant {text}")
+    assert rates(config, len(expected)) == expected
+
+
 def test_impossible_schedules_are_refused(tmp_path):
     for text, word in [
         ("--lr-warmup-iters 10", "--lr-warmup-iters"),

@@ -38,4 +38,8 @@ def shape_of_manifest(found: Mapping[str, Any], where: str) -> ModelShape:
     shape = ModelShape.from_dict(found, where)
     if shape.family not in FAMILIES:
         raise UserError(f"{where}: family {shape.family!r}; a newer megatron-ft may have written it")
+    try:
+        family_of(shape).check(shape)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
     return shape

@@ -121,6 +121,7 @@ def _check(shape: ModelShape) -> None:
             "query head; StarCoder2 (--position-embedding-type rope) has groups"
         )
     for flag, value in (
+        ("--rotary-base", shape.rotary_base),
         ("--window-size", shape.window_size),
         ("--untie-embeddings-and-output-weights", shape.untie_embeddings_and_output_weights),
     ):

@@ -104,11 +104,11 @@ class ModelShape:
         These are Megatron-Core's own rules, checked before anything is started.
         """
         heads, tp, pp = self.num_attention_heads, tensor_parallel, pipeline_parallel
-        if heads % tp or self.num_query_groups % tp and tp % self.num_query_groups:
+        if not self._divides_heads(tp):
+            groups = f" in {self.num_query_groups} groups" if self.attention == "grouped-query" else ""
+            legal = [n for n in range(1, heads + 1) if self._divides_heads(n) and self.qkv_rows % n == 0]
             raise UserError(
-                f"{tensor_flag} {tp} does not divide the {heads} attention heads"
-                + (f" in {self.num_query_groups} groups; " if 1 < self.num_query_groups < heads else "; ")
-                + f"use one of {[n for n in range(1, heads + 1) if self._divides_attention(n)]}"
+                f"{tensor_flag} {tp} does not divide the {heads} attention heads{groups}; use one of {legal}"
             )
         if self.qkv_rows % tp or self.ffn_hidden_size % tp:
             raise UserError(
@@ -121,10 +121,11 @@ class ModelShape:
                 f"use one of {[n for n in range(1, self.num_layers + 1) if self.num_layers % n == 0]}"
             )
 
-    def _divides_attention(self, tensor_parallel: int) -> bool:
+    def _divides_heads(self, tensor_parallel: int) -> bool:
+        """Whether each rank has complete heads, of complete groups or of one."""
         groups = self.num_query_groups
-        whole_groups = groups % tensor_parallel == 0 or tensor_parallel % groups == 0
-        return self.num_attention_heads % tensor_parallel == 0 and self.qkv_rows % tensor_parallel == 0 and whole_groups
+        groups_fit = groups % tensor_parallel == 0 or tensor_parallel % groups == 0
+        return self.num_attention_heads % tensor_parallel == 0 and groups_fit
 
     @classmethod
     def from_dict(cls, found: Mapping[str, Any], where: str) -> "ModelShape":
@@ -149,6 +150,8 @@ class ModelShape:
         check_heads(values["hidden_size"], heads, f"{where}: hidden_size", "num_attention_heads")
         if "multi_query" in found:
             values["num_query_groups"] = 1 if require(found, "multi_query", bool, where) else heads
+        if heads % values.get("num_query_groups", 1):
+            raise UserError(f"{where}: num_query_groups {values['num_query_groups']} does not divide the {heads} heads")
         return cls(**values)
 
     def as_dict(self) -> dict[str, Any]:

@@ -60,6 +60,20 @@ def test_a_manifest_keeps_every_field_and_older_ones_mean_gptbigcode():
 
 
 @pytest.mark.parametrize(
+    ("preset", "change", "reason"),
+    [
+        ("starcoder2-3b", {"num_query_groups": 5}, "num_query_groups 5 does not divide the 24 heads"),
+        ("starcoder2-3b", {"rotary_base": 0}, "StarCoder2 has rotary positions"),
+        ("tiny", {"rotary_base": 1e4}, "--rotary-base: a GPTBigCode .StarCoder. has none"),
+        ("tiny", {"window_size": 16}, "--window-size: a GPTBigCode"),
+    ],
+)
+def test_a_manifest_that_contradicts_its_family_is_refused(preset, change, reason):
+    with pytest.raises(UserError, match=f"^manifest.json: .*{reason}"):
+        shape_of_manifest({**PRESETS[preset].as_dict(), **change}, "manifest.json")
+
+
+@pytest.mark.parametrize(
     ("change", "reason"),
     [
         ({"model_type": "starcoder3"}, "'starcoder3', expected 'gpt_bigcode' .* or 'starcoder2'"),

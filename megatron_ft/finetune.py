@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _train(argv: list[str], started: float) -> int:
     config = parse_args(argv, int(os.environ.get("WORLD_SIZE", 1)))
-    _silence_warnings()
+    silence_warnings()
 
     from megatron_ft.engine import parallel
     from megatron_ft.engine.device import set_up_device
@@ -80,7 +80,7 @@ def run_rank(main: Callable[[], int] = main) -> None:
     os._exit(status)
 
 
-def _silence_warnings() -> None:
+def silence_warnings() -> None:
     """Hide warnings that do not help users: Megatron-Core's about missing optional packages and
     torch's about the collectives it uses."""
     warnings.filterwarnings("ignore", module=r"megatron\.core")

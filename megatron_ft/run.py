@@ -15,7 +15,6 @@ from megatron_ft.engine.kernels import kernels_notice, uses_transformer_engine
 from megatron_ft.engine.lora import add_lora
 from megatron_ft.engine.model import build_model, compute_dtype, wrap_for_data_parallel
 from megatron_ft.engine.optimizer import build_optimizer
-from megatron_ft.engine.out_of_memory import out_of_memory
 from megatron_ft.engine.packed_attention import slow_with_dropout
 from megatron_ft.engine.step import MegatronCore
 from megatron_ft.errors import UserError
@@ -25,6 +24,7 @@ from megatron_ft.model.activation import overridden_activation
 from megatron_ft.model.families import PRESETS
 from megatron_ft.model.shape import ModelShape, padded_vocab_size
 from megatron_ft.tokenizer.tokenizer import load_tokenizer
+from megatron_ft.training.out_of_memory import out_of_memory
 from megatron_ft.training.prepare import Prepared, open_log, open_run, prepare, start
 from megatron_ft.training.schedule import Length, build_scheduler
 from megatron_ft.training.train import evaluate_only, train

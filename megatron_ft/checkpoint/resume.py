@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from megatron_ft.config.config import ENTRIES, Config
-from megatron_ft.config.flag import Resume
+from megatron_ft.config.flag import MEGATRON, Resume
 from megatron_ft.data.fingerprint import modified, sampled_digest, token_files
 from megatron_ft.data.splits import groups_of
 from megatron_ft.errors import UserError
@@ -69,13 +69,21 @@ def newest_manifest(config: Config) -> Manifest | None:
     """Manifest of the newest checkpoint in --save, None if there is none.
 
     Cheap: reads only manifests. Whether the checkpoint is complete is checked when it is loaded.
+    Raises UserError for a run of another engine.
     """
     if not config.checkpoint.save:
         return None
     save = Path(config.checkpoint.save)
     for iteration in list_iterations(save):
         with contextlib.suppress(Damaged):
-            return read_manifest(iteration_directory(save, iteration))
+            manifest = read_manifest(iteration_directory(save, iteration))
+            engine = manifest.args.get("engine", MEGATRON)
+            if engine != config.engine:
+                raise UserError(
+                    f"--save {save} was saved by --engine {engine}; give that engine, or --load {save} to start from its "
+                    "weights and another --save"
+                )
+            return manifest
     return None
 
 

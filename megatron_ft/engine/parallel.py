@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from megatron_ft.config.config import Config
 from megatron_ft.errors import UserError
+from megatron_ft.training.seeds import step_seed
 
 
 def initialize(config: Config) -> None:
@@ -59,12 +60,9 @@ def seed_start(seed: int) -> None:
 
 
 def seed_step(seed: int, iteration: int) -> None:
-    """Seed one training step, as a function of only the iteration and the rank.
-
-    So dropout needs no saved random state: a resumed run draws the numbers of an uninterrupted one.
-    """
+    """Seed one training step, as a function of only the iteration and the rank."""
     replica = pipeline_parallel_rank() * data_parallel_size() + data_parallel_rank()
-    _seed((seed + 1_000_003 * (iteration + 1) + 10_007 * replica) % 2**31)
+    _seed(step_seed(seed, iteration, replica))
 
 
 def _seed(seed: int) -> None:

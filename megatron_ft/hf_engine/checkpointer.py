@@ -29,6 +29,7 @@ from megatron_ft.checkpoint.resume import Start, choose_first_start
 from megatron_ft.checkpoint.train_state import COUNTERS, BestCheckpoint, TrainState
 from megatron_ft.config.config import Config
 from megatron_ft.errors import UserError
+from megatron_ft.files.atomic import sync_path
 from megatron_ft.files.checksum import describe_file
 from megatron_ft.hf_engine.start import StartingPoint, find_start
 from megatron_ft.hf_engine.trainer import PackedTrainer
@@ -200,7 +201,9 @@ class HfWriter:
             dcp.save({OPTIMIZER: optimizer}, checkpoint_id=self.staging)
             names = self.ranks.on_rank_0(lambda: sorted(file.name for file in self.staging.iterdir()))
             ours = names[self.ranks.rank :: self.ranks.world_size]
-            self.files = {name: describe_file(self.staging / name) for name in ours}
+            for name in ours:
+                sync_path(self.staging / name)
+                self.files[name] = describe_file(self.staging / name)
         except Exception as error:
             self.error = f"{self.staging}: {type(error).__name__}: {str(error).splitlines()[0]}"
 

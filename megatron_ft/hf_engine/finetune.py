@@ -12,7 +12,7 @@ import sys
 import time
 import warnings
 
-from megatron_ft.finetune import rank_status, run_rank
+from megatron_ft.finetune import rank_status, run_rank, silence_warnings
 from megatron_ft.training import signals
 
 
@@ -27,7 +27,8 @@ def _train(argv: list[str], started: float) -> int:
     from megatron_ft.hf_engine.arguments import parse
 
     config = parse(argv, int(os.environ.get("WORLD_SIZE", 1)))
-    _silence_warnings()
+    silence_warnings()
+    _silence_transformers()
 
     import torch.distributed as dist
 
@@ -41,15 +42,15 @@ def _train(argv: list[str], started: float) -> int:
     return status
 
 
-def _silence_warnings() -> None:
-    """Hide what does not help users: progress bars of loading, and warnings about the collectives
-    that torch itself uses."""
-    import transformers
+def _silence_transformers() -> None:
+    """Hide what does not help users: progress bars of loading, and torch's warnings about the
+    collectives and checkpoints that it uses itself."""
+    from transformers.utils import logging
 
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\.distributed")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers")
 
 
 if __name__ == "__main__":

@@ -3,9 +3,10 @@
 import contextlib
 import os
 import tempfile
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -29,6 +30,7 @@ from megatron_ft.hf_engine.start import StartingPoint, find_start
 from megatron_ft.hf_engine.trainer import PackedTrainer, shards, training_arguments
 from megatron_ft.metrics.metrics import MetricsLog
 from megatron_ft.tokenizer.tokenizer import load_tokenizer
+from megatron_ft.training.out_of_memory import out_of_memory
 from megatron_ft.training.prepare import Prepared, open_log, open_run, prepare, start
 from megatron_ft.training.schedule import Length
 from megatron_ft.training.train import end, evaluate_only
@@ -61,30 +63,49 @@ def run(config: Config, device: torch.device, started: float) -> int:
     with_dropouts(model_config, config)
     config = with_sequence_length(config, positions_of(model_config), point)
     tokenizer = load_tokenizer(config.data.tokenizer_file)
-    notices: list[str] = []
+    loader = Loader(config, model_config, tokenizer.vocab_size, device)
+    state = TrainState([], None, None)
+    try:
+        prepared = prepare(
+            config, tokenizer, lambda epoch: HfCheckpointer(config, tokenizer, loader, sequences_per_epoch=epoch)
+        )
+        reasons = start(prepared, state)
+        facts = CausalModelFacts(state.model[0], point.model, config, sharded=shards(config))
+        with contextlib.closing(open_log(prepared, state, reasons, device, facts, loader.notices)) as log:
+            vocab_size = None if config.loss.softmax_over_padding else tokenizer.vocab_size
+            return train_to_end(prepared, state, vocab_size, log, device, started)
+    except torch.OutOfMemoryError as error:
+        when = f"after {state.iteration} iterations" if state.iteration else "before the first step was taken"
+        raise out_of_memory(config, error, when) from error
 
-    def load(directory: Path, adapters: Path | None) -> nn.Module:
-        model = load_model(directory, model_config, config, device)
-        notices.extend(filter(None, (fit_vocabulary(model, tokenizer.vocab_size, config),)))
-        notices.extend(filter(None, (use_liger(model, config, device),)))
-        if not config.lora.rank:
+
+@dataclass
+class Loader:
+    """Loads the model of a directory, with adapters where flags ask for them.
+
+    `tokens`: the tokenizer's. `notices`: lines for the log about what was loaded.
+    """
+
+    config: Config
+    model_config: Any
+    tokens: int
+    device: torch.device
+    notices: list[str] = field(default_factory=list)
+
+    def __call__(self, directory: Path, adapters: Path | None) -> nn.Module:
+        """The model of `directory`, with the weights of `adapters` if they are given. Raises
+        UserError."""
+        model = load_model(directory, self.model_config, self.config, self.device)
+        lines = (fit_vocabulary(model, self.tokens, self.config), use_liger(model, self.config, self.device))
+        self.notices += filter(None, lines)
+        if not self.config.lora.rank:
             return model
         from megatron_ft.hf_engine.adapters import add_adapters, load_adapters  # PEFT may not be installed
 
-        adapted = add_adapters(model, config, directory)
+        adapted = add_adapters(model, self.config, directory)
         if adapters:
-            load_adapters(adapted, adapters, config)
+            load_adapters(adapted, adapters, self.config)
         return adapted
-
-    prepared = prepare(
-        config, tokenizer, lambda epoch: HfCheckpointer(config, tokenizer, load, sequences_per_epoch=epoch)
-    )
-    state = TrainState([], None, None)
-    reasons = start(prepared, state)
-    facts = CausalModelFacts(state.model[0], point.model, config, sharded=shards(config))
-    with contextlib.closing(open_log(prepared, state, reasons, device, facts, notices)) as log:
-        vocab_size = None if config.loss.softmax_over_padding else tokenizer.vocab_size
-        return train_to_end(prepared, state, vocab_size, log, device, started)
 
 
 def train_to_end(

@@ -22,6 +22,7 @@ from megatron_ft.hf_engine.model import check_isolation, logits_of
 from megatron_ft.training.batches import MicroBatch
 from megatron_ft.training.run import Run
 from megatron_ft.training.schedule import Length, build_scheduler, learning_rate
+from megatron_ft.training.seeds import step_seed
 from megatron_ft.training.step import Step
 from megatron_ft.training.train import after_step, begin, finished
 
@@ -160,7 +161,7 @@ class PackedTrainer(Trainer):
         assert self.optimizer is not None
         self.of_run.state.optimizer = self.optimizer
         self.of_run.state.scheduler = build_scheduler(self.config, self.optimizer, self.length, self.done)
-        self.lr_scheduler = _NoScheduler(self.optimizer, lambda step: 1.0)
+        self.lr_scheduler = _NoScheduler()  # type: ignore[assignment]
         return self.lr_scheduler
 
     def _get_learning_rate(self) -> float:
@@ -268,10 +269,10 @@ class _Steps:
             yield Step(run)
 
 
-class _NoScheduler(torch.optim.lr_scheduler.LambdaLR):
+class _NoScheduler:
     """Leaves the learning rate to the run's own scheduler."""
 
-    def step(self, epoch: int | None = None) -> None:
+    def step(self) -> None:
         """Nothing."""
 
 
@@ -291,6 +292,4 @@ class _Beginning(TrainerCallback):
 
 
 def _seed_step(seed: int, iteration: int, rank: int) -> None:
-    """Seed one training step, as a function of only the iteration and the rank, as
-    engine/parallel.py does: a resumed run draws the numbers of an uninterrupted one."""
-    torch.manual_seed((seed + 1_000_003 * (iteration + 1) + 10_007 * rank) % 2**31)
+    torch.manual_seed(step_seed(seed, iteration, rank))

@@ -105,6 +105,8 @@ def open_adapters(path: Path | str, iteration: int | str = "latest") -> AdapterS
     if (path / PEFT_CONFIG).is_file():
         return _open_peft(path)
     directory, number, notice = find_iteration(path, iteration)
+    if (directory / PEFT_CONFIG).is_file():  # of a run of --engine transformers
+        return _open_peft(directory)
     if not (directory / NAME).is_file():
         return None
     with damage_as_user_error():

@@ -55,10 +55,12 @@ def locate(path: Path | str, iteration: int | str = "latest") -> Location:
     if (path / "config.json").is_file():
         return Location(HUGGING_FACE, path, notice=snapshot)
     if (path / ADAPTER).is_file():
-        raise UserError(
-            f"{path}: a PEFT adapter, not a complete model; merge it with convert/megatron_to_hf.py --merge-lora"
-        )
+        raise adapter_only(path)
     directory, number, notice = find_iteration(path, iteration)
+    if (directory / ADAPTER).is_file():
+        raise adapter_only(directory)
+    if (directory / "config.json").is_file():  # of a run of --engine transformers
+        return Location(HUGGING_FACE, directory, number, joined(snapshot, notice))
     if any(directory.glob("mp_rank_*")):
         kind = LEGACY
     elif (directory / METADATA).is_file() or (directory / "metadata.json").is_file():
@@ -69,6 +71,13 @@ def locate(path: Path | str, iteration: int | str = "latest") -> Location:
             "expected config.json (Hugging Face), mp_rank_* (legacy Megatron) or .metadata (torch_dist)"
         )
     return Location(kind, directory, number, joined(snapshot, notice))
+
+
+def adapter_only(directory: Path) -> UserError:
+    """The error for a PEFT directory where a complete model is needed."""
+    return UserError(
+        f"{directory}: a PEFT adapter, not a complete model; merge it with convert/megatron_to_hf.py --merge-lora"
+    )
 
 
 def check_readable(path: Path | str, iteration: int | str = "latest") -> str:

@@ -5,6 +5,7 @@ import os
 import torch
 
 from megatron_ft.config.config import Config
+from megatron_ft.config.flag import TRANSFORMERS
 from megatron_ft.errors import UserError
 from megatron_ft.model.cost import GIB
 
@@ -21,17 +22,37 @@ def out_of_memory(config: Config, error: torch.OutOfMemoryError, when: str) -> U
 
 def remedies(config: Config) -> list[str]:
     """Flags that are not used yet and save memory, ordered by their cost in speed."""
+    return _for_transformers(config) if config.engine == TRANSFORMERS else _for_megatron(config)
+
+
+def _for_transformers(config: Config) -> list[str]:
+    several, lora = config.parallel.world_size > 1, config.lora
+    steps = {
+        f"--micro-batch-size {fewer_sequences(config)}": config.training.micro_batch_size > 1,
+        "--use-distributed-optimizer to shard the model": several and not config.parallel.distributed_optimizer,
+        "--recompute-granularity full": config.memory.recompute_granularity != "full",
+        "--lora-rank 16 to train only adapters": not lora.rank,
+        "--quantize-base nf4": bool(lora.rank and not lora.quantize_base),
+    }
+    return [flag for flag, helps in steps.items() if helps]
+
+
+def fewer_sequences(config: Config) -> int:
+    """The next smaller micro-batch size; a divisor, so that it divides the global batch, too."""
+    size = config.training.micro_batch_size
+    return max((n for n in range(1, size) if size % n == 0), default=size)
+
+
+def _for_megatron(config: Config) -> list[str]:
     tensor, pipeline = config.parallel.tensor, config.parallel.pipeline
-    more, micro_batch = 2 * tensor, config.training.micro_batch_size
-    # A divisor of the micro-batch size divides the global batch size, too.
-    fewer = max((n for n in range(1, micro_batch) if micro_batch % n == 0), default=micro_batch)
+    more = 2 * tensor
     on_node = int(os.environ.get("LOCAL_WORLD_SIZE", config.parallel.world_size))
     assert config.shape is not None
     splits = not (
         config.shape.num_attention_heads % more or config.parallel.world_size % (more * pipeline) or on_node % more
     )
     steps = {
-        f"--micro-batch-size {fewer}": micro_batch > 1,
+        f"--micro-batch-size {fewer_sequences(config)}": config.training.micro_batch_size > 1,
         "--sequence-parallel": tensor > 1 and not config.parallel.sequence,
         "--recompute-granularity full": config.memory.recompute_granularity != "full",
         f"--tensor-model-parallel-size {more}": splits,

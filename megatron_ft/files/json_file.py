@@ -71,7 +71,7 @@ def read_small_file(path: Path, max_bytes: int = MAX_BYTES) -> bytes:
 
 
 def read_small_text(path: Path, expected: str) -> str:
-    """The text of a small file in UTF-8, without a byte order mark; UserError, which says what was
+    """The text of a small file in UTF-8, without a byte order mark; UserError, which names what was
     `expected`, if it is not text, or a page or pointer in place of it."""
     content = read_small_file(path)
     if content and (other := describe(content)):

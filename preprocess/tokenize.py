@@ -118,8 +118,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add(
         "--append-eod",
         action=argparse.BooleanOptionalAction,
-        help="append an end-of-text token to every output (default: yes, except to conversations, which end as the "
-        "template says)",
+        help="append an end-of-text token to every output (default: yes, except to conversations, which the "
+        "template ends)",
     )
     add(
         "--literal-special-tokens",
@@ -200,12 +200,12 @@ def check_kind_of_rows(args: argparse.Namespace) -> None:
         flag = "--chat-template" if args.chat_template else "--train-on"
         raise UserError(f"{flag} is for conversations; add --messages-key messages, or leave it out")
     if args.append_eod and args.messages_key:
-        raise UserError(
-            "--append-eod: a conversation ends as its chat template says; give another --chat-template FILE"
-        )
+        raise UserError("--append-eod: the chat template ends a conversation; give another --chat-template FILE")
     for flag, rate in (("--fim-rate", args.fim_rate), ("--fim-spm-rate", args.fim_spm_rate)):
         if not 0 <= rate <= 1:
             raise UserError(f"{flag} {rate:g}: expected a fraction from 0 to 1")
+    if not 0 <= args.seed < 1 << 63:
+        raise UserError(f"--seed {args.seed}: expected 0 to {(1 << 63) - 1}")
     if args.fim_rate and not args.text_key:
         raise UserError("--fim-rate is for plain texts; add --text-key text, or leave it out")
 

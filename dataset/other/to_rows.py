@@ -20,6 +20,10 @@ question is what OctoCoder was trained on and what HumanEvalPack's octocoder pro
 a model with the format it was trained on. End-of-text is not written: preprocess/tokenize.py
 appends it, unless --no-append-eod is given, as for templates that end answers with it.
 
+For a chat template, rows with messages of role and content need no conversion: with --messages-key,
+preprocess/tokenize.py reads them, and learns every answer without repeating the turns before it.
+Convert them with --format chat for the mtf engine, or to filter and mix answers one by one.
+
 Answers without text or without a question, and those to a tool unless --format is chat, are
 skipped; OUTPUT_report.json counts them. The keys {copied} are copied.
 """

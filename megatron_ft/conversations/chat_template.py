@@ -23,10 +23,11 @@ Span = tuple[int, int]
 
 
 class Rendered(NamedTuple):
-    """The text of a conversation, and the characters [start, end) of it that are answers."""
+    """The text of a conversation, and the characters [start, end) of it that are answers, None if
+    the template does not mark them."""
 
     text: str
-    spans: list[Span]
+    spans: list[Span] | None
 
 
 class ChatTemplate:
@@ -34,7 +35,6 @@ class ChatTemplate:
     itself.
 
     tokenizer_file: the directory or, with template_file, also a tokenizer.json.
-    marks_answers: whether the template has `{% generation %}` around what the assistant writes.
     digest: of the template's text. dated: whether it writes the current date.
 
     Nothing is downloaded, no code of the directory runs, and torch is not imported. Raises
@@ -57,7 +57,7 @@ class ChatTemplate:
         except (ValueError, KeyError) as error:
             raise UserError(
                 f"--tokenizer-file {directory}: no chat template ({_first_line(error)[:120]}); give the tokenizer of a "
-                "chat model, or another --format"
+                "chat model, or choose another template or format"
             ) from None
         if self._tokenizer is None and (named := SPECIAL_TOKEN.search(source)):
             raise UserError(
@@ -65,7 +65,6 @@ class ChatTemplate:
                 "--tokenizer-file a Hugging Face directory with tokenizer_config.json"
             )
         self._sources = {source, self.source_for([{}])}
-        self.marks_answers = bool(MARKS.search(source))
         self.dated = any("strftime_now" in source for source in self._sources)
         self.digest = hashlib.sha256("\0".join(sorted(self._sources)).encode()).hexdigest()[:16]
         self._rendering = threading.Lock()  # some versions of transformers mark answers in the template
@@ -98,25 +97,26 @@ class ChatTemplate:
     def render(
         self, messages: Sequence[Message], tools: list[dict] | None = None, *, add_generation_prompt: bool = False
     ) -> Rendered:
-        """The messages as text, with the spans that the template marks, which are none unless
-        `marks_answers`. BadRow if the template refuses the conversation."""
+        """The messages as text, with the spans inside of `{% generation %}`. BadRow if the template
+        refuses the conversation."""
         from transformers.utils import chat_template_utils
 
         render: Any = chat_template_utils.render_jinja_template  # its types do not have the spans
         source = self.source_for(tools)
+        marks = bool(MARKS.search(source))
         try:
             with self._rendering:
                 texts, spans = render(
                     conversations=[list(messages)],
                     tools=tools,
                     chat_template=source,
-                    return_assistant_tokens_mask=bool(MARKS.search(source)),
+                    return_assistant_tokens_mask=marks,
                     add_generation_prompt=add_generation_prompt,
                     **self._special_tokens,
                 )
         except Exception as error:  # the template is a program, and may fail in any way
             raise BadRow(f"the chat template refuses the conversation ({_first_line(error)[:120]})") from None
-        return Rendered(texts[0], spans[0] if spans else [])
+        return Rendered(texts[0], spans[0] if marks else None)
 
 
 def _read(template_file: Path) -> str:

@@ -9,7 +9,7 @@ dataset/other/to_rows.py makes of this answer.
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from megatron_ft.conversations.chat_template import ChatTemplate, Message, Rendered, Span
+from megatron_ft.conversations.chat_template import ChatTemplate, Message, Span
 from megatron_ft.files.json_file import kind_of
 from megatron_ft.files.jsonl_row import NO_KEY, BadRow, keys_of
 from megatron_ft.prompts import ASSISTANT
@@ -20,11 +20,11 @@ TRAIN_ON = {
     LAST: "the last one only",
     ALL: "every token",
 }
-# Keys of messages whose meaning would be lost: of other programs, and of an old form of tools.
+# Keys of messages that nothing here reads: of other programs, and of an old form of tools.
 NOT_COVERED = {
-    "weight": "--train-on says which turns are learned",
-    "train": "--train-on says which turns are learned",
-    "loss": "--train-on says which turns are learned",
+    "weight": "use --train-on",
+    "train": "use --train-on",
+    "loss": "use --train-on",
     "function_call": "write calls as 'tool_calls'",
 }
 REMEDY_FOR_TEMPLATE = (
@@ -78,26 +78,25 @@ def _message(message: Any) -> dict[str, Any]:
     return message
 
 
-def learned_spans(template: ChatTemplate, conversation: Conversation, train_on: str) -> Rendered:
-    """The conversation's text with the spans that are learned; `train_on` is one of TRAIN_ON.
+def learned_spans(template: ChatTemplate, conversation: Conversation, train_on: str) -> tuple[str, list[Span]]:
+    """The conversation's text and the spans that are learned; `train_on` is one of TRAIN_ON.
 
     BadRow if the template refuses the conversation, ignores its tools, or does not tell which part
     of the text is an answer.
     """
     _check_tools(template, conversation)
-    whole = template.render(conversation.messages, conversation.tools)
+    text, spans = template.render(conversation.messages, conversation.tools)
     if train_on == ALL:
-        return Rendered(whole.text, [(0, len(whole.text))])
+        return text, [(0, len(text))]
     answers = conversation.answers
     if not answers:
         raise BadRow("no turn of the assistant")
-    if template.marks_answers:
-        spans = whole.spans
+    if spans is not None:
         if train_on == LAST and len(spans) != len(answers):
             raise BadRow(f"the chat template marks {len(spans)} spans in {len(answers)} turns of the assistant")
-        return Rendered(whole.text, spans[-1:] if train_on == LAST else spans)
+        return text, spans[-1:] if train_on == LAST else spans
     chosen = answers[-1:] if train_on == LAST else answers
-    return Rendered(whole.text, [_span_of(template, conversation, answer, whole.text) for answer in chosen])
+    return text, [_span_of(template, conversation, answer, text) for answer in chosen]
 
 
 def _span_of(template: ChatTemplate, conversation: Conversation, answer: int, whole: str) -> Span:

@@ -27,7 +27,6 @@ from megatron_ft.config.config_file import LAUNCHED_WITH, PRINT_CONFIG
 from megatron_ft.config.flag import MEGATRON, TRANSFORMERS
 from megatron_ft.config.parser import Help, Parser
 from megatron_ft.errors import EXIT_DONE, UserError, run_program
-from megatron_ft.hf_engine import arguments as hf_engine
 from megatron_ft.launcher import mtf
 from megatron_ft.launcher.command import as_shell, local_gpus, model_parallel_size, rank_environment, training_command
 from megatron_ft.launcher.local_ranks import local_environment, run_local_ranks
@@ -106,7 +105,9 @@ def check_training(engine: str, flags: Sequence[str], num_processes: int) -> Tra
         config = parse_args(common, world_size=num_processes)
         return Training(config, mtf.mtf_command(config, common, branch_only, checkout), mtf.STOP_SIGNAL)
     if engine == TRANSFORMERS:
-        config = hf_engine.parse(flags, num_processes)
+        from megatron_ft.hf_engine.arguments import parse  # numpy among others
+
+        config = parse(flags, num_processes)
         return Training(config, training_command(flags, "megatron_ft.hf_engine.finetune"))
     return Training(parse_args(flags, world_size=num_processes), training_command(flags))
 

@@ -4,7 +4,6 @@ import os
 from pathlib import Path
 
 from megatron_ft.config.config import Config
-from megatron_ft.data.indexed import MAGIC
 from megatron_ft.errors import UserError
 from megatron_ft.files.first_bytes import describe
 from megatron_ft.launcher.node_check import needed_files
@@ -39,6 +38,8 @@ def check_start(config: Config, engine: str) -> None:
 def check_files(config: Config) -> None:
     """Raise UserError for the first file that training needs and that does not exist, or that is
     not an index of tokens."""
+    from megatron_ft.data.indexed import MAGIC  # imports numpy, of which --help has no need
+
     for path in needed_files(config):
         if not os.path.exists(path):
             raise UserError(f"{path} not found; correct --data-prefix, the split files, --tokenizer-file or --load")

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -30,6 +31,8 @@ sys.exit(run_local_ranks([sys.executable, "-u", "-c", Path({ranks!r}).read_text(
 @pytest.fixture
 def flags(tmp_path) -> list[str]:
     (tmp_path / "tokenizer.json").write_text("{}")
+    for file in (ROOT / "tests/fixtures").glob("data_*_document.*"):
+        shutil.copy(file, tmp_path)
     return shlex.split(
         f"--preset tiny --from-scratch --data-prefix {tmp_path}/data --tokenizer-file {tmp_path}/tokenizer.json --train-iters 3"
     )

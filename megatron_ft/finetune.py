@@ -33,12 +33,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def _train(argv: list[str], started: float) -> int:
     config = parse_args(argv, int(os.environ.get("WORLD_SIZE", 1)))
-<<<<<<< Updated upstream
     silence_warnings()
-=======
-    _silence_warnings()
     gc.disable()  # what imports make stays: to look through it again and again takes a tenth of their time
->>>>>>> Stashed changes
 
     from megatron_ft.engine import parallel
     from megatron_ft.engine.device import set_up_device

@@ -240,8 +240,8 @@ def test_a_file_that_is_cut_while_it_is_merged_is_an_error(tmp_path, monkeypatch
     with IndexedWriter(tmp_path / "merged", np.uint16) as writer:
         opened = indexed.IndexedReader
 
-        def open_and_cut(path):
-            reader = opened(path)
+        def open_and_cut(path, *dtypes):
+            reader = opened(path, *dtypes)
             os.truncate(f"{path}.bin", 10)
             return reader
 

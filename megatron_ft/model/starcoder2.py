@@ -19,7 +19,7 @@ def _read_config(config: Mapping[str, Any], where: str) -> ModelShape:
             f"{where}: hidden_act is {shown(activation)}, "
             f"expected the tanh GELU {TANH_GELU[0]!r} or the exact one, {EXACT_GELU[0]!r}"
         )
-    if not given(config, "use_bias", bool, where, True):
+    if given(config, "use_bias", bool, where, True) is False:
         raise UserError(f"{where}: use_bias is false, expected true, as in every published StarCoder2")
     dropout = given(config, "residual_dropout", float, where, 0.0, high=1)
     if dropout != given(config, "embedding_dropout", float, where, 0.0, high=1):
@@ -46,7 +46,7 @@ def _read_config(config: Mapping[str, Any], where: str) -> ModelShape:
         ffn_hidden_size=require(config, "intermediate_size", int, where, low=1, high=MOST_WIDTH),
         rotary_base=_rotary_base(config, where),
         window_size=optional(config, "sliding_window", int, where, 0, low=1, high=MOST_ROWS),
-        untie_embeddings_and_output_weights=not given(config, "tie_word_embeddings", bool, where, True),
+        untie_embeddings_and_output_weights=given(config, "tie_word_embeddings", bool, where, True) is False,
         layernorm_epsilon=given(config, "norm_epsilon", float, where, 1e-5),
         init_method_std=given(config, "initializer_range", float, where, 0.018042),
         hidden_dropout=dropout,

@@ -13,7 +13,7 @@ from megatron_ft.cli.completion import SHELLS, candidates
 COMMANDS = all_commands()
 
 
-def test_every_program_has_one_name_and_says_what_it_does():
+def test_every_program_has_one_name_and_a_summary():
     programs = {path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")}
     assert {command.path for command in COMMANDS.values()} == programs - {ROOT / name for name in INTERNAL}
     assert len(COMMANDS) == len(programs) - len(INTERNAL)
@@ -31,7 +31,7 @@ def test_program_becomes_the_process_and_is_named_as_it_was_called():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["tokenise"], "error: tokenise: no such command; megatron-ft --help lists them"),
+        (["tokenizer"], "error: tokenizer: no such command; megatron-ft --help lists them"),
         (["dataset", "mixx"], "error: dataset mixx: no such command; megatron-ft dataset --help lists them"),
         (["completion", "tcsh"], "error: completion: expected one of bash, zsh, fish"),
     ],

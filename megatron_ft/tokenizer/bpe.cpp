@@ -37,6 +37,11 @@ py::bytes to_bytes(const Buffer<Id>& ids) {
     return py::bytes(reinterpret_cast<const char*>(ids.data()), ids.size() * sizeof(Id));
 }
 
+template <typename T>
+py::array_t<T> to_numpy(const std::vector<T>& values) {
+    return py::array_t<T>(static_cast<py::ssize_t>(values.size()), values.data());
+}
+
 // The ids of a text, or its first code point that is UNASSIGNED.
 template <typename Id>
 py::object encode(Encoder<Id>& encoder, std::string_view text) {
@@ -67,7 +72,13 @@ template <typename Id>
 class Rows {
 public:
     Rows(std::shared_ptr<Encoder<Id>> encoder, py::list lines, const Names& keys, std::optional<Id> end)
-        : encoder_(std::move(encoder)), lines_(std::move(lines)), line_(keys), end_(end), ids_(keys.size()), sizes_(keys.size()), totals_(keys.size()) {
+        : encoder_(std::move(encoder)),
+          lines_(std::move(lines)),
+          line_(keys),
+          end_(end),
+          ids_(keys.size()),
+          sizes_(keys.size()),
+          totals_(keys.size()) {
         if (keys.empty()) throw std::invalid_argument("expected at least one field");
         for (const py::handle line : lines_) {
             char* text = nullptr;
@@ -111,7 +122,7 @@ public:
     }
     py::list sizes() const {
         py::list fields;
-        for (const auto& sizes : sizes_) fields.append(py::array_t<int32_t>(static_cast<py::ssize_t>(sizes.size()), sizes.data()));
+        for (const auto& sizes : sizes_) fields.append(to_numpy(sizes));
         return fields;
     }
     int64_t ended() const { return ended_; }
@@ -132,7 +143,7 @@ public:
                 for (size_t i = 0; i < wanted.size(); ++i) counts[i] = found[static_cast<size_t>(wanted[i] - *low)];
             }
         }
-        return py::array_t<int64_t>(static_cast<py::ssize_t>(counts.size()), counts.data());
+        return to_numpy(counts);
     }
 
 private:
@@ -183,14 +194,17 @@ void define(py::module_& m, const std::string& suffix) {
     using E = Encoder<Id>;
     py::class_<E, std::shared_ptr<E>>(m, ("Encoder" + suffix).c_str(), "Encodes texts; for all threads.")
         .def(py::init(&make_encoder<Id>), py::arg("merges"), py::arg("ids"), py::arg("digits"), py::arg("specials"),
-             "merges: uint32 [merges, 2], symbols: 0 to 255 are the bytes, 256 + i what merge i makes. ids: the id of each symbol,\n"
-             "2**32 - 1 for a byte that the vocabulary lacks. digits: whether each digit is a pre-token. specials: UTF-8 and id.")
+             "merges: uint32 [merges, 2], symbols: 0 to 255 are the bytes, 256 + i what merge i makes. ids: that of each\n"
+             "symbol, 2**32 - 1 for a byte that the vocabulary lacks. digits: whether each digit is a pre-token.\n"
+             "specials: text and id.")
         .def("encode", &encode<Id>, py::arg("text"), "UTF-8 -> ids, or the first code point in it whose class is not known.")
         .def("set_class", &set_class<Id>, py::arg("point"), py::arg("name"), "Make known the class of a code point.");
     py::class_<Rows<Id>>(m, ("Rows" + suffix).c_str(), "A block of JSONL rows, encoded one after another.")
-        .def(py::init<std::shared_ptr<E>, py::list, const Names&, std::optional<Id>>(), py::arg("encoder"), py::arg("lines"),
-             py::arg("keys"), py::arg("end"))
-        .def("next", &Rows<Id>::next, "Encode rows up to the first one that the caller has to parse; its index, or the number of lines.")
+        .def(py::init<std::shared_ptr<E>, py::list, const Names&, std::optional<Id>>(), py::arg("encoder"),
+             py::arg("lines"), py::arg("keys"), py::arg("end"),
+             "lines: bytes, or None. keys: the names that each field may have. end: id to append to the last field.")
+        .def("next", &Rows<Id>::next,
+             "Encode rows up to the first one that the caller has to parse; its index, or the number of lines.")
         .def("add", &Rows<Id>::add, py::arg("fields"), "Add the row that `next` returned.")
         .def("data", &Rows<Id>::data, "The ids of each field.")
         .def("sizes", &Rows<Id>::sizes, "int32 [rows], the number of ids of each row, for each field.")

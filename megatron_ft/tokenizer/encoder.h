@@ -56,11 +56,13 @@ private:
 template <typename Id>
 class Cache {
 public:
-    Cache(const Merges& merges, const std::vector<Id>& ids) : ids_(ids), merger_(merges), short_(SHORT_PLACES), long_(LONG_PLACES) {}
+    static constexpr size_t MORE = 31;
+
+    Cache(const Merges& merges, const std::vector<Id>& ids)
+        : ids_(ids), merger_(merges), short_(size_t{1} << SHORT_BITS), long_(size_t{1} << LONG_BITS) {}
 
     // Writes the ids of a pre-token to `out`, with room for MORE ids after one per byte, and returns their end. PADDING
-    // bytes behind it can be read.
-    static constexpr size_t MORE = 31;
+    // bytes behind the pre-token can be read.
     Id* add(const uint8_t* text, size_t length, Id* out) {
         if (length > 16) return add_long(text, length, out);
         const auto& mask = MASKS.of[length];
@@ -75,7 +77,6 @@ public:
 
 private:
     static constexpr int SHORT_BITS = 16, LONG_BITS = 12;
-    static constexpr size_t SHORT_PLACES = size_t{1} << SHORT_BITS, LONG_PLACES = size_t{1} << LONG_BITS;
     static constexpr uint64_t FACTOR = 0x9E3779B97F4A7C15ull;
 
     struct Short {

@@ -1,4 +1,4 @@
-"""Byte-level BPE in C++ (`bpe.cpp`): the ids of the `tokenizers` library, fifty times faster.
+"""Byte-level BPE in C++ (`bpe.cpp`): the ids of the `tokenizers` library, many times faster.
 
 `FastBPE.build(spec, reference, dtype)` takes a parsed tokenizer.json and the `tokenizers.Tokenizer`
 made from it. It raises `CannotExpress` with the reason if the two might differ:

@@ -146,10 +146,11 @@ private:
         for (; at_ + 16 <= size_; at_ += 16, out += 16) {
             const __m128i c = _mm_loadu_si128(reinterpret_cast<const __m128i*>(line_ + at_));
             _mm_storeu_si128(reinterpret_cast<__m128i*>(out), c);
-            const __m128i special = _mm_or_si128(_mm_cmpeq_epi8(c, _mm_set1_epi8('"')), _mm_cmpeq_epi8(c, _mm_set1_epi8('\\')));
+            const __m128i quote = _mm_cmpeq_epi8(c, _mm_set1_epi8('"'));
+            const __m128i escape = _mm_cmpeq_epi8(c, _mm_set1_epi8('\\'));
             const __m128i control = _mm_cmpeq_epi8(_mm_min_epu8(c, _mm_set1_epi8(0x1F)), c);
             // The highest bit of what is not ASCII is set already.
-            const int stops = _mm_movemask_epi8(_mm_or_si128(c, _mm_or_si128(special, control)));
+            const int stops = _mm_movemask_epi8(_mm_or_si128(_mm_or_si128(c, quote), _mm_or_si128(escape, control)));
             if (stops != 0) {
                 const int plain = __builtin_ctz(static_cast<unsigned>(stops));
                 at_ += static_cast<size_t>(plain);

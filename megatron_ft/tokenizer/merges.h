@@ -31,7 +31,7 @@ public:
         lengths_.assign(256, 1);
         for (const auto& [left, right] : pairs) {
             const auto made = static_cast<Symbol>(lengths_.size());
-            if (left >= made || right >= made) throw std::invalid_argument("a merge of a token that only a later one makes");
+            if (left >= made || right >= made) throw std::invalid_argument("a merge comes before those that it needs");
             if (merged(left, right) != NONE) throw std::invalid_argument("a pair that is merged twice");
             lengths_.push_back(lengths_[left] + lengths_[right]);
             size_t i = slot(key_of(left, right));

@@ -37,9 +37,10 @@ inline Classes classes_of(const uint8_t* text) {
         const __m128i c = _mm_loadu_si128(reinterpret_cast<const __m128i*>(text + 16 * i));
         // SSE2 compares signed bytes, so `x < n` for unsigned bytes is `x - 128 < n - 128`.
         const auto below = [](__m128i x, int first, int n) {
-            return _mm_cmplt_epi8(_mm_add_epi8(x, _mm_set1_epi8(static_cast<char>(128 - first))), _mm_set1_epi8(static_cast<char>(n - 128)));
+            const __m128i signed_x = _mm_add_epi8(x, _mm_set1_epi8(static_cast<char>(128 - first)));
+            return _mm_cmplt_epi8(signed_x, _mm_set1_epi8(static_cast<char>(n - 128)));
         };
-        const auto bits = [i](__m128i x) { return static_cast<uint64_t>(static_cast<uint32_t>(_mm_movemask_epi8(x))) << (16 * i); };
+        const auto bits = [i](__m128i x) { return uint64_t{static_cast<uint32_t>(_mm_movemask_epi8(x))} << (16 * i); };
         const __m128i space = _mm_cmpeq_epi8(c, _mm_set1_epi8(' '));
         all.letter |= bits(below(_mm_or_si128(c, _mm_set1_epi8(0x20)), 'a', 26));
         all.digit |= bits(below(c, '0', 10));
@@ -103,7 +104,9 @@ public:
     Class get(size_t point) const { return class_[point].load(std::memory_order_relaxed); }
 
     // The class of the character at `at`, or END; `at` moves behind it. The text is valid UTF-8.
-    Class read(const uint8_t* text, size_t size, size_t& at) const { return at < size ? get(next_point(text, at)) : END; }
+    Class read(const uint8_t* text, size_t size, size_t& at) const {
+        return at < size ? get(next_point(text, at)) : END;
+    }
 
     static uint32_t next_point(const uint8_t* text, size_t& at) {
         const uint32_t first = text[at++];

@@ -3,6 +3,9 @@
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from megatron_ft.config.config import Config
 from megatron_ft.model.cost import GIB, Gpu
 
@@ -20,7 +23,7 @@ class CausalModelFacts:
         text = model.config.get_text_config(decoder=True)
         self._layers, self._hidden = text.num_hidden_layers, text.hidden_size
         parameters = list(model.parameters())
-        self._parameters = sum(weight.numel() for weight in parameters)
+        self._parameters = sum(_elements(weight) for weight in parameters)
         self._bytes = sum(weight.numel() * weight.element_size() for weight in parameters)
         self._trained = sum(weight.numel() for weight in parameters if weight.requires_grad)
         tables = {id(table.weight) for table in (model.get_input_embeddings(), model.get_output_embeddings()) if table}
@@ -51,3 +54,8 @@ class CausalModelFacts:
     def settings(self) -> dict[str, Any]:
         """Kind and size."""
         return {"model_type": self._kind, "parameters": self._parameters, "trained": self._trained}
+
+
+def _elements(weight: Tensor) -> int:
+    """Elements of a weight; bitsandbytes keeps two of 4 bits in one byte."""
+    return weight.numel() * (2 if weight.dtype == torch.uint8 else 1)

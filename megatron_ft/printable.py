@@ -3,7 +3,7 @@ terminal.
 
 Names of files and tensors, keys and values of JSON, error messages of libraries: each may hold
 escape sequences that clear the screen, newlines that forge a second line, or bidirectional
-overrides that reorder it.
+overrides that reorder it. And `counted`, a number with its noun.
 """
 
 import re
@@ -34,6 +34,15 @@ def printable(text: object, limit: int | None = MAX_CHARACTERS, keep: str = "") 
     if shown.isprintable():
         return shown
     return _shorten(_UNSAFE.sub(lambda found: _escape(found.group(), keep), shown), limit)
+
+
+def counted(number: int, noun: str) -> str:
+    """A number of things, in the singular for one.
+
+    >>> counted(1, "document"), counted(2500, "document")
+    ('1 document', '2,500 documents')
+    """
+    return f"{number:,} {noun}{'s' * (number != 1)}"
 
 
 def _escape(character: str, keep: str) -> str:

@@ -1,10 +1,13 @@
 """Console output of a run: a banner, one line per --log-interval steps, and a progress bar.
 
-The bar is shown only on a terminal, below the lines.
+A line fits 120 columns and has fewer on a narrower terminal; metrics.jsonl has all numbers. The bar
+is shown only on a terminal, below the lines.
 """
 
 import contextlib
+import math
 import os
+import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -15,6 +18,9 @@ from megatron_ft.config.config import Config
 from megatron_ft.metrics.model_facts import ModelFacts
 from megatron_ft.model import cost
 from megatron_ft.printable import printable
+
+LINE_WIDTH = 120
+SEPARATOR = " | "
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,53 +139,72 @@ class Console:
     # --- the line of an interval of steps ---
 
     def _interval_line(self) -> str:
-        steps, last = self._interval, self._interval[-1]
+        """The columns, in order, as far as the most important of them fit the terminal."""
+        columns = self._columns()
+        room = line_width()
+        shown = []
+        for column in sorted(columns, key=lambda column: column.rank):
+            if room >= len(column.text) or not shown:
+                room -= len(column.text) + len(SEPARATOR)
+                shown.append(column)
+        return SEPARATOR.join(column.text for column in columns if column in shown)
+
+    def _columns(self) -> list["Column"]:
+        steps, last, total = self._interval, self._interval[-1], self.plan.train_iters
         seconds = sum(record["step_seconds"] for record in steps)
         mean = {
             key: sum(values) / len(values)
             for key in ("loss", "grad_norm", "fill_rate")
             if (values := [record[key] for record in steps if record[key] is not None])
         }
-        rates = {
-            key: sum(r[key] * r["step_seconds"] for r in steps) / seconds
+        tokens, tflops = (
+            sum(record[key] * record["step_seconds"] for record in steps) / seconds
             for key in ("tokens_per_second", "tflops_per_gpu")
-        }
-        width = len(f"{self.plan.train_iters:,}")
-        remaining = (self.plan.train_iters - last["iteration"]) * seconds / len(steps)
-        parts = [
-            f" iteration {last['iteration']:>{width},}/{self.plan.train_iters:,}",
-            f"samples {last['consumed_samples']:>11,}",
-            f"tokens {last['consumed_tokens']:>15,}",
-            f"lr {last['lr']:.3e}",
-            f"loss {mean['loss']:>9.6f}" if "loss" in mean else "loss      none",
-            f"grad norm {mean['grad_norm']:>8.3f}" if "grad_norm" in mean else "grad norm     none",
-            f"scale {last['loss_scale']:>7g}",
-            f"{rates['tokens_per_second']:>9,.0f} tok/s",
-            f"{rates['tflops_per_gpu']:>7.2f} TFLOP/s"
-            if self.plan.device_name
-            else f"{1e3 * rates['tflops_per_gpu']:>7.2f} GFLOP/s",
+        )
+        positions = sum(record["global_batch_size"] for record in steps) * self.config.data.seq_length
+        learned = sum(record["loss_tokens"] for record in steps) / positions
+        columns = [
+            Column(0, f"iteration {last['iteration']:>{len(f'{total:,}')},}/{total:,}"),
+            Column(1, f"loss {mean['loss']:>7.4f}" if "loss" in mean else "loss    none"),
+            Column(4, f"lr {last['lr']:.2e}"),
+            Column(5, f"norm {mean['grad_norm']:>6.3f}" if "grad_norm" in mean else "norm   none"),
+            Column(3, f"{tokens:>7,.0f} tok/s"),
         ]
         if self.gpu:
-            peak = self.gpu.peak_flops(self.layout.precision)
-            parts.append(f"MFU {100e12 * rates['tflops_per_gpu'] / peak:>5.1f}%")
-        positions = sum(record["global_batch_size"] for record in steps) * self.config.data.seq_length
-        parts.append(f"fill {100 * mean['fill_rate']:>5.1f}%")
-        parts.append(f"in loss {100 * sum(record['loss_tokens'] for record in steps) / positions:>5.1f}%")
+            columns.append(Column(7, f"MFU {100e12 * tflops / self.gpu.peak_flops(self.layout.precision):>4.1f}%"))
+        elif self.plan.device_name:
+            columns.append(Column(7, f"{tflops:>6.1f} TFLOP/s"))
+        if self.config.precision.fp16:
+            columns.append(Column(6, f"scale 2^{math.log2(last['loss_scale']):<2g}"))
         if last["memory_bytes"]:
-            parts.append(f"mem {last['memory_bytes'] / cost.GIB:>5.1f} GiB")
-        parts.append(f"ETA {clock(remaining)}")
-        parts += [f"skipped {last['skipped_iterations']}"] if last["skipped_iterations"] else []
-        parts += [f"spikes {last['spikes']}"] if last["spikes"] else []
-        return " | ".join(parts)
+            columns.append(Column(8, f"{last['memory_bytes'] / cost.GIB:>4.1f} GiB"))
+        columns += [Column(9, f"fill {mean['fill_rate']:>4.0%}"), Column(10, f"in loss {learned:>4.0%}")]
+        columns += [
+            Column(2, f"{name.split('_')[0]} {last[name]}") for name in ("skipped_iterations", "spikes") if last[name]
+        ]
+        return [*columns, Column(2, f"ETA {clock((total - last['iteration']) * seconds / len(steps)):>8}")]
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of a log line; the most important have rank 0 and stay on a narrow terminal."""
+
+    rank: int
+    text: str
+
+
+def line_width() -> int:
+    """Characters of a log line: LINE_WIDTH, or those of a narrower terminal."""
+    return min(LINE_WIDTH, shutil.get_terminal_size().columns) if sys.stdout.isatty() else LINE_WIDTH
 
 
 def clock(seconds: float) -> str:
-    """Seconds as days, hours, minutes and seconds.
+    """Seconds as hours, minutes and seconds, from a day on as days, hours and minutes.
 
     >>> clock(93784), clock(184)
-    ('1d 02:03:04', '0:03:04')
+    ('1d 02:03', '0:03:04')
     """
     minutes, second = divmod(int(seconds), 60)
     hours, minute = divmod(minutes, 60)
     days, hour = divmod(hours, 24)
-    return (f"{days}d {hour:02}" if days else f"{hour}") + f":{minute:02}:{second:02}"
+    return f"{days}d {hour:02}:{minute:02}" if days else f"{hour}:{minute:02}:{second:02}"

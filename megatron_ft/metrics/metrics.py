@@ -97,10 +97,16 @@ class MetricsLog:
         if not self.writes:
             return
         self.console.banner(self.part, facts)
+        about = {
+            "model": self.model.summary(),
+            "layout": str(self.layout),
+            "precision": self.layout.precision,
+            "device": self.plan.device_name or "CPU",
+        }
         if self.config.validation.skip_train:
-            self._event("evaluation only", self.plan.start_iteration, facts)
+            self._event("evaluation only", self.plan.start_iteration, {**about, **facts})
         else:
-            self._event("start", self.plan.start_iteration, {**facts, "train_iters": self.plan.train_iters})
+            self._event("start", self.plan.start_iteration, {**about, **facts, "train_iters": self.plan.train_iters})
 
     def step(self, record: dict) -> None:
         """Log one finished step.
@@ -135,7 +141,7 @@ class MetricsLog:
         self._append(VALIDATION, {"iteration": iteration, "group": group, **finite, "time": time.time()})
         self._to_sinks(iteration, {f"validation/{group}/{name}": value for name, value in finite.items()})
         shown = " | ".join(f"{name.replace('_', ' ')} {value:.6g}" for name, value in record.items())
-        self.console.print(f" validation at {iteration:>7,} | {group} | {shown}")
+        self.console.print(f"validation at {iteration:,} | {group} | {shown}")
 
     def event(self, text: str) -> None:
         """Log and print a single event, such as a checkpoint or a stop."""
@@ -158,7 +164,7 @@ class MetricsLog:
             except UserError as error:
                 self.console.print(
                     f"warning: no report: {error}; "
-                    f"write it later with: python -m megatron_ft.metrics.report {shlex.quote(str(save_dir))}"
+                    f"write it later with: python launch/report.py {shlex.quote(str(save_dir))}"
                 )
 
     # --- one step's record ---

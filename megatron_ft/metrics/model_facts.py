@@ -4,7 +4,7 @@ from typing import Any, Protocol
 
 from megatron_ft.config.config import Config
 from megatron_ft.model import cost
-from megatron_ft.model.families import family_of
+from megatron_ft.model.families import PRESETS, family_of
 from megatron_ft.model.shape import ModelShape, padded_vocab_size
 
 
@@ -24,6 +24,27 @@ class ModelFacts(Protocol):
         """Numbers of the architecture, for sinks."""
 
 
+# The numbers that make a model one of the presets: not its vocabulary, dropout or activation.
+ARCHITECTURE = (
+    "family", "num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "ffn_hidden_size",
+    "max_position_embeddings",
+)  # fmt: skip
+
+
+def model_name(shape: ModelShape, preset: str | None = None) -> str:
+    """The preset that a shape is, `preset` if several are it; of another shape the family's name.
+
+    >>> model_name(PRESETS["santacoder"]), model_name(PRESETS["tiny"].with_vocab(300))
+    ('santacoder', 'tiny')
+    """
+    same = [
+        name
+        for name, other in PRESETS.items()
+        if all(getattr(other, field) == getattr(shape, field) for field in ARCHITECTURE)
+    ]
+    return preset if preset in same else same[0] if same else family_of(shape).title
+
+
 class ShapeFacts:
     """A model of the Megatron-Core engine, from its shape and the flags."""
 
@@ -34,7 +55,7 @@ class ShapeFacts:
         """Parameters, layers, heads and vocabulary; with LoRA, how much of it is trained."""
         shape = self._shape
         parameters = shape.num_parameters(self._padded_vocab())
-        line = f"{self._config.model.preset or family_of(shape).title}: {parameters:,} parameters, {shape.num_layers} layers x {shape.hidden_size}, "
+        line = f"{model_name(shape, self._config.model.preset)}: {parameters:,} parameters, {shape.num_layers} layers x {shape.hidden_size}, "
         line += f"{shape.num_attention_heads} heads ({shape.attention}), vocabulary {shape.vocab_size:,} (padded {self._padded_vocab():,})"
         if self._layout.lora_rank:
             unsharded = cost.Layout(lora_rank=self._layout.lora_rank, lora_targets=self._layout.lora_targets)

@@ -9,10 +9,11 @@ from conftest import one_error_line, run_program
 from test_metrics import record, run, training_config
 
 from megatron_ft.errors import UserError
+from megatron_ft.metrics.chart import nice_ticks
 from megatron_ft.metrics.lines import EVENTS, METRICS, VALIDATION, read_log
 from megatron_ft.metrics.metrics import MetricsLog
 from megatron_ft.metrics.model_facts import ShapeFacts
-from megatron_ft.metrics.report import nice_ticks, write_report
+from megatron_ft.metrics.report import write_report
 
 DAMAGE = {
     "empty": b"\n",
@@ -75,8 +76,8 @@ def test_a_report_that_cannot_be_written_is_one_warning_of_a_finished_run(tmp_pa
     run(config, save, 1, 2).close()
     lines = [line for line in capsys.readouterr().out.splitlines() if "no report" in line]
     assert len(lines) == 1 and lines[0].isprintable()
-    assert "Is a directory" in lines[0] and "python -m megatron_ft.metrics.report" in lines[0]
-    line = one_error_line(run_program("megatron_ft.metrics.report", save, ok=False, cwd=Path(__file__).parents[2]))
+    assert "Is a directory" in lines[0] and "python launch/report.py" in lines[0]
+    line = one_error_line(run_program("launch/report.py", save, ok=False))
     assert "report.html cannot be written" in line
 
 

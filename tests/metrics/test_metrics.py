@@ -17,10 +17,11 @@ from conftest import ROOT
 from megatron_ft.config.arguments import parse_args
 from megatron_ft.errors import UserError
 from megatron_ft.files.log_lines import read_lines
+from megatron_ft.metrics.chart import POINTS, thin
 from megatron_ft.metrics.console import RunPlan, clock
 from megatron_ft.metrics.metrics import DETERMINISTIC_KEYS, TIMING_KEYS, MetricsLog, Spikes
 from megatron_ft.metrics.model_facts import ShapeFacts
-from megatron_ft.metrics.report import POINTS, thin, write_report
+from megatron_ft.metrics.report import write_report
 from megatron_ft.model.cost import flops_per_token
 
 
@@ -111,12 +112,49 @@ def test_throughput_counts_all_positions_and_the_flops_of_attention(resumed):
 def test_console_lines_are_aligned(resumed):
     _, _, shown = resumed
     assert "    start | resume: iter_0000012\n          | layout: was TP1, is TP2\n" in shown
-    intervals = [line for line in shown.splitlines() if line.startswith(" iteration")]
+    intervals = [line for line in shown.splitlines() if line.startswith("iteration")]
     assert len({len(line) for line in intervals}) == 1
     columns = [[match.start() for match in re.finditer(r"\|", line)] for line in intervals]
     assert all(positions == columns[0] for positions in columns)
     last = intervals[-1]
-    assert "fill  97.5%" in last and "in loss  25.0%" in last and "ETA 0:00:00" in last
+    assert "fill  98%" in last and "in loss  25%" in last and "ETA  0:00:00" in last and "scale" not in last
+
+
+GPU = {"device_name": "NVIDIA H100 80GB HBM3"}
+LARGE = {"iteration": 1_000, "memory_bytes": 41 << 30, "step_seconds": 0.001, "loss": 0.8123}
+
+
+@pytest.mark.parametrize(
+    ("terminal", "flags", "plan", "shown", "hidden"),
+    [
+        (None, (), GPU, "| loss 0.8123 | lr 1.00e-04 | norm 1.500 | 400,000 tok/s | MFU 3.6% | 41.0 GiB | ETA", "fill"),
+        (None, ("--fp16",), GPU, "MFU 0.2% | scale 2^0 | ETA", "GiB"),
+        (None, (), {}, "| 41.0 GiB | fill 98% | ETA", "MFU"),
+        (80, (), GPU, "iteration 1,000/2,000 | loss 0.8123 | 400,000 tok/s | MFU 3.6% | ETA 0:00:01", "norm"),
+        (20, (), GPU, "iteration 1,000/2,000", "loss"),
+    ],
+)
+def test_log_lines_fit_the_terminal(tmp_path, monkeypatch, capsys, terminal, flags, plan, shown, hidden):
+    if terminal:
+        monkeypatch.setenv("COLUMNS", str(terminal))
+        monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    config = training_config(tmp_path, *flags)
+    log = MetricsLog(config, ShapeFacts(config, config.shape), RunPlan(train_iters=2_000, **plan), None)
+    log.step({**record(1_000), **LARGE})
+    log.close()
+    (line,) = capsys.readouterr().out.splitlines()
+    assert len(line) <= max(terminal or 120, len(shown))
+    words = " ".join(line.replace("|", " | ").split())
+    assert shown in words and hidden not in words
+
+
+@pytest.mark.parametrize(
+    ("flags", "name"), [("", "tiny"), ("--num-layers 2", "GPTBigCode"), ("--max-position-embeddings 200", "GPTBigCode")]
+)
+def test_banner_names_a_preset_only_for_its_shape(tmp_path, flags, name):
+    config = training_config(tmp_path, *flags.split())
+    counted = config.shape.num_parameters(2_048)
+    assert ShapeFacts(config, config.shape).summary().startswith(f"{name}: {counted:,} parameters")
 
 
 def test_tensorboard_shows_every_step_once_after_a_resume(tmp_path):
@@ -197,7 +235,7 @@ def test_nonfinite_losses_are_null_in_json(tmp_path, capsys):
         json.loads(line, parse_constant=lambda name: pytest.fail(name)) for line in (save / "metrics.jsonl").open()
     ]
     assert all(step["loss"] is None and step["grad_norm"] is None for step in steps)
-    assert "loss      none" in capsys.readouterr().out
+    assert "loss    none" in capsys.readouterr().out
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
@@ -289,8 +327,8 @@ def test_progress_bar_on_a_terminal_shows_loss_speed_and_time_left(tmp_path):
     assert child.wait() == 0
     bar = shown.decode().replace("\r", "\n")
     assert re.search(r"100%\|.*40/40 \[\d\d:\d\d<\d\d:\d\d.*loss 0\.0500, 800 tokens/s", bar), bar
-    assert bar.count(" iteration ") == 8
+    assert len(re.findall("^iteration ", bar, re.MULTILINE)) == 8
 
 
 def test_clock_counts_days_and_hours():
-    assert clock(59) == "0:00:59" and clock(3723) == "1:02:03" and clock(90061) == "1d 01:01:01"
+    assert clock(59) == "0:00:59" and clock(3723) == "1:02:03" and clock(90061) == "1d 01:01"

@@ -33,13 +33,34 @@ class TakesPrecedence(argparse.Action):
         values: Any,
         option_string: str | None = None,
     ) -> None:
-        for other, entry in alternatives_of(self.dest).items():
-            if getattr(namespace, other) != entry.default:
-                setattr(namespace, other, entry.default)
-                namespace.notices.append(
-                    f"{option_string} comes later on the command line than {entry.flag.name} and takes precedence"
-                )
+        reset_alternatives(namespace, self.dest, option_string)
         setattr(namespace, self.dest, self.const if self.nargs == 0 else values)
+
+
+class SwitchTakesPrecedence(argparse.BooleanOptionalAction):
+    """`TakesPrecedence` of a switch that also has a --no-... form, which turns off only itself."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        on = not (option_string or "").startswith("--no-")
+        if on:
+            reset_alternatives(namespace, self.dest, option_string)
+        setattr(namespace, self.dest, on)
+
+
+def reset_alternatives(namespace: argparse.Namespace, dest: str, option_string: str | None) -> None:
+    """Return the flags that set the same as `dest` to their defaults, with a line in `notices`."""
+    for other, entry in alternatives_of(dest).items():
+        if getattr(namespace, other) != entry.default:
+            setattr(namespace, other, entry.default)
+            namespace.notices.append(
+                f"{option_string} comes later on the command line than {entry.flag.name} and takes precedence"
+            )
 
 
 def alternatives_of(dest: str) -> dict[str, Entry]:
@@ -115,7 +136,7 @@ def _how_to_parse(value: type, described: Flag) -> dict[str, Any]:
     how: dict[str, Any] = {}
     if value is bool:
         if described.negatable:
-            return {"action": argparse.BooleanOptionalAction}
+            return {"action": SwitchTakesPrecedence if described.alternatives else argparse.BooleanOptionalAction}
         if described.alternatives is None:
             return {"action": "store_true"}
         return {"action": TakesPrecedence, "nargs": 0, "const": True}
@@ -157,10 +178,11 @@ def check_bounds(values: dict[str, Any]) -> None:
 
 
 def words_of(entry: Entry, value: Any) -> list[str]:
-    """A flag and its value as they are typed; nothing for a switch that is off."""
+    """A flag and its value as they are typed; nothing for a switch that is off by default."""
     if isinstance(value, bool):
         if value:
             return [entry.flag.name]
-        return [f"--no-{entry.flag.name.removeprefix('--')}"] if entry.flag.negatable else []
+        typed = entry.flag.negatable and entry.default is not False
+        return [f"--no-{entry.flag.name.removeprefix('--')}"] if typed else []
     values: Sequence[Any] = value if isinstance(value, list) else [value]
     return [entry.flag.name, *map(str, values)]

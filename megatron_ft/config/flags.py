@@ -306,7 +306,7 @@ class Precision:
 
     bf16: bool = flag(
         "--bf16", False, "bfloat16 weights and activations, fp32 master weights", alternatives="precision",
-        resume=FIXED, mtf=SAME
+        negatable=True, resume=FIXED, mtf=SAME
     )
     fp16: bool = flag(
         "--fp16", False, "float16 with loss scaling, fp32 master weights", alternatives="precision", resume=FIXED,

@@ -2,11 +2,15 @@
 
 import os
 import platform
+import re
+from pathlib import Path
 
 import torch
 
 from megatron_ft.config.config import Config
 from megatron_ft.errors import UserError
+
+NATIVE_BF16 = {"avx512_bf16", "amx_bf16", "bf16"}  # x86 and, the last, ARM; as Linux names them
 
 
 def select_device(config: Config | None = None) -> torch.device:
@@ -22,6 +26,19 @@ def select_device(config: Config | None = None) -> torch.device:
     if int(os.environ.get("MEGATRON_FT_GPUS") or 0):
         raise UserError(_no_cuda())
     return torch.device("cpu")
+
+
+def slow_bf16(config: Config, device: torch.device, cpuinfo: Path = Path("/proc/cpuinfo")) -> list[str]:
+    """A warning if --bf16 runs on a CPU that computes it in software, as most do.
+
+    `cpuinfo` is Linux's list of processors; nothing is known of other systems.
+    """
+    if not config.precision.bf16 or device.type != "cpu" or not cpuinfo.is_file():
+        return []
+    flags = re.search(r"^(?:flags|Features)\s*:(.*)$", cpuinfo.read_text("utf-8", "replace"), re.MULTILINE)
+    if flags is None or NATIVE_BF16 & set(flags[1].split()):
+        return []
+    return ["warning: this CPU has no native bfloat16, so --bf16 is up to 100 times slower; add --no-bf16"]
 
 
 def _own_gpu(config: Config | None) -> int:

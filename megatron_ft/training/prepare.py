@@ -25,8 +25,9 @@ from megatron_ft.metrics.model_facts import ModelFacts
 from megatron_ft.tokenizer.kinds import Tokenizer
 from megatron_ft.training import signals
 from megatron_ft.training.batches import BatchReader
+from megatron_ft.training.device import slow_bf16
 from megatron_ft.training.run import Engine, Run
-from megatron_ft.training.schedule import Length, many_epochs, plan_length
+from megatron_ft.training.schedule import Length, few_steps, many_epochs, plan_length
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,12 @@ def open_log(
     read = [datasets.train] if datasets.train else [*datasets.valid.values(), *datasets.test.values()]
     log.banner(data="\n".join(dataset.description for dataset in read), start="\n".join(reasons))
     common = [*config.notices, *prepared.tokenizer.notices, *datasets.notices]
-    common += many_epochs(prepared.length, epoch) if epoch else []
+    common += slow_bf16(config, device)
+    if epoch:
+        common += many_epochs(prepared.length, epoch)
+    if epoch and config.training.train_epochs:
+        unit = config.training.micro_batch_size * config.parallel.data
+        common += few_steps(epoch, config.training.train_epochs, config.training.global_batch_size, unit)
     for notice in [*common, *notices]:
         log.event(notice)
     return log

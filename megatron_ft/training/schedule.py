@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from megatron_ft.config.config import Config
 from megatron_ft.errors import UserError
+from megatron_ft.printable import counted
 
 MANY_EPOCHS = 10
 FEW_STEPS = 20
@@ -92,20 +93,22 @@ def many_epochs(length: Length, sequences_per_epoch: int) -> list[str]:
     ]
 
 
-def few_steps(length: Length, sequences_per_epoch: int, batch: int) -> str | None:
-    """A warning if the data make fewer steps than a learning-rate schedule needs; None otherwise.
+def few_steps(sequences_per_epoch: int, epochs: float, batch: int, unit: int = 1) -> list[str]:
+    """A warning if `epochs` of the data make fewer steps of `batch` sequences than a learning-rate
+    schedule needs.
 
-    `batch`: sequences per step. Only a length that follows from the data is judged: steps that the
-    user has asked for are meant.
+    `unit`: what a batch must be a multiple of, micro-batch x data-parallel ranks.
     """
-    if length.iterations >= FEW_STEPS:
-        return None
-    steps = f"{length.iterations} step{'s' * (length.iterations != 1)}"
-    suggested = max(1, length.samples // FEW_STEPS)
-    remedy = f"lower --global-batch-size {batch}" + (f" to {suggested}" if suggested < batch else "")
-    return (
-        f"warning: your data make {steps} ({sequences_per_epoch:,} sequences per epoch); {remedy}, or train more epochs"
+    samples = math.ceil(sequences_per_epoch * epochs)
+    steps = math.ceil(samples / batch)
+    if steps >= FEW_STEPS:
+        return []
+    smaller = max(1, samples // FEW_STEPS // unit) * unit
+    remedy = (
+        f"lower --global-batch-size {batch} to {smaller}" if smaller < batch else "train more epochs, or on more data"
     )
+    sequences = counted(samples, "packed sequence")
+    return [f"warning: your data make {counted(steps, 'step')} ({sequences}, {batch} per step); {remedy}"]
 
 
 def build_scheduler(config: Config, optimizer, length: Length, done: Length = NOTHING):

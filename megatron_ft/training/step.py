@@ -8,6 +8,7 @@ stop = step.finish(...)            # logs it
 """
 
 import math
+import threading
 import time
 from dataclasses import fields
 
@@ -21,10 +22,26 @@ from megatron_ft.training.run import Run, Totals
 from megatron_ft.training.schedule import global_batch_at
 from megatron_ft.training.sums import SumOverAll, sum_over_all
 
+SLOW_SECONDS = 30
+
 
 def local_sums(micro_batches: list[MicroBatch], counts: bool) -> list[float]:
     """What this rank adds to a step's Totals: its micro-batches' sums, or zeros."""
     return [float(sum(getattr(micro, item.name) for micro in micro_batches if counts)) for item in fields(Totals)]
+
+
+def announce_slow_first_step(run: Run) -> threading.Timer:
+    """Log a line after SLOW_SECONDS unless the timer is canceled: the run works, and why it waits."""
+    config = run.config
+    reason = "kernels are loaded and compiled in it"
+    if not torch.cuda.is_available():
+        batch, length = config.training.global_batch_size, config.data.seq_length
+        reason = f"it has {batch:,} x {length:,} tokens; --global-batch-size and --seq-length make it shorter"
+    text = f"the first step takes over {SLOW_SECONDS} s: {reason}"
+    timer = threading.Timer(SLOW_SECONDS, run.log.event, [text])
+    timer.daemon = True
+    timer.start()
+    return timer
 
 
 class Step:
@@ -38,6 +55,7 @@ class Step:
         config, state, reader = run.config, run.state, run.train_batches
         assert reader is not None  # only --skip-train has none
         self._run, self._reader = run, reader
+        self._slow = None if run.totals_ahead else announce_slow_first_step(run)
         self._begun = time.perf_counter()
         self._batch_size = global_batch_at(config, state.consumed_samples)
         self._following = state.consumed_samples + self._batch_size
@@ -73,6 +91,8 @@ class Step:
         """
         run, state = self._run, self._run.state
         loss, signaled, overtime, *ahead = self._agreement.result()
+        if self._slow:
+            self._slow.cancel()
         if not math.isfinite(loss):
             self._end(f"non-finite loss ({loss})", self._losses.tolist())
         run.totals_ahead = Totals(*ahead) if self._next_batch_size else None

@@ -1,11 +1,12 @@
 """Inspect a tokenized dataset as a model is trained on it: packed sequences, loss, statistics.
 
-    python preprocess/view.py data/rows --tokenizer-file MODEL --sequences 0:2 --seq-length 2048
+    python preprocess/view.py data/rows --tokenizer-file MODEL --sequences 0:2 --load MODEL
     python preprocess/view.py data/rows --tokenizer-file MODEL --html sequences.html
     python preprocess/view.py data/rows --stats --global-batch-size 32 128 --plot lengths.png
 
-Sequences are those of a training run with the same flags and seed. Nothing is written next to the
-data.
+Sequences are those of a training run with the same flags and seed: give --load or --preset for its
+sequence length, and --validation-fraction for what it holds out of --data-prefix (0.05 by default).
+Nothing is written next to the data.
 """
 
 import sys
@@ -15,11 +16,9 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse
-import html
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from itertools import pairwise
 
 import numpy as np
@@ -31,16 +30,21 @@ from megatron_ft.data.lengths import length_plot, packing_report
 from megatron_ft.data.packed_dataset import PackedDocuments, PackedSample, check_vocabulary
 from megatron_ft.data.packing import Packing, pack
 from megatron_ft.data.provenance import tokenizer_warning
+from megatron_ft.data.sequence_page import DecodedDocument, DecodedSequence, Span, html_page, title_of
 from megatron_ft.errors import UserError, run_program
 from megatron_ft.files.output import OutputFile, writing
-from megatron_ft.printable import printable
+from megatron_ft.model.families import PRESETS
+from megatron_ft.printable import counted, printable
 from megatron_ft.tokenizer.kinds import Tokenizer
 from megatron_ft.tokenizer.tokenizer import load_tokenizer
+from megatron_ft.weights.stored_shape import stored_shape
 
-# A document's color on a terminal (of the 256: context as text, loss as background) and its hue in
-# HTML. Documents of a sequence take them in turn.
-COLORS = [(75, 24, 210), (114, 22, 130), (179, 94, 40), (176, 53, 290), (174, 88, 5)]
+# A document's colors on a terminal, of the 256: context as text, loss as background. Documents of a
+# sequence take them in turn.
+COLORS = [(75, 24), (114, 22), (179, 94), (176, 53), (174, 88)]
 PLOT_FORMATS = (".png", ".pdf", ".svg")
+DEFAULT_SEQ_LENGTH = 2048
+LONGEST_CHARACTER = 8  # tokens that may share a character; more are bytes that are no text
 NUMBER = r"(\d+\.?\d*|\.\d+)"
 # The largest values of flags: a sequence is held in memory, and the packing counts in 31 bits.
 MOST = {"seq_length": 10**7, "packing_lookahead": 2**31 - 1, "global_batch_size": 2**31 - 1}
@@ -54,14 +58,15 @@ def parse_args() -> argparse.Namespace:
     add(
         "--sequences",
         "--rows",
-        default="0:3",
         metavar="FIRST:END",
-        help="packed sequences to show, END excluded; a single number shows one",
+        help="packed sequences to show, END excluded; a single number shows one (default: 0:3)",
     )
     add("--html", type=Path, metavar="FILE", help="write a self-contained HTML page instead of text")
     add("--color", choices=["auto", "always", "never"], default="auto", help="colors; auto: only on a terminal")
     add(
-        "--stats", action="store_true", help="print document lengths, fill rate of both packing orders, steps per epoch"
+        "--stats",
+        action="store_true",
+        help="print document lengths, fill rate of both packing orders, steps per epoch; sequences only with --sequences",
     )
     add(
         "--global-batch-size",
@@ -73,8 +78,21 @@ def parse_args() -> argparse.Namespace:
     )
     add("--plot", type=Path, metavar="FILE", help="write a histogram of the lengths, as .png, .pdf or .svg")
     same = parser.add_argument_group("as in training").add_argument
-    same("--seq-length", type=int, default=2048, metavar="N", help="tokens the model sees per packed sequence")
-    same("--range", default="0:1", metavar="START:END", help="part of the documents, as fractions like 0:0.95")
+    same(
+        "--seq-length",
+        type=int,
+        metavar="N",
+        help="tokens the model sees per packed sequence (default: the positions of the model, else 2048)",
+    )
+    same("--load", metavar="DIR", help="checkpoint to train, which has the number of positions")
+    same("--preset", choices=sorted(PRESETS), help="published model, the same")
+    same("--range", metavar="START:END", help="part of the documents, as fractions like 0:0.95 (default: 0:1)")
+    same(
+        "--validation-fraction",
+        type=float,
+        metavar="F",
+        help="show what training reads of --data-prefix: all but this fraction, from its end",
+    )
     same("--packing", choices=["best-fit", "greedy"], default="best-fit", help="packing order")
     same("--packing-lookahead", type=int, default=4096, metavar="N", help="documents that best-fit chooses from")
     same(
@@ -94,12 +112,20 @@ def parse_args() -> argparse.Namespace:
     same("--eod-mask-loss", action="store_true", help="no loss after end-of-text tokens")
     args = parser.parse_args()
     args.prefix = prefix_of(args.prefix)
+    args.shows_sequences = bool(args.tokenizer_file and (args.sequences or args.html or not args.stats))
+    args.sequences = args.sequences or "0:3"
+    args.seq_length = args.seq_length or model_positions(args)
     if not (args.tokenizer_file or args.stats or args.plot):
         raise UserError("nothing to show: give --tokenizer-file PATH for packed sequences, --stats, or --plot FILE")
     if args.html and not args.tokenizer_file:
         raise UserError("--html shows packed sequences, which need --tokenizer-file PATH")
     if args.plot and args.plot.suffix not in PLOT_FORMATS:
         raise UserError(f"--plot {args.plot}: the name must end in .png, .pdf or .svg")
+    if args.validation_fraction is not None and (args.range or not 0 <= args.validation_fraction < 1):
+        raise UserError(
+            f"--validation-fraction {args.validation_fraction:g}: must be at least 0 and below 1, "
+            "and excludes --range, which shows any other part"
+        )
     for flag, most in MOST.items():
         values = getattr(args, flag)
         for value in values if isinstance(values, list) else [values]:
@@ -118,11 +144,12 @@ def main() -> None:
     stats = packing_report(documents, packing, args.global_batch_size) if args.stats else ""
     if stats:
         print(stats)
-    if args.tokenizer_file:
+    if args.shows_sequences:
         sequences = decoded_sequences(documents, packing, args)
         if args.html:
-            write_file(args.html, html_page(sequences, args, stats).encode())
-            print(f"{args.html}: {len(sequences)} sequences")
+            page = html_page(sequences, Path(args.prefix).name, settings_of(args), stats)
+            write_file(args.html, page.encode())
+            print(f"{args.html}: {counted(len(sequences), 'sequence')}")
         else:
             on_terminal = sys.stdout.isatty() and "NO_COLOR" not in os.environ
             colored = args.color == "always" or (args.color == "auto" and on_terminal)
@@ -131,14 +158,11 @@ def main() -> None:
 
 def packing_of(args: argparse.Namespace, num_documents: int) -> Packing:
     """The packing that training uses with these flags, for one epoch."""
-    match = re.fullmatch(f"{NUMBER}:{NUMBER}", args.range)
-    start, end = (float(match[1]), float(match[2])) if match else (1.0, 0.0)
-    if not 0 <= start < end <= 1:
-        raise UserError(f"--range {args.range}: not START:END with 0 <= START < END <= 1, like 0:0.95")
+    start, end = range_of(args)
     first, stop = round(start * num_documents), round(end * num_documents)
     if first == stop:
         raise UserError(
-            f"{args.prefix}: --range {args.range} holds none of its {num_documents:,} documents; "
+            f"{args.prefix}: --range {start:g}:{end:g} holds none of its {num_documents:,} documents; "
             "widen the range, or use a larger dataset"
         )
     return Packing(
@@ -149,47 +173,27 @@ def packing_of(args: argparse.Namespace, num_documents: int) -> Packing:
         lookahead=args.packing_lookahead,
         overlong=args.overlong,
         seed=args.seed,
-        keep_last=True,
+        keep_last=args.validation_fraction is None,  # training leaves it to the next epoch
     )
 
 
-@dataclass(frozen=True)
-class Span:
-    """Consecutive tokens of a document with the same loss weight, which is 0 for context."""
-
-    num_tokens: int
-    weight: float  # of each token
-    text: str
-
-
-@dataclass(frozen=True)
-class DecodedDocument:
-    """A document of a packed sequence; `number` is its number in the dataset."""
-
-    number: int
-    spans: list[Span] = field(default_factory=list)
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(span.num_tokens for span in self.spans)
+def range_of(args: argparse.Namespace) -> tuple[float, float]:
+    """The part of the documents to show, as fractions. Raises UserError."""
+    if args.validation_fraction is not None:
+        return 0.0, 1 - args.validation_fraction
+    match = re.fullmatch(f"{NUMBER}:{NUMBER}", args.range or "0:1")
+    start, end = (float(match[1]), float(match[2])) if match else (1.0, 0.0)
+    if not 0 <= start < end <= 1:
+        raise UserError(f"--range {args.range}: not START:END with 0 <= START < END <= 1, like 0:0.95")
+    return start, end
 
 
-@dataclass(frozen=True)
-class DecodedSequence:
-    """A packed sequence, ready to be shown; `padding` is a number of tokens."""
-
-    number: int
-    documents: list[DecodedDocument]
-    padding: int
-
-    @property
-    def summary(self) -> str:
-        positions = sum(document.num_tokens for document in self.documents) + self.padding
-        learned = sum(span.num_tokens for document in self.documents for span in document.spans if span.weight)
-        return (
-            f"sequence {self.number}: {positions:,} token positions, {len(self.documents)} documents, "
-            f"loss on {learned:,} tokens, {self.padding:,} padding"
-        )
+def model_positions(args: argparse.Namespace) -> int:
+    """The sequence length that training takes from --preset or --load. Raises UserError."""
+    shape = PRESETS[args.preset] if args.preset else stored_shape(args.load) if args.load else None
+    if shape is None and args.load:
+        raise UserError(f"--load {args.load}: its files do not tell its number of positions; give --seq-length")
+    return shape.max_position_embeddings if shape else DEFAULT_SEQ_LENGTH
 
 
 def decoded_sequences(
@@ -244,9 +248,22 @@ def decode(
         if segment == 0:
             padding += end - start
             continue
-        text = printable(tokenizer.decode(sample.tokens[start:end].tolist()), limit=None, keep="\n\t")
-        documents[segment - 1].spans.append(Span(end - start, float(weights[start]), text))
+        tokens = sample.tokens[start:end].tolist()
+        pieces = tuple(printable(piece, limit=None, keep="\n\t") for piece in pieces_of(tokens, tokenizer))
+        documents[segment - 1].spans.append(Span(end - start, float(weights[start]), "".join(pieces), pieces))
     return DecodedSequence(number, documents, padding)
+
+
+def pieces_of(tokens: list[int], tokenizer: Tokenizer) -> list[str]:
+    """The text of `tokens`, cut wherever a token ends a character; uncut if the tokenizer decodes
+    tokens differently together than one by one, as SentencePiece does with spaces."""
+    text, pieces, started = tokenizer.decode(tokens), [], 0
+    for end in range(1, len(tokens) + 1):
+        piece = tokenizer.decode(tokens[started:end])
+        if "\ufffd" not in piece or end - started == LONGEST_CHARACTER:
+            pieces.append(piece)
+            started = end
+    return pieces if "".join(pieces) == text else [text]
 
 
 def terminal_lines(sequences: list[DecodedSequence], colored: bool) -> Iterator[str]:
@@ -266,71 +283,23 @@ def terminal_lines(sequences: list[DecodedSequence], colored: bool) -> Iterator[
             yield "".join(terminal_span(span, i, colored) for span in document.spans)
 
 
-def title_of(i: int, document: DecodedDocument) -> str:
-    return f"document {i + 1} (number {document.number} of the dataset), {document.num_tokens:,} tokens"
-
-
 def terminal_span(span: Span, i: int, colored: bool) -> str:
     """A span of the i-th document of a sequence."""
     if not colored:
         return f"«{span.text}»" if span.weight else span.text
-    text, background, _ = COLORS[i % len(COLORS)]
+    text, background = COLORS[i % len(COLORS)]
     style = f"\x1b[1;97;48;5;{background}m" if span.weight else f"\x1b[38;5;{text}m"
     # The style ends before each line break, or the background would fill the rest of the line.
     return style + span.text.replace("\n", f"\x1b[0m\n{style}") + "\x1b[0m"
 
 
-PAGE = """<!DOCTYPE html>
-<html lang="en"><meta charset="utf-8"><title>{title}</title>
-<style>
-:root {{ color-scheme: light dark }}
-body {{ font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem; padding: 0 1rem }}
-pre {{ font: 13px/1.55 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere; margin: 0 }}
-section {{ border: 1px solid #8885; border-radius: 8px; margin: 1.2rem 0; overflow: hidden }}
-h2 {{ font-size: 1rem; margin: 0; padding: .5rem 1rem; background: #8882 }}
-div.document {{ padding: .4rem 1rem; border-left: 4px solid hsl(var(--hue) 60% 50%) }}
-div.document > small, div.padding {{ color: #888; display: block }}
-div.padding {{ padding: .4rem 1rem }}
-.context {{ color: light-dark(hsl(var(--hue) 45% 32%), hsl(var(--hue) 45% 70%)) }}
-.loss {{ background: light-dark(hsl(var(--hue) 80% 84%), hsl(var(--hue) 60% 26%)); border-radius: 2px }}
-{hues}
-</style>
-<h1>{title}</h1>
-<p>{settings}</p>
-<p class="h1">Each document has its own color: <span class="context">context</span>, <span class="loss">tokens with loss</span>.</p>
-{stats}{sequences}
-</html>
-"""
-
-
-def html_page(sequences: list[DecodedSequence], args: argparse.Namespace, stats: str) -> str:
-    """The sequences as one self-contained page, below the text of --stats."""
-    settings = (
-        f"{args.packing} packing, sequence length {args.seq_length:,}, range {args.range}, "
+def settings_of(args: argparse.Namespace) -> str:
+    """The flags that determine the sequences, in words."""
+    start, end = range_of(args)
+    return (
+        f"{args.packing} packing, sequence length {args.seq_length:,}, range {start:g}:{end:g}, "
         f"documents longer than a sequence: {args.overlong}, seed {args.seed}"
     )
-    return PAGE.format(
-        title=f"Packed sequences of {html.escape(Path(args.prefix).name)}",
-        settings=settings,
-        hues="\n".join(f".h{i} {{ --hue: {hue} }}" for i, (_, _, hue) in enumerate(COLORS, 1)),
-        stats=f"<pre>{html.escape(stats)}</pre>" if stats else "",
-        sequences="\n".join(map(html_sequence, sequences)),
-    )
-
-
-def html_sequence(sequence: DecodedSequence) -> str:
-    parts = [f"<section><h2>{sequence.summary}</h2>"]
-    for i, document in enumerate(sequence.documents):
-        hue = f"h{i % len(COLORS) + 1}"
-        parts.append(f'<div class="document {hue}"><small>{title_of(i, document)}</small><pre>')
-        for span in document.spans:
-            kind, weight = ("loss", f", weight {span.weight:.3g} each") if span.weight else ("context", "")
-            title = f"{span.num_tokens} tokens{weight}"
-            parts.append(f'<span class="{kind}" title="{title}">{html.escape(span.text)}</span>')
-        parts.append("</pre></div>")
-    if sequence.padding:
-        parts.append(f'<div class="padding">{sequence.padding:,} padding</div>')
-    return "".join([*parts, "</section>"])
 
 
 def write_file(path: Path, content: bytes) -> None:

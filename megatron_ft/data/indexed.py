@@ -76,6 +76,24 @@ def prefix_of(path: str) -> str:
     return _FILES_OF_A_PREFIX.sub("", path)
 
 
+def stored_counts(path: str | Path) -> tuple[int, int]:
+    """Sequences and tokens of a pair, from its header and the size of its `.bin`: a quick look.
+
+    Raises UserError if the `.idx` is not an index of tokens."""
+    try:
+        with open(f"{path}.idx", "rb") as file:
+            header = file.read(HEADER.size)
+        size = os.path.getsize(f"{path}.bin")
+    except OSError as error:
+        raise read_error(f"{path}.idx", error, MISSING) from error
+    if len(header) < HEADER.size or header[: len(MAGIC)] != MAGIC:
+        found = describe(header) or "not a Megatron MMIDIDX index"
+        raise UserError(f"{path}.idx: {found}; make it with preprocess/tokenize.py")
+    _, _, code, count, _ = HEADER.unpack(header)
+    dtype = DTYPES.get(code)
+    return count, size // dtype.itemsize if dtype else 0
+
+
 class IndexedReader:
     """Sequences of one `.bin/.idx` pair. `reader[i]` is an array [tokens] of `reader.dtype`, read
     from the file.

@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from megatron_ft.data.documents import TokenizedDocuments
-from megatron_ft.data.packing import PackedIndex, Packing, pack
+from megatron_ft.data.packing import PackedIndex, Packing, loss_remedy, pack
 from megatron_ft.errors import UserError
+from megatron_ft.printable import counted
 
 PERCENTILES = (0, 5, 25, 50, 75, 95, 99, 100)
 BAR = 40  # characters of the longest bar of the text histogram
@@ -26,9 +27,9 @@ def packing_report(documents: TokenizedDocuments, packing: Packing, batch_sizes:
     if documents.learned is not None:
         of_these = f", {documents.learned_tokens(packing.start, packing.stop):,} of these learned"
     lines = [
-        f"{documents.prefix}: {len(both):,} documents, {both.sum():,} tokens "
+        f"{documents.prefix}: {counted(len(both), 'document')}, {both.sum():,} tokens "
         f"({inputs.sum():,} in inputs, {outputs.sum():,} in outputs{of_these})",
-        f"longer than a packed sequence of {packing.capacity:,} tokens: {too_long.sum():,} documents "
+        f"longer than a packed sequence of {packing.capacity:,} tokens: {counted(int(too_long.sum()), 'document')} "
         f"({too_long.mean():.2%}), {both[too_long].sum() / max(1, both.sum()):.2%} of the tokens",
         "",
         *_percentile_lines(lengths),
@@ -71,10 +72,11 @@ def _lost_lines(index: PackedIndex, packing: Packing) -> Iterator[str]:
     """What --overlong costs, if any document is longer than a sequence."""
     facts = index.facts
     if facts["overlong_documents"]:
+        much = loss_remedy(facts, packing.overlong)
         yield ""
         yield (
-            f"--overlong {packing.overlong}: {facts['left_out_documents']:,} documents dropped, "
-            f"{facts['lost_tokens']:,} tokens lost ({facts['lost_tokens'] / facts['tokens']:.2%})"
+            f"{'warning: ' * bool(much)}--overlong {packing.overlong}: {counted(facts['left_out_documents'], 'document')} dropped, "
+            f"{facts['lost_tokens']:,} tokens lost ({facts['lost_tokens'] / facts['tokens']:.2%}){much}"
         )
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from megatron_ft.config.config import Config
 from megatron_ft.data import _packing
 from megatron_ft.data.documents import TokenizedDocuments
-from megatron_ft.data.packing import PackedIndex, Packing, damaged, load_index, load_index_covering
+from megatron_ft.data.packing import PackedIndex, Packing, damaged, load_index, load_index_covering, loss_remedy, pack
 from megatron_ft.data.provenance import tokenizer_warning
 from megatron_ft.data.splits import Group, Part, groups_of
 from megatron_ft.errors import UserError
@@ -140,16 +140,17 @@ class PackedDataset:
 
     def overlong(self) -> list[str]:
         """One line per dataset with documents longer than a sequence: how many there are, and how
-        many were left out or cut."""
+        many were left out or cut; a warning if that loses more than MUCH_LOST of the tokens."""
         lines = []
         for part in self.parts:
             facts, policy = part.index.facts, part.packing.overlong
             left_out, cut = facts["left_out_documents"], facts["overlong_documents"] - facts["left_out_documents"]
             if facts["overlong_documents"]:
                 done = f"{left_out:,} left out" + (f", {cut:,} cut" if cut else "")
+                much = loss_remedy(facts, policy)
                 lines.append(
-                    f"{self.name}: {facts['overlong_documents']:,} of {facts['documents']:,} documents of {part.documents.prefix} are over "
-                    f"{part.capacity:,} tokens: {done}, {facts['lost_tokens'] / facts['tokens']:.2%} of the tokens (--overlong {policy})"
+                    f"{'warning: ' * bool(much)}{self.name}: {facts['overlong_documents']:,} of {facts['documents']:,} documents of {part.documents.prefix} are over "
+                    f"{part.capacity:,} tokens: {done}, {facts['lost_tokens'] / facts['tokens']:.2%} of the tokens (--overlong {policy}){much}"
                 )
         return lines
 
@@ -173,6 +174,15 @@ def sequences_per_epoch(config: Config, split: str = "train") -> int:
     return sum(
         _epoch_length(load_index(*_documents_and_packing(part, config, split), config.data.cache_path))
         for group in groups_of(config, split)
+        for part in group.parts
+    )
+
+
+def count_sequences(config: Config) -> int:
+    """`sequences_per_epoch` of the training data, computed in memory: nothing is written."""
+    return sum(
+        _epoch_length(pack(*_documents_and_packing(part, config, "train")))
+        for group in groups_of(config, "train")
         for part in group.parts
     )
 

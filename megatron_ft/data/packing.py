@@ -32,6 +32,7 @@ _NPY_HEADER = re.compile(
     re.DOTALL,
 )
 REBUILD = "remove the directory and start again"
+MUCH_LOST = 0.05  # of the tokens, in documents longer than a packed sequence
 FACTS = (
     "documents",
     "tokens",
@@ -127,6 +128,14 @@ def pack(documents: TokenizedDocuments, packing: Packing) -> PackedIndex:
     }
     order += packing.start
     return PackedIndex(order, bounds, facts)
+
+
+def loss_remedy(facts: dict[str, int], overlong: str) -> str:
+    """What to do, for the end of a message, if documents that are too long cost more than MUCH_LOST
+    of the tokens; else nothing."""
+    if facts["lost_tokens"] <= MUCH_LOST * facts["tokens"]:
+        return ""
+    return "; raise --seq-length" + (", or cut them with --overlong truncate" if overlong == "drop" else "")
 
 
 def _check_something_fits(

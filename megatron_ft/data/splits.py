@@ -82,6 +82,12 @@ def groups_of(config: Config, split: str) -> list[Group]:
     return groups
 
 
+def prefixes_of(config: Config) -> list[str]:
+    """The datasets of all groups of all splits, each once. Raises UserError."""
+    groups = (group for split in ("train", "valid", "test") for group in groups_of(config, split))
+    return list(dict.fromkeys(part.prefix for group in groups for part in group.parts))
+
+
 def read_split_file(path: str | Path) -> list[Group]:
     """All groups of a split file. Raises UserError with file, line and column."""
     try:

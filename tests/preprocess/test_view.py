@@ -1,6 +1,7 @@
 """preprocess/view.py shows exactly the packed sequences of training, as text, page and figures."""
 
 import html
+import json
 import os
 import re
 import shutil
@@ -16,7 +17,7 @@ from doc_commands import run_page
 from token_files import numbered_documents, training_flags, write_documents
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from megatron_ft.data.packed_dataset import build_datasets
+from megatron_ft.data.packed_dataset import build_datasets, sequences_per_epoch
 
 VIEW = "preprocess/view.py"
 
@@ -51,21 +52,25 @@ class Page(HTMLParser):
 
     def __init__(self, text: str):
         super().__init__()
-        self.open, self.texts, self.attributes = [], [], []
+        self.open, self.texts, self.attributes, self.tokens = [], [], [], 0
         self.feed(text)
 
     def handle_starttag(self, tag, attributes):
         self.attributes += attributes
         if tag not in ("meta", "p"):
             self.open.append(tag)
+        if tag == "span":
+            self.texts.append((dict(attributes)["class"], ""))
+        self.tokens += tag == "i"
 
     def handle_endtag(self, tag):
         if tag != "p":
             assert self.open.pop() == tag
 
     def handle_data(self, text):
-        if self.open and self.open[-1] == "span":
-            self.texts.append((dict(self.attributes[-2:])["class"], text))
+        if "span" in self.open:
+            kind, before = self.texts[-1]
+            self.texts[-1] = (kind, before + text)
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +135,17 @@ def escaped(text: str) -> str:
     ids=str,
 )
 def test_terminals_that_are_not_utf8_show_escapes(data, env):
-    command = [sys.executable, ROOT / VIEW, data[0], "--tokenizer-file", data[1], "--seq-length", "128", "--stats"]
+    command = [
+        sys.executable,
+        ROOT / VIEW,
+        data[0],
+        "--tokenizer-file",
+        data[1],
+        "--seq-length",
+        "128",
+        "--sequences",
+        "0",
+    ]
     for flags in ([], ["--help"]):
         done = subprocess.run([*map(str, command), *flags], capture_output=True, env={**os.environ, **env})
         assert done.returncode == 0 and done.stderr == b""
@@ -147,6 +162,9 @@ def test_page_is_self_contained_and_shows_the_documents_of_training(data, traine
     documents = trained.provenance(1)["documents"]
     pieces = [pair for d in documents for pair in zip(("context", "loss"), map(escaped, texts[d]), strict=True)]
     assert page.texts[2:] == pieces  # after the legend
+    tokens = sum(len(tokenizer.encode(side).ids) for d in documents for side in texts[d])
+    shared = 2 * sum(text.count("\u202e") for d in documents for text in texts[d])  # of its three tokens, no end
+    assert tokens - page.tokens == shared, "each token has an end, unless it is in the middle of a character"
     answer_tokens = len(tokenizer.encode(texts[documents[0]][1]).ids)
     assert f"{answer_tokens} tokens, weight {1 / answer_tokens:.3g} each" in html.unescape(text)
     assert "fill rate" in text
@@ -184,9 +202,34 @@ def test_stats_count_tokens_and_documents_too_long(stats):
     lengths, printed = stats
     total, inputs, outputs = int(lengths.sum()), lengths[:, 0].sum(), lengths[:, 1].sum()
     assert f"500 documents, {total:,} tokens ({inputs:,} in inputs, {outputs:,} in outputs)" in printed
-    too_long = f"1 documents (0.20%), {430 / total:.2%} of the tokens"
+    too_long = f"1 document (0.20%), {430 / total:.2%} of the tokens"
     assert f"longer than a packed sequence of 256 tokens: {too_long}" in printed
-    assert "1 documents dropped, 430 tokens lost" in printed
+    assert "\n--overlong drop: 1 document dropped, 430 tokens lost" in printed
+
+
+def test_stats_warn_of_many_lost_tokens_and_show_no_sequences(data):
+    printed = run_program(VIEW, data[0], "--stats", "--tokenizer-file", data[1], "--seq-length", "30").stdout
+    assert re.search(
+        r"^warning: --overlong drop: .* lost \(\d+\.\d+%\); raise --seq-length, or cut them", printed, re.MULTILINE
+    )
+    assert "sequence 0:" not in printed
+
+
+@pytest.mark.parametrize("order", ["best-fit", "greedy"])
+def test_validation_fraction_and_load_show_exactly_the_sequences_of_training(data, tmp_path, order):
+    model = tmp_path / "model"
+    model.mkdir()
+    config = {"model_type": "gpt_bigcode", "n_positions": 64, "n_embd": 8, "n_layer": 1, "n_head": 2, "vocab_size": 320}
+    (model / "config.json").write_text(json.dumps(config))
+    flags = ("--packing", order, "--validation-fraction", "0.3")
+    trained = training_flags("--data-prefix", data[0], *flags, "--data-cache-path", tmp_path, seq_length=64)
+    epoch = sequences_per_epoch(trained)
+    dataset = build_datasets(trained, train_samples=epoch, pad=1).train
+    words = ("--tokenizer-file", data[1], "--load", model, "--sequences", "0:999", *flags)
+    printed = run_program(VIEW, data[0], *words).stdout
+    shown = [re.findall(r"\(number (\d+) of", text) for text in printed.split("── sequence ")[1:]]
+    assert [list(map(int, numbers)) for numbers in shown] == [dataset.provenance(i)["documents"] for i in range(epoch)]
+    assert "sequence 0: 65 token positions" in printed
 
 
 def test_stats_show_percentiles_and_a_histogram_of_lengths(stats):
@@ -218,6 +261,8 @@ def test_stats_compare_packing_orders(stats):
 @pytest.mark.parametrize("flags, message", [
     ([], "nothing to show: give --tokenizer-file PATH"),
     (["--stats", "--html", "x.html"], "--html shows packed sequences, which need --tokenizer-file"),
+    (["--stats", "--range", "0:1", "--validation-fraction", "0.1"], "excludes --range"),
+    (["--stats", "--load", "/nowhere"], "/nowhere: no such directory"),
     (["--stats", "--range", "0.9:0.2"], "--range 0.9:0.2: not START:END"),
     (["--stats", "--seq-length", "4"], "all 40 documents are longer than a packed sequence of 5 tokens"),
     (["--plot", "/proc/nowhere/x.png"], "/proc/nowhere/x.png: cannot be written"),

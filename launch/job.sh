@@ -52,7 +52,8 @@ finetune() {
     if [ -n "${!name:-}" ]; then flags+=("$flag" "${!name}"); fi
   done
   if [ -n "${MEGATRON_FT_CHECK:-}" ]; then
-    exec python -P "$PROGRAMS/launch/finetune.py" --check --num-processes "$MEGATRON_FT_CHECK" "${flags[@]}" "$@"
+    exec python -P "$PROGRAMS/launch/finetune.py" --check ${MEGATRON_FT_DRY_RUN:+--dry-run} \
+      --num-processes "$MEGATRON_FT_CHECK" "${flags[@]}" "$@"
   fi
   exec python -P "$PROGRAMS/launch/finetune.py" "${flags[@]}" "$@"
 }

@@ -5,8 +5,8 @@
 
 Reads account, partition and GPUs per node from slurm/cluster.env: a script for nodes of 8 GPUs
 requests twice the nodes where a node has 4. Then the script's flags are checked against that
-layout, and the resources by `sbatch --test-only`. MEGATRON_FT_DRY_RUN=1 prints sbatch's command
-line instead of running it.
+layout, data, tokenizer and weights against each other, and the resources by `sbatch --test-only`.
+MEGATRON_FT_DRY_RUN=1 prints the command lines of sbatch and of training instead of running them.
 """
 
 import os
@@ -22,6 +22,8 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from megatron_ft.errors import EXIT_DONE, UserError, run_program
 from megatron_ft.launcher.command import PROGRAMS, ROOT
+from megatron_ft.launcher.slurm_job import parse_fields, run_slurm
+from megatron_ft.printable import printable
 
 SIZES = {
     "-N": "nodes",
@@ -60,7 +62,9 @@ def main() -> int:
     checked = subprocess.run(
         ["bash", str(script), *arguments],
         env={**os.environ, "MEGATRON_FT_CHECK": str(nodes * tasks)},
-        stdout=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        encoding="utf-8",
+        errors="replace",
     )
     if checked.returncode:
         return checked.returncode  # the script has reported the error
@@ -75,8 +79,35 @@ def main() -> int:
         raise UserError(f"SLURM refuses {shlex.join(command)}: {' '.join(tested.stderr.split())}")
     if os.environ.get("MEGATRON_FT_DRY_RUN"):
         print(shlex.join(command))
+        print(checked.stdout, end="")
         return EXIT_DONE
-    return subprocess.run(command, env=environment).returncode
+    if "--parsable" in options:  # for another program
+        return subprocess.run(command, env=environment).returncode
+    found, status = split_report(checked.stdout)
+    print(found, end="", flush=True)
+    submitted = subprocess.run(command, env=environment, stdout=subprocess.PIPE, encoding="utf-8", errors="replace")
+    print(submitted.stdout, end="")
+    if submitted.returncode == EXIT_DONE:
+        print(log_of(submitted.stdout) + status, end="")
+    return submitted.returncode
+
+
+def split_report(printed: str) -> tuple[str, str]:
+    """What the script's check found, and the lines on how to follow the job."""
+    lines = printed.splitlines(keepends=True)
+    found = "".join(line for line in lines if not line.startswith("status: "))
+    return found, "".join(line for line in lines if line.startswith("status: "))
+
+
+def log_of(submitted: str) -> str:
+    """A line with the log of the job in sbatch's output `submitted`, empty if SLURM tells none."""
+    job = re.search(r"\d+", submitted)
+    shown = run_slurm("scontrol", "show", "job", job[0]) if job else None
+    log = parse_fields(shown.stdout).get("StdOut") if shown and not shown.returncode else None
+    if not log:
+        return ""
+    here = os.path.relpath(log)
+    return printable(f"log: tail -F {shlex.quote(log if here.startswith('..') else here)}") + "\n"
 
 
 def split_command(words: Sequence[str]) -> tuple[list[str], Path, list[str]]:

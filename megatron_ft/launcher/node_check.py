@@ -18,7 +18,7 @@ from importlib import metadata
 from pathlib import Path
 
 from megatron_ft.config.config import Config
-from megatron_ft.data.splits import groups_of
+from megatron_ft.data.splits import prefixes_of
 from megatron_ft.errors import UserError
 from megatron_ft.files.atomic import free_bytes
 from megatron_ft.files.json_file import require
@@ -104,15 +104,9 @@ def _unusable_nodes(nodes: Sequence[str], reports: dict[str, NodeReport], err: s
 
 def needed_files(config: Config) -> list[str]:
     """Absolute paths that every node must see: data, tokenizer, weights to start from."""
-    prefixes = {
-        part.prefix: None
-        for split in ("train", "valid", "test")
-        for group in groups_of(config, split)
-        for part in group.parts
-    }
     data = [
         f"{prefix}_{side}_document.{suffix}"
-        for prefix in prefixes
+        for prefix in prefixes_of(config)
         for side in ("inputs", "targets")
         for suffix in ("bin", "idx")
     ]

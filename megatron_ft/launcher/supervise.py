@@ -13,7 +13,7 @@ a rank failed on responsive nodes               end with its status, its traceba
 
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from megatron_ft.config.config import Config
@@ -42,10 +42,18 @@ from megatron_ft.launcher.slurm_ranks import (
 PROBE_SECONDS = 20  # a healthy node starts one small process within that time
 
 
-def supervise(job: Job, config: Config, command: Sequence[str], extra_environment: Mapping[str, str]) -> int:
+def supervise(
+    job: Job,
+    config: Config,
+    command: Sequence[str],
+    extra_environment: Mapping[str, str],
+    check_inputs: Callable[[], object] = lambda: None,
+) -> int:
     """Run the ranks once and return the exit status of the batch script. Raises UserError.
 
     `command` is that of one rank; `extra_environment` is added to the environment of all ranks.
+    `check_inputs` is called once the nodes are known to see the files: for jobs that were submitted
+    without launch/submit.py.
     """
     if not config.checkpoint.save:
         raise UserError("--save DIR is missing: a job's checkpoints, logs and history are written there")
@@ -65,6 +73,7 @@ def supervise(job: Job, config: Config, command: Sequence[str], extra_environmen
         for node, reason in unusable.items():
             log_line(f"node {node} cannot take part: {reason}")
         return _requeue(job, exclude=list(unusable))
+    check_inputs()
     logs = save / "logs"
     rank_logs = [RankLog.prepare(rank, logs) for rank in range(job.num_tasks)]
     environment = {**ranks_environment(job), **extra_environment}

@@ -131,9 +131,10 @@ def test_errors_are_reported_before_the_job_is_queued(project):
 def test_a_script_requests_as_many_nodes_as_its_gpus_need(project):
     project.configure(GPUS_PER_NODE="4", CPUS_PER_TASK="3", SBATCH_PARTITION="grace")
     train = str(script(project, "finetune_starcoderbase_1b.sh"))
-    data = ["--data-prefix=data", "--tokenizer-file=tokenizer.json", "--from-scratch"]
+    data = ["--data-prefix=data", "--tokenizer-file=tokenizer.json", "--from-scratch", "--train-iters=20"]
     shown = submit(project, train, *data, MEGATRON_FT_DRY_RUN="1")
     assert "--nodes=2 --ntasks-per-node=4 --gpus-per-node=4 --cpus-per-task=3" in shown.stdout, shown.stderr
+    assert re.search(r"^training command of each rank: .* --preset starcoderbase-1b ", shown.stdout, re.MULTILINE)
     given = submit(project, "-N1", train, *data, MEGATRON_FT_DRY_RUN="1")
     assert given.stdout.startswith("sbatch --cpus-per-task=3 -N1 "), given.stderr
 

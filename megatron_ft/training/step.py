@@ -31,7 +31,7 @@ def local_sums(micro_batches: list[MicroBatch], counts: bool) -> list[float]:
 
 
 def announce_slow_first_step(run: Run) -> threading.Timer:
-    """Log a line after SLOW_SECONDS unless the timer is canceled: the run works, and why it waits."""
+    """Log after SLOW_SECONDS that the run works, and why it waits; cancel the timer before."""
     config = run.config
     reason = "kernels are loaded and compiled in it"
     if not torch.cuda.is_available():

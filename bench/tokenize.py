@@ -1,15 +1,19 @@
 """Time preprocess/tokenize.py against the alternatives, on 50 MB of Python's standard library.
 
     python bench/tokenize.py --tokenizer-file tokenizer.json
-    python bench/tokenize.py --tokenizer-file tokenizer.json --peer ~/Megatron-LM
+    python bench/tokenize.py --tokenizer-file tokenizer.json --peer ~/Megatron-LM --before ~/old
 
 Each is timed in turn, --repeats times, and the best is kept: wall-clock time, and CPU time of all
 cores, which depends less on other jobs on the machine. Timed are
 
-    ours                    the complete process, both fields in one run
+    ours                    the complete process, both fields in one run; also with one worker
+    --before DIR            that checkout of this project with one worker, with the same files
     --peer DIR              that checkout's tools/preprocess_data.py, which needs one run per field;
                             its files must be identical to ours
     tokenizers              `Tokenizer.encode_batch` on the same texts with as many threads
+    in one thread           encoding the texts, nothing else: ours, `tokenizers` on a tenth of them,
+                            and tokie (https://pypi.org/project/tokie) if it is installed, of which
+                            the texts with other ids are counted
 """
 
 import sys
@@ -19,6 +23,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # this folder's tokenize
 
 import argparse
 import filecmp
+import importlib
 import itertools
 import json
 import os
@@ -27,10 +32,14 @@ import subprocess
 import sysconfig
 import tempfile
 import time
+from types import ModuleType
+
+from tokenizers import Tokenizer
 
 from megatron_ft.config.parser import Help, Parser
 from megatron_ft.data.indexed import field_paths
 from megatron_ft.errors import UserError, run_program
+from megatron_ft.tokenizer.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 BATCH = 1000  # texts of one encode_batch call
@@ -67,6 +76,13 @@ def main() -> None:
     add = parser.add_argument
     add("--tokenizer-file", type=Path, required=True, help="tokenizer.json to encode with")
     add("--peer", type=Path, metavar="DIR", help="checkout of BigCode's Megatron-LM, branch mtf, to compare with")
+    add(
+        "--before",
+        type=Path,
+        metavar="DIR",
+        help="another checkout of this project, installed in place, to compare with",
+    )
+    add("--rows", type=Path, metavar="FILE", help="JSONL to tokenize (default: made of the standard library)")
     add("--megabytes", type=int, default=50, help="size of the JSONL file")
     add("--workers", type=int, default=2, help="our threads, threads of encode_batch, processes of the peer")
     add("--repeats", type=int, default=3, help="rounds; the best time of each is kept")
@@ -79,31 +95,93 @@ def main() -> None:
 
 
 def bench(args: argparse.Namespace, directory: Path) -> None:
-    rows = directory / "rows.jsonl"
-    size = make_rows(rows, args.megabytes * 1_000_000)
-    texts = [text for line in rows.read_bytes().splitlines() for text in json.loads(line).values()]
-    print(f"{size / 1e6:.1f} MB of JSONL, {len(texts):,} texts, {args.workers} workers")
-    seconds: dict[str, list[tuple[float, float]]] = {"ours": [], "encode_batch": []}
+    rows = args.rows or directory / "rows.jsonl"
+    if not args.rows:
+        make_rows(rows, args.megabytes * 1_000_000)
+    size = rows.stat().st_size
+    texts = [
+        row[key] for row in map(json.loads, open(rows, "rb")) for key in ("inputs", "outputs", "targets") if key in row
+    ]
+    print(f"{size / 1e6:.1f} MB of JSONL, {len(texts):,} texts, {args.workers} workers; load {os.getloadavg()[0]:.1f}")
+    complete(args, directory, rows, texts, size)
+    encoding_only(args, texts)
+
+
+def complete(args: argparse.Namespace, directory: Path, rows: Path, texts: list[str], size: int) -> None:
+    """Time complete programs, and check that their files are the same."""
+    seconds: dict[str, list[tuple[float, float]]] = {}
+
+    def same_as_ours(name: str) -> None:
+        for ours, theirs in zip(field_paths(directory / "ours"), field_paths(directory / name), strict=True):
+            for suffix in (".bin", ".idx"):
+                if not filecmp.cmp(ours + suffix, theirs + suffix, shallow=False):
+                    raise UserError(f"{name}: its {Path(theirs).name}{suffix} differs from ours")
+
     for _ in range(args.repeats):
-        seconds["ours"].append(run_ours(args, rows, directory / "ours"))
+        seconds.setdefault("ours", []).append(run_ours(args, ROOT, args.workers, rows, directory / "ours"))
+        seconds.setdefault("one", []).append(run_ours(args, ROOT, 1, rows, directory / "one"))
+        if args.before:
+            seconds.setdefault("before", []).append(run_ours(args, args.before, 1, rows, directory / "before"))
         if args.peer:
             seconds.setdefault("peer", []).append(run_peer(args, rows, directory / "peer"))
-            for ours, theirs in zip(field_paths(directory / "ours"), field_paths(directory / "peer"), strict=True):
-                for suffix in (".bin", ".idx"):
-                    if not filecmp.cmp(ours + suffix, theirs + suffix, shallow=False):
-                        raise UserError(f"the peer's {Path(theirs).name}{suffix} differs from ours")
-        seconds["encode_batch"].append(run_encode_batch(args, texts))
+        for name in {*seconds} - {"ours", "encode_batch"}:
+            same_as_ours(name)
+        seconds.setdefault("encode_batch", []).append(run_encode_batch(args, texts))
     names = {
-        "ours": "preprocess/tokenize.py, both fields",
+        "ours": f"preprocess/tokenize.py, {args.workers} workers",
+        "one": "preprocess/tokenize.py, 1 worker (same bytes)",
+        "before": "that of --before, 1 worker (same bytes)",
         "peer": "tools/preprocess_data.py, two runs (same bytes)",
         "encode_batch": "tokenizers encode_batch, only encoding",
     }
     best = {name: [min(column) for column in zip(*times, strict=True)] for name, times in seconds.items()}
     for name, (wall, cpu) in best.items():
         print(f"{names[name]:50} {wall:6.2f} s wall, {size / 1e6 / wall:5.1f} MB/s; {cpu:6.2f} s of CPU")
-    for name in [name for name in best if name != "ours"]:
+    for name in [name for name in best if name not in ("ours", "before")]:
         wall, cpu = (theirs / ours for theirs, ours in zip(best[name], best["ours"], strict=True))
         print(f"ours is {wall:.1f}x as fast as {names[name]} by wall clock, {cpu:.1f}x by CPU time")
+    if args.before:
+        wall, cpu = (theirs / ours for theirs, ours in zip(best["before"], best["one"], strict=True))
+        print(f"one worker is {wall:.1f}x as fast as {names['before']} by wall clock, {cpu:.1f}x by CPU time")
+
+
+def encoding_only(args: argparse.Namespace, texts: list[str]) -> None:
+    """Time encoding in one thread, by CPU time."""
+    os.environ["RAYON_NUM_THREADS"] = "1"
+    tokenizer, reference = load_tokenizer(args.tokenizer_file), Tokenizer.from_file(str(args.tokenizer_file))
+    tokenizer.encode("")
+    encoders = {
+        "ours": (tokenizer.encode_batch, texts),
+        "tokenizers": (lambda batch: reference.encode_batch_fast(batch, add_special_tokens=False), texts[::10]),
+    }
+    if tokie := optional_tokie():
+        theirs = tokie.Tokenizer.from_json(str(args.tokenizer_file))
+        encoders["tokie"] = (lambda batch: theirs.encode_batch_flat(batch, add_special_tokens=False), texts)
+    best = dict.fromkeys(encoders, 0.0)
+    for _ in range(args.repeats):
+        for name, (encode, batch) in encoders.items():
+            start = time.process_time()
+            encoded = encode(batch)
+            best[name] = max(
+                best[name], sum(len(text.encode()) for text in batch) / 1e6 / (time.process_time() - start)
+            )
+            del encoded
+    for name, rate in best.items():
+        ratio = "" if name == "ours" else f"; ours is {best['ours'] / rate:.2f}x as fast"
+        print(f"one thread, encoding only: {name} {rate:.1f} MB/s{ratio}")
+    if tokie:
+        ids, lengths = theirs.encode_batch_flat(texts, add_special_tokens=False)
+        ends = lengths.cumsum().tolist()
+        pairs = zip(texts, [0, *ends], ends, strict=False)
+        different = sum(tokenizer.encode(text) != ids[start:end].tolist() for text, start, end in pairs)
+        print(f"tokie has other ids in {different:,} of {len(texts):,} texts")
+
+
+def optional_tokie() -> ModuleType | None:
+    try:
+        return importlib.import_module("tokie")
+    except ImportError:
+        return None
 
 
 def make_rows(path: Path, size: int) -> int:
@@ -137,10 +215,10 @@ def timed(command: list, **kwargs) -> tuple[float, float]:
     return time.perf_counter() - start, after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
 
 
-def run_ours(args: argparse.Namespace, rows: Path, prefix: Path) -> tuple[float, float]:
-    """Seconds of the complete program, start-up included."""
-    command = [sys.executable, ROOT / "preprocess/tokenize.py", rows, "--output-prefix", prefix]
-    return timed([*command, "--tokenizer-file", args.tokenizer_file.resolve(), "--workers", args.workers])
+def run_ours(args: argparse.Namespace, root: Path, workers: int, rows: Path, prefix: Path) -> tuple[float, float]:
+    """Seconds of the complete program of a checkout, startup included."""
+    command = [sys.executable, root / "preprocess/tokenize.py", rows, "--output-prefix", prefix]
+    return timed([*command, "--tokenizer-file", args.tokenizer_file.resolve(), "--workers", workers])
 
 
 def run_peer(args: argparse.Namespace, rows: Path, prefix: Path) -> tuple[float, float]:
@@ -161,8 +239,6 @@ def run_peer(args: argparse.Namespace, rows: Path, prefix: Path) -> tuple[float,
 
 def run_encode_batch(args: argparse.Namespace, texts: list[str]) -> tuple[float, float]:
     """Seconds of encoding only, with the tokenizer loaded and the texts in memory."""
-    from tokenizers import Tokenizer
-
     tokenizer = Tokenizer.from_file(str(args.tokenizer_file))
     start, before = time.perf_counter(), time.process_time()
     for i in range(0, len(texts), BATCH):

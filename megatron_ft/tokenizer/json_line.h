@@ -90,9 +90,10 @@ private:
 
     // A number or a word; `at_` is behind its first character, `c`.
     bool read_other(int c) {
-        if (c == 't') return read_word("rue");
-        if (c == 'f') return read_word("alse");
-        if (c == 'n') return read_word("ull");
+        if (c == 't' || c == 'f' || c == 'n') {
+            --at_;
+            return read_word(c == 't' ? "true" : c == 'f' ? "false" : "null");
+        }
         if (c == '-') c = at_ < size_ ? line_[at_++] : NOTHING;
         if (c < '0' || c > '9') return false;
         if (c != '0') read_digits();
@@ -105,9 +106,9 @@ private:
         return true;
     }
 
-    bool read_word(std::string_view rest) {
-        if (size_ - at_ < rest.size() || std::memcmp(line_ + at_, rest.data(), rest.size()) != 0) return false;
-        at_ += rest.size();
+    bool read_word(std::string_view word) {
+        if (size_ - at_ < word.size() || std::memcmp(line_ + at_, word.data(), word.size()) != 0) return false;
+        at_ += word.size();
         return true;
     }
 

@@ -1,7 +1,7 @@
 """Blocks of conversations as token ids, with marks of those that are learned."""
 
 import re
-from itertools import islice
+from contextlib import suppress
 
 import numpy as np
 
@@ -11,7 +11,7 @@ from megatron_ft.files.jsonl import Block
 from megatron_ft.files.jsonl_row import BadRow, parse_object
 from megatron_ft.tokenizer.kinds import Tokenizer
 from megatron_ft.tokenizer.overlap import SpanEncoder
-from megatron_ft.tokenizing.row_encoder import SAMPLE_BYTES, SAMPLE_ROWS, Encoded
+from megatron_ft.tokenizing.row_encoder import Encoded, sample_of
 
 
 class ConversationEncoder:
@@ -37,13 +37,10 @@ class ConversationEncoder:
         """
         self.tokenizer.encode("")
         texts = []
-        for _, line in islice(block.rows(), SAMPLE_ROWS):
-            if line is not None and len(line) < SAMPLE_BYTES:
-                try:
-                    conversation = conversation_of(parse_object(line), self.key)
-                    texts.append(self.template.render(conversation.messages, conversation.tools).text)
-                except BadRow:
-                    pass
+        for line in sample_of(block):
+            with suppress(BadRow):
+                conversation = conversation_of(parse_object(line), self.key)
+                texts.append(self.template.render(conversation.messages, conversation.tools).text)
         self.tokenizer.check_sample(list(filter(_is_utf8, texts)))
 
     def encode(self, block: Block) -> Encoded:

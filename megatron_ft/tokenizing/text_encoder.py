@@ -8,8 +8,8 @@ write it when it has read what is around it.
 
 import hashlib
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from itertools import islice
 
 import numpy as np
 
@@ -17,7 +17,7 @@ from megatron_ft.errors import UserError
 from megatron_ft.files.jsonl import Block
 from megatron_ft.files.jsonl_row import BadRow, parse_row
 from megatron_ft.tokenizer.kinds import Tokenizer
-from megatron_ft.tokenizing.row_encoder import SAMPLE_BYTES, SAMPLE_ROWS, Encoded
+from megatron_ft.tokenizing.row_encoder import Encoded, sample_of
 
 # The tokens before each part of a text: of StarCoder, and of SantaCoder.
 FIM_TOKENS = (
@@ -91,11 +91,9 @@ class TextEncoder:
         """
         self.tokenizer.encode("")
         texts: list[str] = []
-        for _, line in islice(block.rows(), SAMPLE_ROWS):
-            try:
-                texts += parse_row(line, [[self.key]]) if line is not None and len(line) < SAMPLE_BYTES else []
-            except BadRow:
-                pass
+        for line in sample_of(block):
+            with suppress(BadRow):
+                texts += parse_row(line, [[self.key]])
         self.tokenizer.check_sample(texts)
 
     def encode(self, block: Block) -> Encoded:

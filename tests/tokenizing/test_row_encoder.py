@@ -1,5 +1,5 @@
-"""Rows that C++ reads are those that Python reads, with the same ids; of the others Python says
-what is wrong."""
+"""Rows that C++ reads are those that Python reads, with the same ids; for the others Python has the
+reason."""
 
 import json
 import random

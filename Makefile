@@ -8,12 +8,15 @@ STAMP := $(VENV)/.installed
 BENCH_DIR ?= /tmp
 # Tests run in this many processes, a file in one of them; a process takes about 1 GB.
 WORKERS ?= 2
+# pip shows its progress on a terminal, and nothing in a log.
+PIP_INSTALL = quiet=--quiet; if [ -t 1 ]; then quiet=; fi; \
+	$(RUN) -m pip install $$quiet --disable-pip-version-check -c $(VENV)/constraints.txt
 PYTEST = $(RUN) -m pytest -n $(WORKERS) --dist loadfile
 
 .PHONY: demo test test-slow fuzz lint bench venv clean
 
 demo: venv
-	$(RUN) examples/demo.py $(if $(REPO),--repo "$(REPO)")
+	@$(RUN) examples/demo.py $(if $(REPO),--repo "$(REPO)")
 
 # TESTS=tests/data runs a part of them.
 test: venv
@@ -45,12 +48,13 @@ venv: $(STAMP)
 # Exact versions; the package is installed in place, so the checkout is what runs. What setup.py reads or compiles
 # makes it install again when it changes.
 $(STAMP): constraints.txt setup.py pyproject.toml megatron_ft/__init__.py $(wildcard megatron_ft/*/*.cpp megatron_ft/*/*.h)
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python 3.11 or newer is needed; make PYTHON=/path/to/python3.11")'
-	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
-	$(if $(CORE),sed 's/^megatron-core==.*/megatron-core==$(CORE)/',cat) constraints.txt >$(VENV)/constraints.txt
-	$(RUN) -m pip install --quiet --disable-pip-version-check -c $(VENV)/constraints.txt torch setuptools wheel pybind11
-	$(RUN) -m pip install --quiet --disable-pip-version-check -c $(VENV)/constraints.txt --no-build-isolation -e '.[dev]'
-	touch $(STAMP)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python 3.11 or newer is needed; make PYTHON=/path/to/python3.11")'
+	@echo 'Setting up $(VENV) (once): PyTorch, Megatron-Core and the tools; 2 GB, more with PyTorch for CUDA; 2 to 10 minutes'
+	@test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	@$(if $(CORE),sed 's/^megatron-core==.*/megatron-core==$(CORE)/',cat) constraints.txt >$(VENV)/constraints.txt
+	@$(PIP_INSTALL) torch setuptools wheel pybind11
+	@$(PIP_INSTALL) --no-build-isolation -e '.[dev]'
+	@touch $(STAMP)
 
 clean:
 	rm -rf $(VENV) build demo *.egg-info megatron_ft/*/_*.so

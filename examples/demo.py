@@ -135,6 +135,7 @@ def main() -> None:
     run("convert/verify.py", save, model, logits=True, report=out / "verify.json")
     validation = read_jsonl(rows)[-5:]  # the last rows are held out
     (out / "prompt.txt").write_text(min((row["inputs"] for row in validation), key=len), encoding="utf-8")
+    show("\n--- a tiny model, the text is noise ---")
     run("convert/complete.py", model, prompt_file=out / "prompt.txt", max_new_tokens=64)
     score = evaluate(model, out / "evaluation")
     print_summary(out, score, resumed_at, time.monotonic() - began)

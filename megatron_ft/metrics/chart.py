@@ -19,7 +19,7 @@ STYLE = """
   --c5: #ff8aa5; --grid: #2b3138 } }
 svg { display: block; width: 100%; height: auto; overflow: visible }
 svg text { font: 12px system-ui, sans-serif; fill: var(--dim) } svg path { stroke: var(--grid) }
-svg polyline { fill: none; stroke-width: 1.6; stroke-linejoin: round } svg .faint { opacity: .3; stroke-width: 1 }
+svg polyline, svg line { fill: none; stroke-width: 1.6; stroke-linejoin: round } svg .faint { opacity: .3; stroke-width: 1 }
 svg .dashed { stroke-dasharray: 6 4 } svg path.resume { stroke: var(--dim); stroke-dasharray: 3 4; opacity: .7 }
 .key { display: flex; flex-wrap: wrap; gap: .1em 1.4em; margin: 0 0 .3em; font-size: .9em; color: var(--dim) }
 .key svg { display: inline-block; width: 26px; height: 10px; vertical-align: middle; margin-right: .4em }
@@ -130,7 +130,7 @@ def draw(c: Curve, axes: Axes) -> list[str]:
 def _key(c: Curve) -> str:
     style = ' class="dashed"' if c.dashed else ""
     dot = f'<circle cx="13" cy="5" r="3" style="fill: {_color(c)}"/>' if c.dots else ""
-    line = f'<polyline{style} points="0,5 26,5" style="stroke: {_color(c)}"/>'
+    line = f'<line{style} x1="0" y1="5" x2="26" y2="5" style="stroke: {_color(c)}"/>'
     return f'<span><svg viewBox="0 0 26 10" aria-hidden="true">{line}{dot}</svg>{html.escape(c.name)}</span>'
 
 

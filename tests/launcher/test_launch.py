@@ -174,7 +174,7 @@ def test_an_error_that_every_rank_notices_is_reported_once(tmp_path):
 
 
 TRAINING = """
-from megatron_ft import finetune
+from megatron_ft.finetune import run_rank
 from megatron_ft.engine import parallel, step as steps
 parallel.destroy = lambda: time.sleep(60)  # as NCCL's, while a peer waits in a collective
 forward_backward = steps.forward_backward
@@ -185,7 +185,7 @@ def breaks(*args):
     return forward_backward(*args)
 steps.forward_backward = breaks
 sys.argv[1:] = {flags!r}
-finetune.run_rank()
+run_rank()
 """
 
 
@@ -222,7 +222,7 @@ def test_a_rank_that_raises_ends_the_run_at_once_and_is_named(broken_training, t
 
 
 def test_out_of_gpu_memory_is_one_line_with_flags_to_try(broken_training):
-    error = "train.torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 1 MiB free.')"
+    error = "steps.torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 1 MiB free.')"
     flags = "--micro-batch-size 4 --global-batch-size 4 --tensor-model-parallel-size 2 --recompute-granularity full"
     status, out, log, seconds = broken_training(1, error, flags)
     assert status == 2 and seconds < 15

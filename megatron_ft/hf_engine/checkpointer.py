@@ -31,6 +31,7 @@ from megatron_ft.config.config import Config
 from megatron_ft.errors import UserError
 from megatron_ft.files.atomic import sync_path
 from megatron_ft.files.checksum import describe_file
+from megatron_ft.hf_engine.model import positions_of
 from megatron_ft.hf_engine.start import StartingPoint, find_start
 from megatron_ft.hf_engine.trainer import PackedTrainer
 from megatron_ft.tokenizer.export import write_tokenizer
@@ -56,6 +57,7 @@ class HfCheckpointer(Checkpointer):
     ) -> None:
         super().__init__(config, None, tokenizer.config_ids, sequences_per_epoch=sequences_per_epoch)
         self.tokenizer, self.load = tokenizer, load
+        self._logged: set[str] = set()
         self.trainer: PackedTrainer | None = None
         self._resumed: tuple[Path, Manifest] | None = None
 
@@ -157,7 +159,16 @@ class HfCheckpointer(Checkpointer):
         )
 
     def _writer(self, staging: Path, state: TrainState) -> "HfWriter":
-        return HfWriter(staging, self._trained(), self.ranks, Path(self.config.data.tokenizer_file), self.tokenizer)
+        return HfWriter(staging, self._trained(), self.ranks, self._write_tokenizer)
+
+    def _write_tokenizer(self, directory: Path) -> None:
+        """Write the tokenizer's files into a checkpoint; what they differ in is logged once."""
+        positions = positions_of(self._trained().model_config) or self.config.data.seq_length
+        source = Path(self.config.data.tokenizer_file)
+        for line in write_tokenizer(directory, source, self.tokenizer, positions):
+            if line not in self._logged:
+                self.log(line)
+            self._logged.add(line)
 
     def _trained(self) -> PackedTrainer:
         assert self.trainer is not None
@@ -175,10 +186,13 @@ class HfWriter:
     entries: list = []  # nothing for torch_dist's own .metadata
 
     def __init__(
-        self, staging: Path, trainer: PackedTrainer, ranks: Collective, tokenizer_file: Path, tokenizer: Tokenizer
+        self,
+        staging: Path,
+        trainer: PackedTrainer,
+        ranks: Collective,
+        write_tokenizer: Callable[[Path], None],
     ) -> None:
-        self.staging, self.trainer, self.ranks = staging, trainer, ranks
-        self.tokenizer_file, self.tokenizer = tokenizer_file, tokenizer
+        self.staging, self.trainer, self.ranks, self.write_tokenizer = staging, trainer, ranks, write_tokenizer
         self.error: str | None = None
         self.files: dict[str, dict] = {}
 
@@ -189,7 +203,7 @@ class HfWriter:
         try:
             if self.ranks.rank == 0:
                 save_model(trainer, weights, self.staging)
-                write_tokenizer(self.staging, self.tokenizer_file, self.tokenizer, trainer.config.data.seq_length)
+                self.write_tokenizer(self.staging)
         except OSError as error:
             self.error = f"{error.filename or self.staging}: {error.strerror or error}"
         except Exception as error:  # torch and safetensors report a full disk in their own ways

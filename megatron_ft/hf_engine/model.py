@@ -71,12 +71,12 @@ def weights_dtype(config: Config) -> torch.dtype:
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[config.precision.name]
 
 
-def attention_of(config: Config, device: torch.device) -> str:
-    """transformers' name of the attention: variable-length flash attention where it is installed,
-    else torch's, with a mask that separates the documents."""
+def attention_of(config: Config, device: torch.device) -> str | None:
+    """transformers' name of the attention: variable-length flash attention where it is installed;
+    None: torch's where the model has it, with a mask that separates the documents."""
     half = config.precision.name != "fp32"
     varlen = device.type == "cuda" and half and config.data.reset_attention_mask and is_flash_attn_2_available()
-    return FLASH if varlen else "sdpa"
+    return FLASH if varlen else None
 
 
 def load_model(directory: Path, model_config: Any, config: Config, device: torch.device) -> PreTrainedModel:

@@ -87,7 +87,7 @@ class PackedTrainer(Trainer):
     ) -> None:
         self.config, self.vocab_size, self.length, self.done = config, vocab_size, length, done
         self.data_parallel_rank = dist.get_rank()
-        self.kind = str(model.config.model_type)
+        self.model_config = model.config
         self.stop: str | None = None
         self.run: Run | None = None
         self._step: Step | None = None
@@ -246,7 +246,7 @@ class PackedTrainer(Trainer):
         """Raise UserError if documents that must not see each other do."""
         if self.config.data.reset_attention_mask:
             with self.evaluating():
-                check_isolation(self.model_wrapped, self.kind, self.args.device)
+                check_isolation(self.model_wrapped, self.model_config.model_type, self.args.device)
 
     def _logits(self, model: nn.Module, micro: MicroBatch) -> Tensor:
         logits = logits_of(model, micro, self.config)

@@ -28,7 +28,7 @@ LAYOUTS = {
     "TP2 SP": "--tensor-model-parallel-size 2 --sequence-parallel",
     "TP4 recompute": "--tensor-model-parallel-size 4 --recompute-granularity full",
     "PP2 SP recompute": "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --sequence-parallel --recompute-granularity full",
-    "DP2": "--global-batch-size 4",
+    "DP2": "--global-batch-size 4 --no-overlap-param-gather",  # `train_adapters` does not wait for it
 }
 WORLD = {"TP1": 1, "TP2": 2, "TP2 SP": 2, "TP4 recompute": 4, "PP2 SP recompute": 4, "DP2": 2}
 

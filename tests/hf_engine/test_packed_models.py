@@ -136,9 +136,9 @@ def test_models_that_cannot_be_trained_are_refused_before_anything_is_loaded(fla
     model = tmp_path / "model"
     model.mkdir()
     config = model / "config.json"
-    assert "has no config.json" in refused(flags, model) or "neither config.json" in refused(flags, model)
+    assert "neither config.json nor an intact checkpoint found" in refused(flags, model)
     config.write_text("{}")
-    assert '"model_type"' in refused(flags, model) or "model_type" in refused(flags, model)
+    assert "model_type" in refused(flags, model)
     config.write_text('{"model_type": "llama", "auto_map": {"AutoModelForCausalLM": "modeling.Model"}}')
     assert "the model's code comes with it (auto_map), and is not run" in refused(flags, model)
     config.write_text('{"model_type": "t5"}')

@@ -1,8 +1,9 @@
 """What a tokenized dataset was made from: `PREFIX_made_from.json`, next to the token files.
 
 preprocess/tokenize.py and merge.py write it. merge.py reads it to refuse parts made with different
-tokenizers and shards that are missing or duplicated; view.py and training warn if they are given
-another tokenizer than the dataset's. Datasets without the file (the mtf branch's) are not checked.
+tokenizers and shards that are missing or duplicated; the launcher does not start training with
+another tokenizer than the dataset's, and view.py warns about one. Datasets without the file (the
+mtf branch's) are not checked.
 """
 
 import json

@@ -13,9 +13,9 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # not this folder: its f
 import argparse
 
 from megatron_ft.config.parser import Help, Parser
+from megatron_ft.conversion.load_model import check_directory, load_transformers
 from megatron_ft.errors import UserError, run_program
-from megatron_ft.files.hub_cache import download_hint, resolve_hub_cache
-from megatron_ft.tokenizer.spec import first_line
+from megatron_ft.files.hub_cache import resolve_hub_cache
 
 
 def main() -> None:
@@ -48,22 +48,6 @@ def main() -> None:
     complete(directory, prompt, args)
 
 
-def check_directory(directory: Path) -> None:
-    """Raise UserError, saying what to do, when transformers could not load the directory."""
-    if not directory.is_dir():
-        raise UserError(
-            f"{directory}: no such directory; give what convert/megatron_to_hf.py wrote{download_hint(directory)}"
-        )
-    if not any((directory / name).is_file() for name in ("config.json", "adapter_config.json")):
-        raise UserError(
-            f"{directory}: not a Hugging Face model; convert it with convert/megatron_to_hf.py --load {directory} first"
-        )
-    if not any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
-        raise UserError(
-            f"{directory}: has no tokenizer files; convert again with --tokenizer-file, or copy tokenizer.json into it"
-        )
-
-
 def read_prompt(path: Path) -> str:
     """The prompt in a file. Raises UserError when it is not text."""
     try:
@@ -75,17 +59,10 @@ def read_prompt(path: Path) -> str:
 def complete(directory: Path, prompt: str, args: argparse.Namespace) -> None:
     """Print the prompt and its completion, token by token. Raises UserError if there is no room."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
-    from transformers.utils.logging import disable_progress_bar
+    from transformers import TextStreamer
 
-    disable_progress_bar()
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
-        model = AutoModelForCausalLM.from_pretrained(directory, dtype="auto", local_files_only=True).eval()
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
-        raise UserError(
-            f"{directory}: transformers cannot load it ({first_line(error)}); check it with convert/verify.py"
-        ) from None
+    loaded = load_transformers(directory)
+    model, tokenizer = loaded.model, loaded.tokenizer
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model.to(device)
     ids = tokenizer(prompt, return_tensors="pt").input_ids

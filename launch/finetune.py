@@ -11,29 +11,28 @@ SIGUSR2, Ctrl-C and a closed terminal every rank saves after its step, and the e
 import argparse
 import json
 import os
-import signal
+import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 # Not this folder: its files would hide modules of the same name.
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from megatron_ft.config.arguments import parse_args, print_settings
+from megatron_ft.config.arguments import print_settings
 from megatron_ft.config.command_line import build_parser, with_config
-from megatron_ft.config.config import Config
 from megatron_ft.config.config_file import LAUNCHED_WITH, PRINT_CONFIG
 from megatron_ft.config.flag import MEGATRON, TRANSFORMERS
 from megatron_ft.config.parser import Help, Parser
-from megatron_ft.errors import EXIT_DONE, UserError, run_program
-from megatron_ft.launcher import mtf
-from megatron_ft.launcher.command import as_shell, local_gpus, model_parallel_size, rank_environment, training_command
+from megatron_ft.errors import EXIT_DONE, run_program
+from megatron_ft.launcher.command import as_shell, local_gpus, rank_environment
 from megatron_ft.launcher.local_ranks import local_environment, run_local_ranks
 from megatron_ft.launcher.slurm_job import Job, inside_batch_job
 from megatron_ft.launcher.slurm_ranks import ranks_command, ranks_environment
-from megatron_ft.launcher.start_check import check_start
+from megatron_ft.launcher.start_check import Checked, check_start
 from megatron_ft.launcher.supervise import supervise
+from megatron_ft.launcher.training import Training, check_gpus, check_training, local_processes
+from megatron_ft.printable import printable
 
 
 def launch_parser() -> Parser:
@@ -56,7 +55,7 @@ def launch_parser() -> Parser:
     add(
         "--check",
         action="store_true",
-        help="check flags, data and the mtf checkout, start nothing (used before submission)",
+        help="check flags, data, tokenizer, weights and the mtf checkout, start nothing (used before submission)",
     )
     add("--dry-run", action="store_true", help="print the exact command and environment, start nothing")
     return parser
@@ -80,39 +79,19 @@ def split_flags(argv: Sequence[str], parser: Parser) -> tuple[list[str], list[st
     return ours, theirs
 
 
-@dataclass(frozen=True)
-class Training:
-    """The training program to start: its checked flags and the command line of one rank.
-
-    `stop_signal` is the only signal at which the engine saves, None if any stop signal will do.
-    """
-
-    config: Config
-    command: list[str]
-    stop_signal: signal.Signals | None = None
-
-    @property
-    def logs(self) -> Path | None:
-        """Where ranks above 0 write their logs."""
-        return Path(self.config.checkpoint.save) / "logs" if self.config.checkpoint.save else None
+def report_check(training: Training, checked: Checked, *, dry_run: bool) -> int:
+    """Print what was checked and how to follow the run, or with `dry_run` the command of a rank."""
+    for warning in checked.warnings:
+        print(printable(warning), file=sys.stderr)
+    print(printable(f"checked: {'; '.join(checked.found)}"))
+    if dry_run:
+        print(f"training command of each rank: {shlex.join(training.command)}")
+    elif training.config.checkpoint.save:
+        print(f"status: python launch/status.py {shlex.quote(training.config.checkpoint.save)}")
+    return EXIT_DONE
 
 
-def check_training(engine: str, flags: Sequence[str], num_processes: int) -> Training:
-    """Parse and check the training program's flags. Raises UserError."""
-    if engine == "mtf":
-        checkout = mtf.megatron_path()
-        common, branch_only = mtf.split_branch_only(flags, mtf.branch_flags(checkout))
-        config = parse_args(common, world_size=num_processes)
-        return Training(config, mtf.mtf_command(config, common, branch_only, checkout), mtf.STOP_SIGNAL)
-    if engine == TRANSFORMERS:
-        from megatron_ft.hf_engine.arguments import parse  # numpy among others
-
-        config = parse(flags, num_processes)
-        return Training(config, training_command(flags, "megatron_ft.hf_engine.finetune"))
-    return Training(parse_args(flags, world_size=num_processes), training_command(flags))
-
-
-def run_in_job(job: Job, training: Training, *, dry_run: bool) -> int:
+def run_in_job(job: Job, training: Training, engine: str, *, dry_run: bool) -> int:
     """Run all ranks of a SLURM job; returns the exit status of its batch script."""
     extra = {"MEGATRON_FT_STOP_SIGNAL": str(int(training.stop_signal))} if training.stop_signal else {}
     if dry_run:
@@ -123,7 +102,7 @@ def run_in_job(job: Job, training: Training, *, dry_run: bool) -> int:
         command = ranks_command(job, training.command, training.logs or Path("logs"))
         print(as_shell({**ranks_environment(job), **extra}, command))
         return EXIT_DONE
-    return supervise(job, training.config, training.command, extra)
+    return supervise(job, training.config, training.command, extra, lambda: check_start(training.config, engine))
 
 
 def run_locally(training: Training, num_processes: int, gpus: int, *, dry_run: bool) -> int:
@@ -157,23 +136,16 @@ def main() -> int:
     os.environ[LAUNCHED_WITH] = json.dumps(parser.settings_of(launch, all_of_them=False))
     job = Job.from_environment() if inside_batch_job() and launch.num_processes is None else None
     gpus = local_gpus()
-    num_processes = job.num_tasks if job else launch.num_processes
-    if num_processes is None:
-        num_processes = gpus or model_parallel_size(flags)
-    if num_processes < 1:
-        raise UserError(f"--num-processes {num_processes}: must be at least 1")
+    num_processes = job.num_tasks if job else local_processes(launch.num_processes, gpus, flags)
     training = check_training(launch.engine, flags, num_processes)
-    if not (job or launch.check or launch.dry_run) and 0 < gpus < num_processes:
-        raise UserError(
-            f"--num-processes {num_processes}: there are {gpus} GPUs, and each takes one process; give at most {gpus}, "
-            "or type CUDA_VISIBLE_DEVICES= before the command to train on the CPU"
-        )
-    if launch.check or not (job or launch.dry_run):  # in a job, each node is checked
-        check_start(training.config, launch.engine)
+    if not (job or launch.check or launch.dry_run):
+        check_gpus(num_processes, gpus)
     if launch.check:
-        return EXIT_DONE
+        return report_check(training, check_start(training.config, launch.engine), dry_run=launch.dry_run)
+    if not (job or launch.dry_run):  # in a job, each node is checked
+        check_start(training.config, launch.engine)
     if job:
-        return run_in_job(job, training, dry_run=launch.dry_run)
+        return run_in_job(job, training, launch.engine, dry_run=launch.dry_run)
     return run_locally(training, num_processes, gpus, dry_run=launch.dry_run)
 
 

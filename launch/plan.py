@@ -19,7 +19,7 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from megatron_ft.checkpoint.retention import Retention, most_at_once
-from megatron_ft.config.arguments import print_settings
+from megatron_ft.config.arguments import LENGTHS, print_settings
 from megatron_ft.config.command_line import with_config, words_of
 from megatron_ft.config.config import ENTRIES, Config
 from megatron_ft.config.config_file import PRINT_CONFIG
@@ -28,6 +28,8 @@ from megatron_ft.launcher.planning import Plan, RunLength, make_plan, parse_plan
 from megatron_ft.launcher.proposals import Planner, Proposal, padded_vocab
 from megatron_ft.metrics.model_facts import model_name
 from megatron_ft.model.cost import GIB, Layout, checkpoint_bytes
+from megatron_ft.printable import counted
+from megatron_ft.training.schedule import few_steps
 
 DOES_NOT_FIT = 1
 

@@ -218,7 +218,7 @@ def finetune(flags: list[str], during: str = "") -> int:
     import signal
     import time
 
-    from megatron_ft import finetune
+    from megatron_ft.finetune import main
     from megatron_ft.engine import step
     from megatron_ft.training import signals
 
@@ -248,7 +248,7 @@ def finetune(flags: list[str], during: str = "") -> int:
     if what == "hang-in-step":
         step.forward_backward = after(step.forward_backward, lambda: time.sleep(60))
     try:
-        return finetune.main(flags)
+        return main(flags)
     except UserError:
         return EXIT_USER_ERROR
 

@@ -26,8 +26,8 @@ PROGRAMS = ("dataset", "preprocess", "launch", "convert", "evaluation", "bench",
 # Rooms of the package, lowest first: a room imports itself and the rooms before it.
 LAYERS = (
     "printable", "errors", "extras", "progress", "files", "model", "config", "tokenizer", "commits", "prompts",
-    "conversations", "mixing", "tokenizing", "data", "weights", "evaluation", "checkpoint", "metrics", "training", "engine",
-    "run", "finetune", "hf_engine", "launcher", "conversion", "cli",
+    "conversations", "mixing", "data", "tokenizing", "weights", "evaluation", "checkpoint", "metrics", "training", "engine",
+    "run", "finetune", "hf_engine", "launcher", "conversion", "publishing", "api", "cli",
 )  # fmt: skip
 # Arrows that stay forbidden wherever a room moves in LAYERS.
 FORBIDDEN = {

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 
 from megatron_ft.config.config import ENTRIES
+from megatron_ft.conversion.converted import Converted
 from megatron_ft.errors import UserError
 from megatron_ft.model.families import family_of
 from megatron_ft.model.peft_tensors import hf_targets
@@ -40,12 +41,11 @@ from megatron_ft.weights.tensor_blocks import DTYPES, dtype_name, dtype_to_write
 from megatron_ft.weights.vocabulary import check_vocabulary
 
 
-def to_hf(args: argparse.Namespace) -> None:
+def to_hf(args: argparse.Namespace) -> Converted:
     """The program after its flags are parsed; `args` are these."""
     adapters = open_adapters(args.load, args.iteration)
     if adapters and not args.merge_lora:
-        write_adapter(adapters, args)
-        return
+        return write_adapter(adapters, args)
     if args.merge_lora and not adapters:
         raise UserError(f"--merge-lora: {args.load} is a complete model without adapters; omit the flag")
     source = MergedSource(adapters, args.base) if adapters else open_weights(args.load, args.iteration)
@@ -53,11 +53,15 @@ def to_hf(args: argparse.Namespace) -> None:
         print(source.notice)
     if line := source.override_activation(args.activation):
         print(line)
-    if not adapters:
-        torch.set_num_threads(1)  # the work is copying: more threads mostly wait, and slow the writer
     found = find_tokenizer(source, args)
     rows = vocabulary_rows(source, found.tokenizer if found else None, args.keep_padding)
-    write_model(source, found, rows, args)
+    threads = torch.get_num_threads()
+    if not adapters:
+        torch.set_num_threads(1)  # the work is copying: more threads mostly wait, and slow the writer
+    try:
+        return write_model(source, found, rows, args)
+    finally:
+        torch.set_num_threads(threads)
 
 
 class FoundTokenizer(NamedTuple):
@@ -106,7 +110,7 @@ def vocabulary_rows(source: WeightSource, tokenizer: Tokenizer | None, keep_padd
     return source.vocab_size
 
 
-def write_model(source: WeightSource, found: FoundTokenizer | None, rows: int, args: argparse.Namespace) -> None:
+def write_model(source: WeightSource, found: FoundTokenizer | None, rows: int, args: argparse.Namespace) -> Converted:
     """Write the weights, configurations, tokenizer files and model card."""
     dtype = dtype_to_write(source, args.dtype)
     output, nbytes = Path(args.output), total_bytes(source, dtype, rows)
@@ -137,9 +141,10 @@ def write_model(source: WeightSource, found: FoundTokenizer | None, rows: int, a
         f"{facts['precision']}, {facts['embedding rows']} embedding rows"
     )
     print(f"check it: python convert/verify.py {args.load} {output}")
+    return Converted(output, "huggingface", len(source.names()), nbytes, dtype_name(dtype), rows)
 
 
-def write_adapter(adapters: AdapterSource, args: argparse.Namespace) -> None:
+def write_adapter(adapters: AdapterSource, args: argparse.Namespace) -> Converted:
     """Write a LoRA run's PEFT directory: adapter weights and configuration, tokenizer files."""
     if adapters.manifest is None:
         raise UserError(f"{args.load}: a PEFT adapter already; --merge-lora makes a complete model of it")
@@ -171,6 +176,8 @@ def write_adapter(adapters: AdapterSource, args: argparse.Namespace) -> None:
             f"(--load {base_path} --output BASE_HF), then run this again with --base BASE_HF"
         )
     print("--merge-lora writes a complete model instead")
+    precision = dtype_name(next(iter(tensors.values())).dtype)
+    return Converted(Path(args.output), "peft", len(tensors), nbytes, precision, adapters.shape.vocab_size)
 
 
 def base_model(adapters: AdapterSource, given: str | None) -> str | None:

@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from megatron_ft.conversion.converted import Converted
 from megatron_ft.model.family import activation_of
 from megatron_ft.model.shape import padded_vocab_size
 from megatron_ft.printable import printable
@@ -15,7 +16,7 @@ from megatron_ft.weights.tensor_blocks import dtype_name, dtype_to_write, total_
 from megatron_ft.weights.torch_dist_writer import write_torch_dist
 
 
-def to_megatron(args: argparse.Namespace) -> None:
+def to_megatron(args: argparse.Namespace) -> Converted:
     """The program after its flags are parsed; `args` are these."""
     layout = {"tensor_parallel": args.tensor_parallel, "pipeline_parallel": args.pipeline_parallel}
 
@@ -57,3 +58,4 @@ def to_megatron(args: argparse.Namespace) -> None:
         f"{dtype_name(dtype)}, {source.shape.vocab_size} embedding rows padded to {rows}"
     )
     print(f"check it: python convert/verify.py {args.load} {args.save}")
+    return Converted(Path(args.save), args.format, len(source.names()), total, dtype_name(dtype), rows)

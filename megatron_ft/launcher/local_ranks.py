@@ -77,8 +77,10 @@ def run_local_ranks(
     environment: Mapping[str, str],
     log_dir: Path | None,
     stop_signal: signal.Signals | None = None,
+    output: int | None = None,
 ) -> int:
-    """Run `command` on `num_processes` ranks.
+    """Run `command` on `num_processes` ranks; rank 0 writes to the file descriptor `output`, or to
+    the terminal.
 
     Returns EXIT_DONE, EXIT_RESUME, or the status of the rank that failed first (128 + N when signal
     N ended it). Ranks above 0 append to `log_dir`/rank-NNN.log; without a directory their output is
@@ -91,7 +93,7 @@ def run_local_ranks(
     try:
         for rank, log in enumerate(logs):
             variables = rank_environment(rank, num_processes, local_rank=rank, ranks_on_node=num_processes)
-            ranks.append(_start(command, {**environment, **variables}, log))
+            ranks.append(_start(command, {**environment, **variables}, log, output))
         failed = _wait(ranks, stop)
         if failed is None:
             resume = any(rank.returncode == EXIT_RESUME for rank in ranks) or (stop_signal and stop.forwarded)
@@ -111,10 +113,12 @@ def run_local_ranks(
     return 128 - status if status < 0 else status
 
 
-def _start(command: Sequence[str], environment: Mapping[str, str], log: RankLog) -> subprocess.Popen:
-    """Start one rank: rank 0 on the terminal, the others on their log."""
+def _start(
+    command: Sequence[str], environment: Mapping[str, str], log: RankLog, rank_0: int | None
+) -> subprocess.Popen:
+    """Start one rank: rank 0 on the descriptor `rank_0` or the terminal, others on their log."""
     with contextlib.ExitStack() as stack:
-        output: IO[bytes] | int | None = None if log.rank == 0 else subprocess.DEVNULL
+        output: IO[bytes] | int | None = rank_0 if log.rank == 0 else subprocess.DEVNULL
         if log.path:
             output = stack.enter_context(open(log.path, "ab"))
         return subprocess.Popen(
@@ -128,7 +132,10 @@ def _start(command: Sequence[str], environment: Mapping[str, str], log: RankLog)
 
 
 class _StopRequests:
-    """Signals received since the start, in order, until `restore` reinstates the old handlers."""
+    """Signals received since the start, in order, until `restore` reinstates the old handlers.
+
+    None are received in a thread other than the main one, where Python allows no handlers.
+    """
 
     def __init__(self, forwarded_as: signal.Signals | None) -> None:
         self.received: list[int] = []
@@ -136,7 +143,7 @@ class _StopRequests:
         self.forwarded = False
         self._old = {
             number: signal.signal(number, lambda number, _: self.received.append(number))
-            for number in STOP_SIGNALS
+            for number in (STOP_SIGNALS if threading.current_thread() is threading.main_thread() else ())
             # under nohup, a closed terminal is not a request to stop
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN
         }

@@ -44,7 +44,7 @@ from megatron_ft.weights.stored_shape import stored_shape
 COLORS = [(75, 24), (114, 22), (179, 94), (176, 53), (174, 88)]
 PLOT_FORMATS = (".png", ".pdf", ".svg")
 DEFAULT_SEQ_LENGTH = 2048
-LONGEST_CHARACTER = 8  # tokens that may share a character; more are bytes that are no text
+LONGEST_CHARACTER = 8  # tokens that may share a character; more of them are not text
 NUMBER = r"(\d+\.?\d*|\.\d+)"
 # The largest values of flags: a sequence is held in memory, and the packing counts in 31 bits.
 MOST = {"seq_length": 10**7, "packing_lookahead": 2**31 - 1, "global_batch_size": 2**31 - 1}
@@ -114,7 +114,8 @@ def parse_args() -> argparse.Namespace:
     args.prefix = prefix_of(args.prefix)
     args.shows_sequences = bool(args.tokenizer_file and (args.sequences or args.html or not args.stats))
     args.sequences = args.sequences or "0:3"
-    args.seq_length = args.seq_length or model_positions(args)
+    if args.seq_length is None:
+        args.seq_length = model_positions(args)
     if not (args.tokenizer_file or args.stats or args.plot):
         raise UserError("nothing to show: give --tokenizer-file PATH for packed sequences, --stats, or --plot FILE")
     if args.html and not args.tokenizer_file:

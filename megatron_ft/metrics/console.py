@@ -37,6 +37,14 @@ class RunPlan:
     device_name: str | None = None
 
 
+@dataclass(frozen=True)
+class Column:
+    """A column of a log line; the most important have rank 0 and stay on a narrow terminal."""
+
+    rank: int
+    text: str
+
+
 class Console:
     """Prints on the rank that logs. `gpu` is None on a CPU and for an unknown device."""
 
@@ -149,7 +157,7 @@ class Console:
                 shown.append(column)
         return SEPARATOR.join(column.text for column in columns if column in shown)
 
-    def _columns(self) -> list["Column"]:
+    def _columns(self) -> list[Column]:
         steps, last, total = self._interval, self._interval[-1], self.plan.train_iters
         seconds = sum(record["step_seconds"] for record in steps)
         mean = {
@@ -183,14 +191,6 @@ class Console:
             Column(2, f"{name.split('_')[0]} {last[name]}") for name in ("skipped_iterations", "spikes") if last[name]
         ]
         return [*columns, Column(2, f"ETA {clock((total - last['iteration']) * seconds / len(steps)):>8}")]
-
-
-@dataclass(frozen=True)
-class Column:
-    """A column of a log line; the most important have rank 0 and stay on a narrow terminal."""
-
-    rank: int
-    text: str
 
 
 def line_width() -> int:

@@ -56,7 +56,8 @@ class ShapeFacts:
         shape = self._shape
         parameters = shape.num_parameters(self._padded_vocab())
         line = f"{model_name(shape, self._config.model.preset)}: {parameters:,} parameters, {shape.num_layers} layers x {shape.hidden_size}, "
-        line += f"{shape.num_attention_heads} heads ({shape.attention}), vocabulary {shape.vocab_size:,} (padded {self._padded_vocab():,})"
+        line += f"{shape.num_attention_heads} heads ({shape.attention}), vocabulary {shape.vocab_size:,}"
+        line += f" (padded {self._padded_vocab():,})" if self._padded_vocab() != shape.vocab_size else ""
         if self._layout.lora_rank:
             unsharded = cost.Layout(lora_rank=self._layout.lora_rank, lora_targets=self._layout.lora_targets)
             adapters = cost.adapter_parameters_on_rank(shape, unsharded)

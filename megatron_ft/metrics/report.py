@@ -123,7 +123,7 @@ def render(run: RunLog) -> str:
         losses.append(Curve(f"validation: {printable(group)}", curve("", lines, "loss").points, dots=True))
     charts = [chart.chart("Loss", "loss per token", losses, run.resumes)]
     if run.scores:
-        charts.append(chart.chart("HumanEvalPack", "pass@1, %", scores_of(run)))
+        charts.append(chart.chart("HumanEvalPack, pass@1", "percent", scores_of(run)))
     charts += [chart.chart(title, unit, [of_steps("", run, key)], run.resumes) for title, unit, key in charts_of([run])]
     note = "<p class=note>Dashed vertical lines mark resumes.</p>" if run.resumes else ""
     flags = f"<details><summary>Flags that were set</summary><pre>{as_html(run.settings)}</pre></details>"
@@ -147,7 +147,7 @@ def render_several(runs: Sequence[RunLog]) -> str:
         for number, (name, run) in enumerate(zip(names, runs, strict=True))
         for c in scores_of(run)
     ]
-    charts += [chart.chart("HumanEvalPack", "pass@1, %", scores)] if scores else []
+    charts += [chart.chart("HumanEvalPack, pass@1", "percent", scores)] if scores else []
     for title, unit, key in charts_of(runs):
         curves = [of_steps(name, run, key) for name, run in zip(names, runs, strict=True)]
         for number, c in enumerate(curves):

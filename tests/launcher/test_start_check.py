@@ -63,13 +63,13 @@ def test_wrong_file_is_reported_before_ranks_start(flags, message, data, tmp_pat
     (tmp_path / "run/iter_0000009").mkdir(parents=True)
     Manifest(9, shape, {}, {}, {}).write(tmp_path / "run/iter_0000009")
     (tmp_path / "run/iter_0000009/.metadata").touch()
-    places = {
+    named = {
         "EMPTY": tmp_path / "empty",
         "MODEL": FIXTURES / "model",
         "RUN": tmp_path / "run",
         "OTHER": tmp_path / "other",
     }
-    for name, place in places.items():
+    for name, place in named.items():
         flags = flags.replace(name, str(place))
     given = [] if "--data-prefix" in flags else ["--data-prefix", data]
     out, error = launch(*flags.split(), *given)

@@ -128,6 +128,18 @@ def test_errors_are_reported_before_the_job_is_queued(project):
     assert "/none/cluster.env not found: cp" in (project.directory / "early.txt").read_text()
 
 
+def test_submission_tells_how_to_follow_the_job(project):
+    train = str(script(project, "finetune_starcoderbase_1b.sh"))
+    data = ["--data-prefix=data", "--tokenizer-file=tokenizer.json", "--save=my run"]
+    two = ["--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1"]
+    submitted = submit(project, "--hold", *two, train, *TINY, *data)
+    checked, queued, *follow = submitted.stdout.splitlines()
+    job = queued.removeprefix("Submitted batch job ")
+    project.cluster.run("scancel", job)
+    assert checked.startswith("checked: flags; data (") and submitted.stderr == ""
+    assert follow == [f"log: tail -F finetune_starcoderbase_1b-{job}.log", "status: python launch/status.py 'my run'"]
+
+
 def test_a_script_requests_as_many_nodes_as_its_gpus_need(project):
     project.configure(GPUS_PER_NODE="4", CPUS_PER_TASK="3", SBATCH_PARTITION="grace")
     train = str(script(project, "finetune_starcoderbase_1b.sh"))

@@ -544,6 +544,14 @@ class Logging:
         aliases=("--wandb-project-name",)
     )
     wandb_run_name: str | None = flag("--wandb-run-name", None, "name of that run")
+    mlflow_experiment: str | None = flag(
+        "--mlflow-experiment", None, "log to this experiment of MLflow, where it is installed"
+    )
+    mlflow_tracking_uri: str | None = flag(
+        "--mlflow-tracking-uri", None, "server or folder of MLflow (default: MLFLOW_TRACKING_URI)", metavar="URI",
+        local=True
+    )
+    comet_project: str | None = flag("--comet-project", None, "log to this project of Comet, where it is installed")
     exit_interval: int | None = flag(
         "--exit-interval", None, "save and stop when the iteration is divisible by this; 0 disables",
         bounds=ZERO_DISABLES, mtf=SAME

@@ -1,4 +1,4 @@
-"""The log of a run: to files, console (console.py), TensorBoard, W&B (sinks.py), and report.html.
+"""The log of a run: to files, console (console.py), services (sinks.py), and report.html.
 
 Files in the save directory, one JSON object per line:
 
@@ -44,7 +44,7 @@ from megatron_ft.metrics.lines import DETERMINISTIC_KEYS, EVENTS, METRICS, TIMIN
 from megatron_ft.metrics.log_files import LogFiles
 from megatron_ft.metrics.model_facts import ModelFacts
 from megatron_ft.metrics.report import write_report
-from megatron_ft.metrics.sinks import Sink, check_sinks, open_sinks
+from megatron_ft.metrics.sinks import Sink, open_sinks
 from megatron_ft.model import cost
 
 
@@ -54,7 +54,7 @@ class MetricsLog:
     Opening it removes from the files in `save_dir` the steps after `plan.start_iteration`, which
     the run repeats (--skip-train repeats none and removes nothing). `last_step` is then the newest
     remaining line of metrics.jsonl, or None. With `save_dir` None no files are written. Raises
-    UserError for a sink that is not installed.
+    UserError for a sink that cannot be opened.
     """
 
     def __init__(
@@ -66,7 +66,6 @@ class MetricsLog:
         *,
         writes: bool = True,
     ) -> None:
-        check_sinks(config)  # on every rank, so that all exit alike
         self.config, self.model, self.plan, self.writes = config, model, plan, writes
         self.layout = config.layout()
         self.gpu = cost.find_gpu(plan.device_name) if plan.device_name else None

@@ -22,6 +22,7 @@ from megatron_ft.errors import UserError
 from megatron_ft.metrics.console import RunPlan
 from megatron_ft.metrics.metrics import MetricsLog
 from megatron_ft.metrics.model_facts import ModelFacts
+from megatron_ft.metrics.sinks import check_sinks
 from megatron_ft.tokenizer.kinds import Tokenizer
 from megatron_ft.training import signals
 from megatron_ft.training.batches import BatchReader
@@ -54,6 +55,7 @@ def prepare(config: Config, tokenizer: Tokenizer, open_checkpointer: Callable[[i
 
     `open_checkpointer` is called with the sequences per epoch. Raises UserError.
     """
+    check_sinks(config)  # on every rank, so that all exit alike, and before anything takes time
     skip_train, train_tokens = config.validation.skip_train, config.training.train_tokens
     epoch = 0 if skip_train else sequences_per_epoch(config)
     checkpointer = open_checkpointer(epoch)

@@ -58,8 +58,9 @@ def read_card(directory: Path) -> tuple[dict[str, Any], str]:
     path = directory / README
     if not path.is_file():
         adapter = (directory / "adapter_config.json").is_file()
-        metadata = {"library_name": "peft" if adapter else "transformers", "pipeline_tag": "text-generation"}
-        return metadata, f"# {directory.resolve().name}\n\nTrained with Megatron-FT."
+        library = "peft" if adapter else "transformers"
+        text = f"# {directory.resolve().name}\n\nTrained with Megatron-FT."
+        return {"library_name": library, "pipeline_tag": "text-generation"}, text
     found = re.match(r"---\n(.*?\n)---\n(.*)", read_small_text(path, EXPECTED_CARD), flags=re.DOTALL)
     try:
         metadata = yaml.safe_load(found[1]) if found else None
@@ -108,7 +109,7 @@ def data_section(config: Config) -> str:
 
 
 def recipe_section(config: Config, run: Path) -> str:
-    """How far the run went, and its flags without what names places on somebody's machine."""
+    """How far the run went, and its flags without paths of somebody's machine."""
     steps, validation = read_log(run, METRICS), read_log(run, VALIDATION)
     rows = []
     if steps:

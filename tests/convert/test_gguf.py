@@ -1,7 +1,7 @@
 """What llama.cpp's convert_hf_to_gguf.py reads of a model is in those that this project writes.
 
-Its map of tensor names is gguf's own. The keys of config.json stand in its classes for
-GPTBigCodeForCausalLM and Starcoder2ForCausalLM, which are no part of the package.
+Its map of tensor names is the gguf package's. The keys of config.json are listed here as its classes
+for GPTBigCodeForCausalLM and Starcoder2ForCausalLM read them, since the package lacks these.
 """
 
 import json
@@ -27,11 +27,11 @@ KEYS = {
 FIXTURE = ROOT / "tests/fixtures/model"
 
 
-def check_places(family: str, num_layers: int, names: list[str]) -> None:
-    """Every tensor has a place in the GGUF file, and no two have the same."""
-    places = gguf.get_tensor_name_map(ARCHITECTURES[family], num_layers)
-    found = {name: places.get_name(name, try_suffixes=(".weight", ".bias")) for name in names}
-    assert None not in found.values(), [name for name, place in found.items() if place is None]
+def check_names(family: str, num_layers: int, names: list[str]) -> None:
+    """Every tensor has a name in the GGUF file, and no two have the same."""
+    names_in_gguf = gguf.get_tensor_name_map(ARCHITECTURES[family], num_layers)
+    found = {name: names_in_gguf.get_name(name, try_suffixes=(".weight", ".bias")) for name in names}
+    assert None not in found.values(), [name for name, known in found.items() if known is None]
     assert len(set(found.values())) == len(names)
 
 
@@ -42,7 +42,7 @@ def names_of(shape: ModelShape) -> list[str]:
 @pytest.mark.parametrize("preset", sorted(PRESETS))
 def test_every_tensor_and_key_of_a_preset_is_known(preset):
     shape = PRESETS[preset]
-    check_places(shape.family, shape.num_layers, names_of(shape))
+    check_names(shape.family, shape.num_layers, names_of(shape))
     config = family_of(shape).write_config(shape)
     assert config.keys() >= KEYS[shape.family]
     if shape.family == "gpt_bigcode":  # what the script takes for granted of the family
@@ -52,5 +52,5 @@ def test_every_tensor_and_key_of_a_preset_is_known(preset):
 def test_every_tensor_of_a_converted_model_is_known():
     config = json.loads((FIXTURE / "config.json").read_text())
     with safe_open(FIXTURE / "model.safetensors", "numpy") as file:
-        check_places(config["model_type"], config["n_layer"], list(file.keys()))
+        check_names(config["model_type"], config["n_layer"], list(file.keys()))
     assert config.keys() >= KEYS["gpt_bigcode"]

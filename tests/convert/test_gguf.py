@@ -1,7 +1,7 @@
 """What llama.cpp's convert_hf_to_gguf.py reads of a model is in those that this project writes.
 
-Its map of tensor names is the gguf package's. The keys of config.json are listed here as its classes
-for GPTBigCodeForCausalLM and Starcoder2ForCausalLM read them, since the package lacks these.
+Its map of tensor names is the gguf package's. The keys of config.json are listed here as its
+classes for GPTBigCodeForCausalLM and Starcoder2ForCausalLM read them; the package lacks these.
 """
 
 import json

@@ -150,7 +150,7 @@ class Console:
         """The columns, in order, as far as the most important of them fit the terminal."""
         columns = self._columns()
         room = line_width()
-        shown = []
+        shown: list[Column] = []
         for column in sorted(columns, key=lambda column: column.rank):
             if room >= len(column.text) or not shown:
                 room -= len(column.text) + len(SEPARATOR)

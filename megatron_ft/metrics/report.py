@@ -212,7 +212,7 @@ def started(run: RunLog) -> str:
 def facts_of(run: RunLog) -> list[tuple[str, str]]:
     """What the run was, as its last start tells, and its results."""
     steps, last = run.steps, {key: value or 0 for key, value in run.steps[-1].items()}
-    start = next((event for event in reversed(run.events) if event["event"] == "start"), {})
+    start: dict = next((event for event in reversed(run.events) if event["event"] == "start"), {})
     rows = [(name.capitalize(), start[name]) for name in FACTS if isinstance(start.get(name), str)]
     seconds = [step["step_seconds"] for step in steps if step["step_seconds"] is not None]
     speeds = [step for step in steps if step["step_seconds"] and step["tokens_per_second"]]

@@ -115,6 +115,11 @@ def test_steps_and_hours_follow_from_the_data_and_the_length(tmp_path):
     assert re.search(r"run +72 steps, 0.0 h, 0 GPU hours", text)
     tokens = float(re.search(r"([\d,]+) tokens/s", text).group(1).replace(",", ""))
     assert tokens == pytest.approx(4 * 127 / seconds, rel=1e-3)
+    warning = "warning: your data make 5 steps (285 packed sequences, 64 per step); lower --global-batch-size 64 to 14"
+    assert (
+        warning not in text
+        and warning in plan(*words.split(), *"--train-epochs 3 --global-batch-size 64".split()).stdout
+    )
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ PIP_INSTALL = quiet=--quiet; if [ -t 1 ]; then quiet=; fi; \
 	$(RUN) -m pip install $$quiet --disable-pip-version-check -c $(VENV)/constraints.txt
 PYTEST = $(RUN) -m pytest -n $(WORKERS) --dist loadfile
 
-.PHONY: demo test test-slow fuzz lint bench venv clean
+.PHONY: demo test test-slow fuzz lint docs bench venv clean
 
 demo: venv
 	@$(RUN) examples/demo.py $(if $(REPO),--repo "$(REPO)")
@@ -29,11 +29,15 @@ test-slow: venv
 fuzz: venv
 	$(PYTEST) -m fuzz
 
-lint: venv
+lint: venv docs
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/codespell
+
+# The documentation as a site, in build/site, without network. A broken link is an error, but not with --quiet.
+docs: venv
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build
 
 # The benchmarks that need no GPU and no data; docs/benchmarks.md has the commands of the published figures.
 bench: venv

@@ -4,9 +4,7 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from megatron_ft.errors import UserError
 from megatron_ft.model.families import family_of
@@ -14,11 +12,14 @@ from megatron_ft.model.family import activation_of
 from megatron_ft.model.shape import ModelShape
 from megatron_ft.printable import printable
 
+if TYPE_CHECKING:
+    import torch
+
 
 def write_configs(
     directory: Path,
     shape: ModelShape,
-    dtype: torch.dtype,
+    dtype: "torch.dtype",
     special_ids: Mapping[str, int | None],
     generation_ids: Mapping[str, int | list[int] | None],
 ) -> None:

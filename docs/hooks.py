@@ -6,7 +6,6 @@ that work on GitHub. On the site, files outside of docs/ are pages (PAGES) or on
 
 import posixpath
 import re
-import sys
 from pathlib import Path
 
 from mkdocs.config.defaults import MkDocsConfig
@@ -14,12 +13,10 @@ from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
+from megatron_ft.config import table
+from megatron_ft.metrics import lines, metrics
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from megatron_ft.config import table  # noqa: E402
-from megatron_ft.metrics import lines, metrics  # noqa: E402
-
 # Files of the checkout that are pages of the site.
 PAGES = {
     "README.md": "index.md",

@@ -135,10 +135,12 @@ def shown(value: float | None, format: str) -> str:
 
 
 def scores_section(report: Mapping[str, Any]) -> str:
-    """The table of scores with how they were measured."""
+    """The table of scores with how they were measured; of the model's path only the last part."""
     table = score_table(dict(report))
+    manifest = {**report["manifest"], "model": Path(str(report["manifest"].get("model", ""))).name}
+    how = settings({**report, "manifest": manifest})
     return (
-        f"## Evaluation\n\nHumanEvalPack; {settings(dict(report))}.\n\n{markdown_table(table.header, table.rows)}\n\n"
+        f"## Evaluation\n\nHumanEvalPack; {how}.\n\n{markdown_table(table.header, table.rows)}\n\n"
         "In parentheses: 95% bootstrap intervals over problems."
     )
 

@@ -92,6 +92,7 @@ def test_model_and_card_are_published_in_one_commit(hub, model, run, tmp_path):
     assert result["metrics"] == [{"type": "pass@k", "name": "pass@1", "value": 0.6667}]
     assert "| 66.7 (" in card and "| data " in card and "| validation loss, valid " in card and "1.2500" in card
     assert "lr: 4.0e-05" in card and "train-iters: 3" in card
+    assert "model first-hf; " in card and "/models" not in card  # as the evaluation has it: /models/first-hf
     assert "old" not in card and "/home/me" not in card and str(tmp_path) not in card
 
 

@@ -12,23 +12,39 @@ from doc_commands import run_page
 from site_images import CHROMIUM, check_picture, picture
 
 REPLACE_PICTURES = os.environ.get("MEGATRON_FT_PICTURES")
-COMMITS = 240 if REPLACE_PICTURES else 100
+COMMITS = 240 if REPLACE_PICTURES else 60
 
 
-def tiny_model(directory: Path) -> Path:
-    """A GPTBigCode in the Hub's format, with the tokenizer of tests/fixtures."""
-    import torch
-    from transformers import GPTBigCodeConfig, GPTBigCodeForCausalLM
+CONFIG = {
+    "model_type": "gpt_bigcode",
+    "vocab_size": 512,
+    "n_positions": 2048,
+    "n_embd": 32,
+    "n_layer": 2,
+    "n_head": 2,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
 
-    torch.manual_seed(0)
-    config = GPTBigCodeConfig(
-        vocab_size=512, n_positions=2048, n_embd=32, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0
-    )
-    GPTBigCodeForCausalLM(config).save_pretrained(directory)
+
+def without_weights(directory: Path) -> Path:
+    """What a dry run reads of a model in the Hub's format, with the tokenizer of tests/fixtures."""
+    directory.mkdir(parents=True)
+    (directory / "config.json").write_text(json.dumps(CONFIG), encoding="utf-8")
     shutil.copy(ROOT / "tests/fixtures/tokenizer.json", directory)
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"}
     (directory / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
     return directory
+
+
+def tiny_model(directory: Path) -> None:
+    """The same with random weights."""
+    import torch
+    from transformers import GPTBigCodeConfig, GPTBigCodeForCausalLM
+
+    torch.manual_seed(0)
+    config = GPTBigCodeConfig.from_pretrained(without_weights(directory))
+    GPTBigCodeForCausalLM(config).save_pretrained(directory)
 
 
 def small_commits(repository: Path) -> None:
@@ -85,7 +101,7 @@ def test_pictures_in_the_documentation_are_small(name):
 
 
 def test_chat_tutorial_learns_answers_only(tmp_path):
-    tiny_model(tmp_path / "starcoderbase-1b")
+    without_weights(tmp_path / "starcoderbase-1b")
     printed = run_page("tutorials/chat.md", tmp_path)
     learned = "".join(part.partition("»")[0] for part in printed.split("«")[1:])
     assert "items.reverse()" in learned and "An immutable sequence." in learned
@@ -94,7 +110,7 @@ def test_chat_tutorial_learns_answers_only(tmp_path):
 
 
 def test_lora_tutorial_fits_one_gpu_as_planned(tmp_path):
-    tiny_model(tmp_path / "starcoderbase")
+    without_weights(tmp_path / "starcoderbase")
     printed = run_page("tutorials/lora_one_gpu.md", tmp_path)
     page = (ROOT / "docs/tutorials/lora_one_gpu.md").read_text(encoding="utf-8")
     assert "= 31.2 GiB of 39.4: fits" in printed and "31.2 GiB of 39.4" in page
@@ -103,7 +119,7 @@ def test_lora_tutorial_fits_one_gpu_as_planned(tmp_path):
 
 
 def test_cluster_tutorial_plans_the_layout_of_the_script(tmp_path):
-    tiny_model(tmp_path / "checkpoints/starcoderbase")
+    without_weights(tmp_path / "checkpoints/starcoderbase")
     printed = run_page("tutorials/cluster.md", tmp_path)
     assert "TP 4, PP 1, DP 16" in printed and "checkpoint 217.2 GB, at most 4 at once" in printed
     script = (ROOT / "slurm/finetune_starcoderbase.sh").read_text(encoding="utf-8")

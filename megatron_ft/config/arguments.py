@@ -135,8 +135,8 @@ def settle(config: Config) -> Config:
 
 
 def _settle_overlap(config: Config) -> Config:
-    """Overlap data-parallel communication with computation where there is some, unless a flag says
-    otherwise."""
+    """Overlap data-parallel communication with computation, where there is some and no flag decides
+    it."""
     parallel = config.parallel
     if config.engine == TRANSFORMERS:  # which overlaps by itself
         return config.with_flags(overlap_grad_reduce=False, overlap_param_gather=False)

@@ -42,8 +42,8 @@ def legacy_args(
 ) -> argparse.Namespace:
     """Arguments that the branch reads from a checkpoint, or compares with its own on loading.
 
-    Two are ours, for the way back to Hugging Face: the exact GELU, of a model whose configuration
-    says it, and the special tokens' ids.
+    Two are ours, for conversion to Hugging Face: the exact GELU, if the model's configuration has
+    it, and the special tokens' ids.
     """
     return argparse.Namespace(
         num_layers=shape.num_layers,

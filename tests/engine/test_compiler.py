@@ -1,4 +1,4 @@
-"""A rank on the CPU trains without importing torch's compiler, and who wants it still gets it."""
+"""A rank on the CPU trains without importing torch's compiler, which stays available."""
 
 import subprocess
 import sys

@@ -12,6 +12,7 @@ MEGATRON_FT_DRY_RUN=1 prints the command lines of sbatch and of training instead
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -102,9 +103,11 @@ def split_report(printed: str) -> tuple[str, str]:
 def log_of(submitted: str) -> str:
     """A line with the log of the job in sbatch's output `submitted`, empty if SLURM tells none."""
     job = re.search(r"\d+", submitted)
-    shown = run_slurm("scontrol", "show", "job", job[0]) if job else None
-    log = parse_fields(shown.stdout).get("StdOut") if shown and not shown.returncode else None
-    if not log:
+    if not job or not shutil.which("scontrol"):
+        return ""
+    shown = run_slurm("scontrol", "show", "job", job[0])
+    log = parse_fields(shown.stdout).get("StdOut")
+    if shown.returncode or not log:
         return ""
     here = os.path.relpath(log)
     return printable(f"log: tail -F {shlex.quote(log if here.startswith('..') else here)}") + "\n"

@@ -270,7 +270,7 @@ def test_packed_sequences_have_the_learned_tokens_of_their_documents(site, tmp_p
 
 
 def test_view_shows_and_counts_the_learned_tokens(site):
-    flags = ("--tokenizer-file", site.tokenizer, "--seq-length", "256", "--stats")
+    flags = ("--tokenizer-file", site.tokenizer, "--seq-length", "256", "--stats", "--sequences", "0:3")
     printed = run_program("preprocess/view.py", site.single, *flags).stdout
     learned = sum(sum(marks) for _, marks in documents_of(site.single))
     assert f"in outputs, {learned:,} of these learned)" in printed

@@ -33,8 +33,8 @@ class Config:
     """Every flag's value, in groups.
 
     `shape` is the model's, None until a checkpoint gives it, and always in --engine transformers.
-    `notices` are lines for the log; copies share the list, and setting up a run appends to it. `given` are the flags
-    that a user has set, as the settings of a config.yaml.
+    `notices` are lines for the log; copies share the list, and setting up a run appends to it.
+    `given` are the flags that a user has set, as the settings of a config.yaml.
     """
 
     model: Model = Model()

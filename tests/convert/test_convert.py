@@ -261,7 +261,10 @@ def test_values_too_large_for_fp16_are_reported(tiny, tmp_path):
     tensors["transformer.h.1.ln_1.weight"][5] = 1e6
     save_file(tensors, big / "model.safetensors", metadata={"format": "pt"})
     line = refusal("hf_to_megatron", "--load", big, "--save", tmp_path / "out", "--format", "legacy", "--dtype", "fp16")
-    assert "decoder.layers.1.self_attention.linear_qkv.layer_norm_weight: holds values up to 1e+06" in line and not (tmp_path / "out").exists()
+    assert (
+        "decoder.layers.1.self_attention.linear_qkv.layer_norm_weight: holds values up to 1e+06" in line
+        and not (tmp_path / "out").exists()
+    )
 
 
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])

@@ -218,8 +218,8 @@ def finetune(flags: list[str], during: str = "") -> int:
     import signal
     import time
 
-    from megatron_ft.finetune import main
     from megatron_ft.engine import step
+    from megatron_ft.finetune import main
     from megatron_ft.training import signals
 
     signals.forget()

@@ -47,17 +47,19 @@ class ChatTemplate:
         if not directory.is_dir() and template_file is None:
             raise UserError(
                 f"--tokenizer-file {directory}: not a directory; a chat template needs a Hugging Face directory with "
-                f"tokenizer_config.json{download_hint(directory)}"
+                f"tokenizer_config.json, or a file (tokenize.py --chat-template FILE){download_hint(directory)}"
             )
         self._tokenizer: Any = _load(directory) if directory.is_dir() else None
         self._special_tokens = self._tokenizer.special_tokens_map if self._tokenizer else {}
         self._given = None if template_file is None else _read(template_file)
+        self._where = f"--tokenizer-file {directory}" if template_file is None else f"--chat-template {template_file}"
         try:
             source = self.source_for(None)
         except (ValueError, KeyError) as error:
+            why = f" ({_first_line(error)[:120]})" if getattr(self._tokenizer, "chat_template", None) else ""
             raise UserError(
-                f"--tokenizer-file {directory}: no chat template ({_first_line(error)[:120]}); give the tokenizer of a "
-                "chat model, or choose another template or format"
+                f"--tokenizer-file {directory}: no chat template{why}; give the tokenizer of a chat model, or a "
+                "template of your own (tokenize.py --chat-template FILE)"
             ) from None
         if self._tokenizer is None and (named := SPECIAL_TOKEN.search(source)):
             raise UserError(
@@ -98,7 +100,8 @@ class ChatTemplate:
         self, messages: Sequence[Message], tools: list[dict] | None = None, *, add_generation_prompt: bool = False
     ) -> Rendered:
         """The messages as text, with the spans inside of `{% generation %}`. BadRow if the template
-        refuses the conversation."""
+        refuses the conversation; UserError if it is not a Jinja template, whatever the row."""
+        from jinja2 import TemplateSyntaxError
         from transformers.utils import chat_template_utils
 
         render: Any = chat_template_utils.render_jinja_template  # its types do not have the spans
@@ -114,6 +117,11 @@ class ChatTemplate:
                     add_generation_prompt=add_generation_prompt,
                     **self._special_tokens,
                 )
+        except TemplateSyntaxError as error:
+            raise UserError(
+                f"{self._where}: line {error.lineno} of the chat template is not Jinja ({_first_line(error)[:120]}); "
+                "fix the template"
+            ) from None
         except Exception as error:  # the template is a program, and may fail in any way
             raise BadRow(f"the chat template refuses the conversation ({_first_line(error)[:120]})") from None
         return Rendered(texts[0], spans[0] if marks else None)

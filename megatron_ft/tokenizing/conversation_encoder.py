@@ -49,6 +49,7 @@ class ConversationEncoder:
         sizes: list[list[int]] = [[], []]
         bad: list[tuple[int, str]] = []
         special_counts = np.zeros_like(self.special_ids)
+        stops = 0
         for i, line in block.rows():
             try:
                 conversation = conversation_of(parse_object(line), self.key)
@@ -57,13 +58,14 @@ class ConversationEncoder:
                 bad.append((i, str(reason)))
                 continue
             first = int(learned.argmax())
+            stops += bool(np.isin(ids[learned.astype(bool)], self.tokenizer.stop_ids).any())
             for pieces, field in zip(data, (ids[:first], ids[first:], learned[first:]), strict=True):
                 pieces.append(field.tobytes())
             for lengths, field in zip(sizes, (ids[:first], ids[first:]), strict=True):
                 lengths.append(len(field))
             self._count_specials(conversation, special_counts)
         lengths_of = [np.array(lengths, np.int32) for lengths in (*sizes, sizes[1])]
-        return Encoded([b"".join(pieces) for pieces in data], lengths_of, bad, special_counts, ended=0)
+        return Encoded([b"".join(pieces) for pieces in data], lengths_of, bad, special_counts, ended=0, stops=stops)
 
     def _tokens_of(self, conversation: Conversation) -> tuple[np.ndarray, np.ndarray]:
         """Ids of a conversation, and whether each is learned; BadRow if none is."""

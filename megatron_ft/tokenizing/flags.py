@@ -11,6 +11,9 @@ from megatron_ft.data.provenance import MAX_SHARDS
 from megatron_ft.errors import UserError
 from megatron_ft.files.jsonl import parse_shard
 
+INPUT_KEY = "inputs"
+FIM_SPM_RATE = 0.5
+
 
 def tokenize_parser(description: str | None = None) -> Parser:
     """The parser of the program that `description` describes."""
@@ -30,7 +33,7 @@ def tokenize_parser(description: str | None = None) -> Parser:
         metavar="PREFIX",
         help="start of the output file names: PREFIX_inputs_document.bin, ...",
     )
-    add("--input-key", default="inputs", metavar="KEY", help="key of the text the model reads")
+    add("--input-key", default=INPUT_KEY, metavar="KEY", help="key of the text the model reads")
     add("--output-key", metavar="KEY", help="key of the text it learns to write (default: outputs, else targets)")
     add("--messages-key", metavar="KEY", help="rows are conversations: a list of {role, content} under KEY")
     add(
@@ -56,7 +59,7 @@ def tokenize_parser(description: str | None = None) -> Parser:
     add(
         "--fim-spm-rate",
         type=float,
-        default=0.5,
+        default=FIM_SPM_RATE,
         metavar="RATE",
         help="fraction of these in the order suffix, prefix, middle; the others are prefix, suffix, middle",
     )
@@ -124,6 +127,13 @@ def check_kind_of_rows(args: argparse.Namespace) -> None:
         raise UserError(f"--seed {args.seed}: expected 0 to {(1 << 63) - 1}")
     if args.fim_rate and not args.text_key:
         raise UserError("--fim-rate is for plain texts; add --text-key text, or leave it out")
+    if args.fim_spm_rate != FIM_SPM_RATE and not args.fim_rate:
+        raise UserError("--fim-spm-rate has no effect without --fim-rate; add --fim-rate 0.5, or leave it out")
+    if (args.messages_key or args.text_key) and (args.output_key or args.input_key != INPUT_KEY):
+        flag = "--output-key" if args.output_key else "--input-key"
+        raise UserError(
+            f"{flag} is for rows of inputs and outputs; leave it out, or leave out --messages-key and --text-key"
+        )
 
 
 def keys_of(args: argparse.Namespace) -> list[list[str]]:

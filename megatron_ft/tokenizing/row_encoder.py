@@ -26,6 +26,7 @@ class Encoded:
     bad: list[tuple[int, str]]  # index in the block and reason of each bad row
     special_counts: np.ndarray  # int64 [special tokens], how often the texts spelled each one out
     ended: int  # outputs that ended with an end-of-text token before one was appended
+    stops: int = 0  # conversations that learn a token at which generation ends
 
 
 def sample_of(block: Block) -> Iterator[bytes]:

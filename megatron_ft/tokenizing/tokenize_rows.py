@@ -168,11 +168,13 @@ class Totals:
     tokens: int = 0
     learned: int = 0  # marked tokens of conversations
     ended: int = 0
+    stops: int = 0
 
     def add(self, encoded: Encoded) -> None:
         self.bad.update(reason for _, reason in encoded.bad)
         self.special_counts = self.special_counts + encoded.special_counts
         self.ended += encoded.ended
+        self.stops += encoded.stops
         self.tokens += sum(int(sizes.sum()) for sizes in encoded.sizes[:2])
         self.learned += sum(marks.count(b"\x01") for marks in encoded.data[2:])
 
@@ -237,6 +239,12 @@ def print_summary(
         f"{' including end-of-text' if args.append_eod else ''}{of_these}, {inputs.dtype} -> "
         f"{args.output_prefix}_{{inputs,targets{',learned' if marks else ''}}}_document.{{bin,idx}}"
     )
+    if marks and inputs.num_sequences and not totals.stops:
+        ends = " or ".join(map(tokenizer.token_of, tokenizer.stop_ids)) or "an end-of-text token"
+        print(
+            printable(f"warning: no learned token is {ends}, so models would not learn to stop; end answers with it"),
+            file=sys.stderr,
+        )
     if totals.bad:
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in totals.bad.most_common())
         print(f"{totals.bad.total():,} bad rows skipped -> {rejected}: {reasons}")

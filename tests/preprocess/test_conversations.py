@@ -371,6 +371,7 @@ def test_a_template_that_declares_tools_gets_them(tmp_path):
         (["--chat-template", "absent.jinja"], "--chat-template absent.jinja: No such file or directory"),
         (["--chat-template", "EOS"], "it uses eos_token, which TOKENIZER does not name; give --tokenizer-file a Hugging"),
         ([], "--tokenizer-file TOKENIZER: not a directory; a chat template needs a Hugging Face directory"),
+        (["--chat-template", "BROKEN"], "--chat-template BROKEN: line 2 of the chat template is not Jinja (unexpected '}')"),
         (["--chat-template", "PLAIN", "--append-eod"], "--append-eod: the chat template ends a conversation"),
         (["--chat-template", "PLAIN", "--text-key", "text"], "rows are either conversations or plain texts"),
         (["--chat-template", "PLAIN", "--literal-special-tokens", "<|endoftext|>"], "the chat template writes this token"),
@@ -379,6 +380,7 @@ def test_a_template_that_declares_tools_gets_them(tmp_path):
 )  # fmt: skip
 def test_usage_errors_report_one_line(tmp_path, flags, message):
     (tmp_path / "PLAIN").write_text(PLAIN, encoding="utf-8")
+    (tmp_path / "BROKEN").write_text("{% for m in messages %}\n{{ m.content }", encoding="utf-8")
     (tmp_path / "EOS").write_text(PLAIN.replace("<|endoftext|>", "{{ eos_token }}"), encoding="utf-8")
     (tmp_path / "TOKENIZER").write_bytes((HERE / "tokenizer.json").read_bytes())
     lines = (json.dumps({"messages": turns}) + "\n" for turns in ([USER, ANSWER], [USER]))
@@ -386,3 +388,15 @@ def test_usage_errors_report_one_line(tmp_path, flags, message):
     where = ("--tokenizer-file", "TOKENIZER", "--output-prefix", "out", "--messages-key", "messages")
     done = run_program(ROOT / TOKENIZE, "rows.jsonl", *where, *flags, ok=False, cwd=tmp_path)
     assert message in one_error_line(done) and not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize("answer, warns", [("yes", True), ("yes<|endoftext|>", False)])
+def test_answers_that_never_end_trigger_a_warning(tmp_path, answer, warns):
+    (tmp_path / "t.jinja").write_text("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}", "utf-8")
+    rows = [[USER, {"role": "assistant", "content": answer}], [USER, {"role": "assistant", "content": "no"}]]
+    lines = (json.dumps({"messages": turns}) + "\n" for turns in rows)
+    (tmp_path / "rows.jsonl").write_text("".join(lines), encoding="utf-8")
+    where = ("--tokenizer-file", HERE / "tokenizer.json", "--output-prefix", tmp_path / "out")
+    kind = ("--messages-key", "messages", "--chat-template", tmp_path / "t.jinja")
+    done = run_program(TOKENIZE, tmp_path / "rows.jsonl", *where, *kind)
+    assert ("no learned token is <|endoftext|>, so models would not learn to stop" in done.stderr) is warns

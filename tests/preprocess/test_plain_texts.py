@@ -117,6 +117,8 @@ def test_santacoder_spells_its_tokens_otherwise(tokenizer):
     "flags, message",
     [
         (["--fim-rate", "1.5"], "--fim-rate 1.5: expected a fraction from 0 to 1"),
+        (["--fim-spm-rate", "1"], "--fim-spm-rate has no effect without --fim-rate; add --fim-rate 0.5"),
+        (["--input-key", "prompt"], "--input-key is for rows of inputs and outputs; leave it out"),
         (["--fim-rate", "nan"], "--fim-rate nan: expected a fraction from 0 to 1"),
         (["--fim-rate", "0.5", "--literal-special-tokens", "<fim_middle>"], "has no special tokens <fim_prefix> <fim_"),
         (["--train-on", "all"], "--train-on is for conversations; add --messages-key messages, or leave it out"),

@@ -129,6 +129,12 @@ def settle(config: Config) -> Config:
         config = config.with_flags(sequence_parallel=False)
         config.notices.append("--sequence-parallel needs --tensor-model-parallel-size above 1 and is off")
     config = _settle_overlap(config)
+    if not config.lora.rank:
+        config.notices.extend(
+            f"{ENTRIES[dest].flag.name} has no effect without --lora-rank: all weights are trained"
+            for dest in ("lora_alpha", "lora_dropout", "lora_targets")
+            if config.value(dest) != ENTRIES[dest].default
+        )
     if data.reset_attention_mask and not data.reset_position_ids:
         config.notices.append("--no-reset-position-ids: positions continue across the documents of a sequence")
     return config

@@ -68,4 +68,5 @@ def check_start(config: Config) -> None:
     if checkpoint.load:
         find_start(checkpoint.load, checkpoint.load_iteration, adapters=bool(config.lora.rank))
     else:
-        raise UserError(f"--save {checkpoint.save} contains no checkpoint, and --load is missing; give --load DIR")
+        empty = f"--save {checkpoint.save} contains no checkpoint" if checkpoint.save else "no --save"
+        raise UserError(f"{empty}, and --load is missing; give --load DIR")

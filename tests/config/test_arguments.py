@@ -152,6 +152,8 @@ def test_what_is_missing_is_asked_for(base):
         ("--lr-decay-iters 5 --lr-decay-samples 9", {"lr_decay_iters": None, "lr_decay_samples": 9}, ["--lr-decay-samples"]),
         ("--bf16 --fp16", {"bf16": False, "fp16": True}, ["--fp16"]),
         ("--train-iters 3", {"train_iters": 3}, []),
+        ("--lora-rank 4 --lora-alpha 8", {"lora_alpha": 8}, []),
+        ("--lora-rank 4 --lora-alpha 8 --lora-rank 0", {"lora_rank": 0}, ["--lora-alpha"]),
     ],
 )  # fmt: skip
 def test_of_flags_that_say_the_same_the_last_counts(base, flags, settled, notices):

@@ -29,7 +29,10 @@ def shape_of_config(config: Mapping[str, Any], where: str) -> ModelShape:
     family = FAMILIES.get(found) if isinstance(found, str) else None
     if family is None:
         known = " or ".join(f"{name!r} ({family.models})" for name, family in FAMILIES.items())
-        raise UserError(f"{where}: model_type is {found if found == 'missing' else shown(found)}, expected {known}")
+        hint = "" if found == "missing" else "; --engine transformers trains other causal models"
+        raise UserError(
+            f"{where}: model_type is {found if found == 'missing' else shown(found)}, expected {known}{hint}"
+        )
     return family.read_config(config, where)
 
 

@@ -76,7 +76,8 @@ def locate(path: Path | str, iteration: int | str = "latest") -> Location:
 def adapter_only(directory: Path) -> UserError:
     """The error for a PEFT directory where a complete model is needed."""
     return UserError(
-        f"{directory}: a PEFT adapter, not a complete model; merge it with convert/megatron_to_hf.py --merge-lora"
+        f"{directory}: a PEFT adapter, not a complete model; merge it (convert/megatron_to_hf.py --load {directory} "
+        f"--merge-lora), or train it further (--load {directory} with its --lora-... flags)"
     )
 
 

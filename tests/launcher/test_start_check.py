@@ -45,7 +45,7 @@ def launch(*words: str | Path) -> tuple[str, str]:
         ("--preset tiny --load EMPTY", "neither config.json nor an intact checkpoint"),
         ("--preset santacoder --load MODEL", "but the flags (or --preset) ask for 24; leave the architecture flags"),
         ("--preset tiny --load RUN", "a model with 7 layers, but the flags (or --preset) ask for 4"),
-        ("--load OTHER", "model_type is 'llama', expected 'gpt_bigcode'"),
+        ("--load OTHER", "; --engine transformers trains other causal models"),
         (
             "--load MODEL --train-epochs 2 --global-batch-size 64",
             "24 packed sequences x 2 epochs do not fill one batch of 64; lower --global-batch-size 64 to 2",

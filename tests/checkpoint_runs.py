@@ -153,7 +153,8 @@ def optimizer_steps(words: list[str], until: int, adam: str = "torch") -> dict:
         tell_host_from_gpu()
     if adam == "fused":
         replace_adam(FusedAdam)
-    _, state, checkpointer = state_and_checkpointer(words)
+    # Without forward passes nothing gathers the weights.
+    _, state, checkpointer = state_and_checkpointer([*words, "--no-overlap-param-gather"])
     (part,) = optimizer_state.parts(state.optimizer)
     taken: list[int] = []
     part.optimizer.register_step_post_hook(lambda *_: taken.append(state.iteration))

@@ -88,10 +88,12 @@ def test_documents_that_are_too_long_are_dropped_or_cut_at_the_start_of_the_inpu
     dropped = build_datasets(training_flags(*flags, seq_length=32), train_samples=1, pad=PAD)
     assert dropped.train.provenance(0)["documents"] == [0]
     summary = f"train: 2 of 3 documents of {prefix} are over 33 tokens:"
-    assert dropped.notices == [f"{summary} 2 left out, 92.86% of the tokens (--overlong drop)"]
+    remedy = "raise --seq-length, or cut them with --overlong truncate"
+    assert dropped.notices == [f"warning: {summary} 2 left out, 92.86% of the tokens (--overlong drop); {remedy}"]
     cut_flags = training_flags(*flags, "--overlong", "truncate", seq_length=32)
     datasets = build_datasets(cut_flags, train_samples=2, pad=PAD)
-    assert datasets.notices == [f"{summary} 1 left out, 1 cut, 59.18% of the tokens (--overlong truncate)"]
+    cut = "1 left out, 1 cut, 59.18% of the tokens (--overlong truncate); raise --seq-length"
+    assert datasets.notices == [f"warning: {summary} {cut}"]
     cut = datasets.train
     (sample,) = [cut[i] for i in range(2) if cut.provenance(i)["documents"] == [1]]
     assert sample.tokens.tolist() == list(range(117, 140)) + list(range(200, 210))

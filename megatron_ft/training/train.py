@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from megatron_ft.checkpoint.train_state import BestCheckpoint, TrainState, ValidationData
 from megatron_ft.config.arguments import LENGTHS
+from megatron_ft.config.flag import TRANSFORMERS
 from megatron_ft.errors import EXIT_DONE, EXIT_RESUME
 from megatron_ft.metrics.lines import VALIDATION, read_log
 from megatron_ft.training import signals
@@ -16,6 +17,7 @@ from megatron_ft.training.batches import BatchReader, sequences_to_evaluate
 from megatron_ft.training.run import Run
 from megatron_ft.training.schedule import changed_rate, learning_rate
 from megatron_ft.training.validation import evaluate
+from megatron_ft.weights.directory import iteration_directory
 
 
 def train(run: Run, step: Callable[[Run], str | None]) -> int:
@@ -228,10 +230,10 @@ def _finish(run: Run) -> int:
         f"done: {state.iteration} iterations, {state.consumed_samples} sequences, {state.consumed_tokens} tokens"
     )
     if best := run.checkpointer.saved_best():
-        run.log.event(
-            f"best: iteration {best.iteration} ({best.data.group} loss {best.loss:.6f}); "
-            "convert it with --iteration best"
-        )
+        save, how_to_use = run.config.checkpoint.save, "convert it with --iteration best"
+        if save and run.config.engine == TRANSFORMERS:  # whose checkpoints are Hugging Face directories
+            how_to_use = f"use it as {iteration_directory(Path(save), best.iteration)}"
+        run.log.event(f"best: iteration {best.iteration} ({best.data.group} loss {best.loss:.6f}); {how_to_use}")
     return EXIT_DONE
 
 

@@ -277,14 +277,19 @@ def _validate_shape(config: Config) -> None:
             raise UserError(f"no model: give {preset}--load DIR")
         return
     shape.check_layout(config.parallel.tensor, config.parallel.pipeline)
-    if config.data.seq_length > shape.max_position_embeddings:
-        raise UserError(
-            f"--seq-length {config.data.seq_length} exceeds the model's {shape.max_position_embeddings} positions; "
-            "use at most that, or raise --max-position-embeddings when training from scratch"
-        )
+    check_positions(config)
     layers = shape.num_layers // config.parallel.pipeline
     if recompute and recompute > layers:
         raise UserError(f"--recompute-num-layers {recompute}: a pipeline stage has {layers} layers; give at most that")
+
+
+def check_positions(config: Config) -> None:
+    """Raise UserError if sequences are longer than the model's positions."""
+    if config.shape and config.data.seq_length > config.shape.max_position_embeddings:
+        raise UserError(
+            f"--seq-length {config.data.seq_length} exceeds the model's {config.shape.max_position_embeddings} "
+            "positions; use at most that, or raise --max-position-embeddings when training from scratch"
+        )
 
 
 def _validate_data(config: Config) -> None:

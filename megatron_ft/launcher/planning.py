@@ -5,7 +5,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_ft.config.arguments import normalize, settle, with_shape
+from megatron_ft.config.arguments import check_positions, normalize, settle, with_shape
 from megatron_ft.config.command_line import build_parser, check_bounds, with_config
 from megatron_ft.config.config import Config
 from megatron_ft.config.parser import Help, Parser
@@ -20,6 +20,7 @@ from megatron_ft.weights.hf_config import shape_in_config
 USUAL_BATCH = 128  # sequences per step, if --global-batch-size is not given
 ASSUMED_FILL = 0.98  # of sequences, if only the number of tokens is known
 SHOWN = 3  # proposals
+MOST = 10**14  # of any number; 15 trillion tokens are the largest datasets of today
 
 
 def plan_parser(description: str | None = None) -> Parser:
@@ -56,9 +57,10 @@ def parse_plan(argv: Sequence[str]) -> tuple[argparse.Namespace, Config]:
     words, _ = normalize(argv, {**own.actions, **training.actions})
     options, rest = own.parse_known_args(words)
     config = Config.from_namespace(training.parse_args(rest))
-    for name in ("nodes", "gpus_per_node", "mfu"):
-        if getattr(options, name) <= 0:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)}: must be above 0")
+    for name in ("nodes", "gpus_per_node", "mfu", "dataset_tokens", "document_tokens"):
+        value = getattr(options, name)
+        if value is not None and not 0 < value <= MOST:  # also NaN
+            raise UserError(f"--{name.replace('_', '-')} {value:g}: must be above 0 and at most {MOST:g}")
     if options.mfu >= 1:
         raise UserError(f"--mfu {options.mfu:g} is a fraction of the peak, below 1; 45% is 0.45")
     check_bounds(config.values())
@@ -76,7 +78,9 @@ def with_model(config: Config) -> Config:
     if shape is None:
         raise UserError("no model: give --preset, --load DIR, or --num-layers, --hidden-size and --num-attention-heads")
     implied = ("load", "recompute_granularity", "recompute_method", "recompute_num_layers")
-    return with_shape(config.with_flags(**{name: settled.value(name) for name in implied}), shape)
+    config = with_shape(config.with_flags(**{name: settled.value(name) for name in implied}), shape)
+    check_positions(config)
+    return config
 
 
 def shape_of_weights(load: str, config: Config) -> ModelShape:

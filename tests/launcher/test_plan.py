@@ -10,6 +10,8 @@ from doc_commands import run_page
 from token_files import training_flags
 
 from megatron_ft.data.indexed import IndexedWriter, commit, field_paths
+from megatron_ft.errors import UserError
+from megatron_ft.launcher.planning import make_plan, parse_plan
 from megatron_ft.launcher.proposals import Planner, best
 from megatron_ft.model import cost
 from megatron_ft.model.families import PRESETS
@@ -95,6 +97,22 @@ def test_a_layout_that_does_not_fit_is_reported_with_ones_that_do_or_other_optio
     words = "--preset starcoderbase --nodes 1 --gpus-per-node 1 --gpu v100-16gb --lora_rank 16".split()
     done = plan(*words, ok=False)
     assert done.returncode == 1 and "options: more nodes" in done.stdout and "--lora-rank 16" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--dataset-tokens -5", "--dataset-tokens -5: must be above 0 and at most 1e+14"),
+        ("--dataset-tokens nan", "--dataset-tokens nan: must be above 0"),
+        ("--dataset-tokens 1e30 --train-epochs 1", "--dataset-tokens 1e+30: must be above 0 and at most 1e+14"),
+        ("--document-tokens 0", "--document-tokens 0: must be above 0"),
+        ("--seq-length 9999", "--seq-length 9999 exceeds the model's 8192 positions"),  # as training would
+    ],
+)
+def test_impossible_numbers_are_one_line(words, message):
+    options = ["--preset", "starcoderbase", "--gpu", "h100-80gb", *words.split()]
+    with pytest.raises(UserError, match=f"^{re.escape(message)}"):
+        make_plan(*parse_plan(options))
 
 
 def test_steps_and_hours_follow_from_the_data_and_the_length(tmp_path):

@@ -16,7 +16,8 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from megatron_ft.config.parser import Help, Parser
 from megatron_ft.errors import run_program
-from megatron_ft.metrics.report import RunLog, render, render_several, write_page
+from megatron_ft.files.output import STANDARD_OUTPUT, OutputFile, writing
+from megatron_ft.metrics.report import RunLog, render, render_several
 from megatron_ft.printable import printable
 
 
@@ -32,11 +33,13 @@ def main() -> None:
     )
     args = parser.parse_args()
     runs = [RunLog.read(run) for run in args.runs]
-    if len(runs) == 1:
-        path = write_page(render(runs[0]), args.output or args.runs[0] / "report.html")
-    else:
-        path = write_page(render_several(runs), args.output or Path("report.html"))
-    print(printable(path))
+    page = render(runs[0]) if len(runs) == 1 else render_several(runs)
+    path = args.output or (args.runs[0] if len(runs) == 1 else Path()) / "report.html"
+    with writing(path), OutputFile(path) as output:
+        output.write(page.encode())
+        output.commit()
+    if str(path) not in STANDARD_OUTPUT:
+        print(printable(path))
 
 
 if __name__ == "__main__":

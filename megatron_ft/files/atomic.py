@@ -27,7 +27,14 @@ def sync_path(path: Path) -> None:
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Replace a small file; after a crash it has either the old content or the new."""
+    """Replace a small file; after a crash it has either the old content or the new.
+
+    A device or a pipe is written to, not replaced.
+    """
+    if path.exists() and not path.is_file():  # opening a directory raises OSError
+        with open(path, "wb") as file:
+            file.write(content)
+        return
     new = path.with_name(f".{path.name}.new")
     with open(new, "wb") as file:
         file.write(content)

@@ -16,7 +16,7 @@ from pathlib import Path
 from megatron_ft.config.config_file import KEPT
 from megatron_ft.errors import UserError
 from megatron_ft.files.atomic import replace_file
-from megatron_ft.files.os_error import remedy
+from megatron_ft.files.output import writing
 from megatron_ft.metrics import chart
 from megatron_ft.metrics.chart import Curve, curve
 from megatron_ft.metrics.evaluations import read_scores
@@ -104,15 +104,9 @@ def write_report(save_dir: Path) -> Path:
 
     Raises UserError if there are no steps, or if the page cannot be written.
     """
-    return write_page(render(RunLog.read(save_dir)), save_dir / "report.html")
-
-
-def write_page(page: str, path: Path) -> Path:
-    """Write a page to `path`, and return that. Raises UserError."""
-    try:
+    page, path = render(RunLog.read(save_dir)), save_dir / "report.html"
+    with writing(path):
         replace_file(path, page.encode())
-    except OSError as error:
-        raise UserError(f"{path} cannot be written ({error.strerror}); {remedy(error, 'free disk space')}") from error
     return path
 
 

@@ -12,6 +12,7 @@ import zstandard
 from conftest import ROOT
 
 from megatron_ft.errors import UserError
+from megatron_ft.files.atomic import replace_file
 from megatron_ft.files.output import OutputFile, scratch_directory
 
 
@@ -131,3 +132,12 @@ def test_a_stopped_program_removes_its_temporary_files(tmp_path, stop, status):
     process.send_signal(stop)
     assert process.wait(timeout=120) == status
     assert b"Traceback" not in process.stderr.read() and os.listdir(tmp_path) == []
+
+
+def test_a_small_file_goes_into_a_pipe_and_does_not_replace_it(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    replace_file(pipe, b"page")
+    assert os.read(reader, 9) == b"page" and pipe.is_fifo()
+    os.close(reader)

@@ -78,7 +78,7 @@ def test_a_report_that_cannot_be_written_is_one_warning_of_a_finished_run(tmp_pa
     assert len(lines) == 1 and lines[0].isprintable()
     assert "Is a directory" in lines[0] and "python launch/report.py" in lines[0]
     line = one_error_line(run_program("launch/report.py", save, ok=False))
-    assert "report.html cannot be written" in line
+    assert "report.html: cannot be written" in line
 
 
 def test_a_log_without_a_usable_line_gives_no_report_and_no_error(tmp_path, capsys):

@@ -56,6 +56,14 @@ def test_report_of_a_directory_that_is_not_a_run_names_it(two_runs, tmp_path):
     assert f"{tmp_path}: no metrics.jsonl with steps" in line
 
 
+def test_page_goes_to_a_pipe_or_a_new_folder_and_never_over_a_folder(two_runs, tmp_path):
+    assert run_program("launch/report.py", two_runs[0], "--output", "-").stdout.endswith("</html>\n")
+    page = tmp_path / "new/page.html"
+    assert run_program("launch/report.py", two_runs[0], "--output", page).stdout == f"{page}\n" and page.is_file()
+    line = one_error_line(run_program("launch/report.py", two_runs[0], "--output", tmp_path, ok=False))
+    assert f"{tmp_path}: cannot be written (Is a directory); choose another path" in line
+
+
 def test_noisy_curves_are_smoothed_and_rates_are_not():
     points = [(step, float(step % 2)) for step in range(SMOOTHED)]
     for noisy, lines in ((True, 2), (False, 1)):

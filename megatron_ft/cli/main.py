@@ -8,9 +8,11 @@ A program runs as its own process, from the same file as `python preprocess/toke
 checkout.
 """
 
+import difflib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from megatron_ft import __version__
 from megatron_ft.cli.commands import Command, all_commands
@@ -37,8 +39,20 @@ def main() -> int:
     if listed and words[len(group) :] in ([], ["-h"], ["--help"]) or group in ([], ["-h"], ["--help"]):
         print(help_text(listed or list(commands.values()), group if listed else []))
         return EXIT_DONE
-    shown = " ".join(words[: 2 if listed else 1])
-    raise UserError(f"{shown}: no such command; {NAME}{' ' + group[0] if listed else ''} --help lists them")
+    shown = words[: 2 if listed else 1]
+    near = nearest(shown[-1], commands)
+    hint = f"did you mean {NAME} {' '.join(near.words)}? " if near else ""
+    raise UserError(
+        f"{' '.join(shown)}: no such command; {hint}{NAME}{' ' + group[0] if listed else ''} --help lists them"
+    )
+
+
+def nearest(word: str, commands: Mapping[tuple[str, ...], Command]) -> Command | None:
+    """The command that `word` probably means: a typing error, no group or another, or a file."""
+    last_words = {words[-1]: command for words, command in commands.items()}
+    name = Path(word).stem.replace("_", "-")
+    found = difflib.get_close_matches(name, last_words, n=1, cutoff=0.75)
+    return last_words[found[0]] if found else None
 
 
 def become(command: Command, arguments: Sequence[str]) -> None:

@@ -77,9 +77,9 @@ class Parser(argparse.ArgumentParser):
 
         It is left out where `words` have its flag, or one that excludes it.
         """
-        positionals = {a.dest.replace("_", "-"): a for a in self._get_positional_actions()}
+        positionals = self._get_positional_actions()
         option = ""
-        if action := positionals.get(setting.key):
+        if action := next((a for a in positionals if setting.key in _names(a)), None):
             action.nargs = "?" if action.nargs is None else "*" if action.nargs == "+" else action.nargs
         else:
             option = setting.option(self.settable, {})
@@ -121,6 +121,12 @@ class Parser(argparse.ArgumentParser):
             else:
                 settings[key] = _plain(value)
         return settings
+
+
+def _names(positional: argparse.Action) -> set[str]:
+    """What a file may call an argument without a flag: its name, or the one in --help."""
+    shown = positional.metavar if isinstance(positional.metavar, str) else positional.dest
+    return {name.lower().replace("_", "-") for name in (positional.dest, shown)}
 
 
 def _plain(value: Any) -> Any:

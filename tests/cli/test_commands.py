@@ -31,8 +31,15 @@ def test_program_becomes_the_process_and_is_named_as_it_was_called():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["tokenizer"], "error: tokenizer: no such command; megatron-ft --help lists them"),
-        (["dataset", "mixx"], "error: dataset mixx: no such command; megatron-ft dataset --help lists them"),
+        (
+            ["tokenizer"],
+            "error: tokenizer: no such command; did you mean megatron-ft tokenize? megatron-ft --help lists",
+        ),
+        (["convert", "verify"], "error: convert verify: no such command; did you mean megatron-ft verify? "),
+        (
+            ["dataset", "mixx"],
+            "error: dataset mixx: no such command; did you mean megatron-ft dataset mix? megatron-ft dataset --help",
+        ),
         (["completion", "tcsh"], "error: completion: expected one of bash, zsh, fish"),
     ],
 )

@@ -104,6 +104,13 @@ def test_what_is_wrong_in_a_file_is_one_line(text, message, config):
         parser().parse_args([*config(text), "rows"])
 
 
+@pytest.mark.parametrize("key", ["rows", "row"])
+def test_argument_without_a_flag_has_its_name_or_that_of_help(key, config):
+    reader = Parser(allow_abbrev=False)
+    reader.add_argument("rows", nargs="+", metavar="ROW")
+    assert reader.parse_args(config(f"{key}: [a, b]")).rows == ["a", "b"]
+
+
 def test_missing_file_is_one_line():
     with pytest.raises(UserError, match="nowhere.yaml: no such file"):
         parser().parse_args(["--config", "nowhere.yaml"])

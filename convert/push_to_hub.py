@@ -20,7 +20,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # not this folder: its f
 from megatron_ft.config.parser import Help, Parser
 from megatron_ft.errors import EXIT_DONE, run_program
 from megatron_ft.printable import printable
-from megatron_ft.publishing.hub import Destination, files_to_publish, push
+from megatron_ft.publishing.hub import Destination, check_repository, files_to_publish, push
 from megatron_ft.publishing.model_card import About, model_card, read_report
 
 
@@ -39,6 +39,7 @@ def main() -> int:
     add("--message", default="Upload model", help="message of the commit")
     add("--dry-run", action="store_true", help="print the card and the files, and send nothing")
     args = parser.parse_args()
+    check_repository(args.repo)
     files = files_to_publish(args.directory)
     report = read_report(args.evaluation) if args.evaluation else None
     metadata = {"license": args.license, "base_model": args.base_model}

@@ -19,9 +19,20 @@ class LoadedModel:
 
     def complete(self, prompt: str, max_new_tokens: int = 64, **generation: Any) -> str:
         """The text that the model writes after `prompt`; greedy unless `generation`, arguments of
-        transformers' generate(), sample. Ends at end-of-text."""
+        transformers' generate(), sample. Ends at end-of-text. Raises UserError if there is no room
+        for that, or no prompt."""
         encoded = self.tokenizer(prompt, return_tensors="pt").to(self.model.device)
         ids = encoded["input_ids"]
+        if ids.shape[1] == 0:
+            raise UserError("the prompt is empty; give some text to complete")
+        if max_new_tokens < 1:
+            raise UserError(f"max_new_tokens {max_new_tokens}: must be at least 1")
+        positions = getattr(self.model.config, "max_position_embeddings", None)
+        if positions is not None and ids.shape[1] + max_new_tokens > positions:
+            raise UserError(
+                f"a prompt of {ids.shape[1]:,} tokens and max_new_tokens {max_new_tokens:,} exceed the model's "
+                f"{positions:,} positions; shorten the prompt, or use fewer new tokens"
+            )
         end = self.model.config.eos_token_id
         options = {"do_sample": False, "pad_token_id": end, **generation}
         written = self.model.generate(

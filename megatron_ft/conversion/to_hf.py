@@ -13,7 +13,7 @@ from megatron_ft.conversion.converted import Converted
 from megatron_ft.errors import UserError
 from megatron_ft.model.families import family_of
 from megatron_ft.model.peft_tensors import hf_targets
-from megatron_ft.printable import printable
+from megatron_ft.printable import counted, printable
 from megatron_ft.progress import Progress
 from megatron_ft.tokenizer.consumer import check_ids_fit
 from megatron_ft.tokenizer.export import write_tokenizer
@@ -137,7 +137,7 @@ def write_model(source: WeightSource, found: FoundTokenizer | None, rows: int, a
         args_of_run = card_args(source.args, shown)
         write_model_card(directory, name=output.name, shape=shape, facts=facts, args=args_of_run)
     print(
-        f"{output}: {len(source.names())} tensors, {nbytes / 1e9:.2f} GB in {len(files)} files, "
+        f"{output}: {len(source.names())} tensors, {nbytes / 1e9:.2f} GB in {counted(len(files), 'file')}, "
         f"{facts['precision']}, {facts['embedding rows']} embedding rows"
     )
     print(f"check it: python convert/verify.py {args.load} {output}")

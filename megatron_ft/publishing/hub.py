@@ -47,6 +47,18 @@ def files_to_publish(directory: Path) -> list[Path]:
     return files
 
 
+def check_repository(repo: str) -> None:
+    """Raise UserError if this cannot be the name of a repository; asks nobody."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        reason = str(error).rstrip(".")
+        raise UserError(f"{repo!r}: not a name of a repository ({reason}); give NAME or OWNER/NAME") from None
+
+
 def push(files: list[Path], card: str, destination: Destination, message: str) -> str:
     """Create the repository if there is none, upload everything, and return the commit's address.
 
@@ -84,12 +96,10 @@ def upload(api, operation: "CommitOperationAdd", destination: Destination) -> No
 @contextmanager
 def one_line_errors(destination: Destination) -> Iterator[None]:
     """Raise UserError for what the Hub refuses, and for a connection that fails."""
-    from huggingface_hub.errors import HFValidationError, HTTPError  # the latter is that of its HTTP client
+    from huggingface_hub.errors import HTTPError  # that of its HTTP client
 
     try:
         yield
-    except HFValidationError as error:
-        raise UserError(f"{destination.repo}: not a name of a repository ({error}); give NAME or OWNER/NAME") from None
     except (HTTPError, OSError, ValueError, RuntimeError) as error:
         raise UserError(printable(reason(error, destination))) from None
 

@@ -139,3 +139,9 @@ def test_refusals_report_one_line(hub, model, tmp_path, case):
 def test_a_directory_that_is_no_model_is_refused(hub, tmp_path):
     line = one_error_line(push(hub, tmp_path, "me/model", ok=False))
     assert "not a Hugging Face model with safetensors" in line and hub.requests == []
+
+
+@pytest.mark.parametrize("repo", ["me/my model", "a/b/c", ""])
+def test_impossible_name_is_refused_in_a_dry_run_too(model, repo):
+    done = run_program("convert/push_to_hub.py", model, repo, "--dry-run", ok=False)
+    assert one_error_line(done).startswith(f"error: {repo!r}: not a name of a repository (") and not done.stdout

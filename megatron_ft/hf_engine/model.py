@@ -3,9 +3,11 @@
 import importlib.util
 import inspect
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -37,8 +39,13 @@ def read_config(point: StartingPoint) -> Any:
         )
     try:
         return AutoConfig.from_pretrained(point.model)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"{where}: transformers cannot read it: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # of many types, and of other packages
+        raise UserError(f"{where}: transformers cannot read it: {in_one_line(error)}") from error
+
+
+def in_one_line(error: Exception) -> str:
+    """The text of another package's error."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def positions_of(config: Any) -> int | None:
@@ -82,7 +89,8 @@ def attention_of(config: Config, device: torch.device) -> str | None:
 def load_model(directory: Path, model_config: Any, config: Config, device: torch.device) -> PreTrainedModel:
     """The model of a Hugging Face directory, on the CPU unless its weights are quantized.
 
-    Raises UserError if transformers cannot load it, and for weights that are missing.
+    Raises UserError if transformers cannot load it, and for weights that are missing or of other
+    sizes than its configuration has.
     """
     options: dict[str, Any] = {}
     if config.lora.quantize_base:
@@ -95,11 +103,20 @@ def load_model(directory: Path, model_config: Any, config: Config, device: torch
             dtype=weights_dtype(config),
             attn_implementation=attention_of(config, device),
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # which are refused below, by name
             **options,
         )
+    except (SafetensorError, UnpicklingError) as error:
+        raise UserError(f"{directory}: damaged weights ({in_one_line(error)}); copy it again") from error
     except (OSError, ValueError, RuntimeError, ImportError) as error:
-        raise UserError(f"{directory}: transformers cannot load it: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{directory}: transformers cannot load it: {in_one_line(error)}") from error
     model, report = loaded
+    if mismatched := sorted(report["mismatched_keys"]):
+        name, stored, expected = mismatched[0]
+        raise UserError(
+            f"{directory}: {name} is {list(stored)}, but {list(expected)} by {CONFIG} ({len(mismatched)} differ); "
+            "copy both from the same model"
+        )
     if missing := sorted(report["missing_keys"]):
         raise UserError(f"{directory}: has no weights for {missing[0]} ({len(missing)} are missing); copy it again")
     if "position_ids" not in inspect.signature(model.forward).parameters:

@@ -146,6 +146,30 @@ def test_models_that_cannot_be_trained_are_refused_before_anything_is_loaded(fla
         read_config(find_start(str(model), "latest", adapters=False))
 
 
+def test_models_that_are_damaged_report_one_line_errors(flags, tmp_path):
+    from megatron_ft.hf_engine.model import load_model, read_config
+    from megatron_ft.hf_engine.start import find_start
+
+    model = tiny_model("llama", tmp_path / "llama")
+    config, weights = model / "config.json", model / "model.safetensors"
+
+    def error_of_loading() -> str:
+        point = find_start(str(model), "latest", adapters=False)
+        with pytest.raises(UserError) as error:
+            load_model(model, read_config(point), parse([*flags, "--load", str(model)]), torch.device("cpu"))
+        assert "\n" not in str(error.value)
+        return str(error.value)
+
+    good = json.loads(config.read_text())
+    config.write_text(json.dumps({**good, "hidden_size": "32"}))
+    assert "config.json: transformers cannot read it: Validation error for field 'hidden_size'" in error_of_loading()
+    config.write_text(json.dumps({**good, "intermediate_size": 2 * good["intermediate_size"]}))
+    assert "mlp.down_proj.weight is [" in error_of_loading()
+    config.write_text(json.dumps(good))
+    weights.write_bytes(weights.read_bytes()[:5000])
+    assert "damaged weights (Error while deserializing header" in error_of_loading()
+
+
 def test_missing_packages_are_refused_before_anything_is_loaded(flags, tmp_path):
     if shutil.which("nvidia-smi"):
         pytest.skip("bitsandbytes may be installed next to a GPU")

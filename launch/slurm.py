@@ -16,6 +16,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 from megatron_ft.config.parser import Help, Parser
 from megatron_ft.errors import UserError, run_program
 from megatron_ft.files.atomic import replace_file
+from megatron_ft.files.output import writing
 from megatron_ft.launcher.command import PROGRAMS, ROOT
 from megatron_ft.printable import printable
 
@@ -31,14 +32,15 @@ def main() -> None:
     if args.directory.resolve() == ROOT:
         raise UserError(f"{args.directory}: this checkout has the scripts; give another directory")
     names = sorted(str(path.relative_to(PROGRAMS)) for path in (PROGRAMS / "slurm").glob("*.sh"))
-    kept = [name for name in [JOB, *names, "slurm/cluster.env.example"] if not write(args.directory, name)]
-    settings = args.directory / "slurm/cluster.env"
-    if settings.exists():
-        kept.append("slurm/cluster.env")
-    else:
-        replace_file(settings, with_venv((PROGRAMS / "slurm/cluster.env.example").read_text(encoding="utf-8")).encode())
+    settings, example = args.directory / "slurm/cluster.env", "slurm/cluster.env.example"
+    with writing(args.directory):
+        kept = [name for name in [JOB, *names, example] if not write(args.directory, name)]
+        if settings.exists():
+            kept.append("slurm/cluster.env")
+        else:
+            replace_file(settings, with_venv((PROGRAMS / example).read_text(encoding="utf-8")).encode())
     if kept:
-        print(printable(f"kept in {args.directory}, which has its own: {', '.join(kept)}"))
+        print(printable(f"kept your own files in {args.directory}: {', '.join(kept)}"))
     print(printable(f"edit {settings}, then: cd {args.directory} && bash slurm/finetune_starcoderbase_1b.sh"))
 
 

@@ -48,6 +48,12 @@ def test_unknown_command_is_one_line(words, message):
     assert one_error_line(done).startswith(message) and done.returncode == 2
 
 
+def test_scripts_for_jobs_are_not_written_below_a_file(tmp_path):
+    (tmp_path / "rows.jsonl").touch()
+    line = one_error_line(run_program("launch/slurm.py", "init", tmp_path / "rows.jsonl", ok=False))
+    assert "rows.jsonl: cannot be written (Not a directory); choose another path" in line
+
+
 def test_candidates():
     assert candidates(COMMANDS, ["to"]) == ["tokenize"]
     assert candidates(COMMANDS, ["dataset", "near"]) == ["near-dedup"]

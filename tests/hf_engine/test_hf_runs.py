@@ -1,15 +1,18 @@
 """Complete runs of `--engine transformers`: equal to the Megatron-Core engine, resumed bitwise,
-data parallel, ended by signals."""
+data parallel, ended by signals; with adapters of each kind."""
 
+import importlib.util
 import json
 import signal
 from pathlib import Path
 
 import pytest
+import torch
 from checkpoint_runs import Ranks, wait_for_iteration
 from hf_runs import column, lines, train, write_adapters
 from ranks import run_ranks
 from safetensors.torch import load_file
+from torch.distributed.checkpoint import FileSystemReader
 
 from megatron_ft.checkpoint.resume import newest_manifest
 from megatron_ft.config.arguments import parse_args
@@ -93,6 +96,61 @@ def test_lora_steps_equal_the_megatron_core_engine(runs, golden):
     )
 
 
+def is_sharded(checkpoint: Path) -> bool:
+    """Whether ranks had parts of the optimizer's moments, not copies."""
+    content = FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+    return any(len(content[name].chunks) > 1 for name in content if name.endswith("exp_avg"))
+
+
+def loaded_by_peft(result: Path, base: torch.nn.Module) -> torch.nn.Module:
+    """The base with the adapters of a checkpoint, whose weights PEFT has all found."""
+    from peft import PeftModel
+    from peft.utils import get_peft_model_state_dict
+
+    model = PeftModel.from_pretrained(base, result)
+    written, read = load_file(result / "adapter_model.safetensors"), get_peft_model_state_dict(model)
+    assert written.keys() == read.keys() and all(torch.equal(written[name], read[name]) for name in written)
+    return model
+
+
+@pytest.mark.slow
+def test_dora_on_ranks_with_copies_continues_on_one(runs, golden):
+    from transformers import AutoModelForCausalLM
+
+    flags = f"{NO_DROPOUT} {LORA} --lora-dora --train-iters 4"
+    one = runs("dora", flags)
+    save = runs("dora-copies", f"{flags} --no-use-distributed-optimizer --exit-interval 2", ranks=2)
+    assert not is_sharded(save / "iter_0000002")
+    assert runs("dora-copies", flags) == save
+    assert len(lines(save)) == 4
+    close(save, one)
+    result = save / "iter_0000004"
+    assert json.loads((result / "adapter_config.json").read_text())["use_dora"] is True
+    base = AutoModelForCausalLM.from_pretrained(golden / "hf/hf_tiny")
+    lengths = base.get_submodule("transformer.h.0.attn.c_attn").weight.norm(dim=1)
+    loaded = loaded_by_peft(result, base)
+    (trained,) = (w for name, w in loaded.named_parameters() if "h.0.attn.c_attn.lora_magnitude_vector" in name)
+    assert trained.shape == lengths.shape and 0 < (trained - lengths).abs().max() < 1e-2 * lengths.max()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not importlib.util.find_spec("bitsandbytes"), reason="bitsandbytes is not installed")
+def test_qlora_on_two_ranks_equals_lora_on_the_dequantized_base(runs, golden):
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    quantized = AutoModelForCausalLM.from_pretrained(
+        golden / "hf/hf_tiny", quantization_config=nf4, dtype=torch.float32, device_map={"": "cpu"}
+    )
+    dequantized = runs.folder / "dequantized"
+    quantized.dequantize().save_pretrained(dequantized)
+    flags = f"{NO_DROPOUT} {LORA} --train-iters 4"
+    qlora = runs("qlora", f"{flags} --quantize-base nf4", ranks=2)
+    assert not is_sharded(qlora / "iter_0000004")
+    close(qlora, runs("lora-dequantized", f"{flags} --load {dequantized}"))
+    loaded_by_peft(qlora / "iter_0000004", AutoModelForCausalLM.from_pretrained(golden / "hf/hf_tiny"))
+
+
 def test_ranks_that_shard_the_model_stop_together_and_continue_as_one(runs, one_rank):
     """Two processes under FSDP2 until a signal to one of them, then a single process."""
     flags = f"{NO_DROPOUT} {SCHEDULE}"
@@ -101,6 +159,7 @@ def test_ranks_that_shard_the_model_stop_together_and_continue_as_one(runs, one_
     assert len(lines(save)) == 12
     saved = json.loads((save / "iter_0000012/config.json").read_text())
     assert saved["architectures"] == ["GPTBigCodeForCausalLM"] and saved["use_cache"] is True
+    assert is_sharded(save / "iter_0000012")
     assert runs("two", flags) == save
     close(save, one_rank)
 

@@ -104,7 +104,7 @@ def test_slurm_scripts_are_set_up_and_find_the_programs(run, trained):
     tokenizer = FIXTURES / "tokenizer.json"
     printed = run("megatron-ft", "slurm", "init", "jobs").stdout
     assert "edit jobs/slurm/cluster.env" in printed and "kept" not in printed
-    flags = ["--preset", "tiny", "--seq-length", "256", "--from-scratch"]
+    flags = ["--preset", "tiny", "--seq-length", "256", "--from-scratch", "--global-batch-size", "8"]
     env = {"MEGATRON_FT_CHECK": "8", "TOKENIZER_FILE": str(tokenizer), "SAVE": "runs"}
     script = "jobs/slurm/finetune_starcoderbase_1b.sh"
     run("bash", script, *flags, **env, DATA_PREFIX=str(run.work / "data"))

@@ -13,7 +13,7 @@ wheels="${1:-}"
 pip=(python -m pip install --no-cache-dir --disable-pip-version-check)
 if [ -n "$wheels" ]; then
   [ -d "$wheels" ] || { echo "error: $wheels: no such folder of wheels in $PWD" >&2; exit 2; }
-  pip+=(--no-index --find-links "$wheels")
+  export PIP_NO_INDEX=1 PIP_FIND_LINKS="$wheels"
 fi
 scratch="$(mktemp -d)"
 trap 'rm -rf "$scratch"' EXIT

@@ -41,7 +41,7 @@ def test_both_recipes_start_from_the_same_pinned_image():
 FAKE_PYTHON = """#!/usr/bin/env bash
 # Records what pip is asked for; every other call is the real Python's.
 if [ "$1 $2" = "-m pip" ]; then
-  echo "$*" >>"$PIP_LOG"
+  echo "$* ${PIP_NO_INDEX:+from $PIP_FIND_LINKS}" >>"$PIP_LOG"
   for word in "$@"; do [[ $word == */others.txt ]] && cp "$word" "$PIP_LOG.requirements"; done
   [[ "$*" == *"$BREAK_AT"* ]] && echo 9.9.9 >"$PIP_LOG.torch"
   exit 0
@@ -79,6 +79,15 @@ def test_torch_of_the_image_is_neither_asked_for_nor_replaced(tmp_path):
         assert "--no-cache-dir" in call
     done, _ = install(tmp_path, break_at="others.txt")
     assert done.returncode == 1 and "torch of the image was replaced by torch==9.9.9" in done.stderr
+
+
+def test_with_a_wheelhouse_nothing_is_downloaded(tmp_path):
+    wheels = tmp_path / "wheels"
+    wheels.mkdir()
+    done, calls = install(tmp_path, wheels)
+    assert done.returncode == 0, done.stderr
+    assert len(calls) == 4 and all(call.endswith(f" from {wheels}") for call in calls)
+    assert not any(" from " in call for call in install(tmp_path)[1][4:])
 
 
 def test_a_wheelhouse_that_does_not_exist_is_refused(tmp_path):

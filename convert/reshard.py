@@ -14,6 +14,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # not this folder: its f
 
 
 from megatron_ft.config.parser import Help, Parser
+from megatron_ft.conversion.flags import add_checkpoint
 from megatron_ft.errors import UserError, run_program
 from megatron_ft.weights.locate import HUGGING_FACE, check_readable
 from megatron_ft.weights.output_directory import check_output
@@ -22,13 +23,8 @@ from megatron_ft.weights.output_directory import check_output
 def main() -> None:
     """Parse the flags, open the checkpoint, rewrite it in its format."""
     parser = Parser(description=__doc__, formatter_class=Help, allow_abbrev=False)
+    add_checkpoint(parser)
     add = parser.add_argument
-    add("--load", required=True, metavar="DIR", help="checkpoint: a run's directory, or one iteration's")
-    add(
-        "--iteration",
-        default="latest",
-        help="a number, 'best' (lowest validation loss), 'release', or 'latest' (the tracker file's)",
-    )
     add("--save", required=True, metavar="OUT", help="new checkpoint directory")
     add("--tensor-parallel", type=int, required=True, metavar="T", help="tensor-parallel ranks")
     add("--pipeline-parallel", type=int, default=1, metavar="P", help="pipeline stages")

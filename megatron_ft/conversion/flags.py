@@ -15,16 +15,23 @@ from megatron_ft.weights.output_directory import check_layout, check_output
 from megatron_ft.weights.precision import PRECISIONS
 
 
-def to_hf_parser(description: str | None = None) -> Parser:
-    """The parser of convert/megatron_to_hf.py, which `description` describes."""
-    parser = Parser(description=description, formatter_class=Help, allow_abbrev=False)
-    add = parser.add_argument
-    add("--load", required=True, metavar="DIR", help="checkpoint: a run's directory, or one iteration's")
-    add(
+def add_checkpoint(parser: Parser) -> None:
+    """Add --load and --iteration, which checkpoint of a run to read."""
+    parser.add_argument(
+        "--load", required=True, metavar="DIR", help="checkpoint: a run's directory, or one iteration's"
+    )
+    parser.add_argument(
         "--iteration",
         default="latest",
         help="a number, 'best' (lowest validation loss), 'release', or 'latest' (the tracker file's)",
     )
+
+
+def to_hf_parser(description: str | None = None) -> Parser:
+    """The parser of convert/megatron_to_hf.py, which `description` describes."""
+    parser = Parser(description=description, formatter_class=Help, allow_abbrev=False)
+    add_checkpoint(parser)
+    add = parser.add_argument
     add("--output", required=True, metavar="DIR", help="new Hugging Face directory")
     add("--tokenizer-file", metavar="FILE", help="tokenizer.json or SentencePiece model (default: the run's own)")
     add("--tokenizer-from", metavar="DIR", help="Hugging Face directory to copy the tokenizer files from")

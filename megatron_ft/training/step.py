@@ -11,6 +11,7 @@ import math
 import threading
 import time
 from dataclasses import fields
+from typing import NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -127,5 +128,5 @@ class Step:
             return signals.reason()
         return f"--exit-duration-in-mins {run.config.logging.exit_duration_in_mins:g}" if overtime else None
 
-    def _end(self, what: str, losses: list[float]) -> None:
+    def _end(self, what: str, losses: list[float]) -> NoReturn:
         end_nonfinite(self._run, what, self._reader, self.micro_batches, losses)

@@ -41,7 +41,7 @@ class Installed:
         return cls(
             transformer_engine=_version("transformer-engine") if _importable() else None,
             flash_attention_2=flash and _version("flash-attn") is not None,
-            flash_attention_3=flash and importlib.util.find_spec("flash_attn_3") is not None,
+            flash_attention_3=flash and _version("flash-attn-3") is not None,
             cudnn=torch.backends.cudnn.version() or 0 if gpu and fused else 0,
             capability=torch.cuda.get_device_capability() if gpu else None,
         )
@@ -95,16 +95,16 @@ def _why_no_attention(config: Config, installed: Installed) -> str | None:
         return "Transformer Engine has no attention kernel for packed rows before the A100"
     if installed.flash_attention_2:
         return None
-    dropout, window = config.shape.attention_dropout, getattr(config.shape, "window_size", None)
+    dropout, window = config.shape.attention_dropout, config.shape.window_size
     # cuDNN takes packed rows from Hopper on, and a window only without dropout.
     if installed.capability >= (9, 0) and installed.cudnn >= CUDNN_FOR_PACKED_ROWS and not (window and dropout):
         return None
     if installed.flash_attention_3 and installed.capability == (9, 0) and not dropout:
         return None
-    needed = "install flash-attn 2" + (
-        ", or set --attention-dropout 0" if dropout and installed.flash_attention_3 else ""
-    )
-    return f"Transformer Engine has no attention kernel for packed rows here ({needed})"
+    remedy = "install flash-attn 2"
+    if dropout and installed.flash_attention_3:
+        remedy += ", or set --attention-dropout 0"
+    return f"Transformer Engine has no attention kernel for packed rows here ({remedy})"
 
 
 def fuses_gradient_accumulation(config: Config) -> bool:

@@ -55,7 +55,7 @@ MARKED = PLAIN.replace(
 )
 # Spans begin and end inside of tokens, and may be empty.
 GLUED = (
-    "{% for m in messages %}{% if m['role'] == 'assistant' %}{% generation %} {{ m['content'] }}{% endgeneration %}"
+    "{% for m in messages %}{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}{% endgeneration %}"
     "{% else %}{{ m['content'] }}{% endif %}{% endfor %}"
 )
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}

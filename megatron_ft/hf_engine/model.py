@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import is_flash_attn_2_available
 
 from megatron_ft.config.config import Config
@@ -78,12 +78,14 @@ def weights_dtype(config: Config) -> torch.dtype:
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[config.precision.name]
 
 
-def attention_of(config: Config, device: torch.device) -> str | None:
-    """transformers' name of the attention: variable-length flash attention where it is installed;
-    None: torch's where the model has it, with a mask that separates the documents."""
+def attention_of(model_config: Any, config: Config, device: torch.device) -> str | None:
+    """transformers' name of the attention: variable-length flash attention where it is installed
+    and the model takes it; None: torch's where the model has it, with a mask that separates the
+    documents."""
     half = config.precision.name != "fp32"
     varlen = device.type == "cuda" and half and config.data.reset_attention_mask and is_flash_attn_2_available()
-    return FLASH if varlen else None
+    takes_it = getattr(MODEL_FOR_CAUSAL_LM_MAPPING[type(model_config)], "_supports_flash_attn", False)
+    return FLASH if varlen and takes_it else None
 
 
 def load_model(directory: Path, model_config: Any, config: Config, device: torch.device) -> PreTrainedModel:
@@ -101,7 +103,7 @@ def load_model(directory: Path, model_config: Any, config: Config, device: torch
             directory,
             config=model_config,
             dtype=weights_dtype(config),
-            attn_implementation=attention_of(config, device),
+            attn_implementation=attention_of(model_config, config, device),
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # which are refused below, by name
             **options,
@@ -184,13 +186,14 @@ def fit_vocabulary(model: Any, tokens: int, config: Config) -> str | None:
     return f"the tokenizer has {tokens} tokens, the model {known}: {tokens - known} new ones begin as the mean of the others"
 
 
-def logits_of(model: nn.Module, micro: MicroBatch, config: Config) -> Tensor:
-    """Logits [1, t, vocabulary] of a micro-batch.
+def logits_of(model: nn.Module, micro: MicroBatch, config: Config, attention: str | None) -> Tensor:
+    """Logits [1, t, vocabulary] of a micro-batch; `attention` is transformers' name of the model's.
 
     Positions separate the documents: transformers derives bounds or a mask from them where there is
-    no mask and no cache. A mask of ones lets documents of a sequence see each other.
+    no mask and no cache; bounds, for flash attention, only from a single row. A mask of ones lets
+    documents of a sequence see each other.
     """
-    rows = config.training.micro_batch_size
+    rows = 1 if attention == FLASH else config.training.micro_batch_size
     tokens, positions = micro.tokens.view(rows, -1), micro.position_ids.view(rows, -1)
     mask = None if config.data.reset_attention_mask else torch.ones_like(tokens)
     output = model(input_ids=tokens, position_ids=positions, attention_mask=mask, use_cache=False)

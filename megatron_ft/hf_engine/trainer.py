@@ -249,7 +249,7 @@ class PackedTrainer(Trainer):
                 check_isolation(self.model_wrapped, self.model_config.model_type, self.args.device)
 
     def _logits(self, model: nn.Module, micro: MicroBatch) -> Tensor:
-        logits = logits_of(model, micro, self.config)
+        logits = logits_of(model, micro, self.config, self.model_config._attn_implementation)
         return logits if self.vocab_size is None else logits[..., : self.vocab_size]
 
     def _token_losses(self, logits: Tensor, micro: MicroBatch) -> Tensor:

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -41,7 +42,8 @@ def test_loss_and_gradients_equal_documents_one_by_one(kind, flags, tmp_path):
     packed, single = (load_model(directory, read_config(point), config, cpu).eval() for _ in range(2))
     batch = random_batch(3, 2, 96, 4, VOCABULARY)
     micro = micro_batch_from(batch, batch.loss_mask, "token", [0, 1])
-    losses = F.cross_entropy(logits_of(packed, micro, config)[0], micro.labels[0], reduction="none")
+    logits = logits_of(packed, micro, config, packed.config._attn_implementation)
+    losses = F.cross_entropy(logits[0], micro.labels[0], reduction="none")
     loss = (losses * micro.weights[0]).sum() / micro.weight
     loss.backward()
 
@@ -68,6 +70,41 @@ def test_loss_and_gradients_equal_documents_one_by_one(kind, flags, tmp_path):
     if kind != "gpt_bigcode":  # learned positions end at 128, those of the probe at 16
         with pytest.raises(UserError, match="does not keep the documents of a packed sequence apart"):
             check_isolation(Leaking(), kind, cpu)
+
+
+@pytest.mark.parametrize(("kind", "expected"), [("llama", "flash_attention_2"), ("xglm", None)])
+def test_flash_attention_is_chosen_for_models_that_take_it(kind, expected, flags, tmp_path, monkeypatch):
+    from transformers import CONFIG_MAPPING
+
+    from megatron_ft.hf_engine import model
+
+    monkeypatch.setattr(model, "is_flash_attn_2_available", lambda: True)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
+    config = parse([*flags, "--load", str(tmp_path), "--bf16"])
+    assert model.attention_of(CONFIG_MAPPING[kind](), config, torch.device("cuda")) == expected
+    assert model.attention_of(CONFIG_MAPPING[kind](), config, torch.device("cpu")) is None
+
+
+def test_flash_attention_gets_rows_of_which_transformers_finds_the_documents(flags, tmp_path):
+    """By transformers' own test, without which it runs flash attention over entire rows."""
+    from transformers.modeling_flash_attention_utils import _is_packed_sequence
+
+    from megatron_ft.hf_engine.model import FLASH, logits_of
+
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    config = parse([*flags, "--load", str(tmp_path), "--seq-length", "96", "--micro-batch-size", "2"])
+    batch = random_batch(3, 2, 96, 4, VOCABULARY)
+    micro = micro_batch_from(batch, batch.loss_mask, "token", [0, 1])
+
+    class Model(torch.nn.Module):
+        """Returns its token ids as logits."""
+
+        def forward(self, input_ids, position_ids, attention_mask, use_cache):
+            assert attention_mask is None and _is_packed_sequence(position_ids, len(input_ids))
+            assert (position_ids == 0).sum() == len(batch.cu_seqlens) - 1
+            return SimpleNamespace(logits=input_ids[..., None])
+
+    assert torch.equal(logits_of(Model(), micro, config, FLASH)[..., 0], micro.tokens)
 
 
 def test_targets_are_named_as_in_megatron_or_as_in_the_model(flags, tmp_path):

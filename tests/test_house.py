@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import ROOT
+from packaging.specifiers import SpecifierSet
 
 from megatron_ft import __version__
 
@@ -317,6 +318,16 @@ def test_pre_commit_uses_the_pinned_versions():
 def test_every_direct_dependency_is_pinned():
     names = {re.match(r"[\w-]+", line)[0].lower() for line in importlib.metadata.requires("megatron-ft")}
     assert names - set(constraints()) == {"transformer-engine"}  # follows the machine's CUDA
+
+
+def test_pinned_versions_install_on_debians_python():
+    """Debian 12 has 3.11.2, and some packages ask for a later 3.11."""
+    for name in constraints():
+        try:
+            needed = importlib.metadata.metadata(name).get("Requires-Python")
+        except importlib.metadata.PackageNotFoundError:
+            continue  # of an extra that is not installed
+        assert SpecifierSet(needed or "").contains("3.11.2"), f"{name} needs Python {needed}; pin an older version"
 
 
 def test_citation_names_the_version():

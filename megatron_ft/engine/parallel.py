@@ -2,26 +2,24 @@
 
 import math
 import os
-from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
 from megatron_ft.config.config import Config
 from megatron_ft.errors import UserError
+from megatron_ft.training.process_group import create_process_group
 from megatron_ft.training.seeds import step_seed
 
 
 def initialize(config: Config) -> None:
     """Create the default process group and Megatron's groups, and seed a random start.
 
-    RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT are torchrun's; without them there is one rank.
     Call `set_up_device` first. Raises UserError if the ranks cannot be divided into groups.
     """
     from megatron.core import parallel_state
 
     world_size = int(os.environ.get("WORLD_SIZE", 1))
-    rank = int(os.environ.get("RANK", 0))
     model_parallel = config.parallel.tensor * config.parallel.pipeline * config.parallel.context
     if world_size % model_parallel:
         raise UserError(
@@ -29,11 +27,7 @@ def initialize(config: Config) -> None:
             f"--pipeline-model-parallel-size {config.parallel.pipeline} x --context-parallel-size "
             f"{config.parallel.context}; start a multiple of {model_parallel}"
         )
-    if not dist.is_initialized():
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        store = None if "MASTER_ADDR" in os.environ else dist.HashStore()
-        minutes = timedelta(minutes=config.parallel.timeout_minutes)
-        dist.init_process_group(backend, timeout=minutes, rank=rank, world_size=world_size, store=store)
+    create_process_group(config)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.parallel.tensor,
         pipeline_model_parallel_size=config.parallel.pipeline,

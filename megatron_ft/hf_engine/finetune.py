@@ -32,11 +32,12 @@ def _train(argv: list[str], started: float) -> int:
 
     import torch.distributed as dist
 
-    from megatron_ft.hf_engine.run import initialize, run
+    from megatron_ft.hf_engine.run import run
     from megatron_ft.training.device import select_device
+    from megatron_ft.training.process_group import create_process_group
 
     device = select_device(config)
-    initialize(config)
+    create_process_group(config)
     status = run(config, device, started)
     dist.destroy_process_group()  # only after success: see run_rank
     return status

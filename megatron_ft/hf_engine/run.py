@@ -1,10 +1,8 @@
 """One training run of `--engine transformers` on one rank: the model, start or resume, train."""
 
 import contextlib
-import os
 import tempfile
 from dataclasses import dataclass, field, replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -35,19 +33,6 @@ from megatron_ft.training.prepare import Prepared, open_log, open_run, prepare, 
 from megatron_ft.training.schedule import Length
 from megatron_ft.training.train import end, evaluate_only
 from megatron_ft.weights.directory import iteration_directory
-
-
-def initialize(config: Config) -> None:
-    """Create the process group; RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT are torchrun's."""
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    store = None if "MASTER_ADDR" in os.environ else dist.HashStore()
-    dist.init_process_group(
-        backend,
-        timeout=timedelta(minutes=config.parallel.timeout_minutes),
-        rank=int(os.environ.get("RANK", 0)),
-        world_size=int(os.environ.get("WORLD_SIZE", 1)),
-        store=store,
-    )
 
 
 def run(config: Config, device: torch.device, started: float) -> int:

@@ -1,7 +1,6 @@
 """Blocks of conversations as token ids, with marks of those that are learned."""
 
 import re
-from contextlib import suppress
 
 import numpy as np
 
@@ -11,7 +10,7 @@ from megatron_ft.files.jsonl import Block
 from megatron_ft.files.jsonl_row import BadRow, parse_object
 from megatron_ft.tokenizer.kinds import Tokenizer
 from megatron_ft.tokenizer.overlap import SpanEncoder
-from megatron_ft.tokenizing.row_encoder import Encoded, sample_of
+from megatron_ft.tokenizing.row_encoder import Encoded
 
 
 class ConversationEncoder:
@@ -30,18 +29,12 @@ class ConversationEncoder:
         longest_first = sorted(self._numbers, key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
 
-    def check_fast_encoder(self, block: Block) -> None:
-        """Compare the fast encoder with the reference on the first rows of the data.
-
-        If they differ, the reference is used and `tokenizer.notices` has the reason.
-        """
-        self.tokenizer.encode("")
-        texts = []
-        for line in sample_of(block):
-            with suppress(BadRow):
-                conversation = conversation_of(parse_object(line), self.key)
-                texts.append(self.template.render(conversation.messages, conversation.tools).text)
-        self.tokenizer.check_sample(list(filter(_is_utf8, texts)))
+    def texts_of(self, line: bytes) -> list[str]:
+        """The text of a line's conversation; BadRow with the reason if it is not a good row."""
+        conversation = conversation_of(parse_object(line), self.key)
+        text = self.template.render(conversation.messages, conversation.tools).text
+        _check_utf8(text)
+        return [text]
 
     def encode(self, block: Block) -> Encoded:
         """Encode the good rows of a block."""
@@ -70,8 +63,7 @@ class ConversationEncoder:
     def _tokens_of(self, conversation: Conversation) -> tuple[np.ndarray, np.ndarray]:
         """Ids of a conversation, and whether each is learned; BadRow if none is."""
         text, spans = learned_spans(self.template, conversation, self.train_on)
-        if not _is_utf8(text):
-            raise BadRow("lone surrogate")
+        _check_utf8(text)
         ids, learned = self._spans.encode(text, spans)
         if not learned.any():
             raise BadRow("no learned tokens: every turn of the assistant is empty, or the chat template leaves it out")
@@ -85,12 +77,11 @@ class ConversationEncoder:
                     counts[self._numbers[token]] += 1
 
 
-def _is_utf8(text: str) -> bool:
-    """Whether a text has no half of a surrogate pair, which only an escape like \\ud83d gives."""
+def _check_utf8(text: str) -> None:
+    """BadRow if a text has half of a surrogate pair, which only an escape like \\ud83d gives."""
     if text.isascii():
-        return True
+        return
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
-        return False
-    return True
+        raise BadRow("lone surrogate") from None

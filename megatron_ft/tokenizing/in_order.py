@@ -4,16 +4,21 @@ import sys
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from itertools import islice
 from typing import Protocol
 
 import numpy as np
 
 from megatron_ft.files.jsonl import Block
+from megatron_ft.files.jsonl_row import BadRow
 from megatron_ft.printable import printable
 from megatron_ft.tokenizer.kinds import Tokenizer
 from megatron_ft.tokenizing.row_encoder import Encoded
 
 MEMORY = 512 << 20  # bytes of blocks in flight, as estimated by `memory_of`; one block may exceed it
+SAMPLE_ROWS = 64  # rows of the data on which the fast encoder is checked against the reference
+SAMPLE_BYTES = 1 << 18  # of that sample; the reference takes about a second per megabyte
 
 
 class BlockEncoder(Protocol):
@@ -26,8 +31,8 @@ class BlockEncoder(Protocol):
     special_ids: np.ndarray
     dtypes: list[np.dtype]
 
-    def check_fast_encoder(self, block: Block) -> None:
-        """Compare the fast encoder with the reference on the first rows of the data."""
+    def texts_of(self, line: bytes) -> list[str]:
+        """The texts of a line; BadRow with the reason if it is not a good row."""
 
     def encode(self, block: Block) -> Encoded:
         """Encode the good rows of a block."""
@@ -45,7 +50,7 @@ def encode_in_order(encoder: BlockEncoder, blocks: Iterator[Block], workers: int
     try:
         for number, block in enumerate(blocks):
             if number == 0:
-                encoder.check_fast_encoder(block)
+                check_fast_encoder(encoder, block)
                 for notice in encoder.tokenizer.notices:
                     print(printable(notice), file=sys.stderr)
             while pending and (in_flight + memory_of(block) > MEMORY or len(pending) > 4 * workers):
@@ -59,6 +64,23 @@ def encode_in_order(encoder: BlockEncoder, blocks: Iterator[Block], workers: int
             yield first, future.result()
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def check_fast_encoder(encoder: BlockEncoder, block: Block) -> None:
+    """Compare the fast encoder with the reference on the first rows of the data, without those that
+    are too long.
+
+    If they differ, the reference is used and `encoder.tokenizer.notices` has the reason.
+    """
+    encoder.tokenizer.encode("")
+    texts: list[str] = []
+    room = SAMPLE_BYTES
+    for _, line in islice(block.rows(), SAMPLE_ROWS):
+        if line is not None and len(line) <= room:
+            room -= len(line)
+            with suppress(BadRow):
+                texts += encoder.texts_of(line)
+    encoder.tokenizer.check_sample(texts)
 
 
 def memory_of(block: Block) -> int:

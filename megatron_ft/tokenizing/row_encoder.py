@@ -1,9 +1,6 @@
 """Blocks of JSONL rows as token ids: the inputs and outputs of each row."""
 
-from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass
-from itertools import islice
 
 import numpy as np
 
@@ -11,9 +8,6 @@ from megatron_ft.files.jsonl import Block
 from megatron_ft.files.jsonl_row import BadRow, parse_row
 from megatron_ft.tokenizer._bpe import Rows16, Rows32
 from megatron_ft.tokenizer.kinds import Tokenizer
-
-SAMPLE_ROWS = 64  # rows of the data on which the fast encoder is checked against the reference
-SAMPLE_BYTES = 1 << 18  # of that sample; the reference takes about a second per megabyte
 
 
 @dataclass(frozen=True)
@@ -29,16 +23,6 @@ class Encoded:
     stops: int = 0  # conversations that learn a token at which generation ends
 
 
-def sample_of(block: Block) -> Iterator[bytes]:
-    """The first rows of a block, up to SAMPLE_ROWS and SAMPLE_BYTES; those that are too long are
-    left out."""
-    room = SAMPLE_BYTES
-    for _, line in islice(block.rows(), SAMPLE_ROWS):
-        if line is not None and len(line) <= room:
-            room -= len(line)
-            yield line
-
-
 class RowEncoder:
     """Encodes blocks of lines; one object serves all threads.
 
@@ -52,17 +36,9 @@ class RowEncoder:
         self.special_ids = np.array(list(tokenizer.special_ids.values()), np.int64)
         self._eod = tokenizer.eod if append_eod else None
 
-    def check_fast_encoder(self, block: Block) -> None:
-        """Compare the fast encoder with the reference on the first rows of the data.
-
-        If they differ, the reference is used and `tokenizer.notices` has the reason.
-        """
-        self.tokenizer.encode("")
-        texts: list[str] = []
-        for line in sample_of(block):
-            with suppress(BadRow):
-                texts += parse_row(line, self.keys)
-        self.tokenizer.check_sample(texts)
+    def texts_of(self, line: bytes | None) -> list[str]:
+        """The text of each field of a line; BadRow with the reason if it is not a good row."""
+        return parse_row(line, self.keys)
 
     def encode(self, block: Block) -> Encoded:
         """Encode the good rows of a block.
@@ -86,7 +62,8 @@ class RowEncoder:
 
     def _encode_line(self, line: bytes | None) -> list[np.ndarray]:
         """Ids of each field of a line, [tokens]; BadRow with the reason if it is not a good row."""
-        texts = parse_row(line, self.keys)
+        texts = self.texts_of(line)
+        # Each text is freed once it is encoded.
         encoded = [self.tokenizer.encode_batch([texts.pop(0)])[0] for _ in self.keys]
         if empty := [names[0] for names, ids in zip(self.keys, encoded, strict=True) if not len(ids)]:
             raise BadRow(f"{empty[0]!r} has no tokens")

@@ -8,7 +8,6 @@ write it when it has read what is around it.
 
 import hashlib
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +16,7 @@ from megatron_ft.errors import UserError
 from megatron_ft.files.jsonl import Block
 from megatron_ft.files.jsonl_row import BadRow, parse_row
 from megatron_ft.tokenizer.kinds import Tokenizer
-from megatron_ft.tokenizing.row_encoder import Encoded, sample_of
+from megatron_ft.tokenizing.row_encoder import Encoded
 
 # The tokens before each part of a text: of StarCoder, and of SantaCoder.
 FIM_TOKENS = (
@@ -84,17 +83,9 @@ class TextEncoder:
         self.dtypes = [tokenizer.dtype, tokenizer.dtype]
         self._ending: list[int] = [tokenizer.eod] if append_eod else []
 
-    def check_fast_encoder(self, block: Block) -> None:
-        """Compare the fast encoder with the reference on the first rows of the data.
-
-        If they differ, the reference is used and `tokenizer.notices` has the reason.
-        """
-        self.tokenizer.encode("")
-        texts: list[str] = []
-        for line in sample_of(block):
-            with suppress(BadRow):
-                texts += parse_row(line, [[self.key]])
-        self.tokenizer.check_sample(texts)
+    def texts_of(self, line: bytes | None) -> list[str]:
+        """The text of a line; BadRow with the reason if it is not a good row."""
+        return parse_row(line, [[self.key]])
 
     def encode(self, block: Block) -> Encoded:
         """Encode the good rows of a block."""
@@ -105,7 +96,7 @@ class TextEncoder:
         ended = 0
         for i, line in block.rows():
             try:
-                (text,) = parse_row(line, [[self.key]])
+                (text,) = self.texts_of(line)
                 parts: list[int | str] = self.fim.arrange(text) if self.fim else [text]
                 texts = self.tokenizer.encode_batch([part for part in parts if isinstance(part, str)])
                 if not any(map(len, texts)):

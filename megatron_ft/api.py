@@ -281,6 +281,8 @@ def convert(load: AnyPath, output: AnyPath, *, format: str = "huggingface", **fl
     from megatron_ft.config.keywords import command_line
     from megatron_ft.conversion import flags as parsers
 
+    if format not in ("huggingface", "torch_dist", "legacy"):
+        raise UserError(f"convert(): format {format!r}: expected 'huggingface', 'torch_dist' or 'legacy'")
     if format == "huggingface":
         given = {"load": load, "output": output, **flags}
         args = parsers.parse_to_hf(command_line(given, parsers.to_hf_parser().settable, {}, "convert"))

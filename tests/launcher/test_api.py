@@ -42,6 +42,11 @@ def test_arguments_that_are_no_flags_are_user_errors(arguments, message):
     assert str(error.value) == message
 
 
+def test_an_unknown_format_is_refused_with_those_of_both_converters():
+    with pytest.raises(UserError, match="format 'gguf': expected 'huggingface', 'torch_dist' or 'legacy'"):
+        api.convert("in", "out", format="gguf")
+
+
 @pytest.fixture
 def data(tmp_path):
     return {

@@ -18,7 +18,8 @@ from packaging.version import Version
 from megatron_ft.config.config import Config
 from megatron_ft.errors import UserError
 
-CUDNN_FOR_PACKED_ROWS = 90600  # the first with grouped and multi-query attention over packed rows
+# The first with grouped and multi-query attention over packed rows, from Hopper on.
+CUDNN_FOR_PACKED_ROWS = 90600
 
 
 @dataclass(frozen=True)
@@ -95,9 +96,8 @@ def _why_no_attention(config: Config, installed: Installed) -> str | None:
         return "Transformer Engine has no attention kernel for packed rows before the A100"
     if installed.flash_attention_2:
         return None
-    dropout, window = config.shape.attention_dropout, config.shape.window_size
-    # cuDNN takes packed rows from Hopper on, and a window only without dropout.
-    if installed.capability >= (9, 0) and installed.cudnn >= CUDNN_FOR_PACKED_ROWS and not (window and dropout):
+    dropout = config.shape.attention_dropout
+    if installed.capability >= (9, 0) and installed.cudnn >= CUDNN_FOR_PACKED_ROWS:
         return None
     if installed.flash_attention_3 and installed.capability == (9, 0) and not dropout:
         return None

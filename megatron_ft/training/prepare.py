@@ -97,7 +97,7 @@ def start(prepared: Prepared, state: TrainState) -> list[str]:
     """Fill `state` from the checkpoint to resume or the weights to start from; lines that report
     how. Raises UserError."""
     config = prepared.config
-    start = prepared.checkpointer.start(state)
+    reasons = prepared.checkpointer.start(state).reasons
     resumed = Length(state.iteration, state.consumed_samples)
     length = plan_length(config, prepared.sequences_per_epoch, fill_rate=prepared.fill_rate, done=resumed)
     if length != prepared.length:
@@ -106,7 +106,7 @@ def start(prepared: Prepared, state: TrainState) -> list[str]:
             f"one the run has another length with --global-batch-size {config.training.global_batch_size}; "
             "start the same command again"
         )
-    return start.reasons
+    return reasons
 
 
 def open_log(

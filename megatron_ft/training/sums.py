@@ -6,7 +6,7 @@ import torch.distributed as dist
 
 def sum_over_all(values: list[float]) -> list[float]:
     """Element-wise sums over all ranks, in float64; values that several ranks of a model-parallel
-    group hold must be 0 except where `counts_here`."""
+    group hold must be 0 except where the engine `counts`."""
     return SumOverAll(values).result()
 
 

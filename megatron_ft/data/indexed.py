@@ -79,19 +79,15 @@ def prefix_of(path: str) -> str:
 def stored_counts(path: str | Path) -> tuple[int, int]:
     """Sequences and tokens of a pair, from its header and the size of its `.bin`: a quick look.
 
-    Raises UserError if the `.idx` is not an index of tokens."""
+    Raises UserError if one of the files is missing or the `.idx` is not an index of tokens.
+    """
+    index, data = (file_version(f"{path}{suffix}", MISSING) for suffix in (".idx", ".bin"))
     try:
-        with open(f"{path}.idx", "rb") as file:
-            header = file.read(HEADER.size)
-        size = os.path.getsize(f"{path}.bin")
+        with open(index.path, "rb") as file:
+            dtype, count, _ = _read_header(file, index, DTYPES)
     except OSError as error:
-        raise read_error(f"{path}.idx", error, MISSING) from error
-    if len(header) < HEADER.size or header[: len(MAGIC)] != MAGIC:
-        found = describe(header) or "not a Megatron MMIDIDX index"
-        raise UserError(f"{path}.idx: {found}; make it with preprocess/tokenize.py")
-    _, _, code, count, _ = HEADER.unpack(header)
-    dtype = DTYPES.get(code)
-    return count, size // dtype.itemsize if dtype else 0
+        raise read_error(index.path, error, MISSING) from error
+    return count, data.size // dtype.itemsize
 
 
 class IndexedReader:
@@ -143,10 +139,8 @@ class IndexedReader:
         return self._tokens.read_many(starts, counts)
 
 
-def _read_index(
-    file: BinaryIO, index: FileVersion, dtypes: Mapping[int, np.dtype]
-) -> tuple[np.dtype, np.ndarray, np.ndarray]:
-    """The dtype, the lengths and the block starts (see `_check_pointers`) of a checked `.idx`."""
+def _read_header(file: BinaryIO, index: FileVersion, dtypes: Mapping[int, np.dtype]) -> tuple[np.dtype, int, int]:
+    """The dtype, the number of sequences and that of document bounds of an `.idx`."""
     header = file.read(HEADER.size)
     if len(header) < HEADER.size or header[: len(MAGIC)] != MAGIC:
         found = describe(header) or "not a Megatron MMIDIDX index; make it with preprocess/tokenize.py"
@@ -162,6 +156,14 @@ def _read_index(
             f"{index.path}: {OTHER_DTYPES.get(code, other)} (dtype code {code}), expected {expected}; "
             "make it with preprocess/tokenize.py"
         )
+    return dtypes[code], count, num_bounds
+
+
+def _read_index(
+    file: BinaryIO, index: FileVersion, dtypes: Mapping[int, np.dtype]
+) -> tuple[np.dtype, np.ndarray, np.ndarray]:
+    """The dtype, the lengths and the block starts (see `_check_pointers`) of a checked `.idx`."""
+    dtype, count, num_bounds = _read_header(file, index, dtypes)
     size = HEADER.size + 12 * count + 8 * num_bounds
     if count and index.size == size + count:
         raise UserError(
@@ -177,9 +179,9 @@ def _read_index(
     if count and sizes.min() < 0:
         i = int(np.argmax(sizes < 0))
         raise UserError(f"{index.path}: sequence {i} has a length of {sizes[i]} tokens; {DAMAGED}")
-    starts = _check_pointers(file, index, sizes, dtypes[code].itemsize)
+    starts = _check_pointers(file, index, sizes, dtype.itemsize)
     _check_bounds(file, index, count, num_bounds)
-    return dtypes[code], sizes, starts
+    return dtype, sizes, starts
 
 
 def _check_pointers(file: BinaryIO, index: FileVersion, sizes: np.ndarray, itemsize: int) -> np.ndarray:

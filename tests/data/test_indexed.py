@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_ft.data import indexed
-from megatron_ft.data.indexed import HEADER, IndexedReader, IndexedWriter, commit, field_paths
+from megatron_ft.data.indexed import HEADER, IndexedReader, IndexedWriter, commit, field_paths, stored_counts
 from megatron_ft.errors import UserError
 from megatron_ft.tokenizer.kinds import token_dtype
 
@@ -147,6 +147,26 @@ def test_damaged_files_are_refused_by_name(tmp_path, damage, message):
     with pytest.raises(UserError, match=message) as error:
         IndexedReader(tmp_path / "set")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "content", "message"),
+    [
+        (".idx", None, r"set\.idx: No such file"),
+        (".bin", None, r"set\.bin: No such file"),
+        (".idx", LFS_POINTER, r"set\.idx: a Git LFS pointer, .* downloads it$"),
+        (".idx", HEADER.pack(b"MMIDIDX\x00\x00", 1, 1, 2, 3), r"set\.idx: uint8 values \(dtype code 1\)"),
+    ],
+)
+def test_a_quick_look_counts_or_names_the_file_that_is_wrong(tmp_path, suffix, content, message):
+    path = tmp_path / "set"
+    write(path, [[1, 2], [3]], np.dtype("<i4"))
+    assert stored_counts(path) == (2, 3)
+    Path(f"{path}{suffix}").unlink()
+    if content is not None:
+        Path(f"{path}{suffix}").write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        stored_counts(path)
 
 
 COUNT = 200  # sequences of 1 to 5 tokens

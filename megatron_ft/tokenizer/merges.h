@@ -151,7 +151,7 @@ private:
             const size_t end = std::min(size, start + window);
             by_heap(text + start, end - start);
             const auto [old, fresh] = start == 0 ? std::pair{first, size_t{0}} : joint(symbols, common);
-            if (start > 0 && old == symbols.size()) {  // never observed; merging everything at once is always right
+            if (start > 0 && old == symbols.size()) {  // of no trained vocabulary so far; all at once is always right
                 start = 0;
                 window = size;
                 continue;

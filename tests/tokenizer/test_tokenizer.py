@@ -95,6 +95,29 @@ def test_fast_bpe_matches_tokenizers_on_long_pre_tokens(pairs, text):
         assert ours.encode(text) == reference.encode(text, add_special_tokens=False).ids
 
 
+def chain_tokenizer(length: int) -> tuple[Backend, str]:
+    """A tokenizer that merges pairs of the characters in a text from its end on, and the text."""
+    alphabet = {byte: character for character, byte in fast_bpe.byte_alphabet().items()}
+    characters = ["".join(alphabet[byte] for byte in chr(0x4E00 + i).encode()) for i in range(length)]
+    merges = {(a[:split], a[split:]): None for split in (1, 2) for a in (c[: split + 1] for c in characters)}
+    merges |= {pair: None for pair in zip(characters[-2::-1], characters[:0:-1], strict=True)}
+    tokens = [*alphabet.values(), *map("".join, merges)]
+    backend = Backend(models.BPE({token: i for i, token in enumerate(tokens)}, list(merges)))
+    backend.pre_tokenizer, backend.decoder = GPT2S, decoders.ByteLevel()
+    return backend, "".join(chr(0x4E00 + i) for i in range(length))
+
+
+@pytest.mark.parametrize("before", [7592, 7593])
+def test_an_end_that_changes_all_tokens_before_it_is_seen_in_a_long_pre_token(tmp_path, before):
+    """The end is behind the first window of merges.h, whose tokens are all wrong or all right."""
+    backend, chain = chain_tokenizer(401)
+    backend.save(str(tmp_path / "tokenizer.json"))
+    ours = load_tokenizer(tmp_path / "tokenizer.json")
+    for text in ("x" * before + chain, "x" * before + chain[:-1], "x" * before + chain + "y" * 9000 + chain):
+        assert ours.encode(text) == backend.encode(text).ids
+    assert ours.fast_encoder is not None
+
+
 def test_starcoder_reference_vectors(shared_data):
     tokenizer = load_tokenizer(shared_data / "starcoder-tokenizer.json")
     rows = [json.loads(line) for line in open(shared_data / "starcoder-tokenizer-vectors.jsonl", encoding="utf-8")]

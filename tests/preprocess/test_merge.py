@@ -123,6 +123,7 @@ def copy_of(prefix: Path, to: Path) -> None:
         ({"append_eod": 1}, '"append_eod" is 1, expected true or false'),
         ({"literal_special_tokens": [1, None]}, '"literal_special_tokens" has 1 at 0'),
         ({"keys": [["a"], [1]]}, '"keys" has a name that is not a string'),
+        ({"flags": {"--seed": 7}}, '"flags" has a value that is not a string'),
         ({"keys": "ab"}, '"keys" is "ab"'),
     ],
     ids=str,

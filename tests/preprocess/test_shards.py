@@ -136,7 +136,14 @@ def test_shards_of_another_command_are_made_again(site, words, tokenizer, reason
 
 
 EXPECTED = Provenance(
-    "t.json", "0" * 64, True, (), (2, 3), (("a.jsonl", 100), ("b.jsonl", 5)), (("inputs",), ("outputs",))
+    "t.json",
+    "0" * 64,
+    True,
+    (),
+    (2, 3),
+    (("a.jsonl", 100), ("b.jsonl", 5)),
+    (("inputs",), ("outputs",)),
+    {"--fim-rate": "0.5", "--seed": "1"},
 )
 
 
@@ -153,6 +160,8 @@ EXPECTED = Provenance(
         ({"sha256": None}, "made with the tokenizer t.json, sha256 unknown, expected t.json, sha256 000000000000"),
         ({"append_eod": False}, "made with another --append-eod (false), expected true"),
         ({"literal_special_tokens": ("<x>",)}, 'made with another --literal-special-tokens (["<x>"]), expected []'),
+        ({"flags": {"--fim-rate": "0.5", "--seed": "7"}}, 'made with another --seed ("7"), expected "1"'),
+        ({"flags": {}}, 'made with another --fim-rate (null), expected "0.5"'),
         (
             {"keys": (("q",), ("a",))},
             'made from the keys [["q"], ["a"]] of each row, expected [["inputs"], ["outputs"]]',

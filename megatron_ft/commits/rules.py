@@ -162,7 +162,7 @@ def noise(row: Candidate, limits: Limits) -> bool:
 
 def noise_phrase(row: Candidate, limits: Limits) -> bool:
     lower = row.lower
-    for phrase in NOISE_PHRASES:
+    for phrase in NOISE_PHRASES:  # any() of a generator takes twice as long
         if phrase in lower:
             return True
     return False
@@ -214,7 +214,7 @@ def joke(row: Candidate, limits: Limits) -> bool:
 
 def ticket(row: Candidate, limits: Limits) -> bool:
     """The subject has the number of an issue, a bug or a feature."""
-    lower = row.lower
+    lower = row.lower  # most have none of the words, which is seen faster without the pattern
     return ("issue" in lower or "bug" in lower or "feature" in lower) and TICKET.search(lower) is not None
 
 

@@ -1,4 +1,4 @@
-"""The flags of preprocess/tokenize.py, and what they say about the rows."""
+"""The flags of preprocess/tokenize.py, their checks, and the keys of a row that they name."""
 
 import argparse
 import os

@@ -23,6 +23,7 @@ from megatron_ft.data.documents import TokenizedDocuments
 from megatron_ft.data.fingerprint import sampled_digest, token_files
 from megatron_ft.data.indexed import IndexedReader, IndexedWriter, commit, field_paths, learned_path
 from megatron_ft.data.packed_dataset import build_datasets
+from megatron_ft.data.provenance import Provenance
 from megatron_ft.errors import UserError
 from megatron_ft.files.jsonl_row import BadRow
 from megatron_ft.launcher.mtf import mtf_flags
@@ -164,6 +165,8 @@ def rows_per_answer(template: ChatTemplate, turns: list[dict]) -> list[tuple[str
 def test_a_template_without_marks_learns_what_rows_per_answer_do(site):
     prefix = site.tokenize("plain", "--workers", "2", template="plain.jinja")
     assert all_bytes(prefix) == all_bytes(site.single)
+    flags, others = (Provenance.read(made).flags for made in (prefix, site.single))
+    assert flags["--train-on"] == others["--train-on"] and flags["--chat-template"] != others["--chat-template"]
     template, tokenizer = ChatTemplate(site.tokenizer, site.directory / "plain.jinja"), load_tokenizer(site.tokenizer)
     for turns, (tokens, learned) in zip(CHATS, documents_of(prefix), strict=True):
         expected = np.zeros(len(tokens), int)
@@ -363,6 +366,18 @@ def test_a_template_that_declares_tools_gets_them(tmp_path):
     template = ChatTemplate(HERE / "tokenizer.json", tmp_path / "t.jinja")
     text, ((start, end),) = learned_spans(template, conversation_of(row, "messages"), "assistant")
     assert text.startswith("f;user:\na0<|endoftext|>\n") and text[start:end] == "1<|endoftext|>\n"
+
+
+def test_a_tokenizer_may_have_a_template_of_its_own_for_tools(tmp_path):
+    directory = tokenizer_directory(tmp_path / "tokenizer", PLAIN)
+    before = ChatTemplate(directory)
+    (directory / "additional_chat_templates").mkdir()
+    source = "{{ strftime_now('%Y') }} {% for tool in tools %}{{ tool['name'] }};{% endfor %}" + PLAIN
+    (directory / "additional_chat_templates/tool_use.jinja").write_text(source, encoding="utf-8")
+    template = ChatTemplate(directory)
+    with_tools = template.render([USER], [{"name": "f"}]).text
+    assert with_tools.partition(" ")[2] == "f;" + template.render([USER]).text == "f;user:\na<|endoftext|>\n"
+    assert template.digest != before.digest and (before.dated, template.dated) == (False, True)
 
 
 @pytest.mark.parametrize(

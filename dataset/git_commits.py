@@ -38,6 +38,8 @@ from megatron_ft.files.output import OutputFile, writing
 from megatron_ft.printable import printable
 from megatron_ft.progress import Progress
 
+MAX_FILE_BYTES = 1 << 20
+
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=Help, allow_abbrev=False)
@@ -47,7 +49,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--rev", default="HEAD", help="branch, tag or range of commits such as v1.0..main, as for git log")
     add("--modified-only", action="store_true", help="count only modified files of a commit, as CommitPack does")
     add("--max-rows", type=int, metavar="N", help="stop after N rows (default: no limit)")
-    add("--max-file-bytes", type=int, default=1 << 20, metavar="N", help="skip files larger than N bytes")
+    add("--max-file-bytes", type=int, default=MAX_FILE_BYTES, metavar="N", help="skip files larger than N bytes")
     add("--license", help="license to write in every row (default: detected from the repository's license file)")
     add("--min-rows", type=int, default=1, metavar="N", help="treat fewer than N rows as no history")
     add("--fallback", type=Path, metavar="FILE", help="rows to write if there is no history (default: an error)")
@@ -71,7 +73,8 @@ def main() -> None:
                 output.commit()
                 print(f"{count:,} single-file commits of {args.repo} -> {args.output}", file=sys.stderr)
                 return
-        reason = f"{args.repo} has {count} single-file commits, fewer than --min-rows {args.min_rows}"
+        size = f" of at most {args.max_file_bytes:,} bytes" if args.max_file_bytes < MAX_FILE_BYTES else ""
+        reason = f"{args.repo} has {count} single-file commits{size}, fewer than --min-rows {args.min_rows}"
     if args.fallback is None:
         raise UserError(
             f"{reason}; give a complete clone (git fetch --unshallow completes a shallow one), a lower --min-rows, "

@@ -1,4 +1,4 @@
-"""The pipeline, end to end, on this machine: git commits to a fine-tuned, evaluated checkpoint.
+"""The pipeline, end to end, on this machine: commits to a fine-tuned, evaluated checkpoint.
 
     make demo                 # or: python examples/demo.py --repo PATH --output DIR
 
@@ -23,7 +23,9 @@ sys.path[0] = str(ROOT)
 
 from megatron_ft.errors import EXIT_RESUME, UserError, run_program
 
-MIN_ROWS = 100  # with fewer single-file commits, the example rows are used instead
+EXAMPLES = "examples/commits.jsonl"
+MIN_ROWS = 100  # with fewer of these commits, the example rows are used instead
+MAX_FILE_BYTES = 1500  # larger files would not fit the short sequences of the demo
 VOCAB_SIZE = 2000  # padded to 2048 for training; conversion removes the padding
 
 
@@ -84,7 +86,7 @@ def train(save: Path, train_iters: int, **flags: object) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--repo", type=Path, default=ROOT, help="git repository whose commits to train on (default: this one)"
+        "--repo", type=Path, help=f"git repository whose commits to train on (default: the rows of {EXAMPLES})"
     )
     parser.add_argument(
         "--output", type=Path, default=ROOT / "demo", help="output directory, emptied first (default: demo/)"
@@ -92,7 +94,9 @@ def main() -> None:
     parser.add_argument("--iterations", type=int, default=100, help="optimizer steps (default: 100)")
     args = parser.parse_args()
     began = time.monotonic()
-    repo, out = args.repo.resolve(), args.output.resolve()
+    if args.repo:
+        args.repo = args.repo.resolve()
+    out = args.output.resolve()
     os.chdir(ROOT)
     out = out.relative_to(ROOT) if out.is_relative_to(ROOT) else out  # short paths on screen
     if out.exists():
@@ -106,8 +110,16 @@ def main() -> None:
 
     names = ("commits.jsonl", "rows.jsonl", "tokenizer.json", "data", "checkpoints", "hf")
     commits, rows, tokenizer, data, save, model = (out / name for name in names)
-    run("dataset/git_commits.py", repo=repo, min_rows=MIN_ROWS, fallback="examples/commits.jsonl", output=commits)
-    run("dataset/commits_to_jsonl.py", input=commits, output=rows)
+    if args.repo:
+        run(
+            "dataset/git_commits.py",
+            repo=args.repo,
+            max_file_bytes=MAX_FILE_BYTES,
+            min_rows=MIN_ROWS,
+            fallback=EXAMPLES,
+            output=commits,
+        )
+    run("dataset/commits_to_jsonl.py", input=commits if args.repo else EXAMPLES, output=rows)
     run("preprocess/train_tokenizer.py", input=rows, vocab_size=VOCAB_SIZE, output=tokenizer)
     run("preprocess/tokenize.py", input=rows, output_prefix=data, tokenizer_file=tokenizer)
     resumed_at = train(

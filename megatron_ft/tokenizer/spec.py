@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 MAX_BYTES = 128 << 20  # four times the largest tokenizer.json of a known model
 MAX_ID = (1 << 32) - 1
+PARTS = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 REMEDY = "give the tokenizer.json that comes with the model"
 
@@ -24,12 +25,16 @@ Spec = dict[str, Any]
 
 
 def read_spec(path: Path) -> Spec:
-    """A tokenizer.json whose added tokens have the right fields; the library checks the rest.
+    """A tokenizer.json, checked where the library reads what the format does not allow, or crashes;
+    it checks the rest.
 
     Raises UserError.
     """
     spec = read_json(path, max_bytes=MAX_BYTES, remedy=REMEDY)
-    require(spec, "model", dict, str(path))
+    _check_prefix(path, require(spec, "model", dict, str(path)))
+    for part in PARTS:
+        if spec.get(part) is not None:
+            require(spec, part, dict, str(path))
     tokens = require(spec, "added_tokens", list, str(path), of=dict) if "added_tokens" in spec else []
     for number, token in enumerate(tokens):
         where = f"{path}: added token {number}"
@@ -38,6 +43,22 @@ def read_spec(path: Path) -> Spec:
         for flag in FLAGS:
             require(token, flag, bool, where)
     return {**spec, "added_tokens": tokens}
+
+
+def _check_prefix(path: Path, model: Spec) -> None:
+    """Raise UserError if the second token of a merge lacks the model's continuing_subword_prefix:
+    the library cuts as many bytes from it without a look, and may end the process."""
+    prefix, merges = model.get("continuing_subword_prefix"), model.get("merges")
+    if not isinstance(prefix, str) or not isinstance(merges, list):
+        return
+    for number, merge in enumerate(merges):
+        pair = merge.split(" ", 1) if isinstance(merge, str) else merge
+        second = pair[1] if isinstance(pair, list) and len(pair) > 1 else None
+        if isinstance(second, str) and not second.startswith(prefix):
+            raise UserError(
+                f"{path}: merge {number} continues with {_shown(second)}, without the model's "
+                f"continuing_subword_prefix {_shown(prefix)}; {REMEDY}"
+            )
 
 
 def build(path: Path, spec: Spec) -> "Backend":

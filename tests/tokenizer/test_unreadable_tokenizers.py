@@ -37,6 +37,11 @@ def without(key: str) -> dict:
     return {name: value for name, value in TOKEN.items() if name != key}
 
 
+def model(**changes: object) -> bytes:
+    """The tokenizer.json with another model."""
+    return json.dumps({**SPEC, "model": {**SPEC["model"], **changes}}).encode()
+
+
 FILES = {
     "empty": (b"", "empty, expected JSON"),
     "truncated": (json.dumps(SPEC).encode()[:-100], "JSON that ends too early"),
@@ -67,6 +72,10 @@ FILES = {
     "two tokens of one id": (vocabulary(zzzz=SIZE - 1), f"both have id {SIZE - 1}"),
     "a gap in the vocabulary": (vocabulary(zzzz=SIZE + 7), f"{SIZE + 1} tokens, but the largest id is {SIZE + 7} ('zzzz'), and none has id {SIZE}"),
     "an id of 2^31": (vocabulary(zzzz=2**31), "but the largest id is 2,147,483,648"),
+    "a normalizer in a list": (json.dumps({**SPEC, "normalizer": [[]]}).encode(), '"normalizer" is a list, expected an object'),
+    "a pre-tokenizer in a list": (json.dumps({**SPEC, "pre_tokenizer": [SPEC["pre_tokenizer"]]}).encode(), '"pre_tokenizer" is a list'),
+    "a prefix that no token has": (model(continuing_subword_prefix="\x00"), "merge 0 continues with"),
+    "a prefix in merges as texts": (model(continuing_subword_prefix="##", merges=["a b"]), "merge 0 continues with 'b', without"),
     "a negative id": (vocabulary(zzzz=-1), "not a tokenizer.json"),
 }  # fmt: skip
 

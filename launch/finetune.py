@@ -19,6 +19,7 @@ from pathlib import Path
 # Not this folder: its files would hide modules of the same name.
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from megatron_ft.called_as import as_called
 from megatron_ft.config.arguments import print_settings
 from megatron_ft.config.command_line import build_parser, with_config
 from megatron_ft.config.config_file import LAUNCHED_WITH, PRINT_CONFIG
@@ -87,7 +88,7 @@ def report_check(training: Training, checked: Checked, *, dry_run: bool) -> int:
     if dry_run:
         print(f"training command of each rank: {shlex.join(training.command)}")
     elif training.config.checkpoint.save:
-        print(f"status: python launch/status.py {shlex.quote(training.config.checkpoint.save)}")
+        print(as_called(f"status: python launch/status.py {shlex.quote(training.config.checkpoint.save)}"))
     return EXIT_DONE
 
 

@@ -6,6 +6,7 @@ import signal
 import sys
 from collections.abc import Callable
 
+from megatron_ft.called_as import as_called
 from megatron_ft.printable import printable
 
 EXIT_DONE = 0
@@ -39,7 +40,7 @@ def run_program(main: Callable[[], int | None]) -> None:
         status = main() or EXIT_DONE
         sys.stdout.flush()
     except UserError as error:
-        print(f"error: {printable(error)}", file=sys.stderr)
+        print(f"error: {as_called(printable(error))}", file=sys.stderr)
         status = EXIT_USER_ERROR
     except Terminated:
         print("terminated", file=sys.stderr)

@@ -26,7 +26,7 @@ PROGRAMS = ("dataset", "preprocess", "launch", "convert", "evaluation", "bench",
 
 # Rooms of the package, lowest first: a room imports itself and the rooms before it.
 LAYERS = (
-    "printable", "errors", "extras", "progress", "files", "model", "config", "tokenizer", "commits", "prompts",
+    "printable", "called_as", "errors", "extras", "progress", "files", "model", "config", "tokenizer", "commits", "prompts",
     "conversations", "mixing", "data", "tokenizing", "weights", "evaluation", "checkpoint", "metrics", "training", "engine",
     "run", "finetune", "hf_engine", "launcher", "conversion", "publishing", "api", "cli",
 )  # fmt: skip

@@ -15,7 +15,7 @@ from megatron_ft.config.flag import MEGATRON, Resume
 from megatron_ft.data.fingerprint import modified, sampled_digest, token_files
 from megatron_ft.data.splits import groups_of
 from megatron_ft.errors import UserError
-from megatron_ft.model.activation import activation_of
+from megatron_ft.model.activation import activation_flag
 from megatron_ft.model.families import shape_of_manifest
 from megatron_ft.model.shape import ModelShape
 from megatron_ft.tokenizer import files as tokenizer_files
@@ -222,7 +222,7 @@ def compare(manifest: Manifest, config: Config, shape: ModelShape | None, data: 
     for name in dict.fromkeys([*shape_now, *manifest.shape]):
         saved, now = manifest.shape.get(name), shape_now.get(name)
         if saved != now and name == "exact_gelu":
-            found.refused.append(f"--activation was {activation_of(saved)}, is {activation_of(now)}")
+            found.refused.append(f"--activation was {activation_flag(saved)}, is {activation_flag(now)}")
         elif saved != now:
             found.refused.append(f"{name.replace('_', '-')} was {saved}, is {now}")
     for name, entry in sorted(ENTRIES.items()):

@@ -1,22 +1,11 @@
-"""The programs by the names that `megatron-ft` gives them, found in their folders.
-
-A file's name with hyphens is its command: preprocess/train_tokenizer.py is `train-tokenizer`. The
-programs of dataset/ and evaluation/, and the converters, are the commands of a group: `dataset
-near-dedup`, `evaluate score`, `convert megatron-to-hf`.
-"""
+"""The programs of each folder by the words that `megatron-ft` has for them."""
 
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_ft.called_as import FOLDERS, INTERNAL, words_of
 from megatron_ft.launcher.command import PROGRAMS
-
-GROUPS = {"dataset": "dataset", "evaluation": "evaluate"}  # by folder
-CONVERTERS = ("megatron_to_hf", "hf_to_megatron", "reshard")
-# In the order of a project: rows, tokens, training, what comes after.
-FOLDERS = ("dataset", "preprocess", "launch", "convert", "evaluation")
-# Parts of other programs, which people do not call.
-INTERNAL = {"dataset/row_shards.py", "launch/preflight.py", "launch/rank.py"}
 
 
 @dataclass(frozen=True)
@@ -38,13 +27,7 @@ def all_commands(directory: Path = PROGRAMS) -> dict[tuple[str, ...], Command]:
     found = {}
     for folder in FOLDERS:
         for path in sorted((directory / folder).rglob("*.py")):
-            if str(path.relative_to(directory)) not in INTERNAL:
-                words = (*_group(folder, path.stem), path.stem.replace("_", "-"))
-                found[words] = Command(words, path)
+            program = path.relative_to(directory).as_posix()
+            if program not in INTERNAL:
+                found[words_of(program)] = Command(words_of(program), path)
     return found
-
-
-def _group(folder: str, stem: str) -> tuple[str, ...]:
-    if stem in CONVERTERS:
-        return ("convert",)
-    return (GROUPS[folder],) if folder in GROUPS else ()

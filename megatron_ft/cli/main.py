@@ -15,11 +15,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from megatron_ft import __version__
+from megatron_ft.called_as import NAME
 from megatron_ft.cli.commands import Command, all_commands
 from megatron_ft.cli.completion import SHELLS, candidates
 from megatron_ft.errors import EXIT_DONE, UserError, run_program
-
-NAME = "megatron-ft"
 
 
 def main() -> int:

@@ -2,16 +2,13 @@
 flags from a file."""
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from typing import Any
 
+from megatron_ft.called_as import CALLED_AS, as_called
 from megatron_ft.config.config_file import CONFIG, PRINT_CONFIG, Setting, as_yaml, is_appended, take_files
 from megatron_ft.errors import UserError
-
-# How the user called the program, where that was not by its file: `megatron-ft tokenize`.
-CALLED_AS = os.environ.pop("MEGATRON_FT_CALLED_AS", None)
 
 
 class Parser(argparse.ArgumentParser):
@@ -39,6 +36,9 @@ class Parser(argparse.ArgumentParser):
         """The actions that a file may set: of option strings with two hyphens."""
         other = {"--help", CONFIG, PRINT_CONFIG}
         return {name: a for name, a in self.actions.items() if name.startswith("--") and name not in other}
+
+    def format_help(self) -> str:
+        return as_called(super().format_help())
 
     def error(self, message: str):
         """Raise UserError instead of printing usage and ending the process."""

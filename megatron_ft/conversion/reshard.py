@@ -4,6 +4,7 @@ import argparse
 import shutil
 from pathlib import Path
 
+from megatron_ft.called_as import as_called
 from megatron_ft.errors import UserError
 from megatron_ft.files.checksum import describe_file
 from megatron_ft.model.shape import padded_vocab_size
@@ -37,7 +38,7 @@ def reshard(args: argparse.Namespace) -> None:
         f"{args.save}: {source.kind}, TP{args.tensor_parallel} PP{args.pipeline_parallel}, "
         f"{total / 1e9:.2f} GB, {rows} embedding rows"
     )
-    print(f"check it: python convert/verify.py {args.load} {args.save}")
+    print(as_called(f"check it: python convert/verify.py {args.load} {args.save}"))
 
 
 def vocabulary_rows(source: WeightSource, args: argparse.Namespace) -> int:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 
+from megatron_ft.called_as import as_called
 from megatron_ft.config.config import ENTRIES
 from megatron_ft.conversion.converted import Converted
 from megatron_ft.errors import UserError
@@ -140,7 +141,7 @@ def write_model(source: WeightSource, found: FoundTokenizer | None, rows: int, a
         f"{output}: {len(source.names())} tensors, {nbytes / 1e9:.2f} GB in {counted(len(files), 'file')}, "
         f"{facts['precision']}, {facts['embedding rows']} embedding rows"
     )
-    print(f"check it: python convert/verify.py {args.load} {output}")
+    print(as_called(f"check it: python convert/verify.py {args.load} {output}"))
     return Converted(output, "huggingface", len(source.names()), nbytes, dtype_name(dtype), rows)
 
 

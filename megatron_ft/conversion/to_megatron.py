@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from megatron_ft.called_as import as_called
 from megatron_ft.conversion.converted import Converted
 from megatron_ft.model.family import activation_of
 from megatron_ft.model.shape import padded_vocab_size
@@ -57,5 +58,5 @@ def to_megatron(args: argparse.Namespace) -> Converted:
         f"{args.save}: {args.format}, TP{args.tensor_parallel} PP{args.pipeline_parallel}, {total / 1e9:.2f} GB, "
         f"{dtype_name(dtype)}, {source.shape.vocab_size} embedding rows padded to {rows}"
     )
-    print(f"check it: python convert/verify.py {args.load} {args.save}")
+    print(as_called(f"check it: python convert/verify.py {args.load} {args.save}"))
     return Converted(Path(args.save), args.format, len(source.names()), total, dtype_name(dtype), rows)

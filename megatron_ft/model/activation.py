@@ -6,10 +6,10 @@ from megatron_ft.model.shape import ModelShape
 ACTIVATIONS = {"gelu_tanh": False, "gelu": True}
 
 
-def activation_of(exact_gelu: bool | None) -> str:
+def activation_flag(exact_gelu: bool | None) -> str:
     """The --activation of a shape's field, which may be absent from a manifest.
 
-    >>> activation_of(True), activation_of(None)
+    >>> activation_flag(True), activation_flag(None)
     ('gelu', 'gelu_tanh')
     """
     return next(name for name, exact in ACTIVATIONS.items() if exact == bool(exact_gelu))
@@ -22,5 +22,5 @@ def overridden_activation(shape: ModelShape, activation: str | None) -> str | No
     """
     if activation is None or ACTIVATIONS[activation] == shape.exact_gelu:
         return None
-    stored = activation_of(shape.exact_gelu)
+    stored = activation_flag(shape.exact_gelu)
     return f"--activation {activation} overrides the checkpoint's {stored}"

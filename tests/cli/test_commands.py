@@ -7,7 +7,8 @@ import sys
 import pytest
 from conftest import ROOT, one_error_line, run_program
 
-from megatron_ft.cli.commands import FOLDERS, INTERNAL, all_commands
+from megatron_ft.called_as import FOLDERS, INTERNAL
+from megatron_ft.cli.commands import all_commands
 from megatron_ft.cli.completion import SHELLS, candidates
 
 COMMANDS = all_commands()
@@ -26,6 +27,15 @@ def test_every_program_has_one_name_and_a_summary():
 def test_program_becomes_the_process_and_is_named_as_it_was_called():
     done = run_program("megatron_ft.cli.main", "dataset", "dedup-shuffle", "--help", env={"PYTHONPATH": str(ROOT)})
     assert done.stdout.startswith("usage: megatron-ft dataset dedup-shuffle [-h]")
+    assert "    megatron-ft dataset dedup-shuffle rows.jsonl" in done.stdout
+
+
+def test_messages_name_programs_as_they_were_called(tmp_path):
+    command = ("megatron_ft.cli.main", "complete", tmp_path)
+    by_name = run_program(*command, ok=False, env={"PYTHONPATH": str(ROOT)})
+    assert f"convert it with megatron-ft convert megatron-to-hf --load {tmp_path} first" in one_error_line(by_name)
+    by_file = run_program("convert/complete.py", tmp_path, ok=False)
+    assert f"convert it with convert/megatron_to_hf.py --load {tmp_path} first" in one_error_line(by_file)
 
 
 @pytest.mark.parametrize(

@@ -54,6 +54,7 @@ from megatron_ft.files.jsonl_row import BadRow
 from megatron_ft.files.output import writing
 from megatron_ft.files.report import write_report
 from megatron_ft.files.tables import Row, TableWriter, open_tables, read_table
+from megatron_ft.printable import counted
 from megatron_ft.progress import Progress
 from megatron_ft.prompts import COMMIT_FORMATS, FILE_NAME_FORMATS
 
@@ -128,10 +129,10 @@ def main() -> None:
     }
     write_report(args.output, report)
     skipped = counts["no subject"] + counts["no new contents"]
-    note = f"; {skipped:,} commits without a subject or new contents skipped" if skipped else ""
+    note = f"; {counted(skipped, 'commit')} without a subject or new contents skipped" if skipped else ""
     note += f"; {counts['no change']:,} without a change skipped" if counts["no change"] else ""
-    note += f"; {bad.total():,} bad rows skipped" if bad else ""
-    print(f"{output.rows:,} rows -> {args.output}{note}", file=sys.stderr)
+    note += f"; {counted(bad.total(), 'bad row')} skipped" if bad else ""
+    print(f"{counted(output.rows, 'row')} -> {args.output}{note}", file=sys.stderr)
 
 
 def convert(row: Row, args: argparse.Namespace, counts: Counter[str]) -> dict[str, Any] | None:

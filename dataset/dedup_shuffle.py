@@ -25,6 +25,7 @@ from megatron_ft.files.hash_order import Buckets, key_of
 from megatron_ft.files.jsonl import Source, open_sources, read_blocks, shard_bytes
 from megatron_ft.files.jsonl_row import BadRow, parse_row
 from megatron_ft.files.output import STANDARD_OUTPUT, OutputFile, scratch_directory, writing
+from megatron_ft.printable import counted
 from megatron_ft.progress import Progress
 
 REMEDY = "fix the row, name other keys (--input-key, --output-key), or skip such rows (--skip-bad-rows)"
@@ -71,8 +72,10 @@ def main() -> None:
                 output.write(line + b"\n")
                 kept += 1
         output.commit()
-    note = f"; {bad:,} bad rows skipped" if bad else ""
-    print(f"{rows:,} rows, {rows - kept:,} of them duplicates, {kept:,} -> {args.output}{note}", file=sys.stderr)
+    note = f"; {counted(bad, 'bad row')} skipped" if bad else ""
+    print(
+        f"{counted(rows, 'row')}, {rows - kept:,} of them duplicates, {kept:,} -> {args.output}{note}", file=sys.stderr
+    )
 
 
 def spill(sources: list[Source], args: argparse.Namespace, buckets: Buckets) -> tuple[int, int]:

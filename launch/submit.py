@@ -21,6 +21,7 @@ from pathlib import Path
 # Not this folder: its files would hide modules of the same name.
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from megatron_ft.called_as import as_called
 from megatron_ft.errors import EXIT_DONE, UserError, run_program
 from megatron_ft.launcher.command import PROGRAMS, ROOT
 from megatron_ft.launcher.slurm_job import parse_fields, run_slurm
@@ -40,7 +41,7 @@ def main() -> int:
     """Check and submit; returns sbatch's exit status."""
     words = sys.argv[1:]
     if not words or words[0] in ("-h", "--help"):
-        print(__doc__)
+        print(as_called(__doc__ or ""))
         return EXIT_DONE
     options, script, arguments = split_command(words)
     if not any(os.access(Path(folder) / "sbatch", os.X_OK) for folder in os.get_exec_path()):

@@ -31,6 +31,7 @@ from megatron_ft.data.indexed import MASK, IndexedWriter, commit, field_paths, l
 from megatron_ft.data.provenance import Provenance, join, path_of
 from megatron_ft.errors import UserError, run_program
 from megatron_ft.files.output import OutputFile, writing
+from megatron_ft.printable import counted
 from megatron_ft.progress import Progress
 
 
@@ -75,7 +76,7 @@ def main() -> None:
     inputs, outputs = writers[:2]
     note = f"; rejected rows of {num_rejected} parts -> {rejected}" if num_rejected else ""
     print(
-        f"{len(parts)} parts, {inputs.num_sequences:,} rows, {inputs.num_tokens:,} input tokens, "
+        f"{len(parts)} parts, {counted(inputs.num_sequences, 'row')}, {inputs.num_tokens:,} input tokens, "
         f"{outputs.num_tokens:,} output tokens -> {args.output_prefix}{note}"
     )
 

@@ -163,7 +163,7 @@ def packing_of(args: argparse.Namespace, num_documents: int) -> Packing:
     first, stop = round(start * num_documents), round(end * num_documents)
     if first == stop:
         raise UserError(
-            f"{args.prefix}: --range {start:g}:{end:g} holds none of its {num_documents:,} documents; "
+            f"{args.prefix}: --range {start:g}:{end:g} holds none of its {counted(num_documents, 'document')}; "
             "widen the range, or use a larger dataset"
         )
     return Packing(

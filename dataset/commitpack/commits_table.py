@@ -37,7 +37,7 @@ from megatron_ft.extras import require
 from megatron_ft.files.json_file import read_small_file
 from megatron_ft.files.output import open_locked, writing
 from megatron_ft.files.report import report_path, write_report
-from megatron_ft.printable import printable
+from megatron_ft.printable import counted, printable
 from megatron_ft.progress import Progress
 
 STATUSES = ("ok", "empty", "shallow", "unreadable", "same_name")
@@ -130,7 +130,7 @@ def finish(journal: Journal, manifest: Path, outputs: dict[str, Path], args: arg
     report = {"repositories": found, "commits_in": sum(entry.commits for entry in journal.entries), "commits_out": rows}
     write_report(outputs["commits"], report)
     listed = ", ".join(f"{number:,} {status}" for status, number in found.items() if number)
-    print(f"repositories: {listed}; {rows:,} commits -> {outputs['commits']}", file=sys.stderr)
+    print(f"repositories: {listed}; {counted(rows, 'commit')} -> {outputs['commits']}", file=sys.stderr)
 
 
 if __name__ == "__main__":

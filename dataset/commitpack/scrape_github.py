@@ -59,7 +59,7 @@ from megatron_ft.files.jsonl import STDIN, Source, shard_bytes
 from megatron_ft.files.output import open_locked, scratch_directory, writing
 from megatron_ft.files.report import write_report
 from megatron_ft.files.tables import TableWriter, open_tables
-from megatron_ft.printable import printable
+from megatron_ft.printable import counted, printable
 from megatron_ft.progress import Progress
 
 GITHUB_TOKEN = "GITHUB_TOKEN"
@@ -335,7 +335,7 @@ def report(args: argparse.Namespace, totals: Counter[str], requests: int) -> Non
     others = {**dropped, **{status: count for status, count in statuses.items() if status != Status.OK}}
     note = "; ".join(f"{name} {count:,}" for name, count in others.items())
     print(
-        f"{totals['rows_in']:,} rows of metadata, {rows_out:,} scraped -> {args.output}"
+        f"{counted(totals['rows_in'], 'row')} of metadata, {rows_out:,} scraped -> {args.output}"
         + (f" ({note})" if note else "")
         + f"; {requests:,} requests in this run",
         file=sys.stderr,

@@ -37,6 +37,7 @@ from megatron_ft.files.jsonl_row import NO_KEY, keys_of, to_line
 from megatron_ft.files.output import scratch_directory, writing
 from megatron_ft.files.report import write_report
 from megatron_ft.files.tables import Row, TableWriter, open_tables, read_table
+from megatron_ft.printable import counted
 from megatron_ft.progress import Progress
 
 OPEN_FILES = 64  # at a time, whatever the number of languages
@@ -111,8 +112,8 @@ def main() -> None:
     for line in lines_of(table):
         print(line, file=sys.stderr)
     notes = [f"; {counts['opt_out']:,} of owners who opted out dropped"] if counts["opt_out"] else []
-    notes += [f"; {bad.total():,} bad rows skipped"] if bad else []
-    summary = f"{counts['rows_in']:,} rows, {rows_out:,} in {len(table)} languages -> {args.output}"
+    notes += [f"; {counted(bad.total(), 'bad row')} skipped"] if bad else []
+    summary = f"{counted(counts['rows_in'], 'row')}, {rows_out:,} in {len(table)} languages -> {args.output}"
     print(summary + "".join(notes), file=sys.stderr)
 
 

@@ -47,7 +47,7 @@ from megatron_ft.files.jsonl_row import BadRow, to_line
 from megatron_ft.files.output import STANDARD_OUTPUT, OutputFile, check_not_input, scratch_directory, writing
 from megatron_ft.files.report import write_report
 from megatron_ft.files.tables import Row, TableWriter, open_tables, read_table
-from megatron_ft.printable import printable
+from megatron_ft.printable import counted, printable
 from megatron_ft.progress import Progress
 from megatron_ft.tokenizer.tokenizer import load_tokenizer
 
@@ -129,8 +129,8 @@ def main() -> None:
     write_report(args.output, report_of(args, limits, rules, waterfall, bad))
     for text in waterfall.lines():
         print(text, file=sys.stderr)
-    note = f"; {bad.total():,} bad rows skipped" if bad else ""
-    print(f"{waterfall.rows:,} rows, {output.rows:,} kept -> {args.output}{note}", file=sys.stderr)
+    note = f"; {counted(bad.total(), 'bad row')} skipped" if bad else ""
+    print(f"{counted(waterfall.rows, 'row')}, {output.rows:,} kept -> {args.output}{note}", file=sys.stderr)
 
 
 def limits_of(args: argparse.Namespace, preset: Preset) -> Limits:

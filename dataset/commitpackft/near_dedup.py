@@ -44,6 +44,7 @@ from megatron_ft.files.jsonl_row import NO_KEY, BadRow, keys_of, text_of, to_lin
 from megatron_ft.files.output import STANDARD_OUTPUT, check_not_input, scratch_directory, writing
 from megatron_ft.files.report import report_path, write_report
 from megatron_ft.files.tables import Row, TableWriter, open_tables, read_table
+from megatron_ft.printable import counted
 from megatron_ft.progress import Progress
 
 FIELDS = ("old_contents", "new_contents", "subject")
@@ -217,7 +218,7 @@ def check_count(found: int, expected: int) -> None:
     """UserError unless a step reads as many rows as the step before it."""
     if found != expected:
         raise UserError(
-            f"--input has {found:,} rows, but there are signatures of {expected:,}; give all steps the same --input, "
+            f"--input has {counted(found, 'row')}, but there are signatures of {expected:,}; give all steps the same --input, "
             "--fields, --skip-bad-rows and number of shards"
         )
 

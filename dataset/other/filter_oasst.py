@@ -37,7 +37,7 @@ from megatron_ft.files.jsonl_row import BadRow
 from megatron_ft.files.output import check_not_input, writing
 from megatron_ft.files.report import write_report
 from megatron_ft.files.tables import TableWriter
-from megatron_ft.printable import printable
+from megatron_ft.printable import counted, printable
 from megatron_ft.progress import Progress
 from megatron_ft.prompts import ASSISTANT, Turn
 
@@ -105,7 +105,7 @@ def main() -> None:
     }
     write_report(args.output, report)
     notes = [f"; {count:,} dropped ({category})" for category, count in dropped.most_common()]
-    notes += [f"; {bad.total():,} bad rows skipped"] if bad else []
+    notes += [f"; {counted(bad.total(), 'bad row')} skipped"] if bad else []
     print(printable(f"{rows:,} conversations, {output.rows:,} -> {args.output}{''.join(notes)}"), file=sys.stderr)
     for phrase, count in found.most_common(SHOWN):
         print(printable(f"  {count:,} with {phrase}"), file=sys.stderr)

@@ -45,7 +45,7 @@ from megatron_ft.files.tables import Row, TableWriter, open_tables, read_table
 from megatron_ft.mixing import spec as mix_spec
 from megatron_ft.mixing.select import Selection
 from megatron_ft.mixing.spec import MixSpec, read_spec
-from megatron_ft.printable import printable
+from megatron_ft.printable import counted, printable
 from megatron_ft.progress import Progress
 
 PRESETS = Path(__file__).with_name("mixes")
@@ -137,8 +137,8 @@ def main() -> None:
         report["output"] = describe_file(Path(args.output))
     write_report(args.output, report)
     by_source = ", ".join(f"{count:,} of {source.name}" for count, source in zip(counts, mix.sources, strict=True))
-    note = f"; {chooser.bad.total():,} bad rows skipped" if chooser.bad else ""
-    print(printable(f"{rows_out:,} rows ({by_source}) -> {args.output}{note}"), file=sys.stderr)
+    note = f"; {counted(chooser.bad.total(), 'bad row')} skipped" if chooser.bad else ""
+    print(printable(f"{counted(rows_out, 'row')} ({by_source}) -> {args.output}{note}"), file=sys.stderr)
 
 
 class Chooser:

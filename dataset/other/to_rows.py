@@ -53,7 +53,7 @@ from megatron_ft.files.jsonl_row import BadRow
 from megatron_ft.files.output import writing
 from megatron_ft.files.report import write_report
 from megatron_ft.files.tables import Row, TableWriter
-from megatron_ft.printable import printable
+from megatron_ft.printable import counted, printable
 from megatron_ft.progress import Progress
 from megatron_ft.prompts import ASSISTANT, CHAT_FORMATS, SYSTEM, USER, Turn
 
@@ -113,7 +113,7 @@ def main() -> None:
             progress.update(chunk.consumed)
         if not output.rows and args.shard[1] == 1:
             raise UserError(
-                f"{sources[0].name}: no question with an answer in {rows_in.total():,} rows; try --shape NAME"
+                f"{sources[0].name}: no question with an answer in {counted(rows_in.total(), 'row')}; try --shape NAME"
             )
         output.commit()
     report = {
@@ -126,7 +126,7 @@ def main() -> None:
     }
     write_report(args.output, report)
     notes = [f"; {count:,} skipped ({reason})" for reason, count in sorted((dropped + bad).items())]
-    print(printable(f"{output.rows:,} rows -> {args.output}{''.join(notes)}"), file=sys.stderr)
+    print(printable(f"{counted(output.rows, 'row')} -> {args.output}{''.join(notes)}"), file=sys.stderr)
 
 
 def convert(row: Row, shape: Shape, to_texts: Format, args: argparse.Namespace) -> list[dict[str, Any] | str]:

@@ -35,7 +35,7 @@ from megatron_ft.evaluation.scores import load_evaluation
 from megatron_ft.files.jsonl import Block, Source, shard_bytes
 from megatron_ft.files.output import OutputFile, writing
 from megatron_ft.files.tables import Row, open_tables, read_table
-from megatron_ft.printable import printable
+from megatron_ft.printable import counted, printable
 from megatron_ft.progress import Progress
 
 PROBLEMS_VARIABLE = "HUMANEVALPACK"
@@ -90,9 +90,10 @@ def main() -> int:
     scores = scores_without(evaluation, set(tasks)) if evaluation else []
     if scores:
         print("\n" + score_table(scores))
-    skipped = f"; {bad.total():,} bad rows skipped" if bad else ""
+    skipped = f"; {counted(bad.total(), 'bad row')} skipped" if bad else ""
     print(
-        f"{rows:,} rows, {hit:,} of them hold {len(tasks):,} of {index.problems:,} problems{skipped}", file=sys.stderr
+        f"{counted(rows, 'row')}, {hit:,} of them hold {len(tasks):,} of {counted(index.problems, 'problem')}{skipped}",
+        file=sys.stderr,
     )
     if args.json:
         result: dict[str, Any] = {"rows": rows, "rows_with_problems": hit, "problems": index.problems, "tasks": tasks}

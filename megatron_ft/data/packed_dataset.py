@@ -18,6 +18,7 @@ from megatron_ft.data.packing import PackedIndex, Packing, damaged, load_index, 
 from megatron_ft.data.provenance import tokenizer_warning
 from megatron_ft.data.splits import Group, Part, groups_of
 from megatron_ft.errors import UserError
+from megatron_ft.printable import counted
 
 PROBED_DOCUMENTS = 256  # per dataset, evenly spaced, to compare token ids with the vocabulary
 
@@ -134,7 +135,7 @@ class PackedDataset:
         index = self.parts[number].index
         facts = index.facts
         return (
-            f"{self.name}: {part.prefix} {part.start:g}:{part.end:g}, {facts['documents']:,} documents, {facts['tokens']:,} tokens, "
+            f"{self.name}: {part.prefix} {part.start:g}:{part.end:g}, {counted(facts['documents'], 'document')}, {facts['tokens']:,} tokens, "
             f"{index.fill_rate:.2%} filled, {int((self._source == number).sum()):,} sequences used"
         )
 

@@ -22,6 +22,7 @@ from megatron_ft.data.documents import TokenizedDocuments
 from megatron_ft.data.file_array import FileArray, file_version, read_error
 from megatron_ft.errors import UserError
 from megatron_ft.files.json_file import read_json, require
+from megatron_ft.printable import counted
 
 FORMAT = 1  # increase when the same settings would give another index
 # Of a .npy file of int64 (version 1.0 of NEP 1); numpy's own reader evaluates it as Python.
@@ -201,7 +202,7 @@ def load_index(documents: TokenizedDocuments, packing: Packing, cache: str | Non
             index = pack(documents, packing)
         except MemoryError:
             raise UserError(
-                f"{documents.prefix}: the packing index of {packing.epochs:,} epochs of {packing.stop - packing.start:,} documents "
+                f"{documents.prefix}: the packing index of {packing.epochs:,} epochs of {counted(packing.stop - packing.start, 'document')} "
                 "does not fit in memory; use more data, train for fewer iterations, or use a larger machine"
             ) from None
         _save_array(partial / "documents.npy", np.asarray(index.documents))

@@ -19,7 +19,7 @@ from megatron_ft.errors import UserError
 from megatron_ft.files.jsonl import Block, Source, open_sources, read_blocks, shard_bytes
 from megatron_ft.files.jsonl_row import BadRow
 from megatron_ft.files.output import OutputFile, writing
-from megatron_ft.printable import printable
+from megatron_ft.printable import counted, printable
 from megatron_ft.progress import Progress
 from megatron_ft.tokenizer.consumer import difference_to_transformers
 from megatron_ft.tokenizer.files import vocabulary_digest
@@ -235,7 +235,7 @@ def print_summary(
     inputs, outputs, *marks = writers
     of_these = f", {totals.learned:,} of these learned" if marks else ""
     print(
-        f"{inputs.num_sequences:,} rows: {inputs.num_tokens:,} input tokens, {outputs.num_tokens:,} output tokens"
+        f"{counted(inputs.num_sequences, 'row')}: {inputs.num_tokens:,} input tokens, {outputs.num_tokens:,} output tokens"
         f"{' including end-of-text' if args.append_eod else ''}{of_these}, {inputs.dtype} -> "
         f"{args.output_prefix}_{{inputs,targets{',learned' if marks else ''}}}_document.{{bin,idx}}"
     )
@@ -247,7 +247,7 @@ def print_summary(
         )
     if totals.bad:
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in totals.bad.most_common())
-        print(f"{totals.bad.total():,} bad rows skipped -> {rejected}: {reasons}")
+        print(f"{counted(totals.bad.total(), 'bad row')} skipped -> {rejected}: {reasons}")
     counts = {token: int(n) for token, n in zip(tokenizer.special_ids, totals.special_counts, strict=True) if n}
     if counts:
         print(

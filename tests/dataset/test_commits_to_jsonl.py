@@ -48,7 +48,7 @@ def test_origin_of_a_commit_stays_in_its_row(tmp_path):
 def test_commits_without_subject_or_new_contents_are_skipped_and_counted(tmp_path):
     rows, stderr = converted(tmp_path, [COMMIT | {"subject": ""}, COMMIT, COMMIT | {"new_contents": ""}])
     assert len(rows) == 1
-    assert "1 rows -> -; 2 commits without a subject or new contents skipped" in stderr
+    assert "1 row -> -; 2 commits without a subject or new contents skipped" in stderr
 
 
 @pytest.mark.parametrize("repos", ['"\\ud800"', "9" * 5000, "[" * 990 + "]" * 990, "[" * 5000 + "]" * 5000, "NaN"])

@@ -127,4 +127,4 @@ def test_bad_row_stops_with_its_line_and_leaves_no_output(tmp_path):
 
 def test_skip_bad_rows_skips_and_counts_them(tmp_path):
     out, stderr = shuffled(tmp_path, [b'{"inputs": "a", "outputs": "b"}\n', b'{"inputs": "a"}\n'], "--skip-bad-rows")
-    assert out == [b'{"inputs": "a", "outputs": "b"}\n'] and "1 bad rows skipped" in stderr
+    assert out == [b'{"inputs": "a", "outputs": "b"}\n'] and "1 bad row skipped" in stderr

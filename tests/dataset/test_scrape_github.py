@@ -109,7 +109,7 @@ def test_rows_have_commitpacks_schema(root, server, tmp_path):
     assert read_rows(output / "status/part-00000.jsonl") == [
         {"commit": id, "new_file": "a.py", "status": "ok", "repo": "o/n"}
     ]
-    assert "1 rows of metadata, 1 scraped" in done.stderr
+    assert "1 row of metadata, 1 scraped" in done.stderr
 
 
 KINDS = [

@@ -309,7 +309,7 @@ def test_chat_templates_that_do_not_work_report_one_line_errors(tmp_path, tokeni
         ('[{"prompt": "a", "completion": "b"}] x', "'x' after the end of the JSON array"),
         ('[{"prompt": "a", "completion": "b"}, 3]', "a.jsonl, row 2: an integer, not a JSON object"),
         ("[1", "the JSON array is cut off at element 1"),
-        ('{"prompt": "a", "completion": ""}\n', "a.jsonl: no question with an answer in 1 rows"),
+        ('{"prompt": "a", "completion": ""}\n', "a.jsonl: no question with an answer in 1 row;"),
         (
             '[{"message_id": 1, "parent_id": 1, "text": "a", "role": "user"}]\n',
             "messages of a tree are replies to each other",

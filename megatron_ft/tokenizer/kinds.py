@@ -224,6 +224,9 @@ class SentencePieceTokenizer(Tokenizer):
 
         try:
             self._model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+            self._model.id_to_piece(list(range(self._model.get_piece_size())))
+        except UnicodeDecodeError:  # in a piece, or in the library's message about one
+            raise UserError(f"{path}: a piece is not UTF-8; copy the file again") from None
         except (OSError, RuntimeError) as error:
             raise UserError(
                 f"{path}: not a SentencePiece model ({first_line(error)}); give a tokenizer.json or .model file"

@@ -239,6 +239,11 @@ def test_sentencepiece_models_load(tmp_path):
     (tmp_path / "hf").mkdir()
     (tmp_path / "spm.model").rename(tmp_path / "hf/tokenizer.model")
     assert load_tokenizer(tmp_path / "hf").kind == "sentencepiece"
+    model = (tmp_path / "hf/tokenizer.model").read_bytes()
+    piece = reference.id_to_piece(len(reference) - 50).encode()
+    (tmp_path / "hf/tokenizer.model").write_bytes(model.replace(piece, b"\xff" + piece[1:], 1))
+    with pytest.raises(UserError, match="tokenizer.model: a piece is not UTF-8; copy the file again"):
+        load_tokenizer(tmp_path / "hf")
 
 
 def test_hugging_face_directories_load(pairs, tmp_path):

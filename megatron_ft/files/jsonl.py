@@ -33,6 +33,7 @@ from megatron_ft.printable import printable
 
 SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zst")
 BLOCK_BYTES = 1 << 20
+READ_BYTES = 1 << 17  # per system call; the default, 8 KiB, is about one line of a commit row
 STDIN = Path("-")
 # Suffixes of files that programs write next to rows: rejected rows, provenance, reports.
 NOT_INPUT = (*(f"_rejected{suffix}" for suffix in SUFFIXES), "_made_from.json", "_report.json")
@@ -74,9 +75,7 @@ class Block:
 
     def rows(self) -> Iterator[tuple[int, bytes | None]]:
         """Indices and lines, without blank lines."""
-        for i, line in enumerate(self.lines):
-            if line is None or (line and not line.isspace()):
-                yield i, line
+        return ((i, line) for i, line in enumerate(self.lines) if line is None or (line and not line.isspace()))
 
     def line_number(self, i: int) -> int:
         """Number of lines[i] in its file, from 1; in a shard, the lines before it are counted."""
@@ -250,7 +249,7 @@ def _blocks_of_stream(source: Source, stream: Stream, raw: io.BufferedReader | N
 
 def _blocks_of_range(source: Source, start: int, stop: int) -> Iterator[Block]:
     """Blocks of the lines of an uncompressed file whose first byte is in [start, stop)."""
-    with open(source.path, "rb") as file:
+    with open(source.path, "rb", READ_BYTES) as file:
         if start:  # the line of the byte before belongs to another shard
             file.seek(start - 1)
             while (rest := file.readline(BLOCK_BYTES)) and not rest.endswith(b"\n"):
@@ -270,22 +269,26 @@ def _complete_lines(stream: Stream, limit: int | None) -> Iterator[tuple[list[by
     A byte order mark, which some editors write at the start of a file, is removed from any line:
     files joined by cat have one in the middle.
     """
-    begun: list[bytes] = []  # the pieces of the line that the chunks before left incomplete
-    size = position = 0  # the bytes of that line, and its offset
+    lines: list[bytes | None] = []
+    position = size = 0
     while limit is None or position < limit:
-        chunk = stream.read(BLOCK_BYTES)
-        if not chunk and not size:
+        line = stream.readline(MAX_LINE_BYTES + 2)
+        if not line:
             break
-        *ends, rest = chunk.split(b"\n") if chunk else (b"", b"")  # the last line may lack its newline
-        if ends:
-            consumed = size + len(chunk) - len(rest)
-            while limit is not None and len(ends) > 1 and position + consumed - len(ends[-1]) - 1 >= limit:
-                consumed -= len(ends.pop()) + 1
-            first = b"".join([*begun, ends[0]]) if size + len(ends[0]) <= MAX_LINE_BYTES else None
-            yield [line and line.removeprefix(codecs.BOM_UTF8) for line in (first, *ends[1:])], consumed
-            begun, size, position = [], 0, position + consumed
-        size += len(rest)
-        begun = [*begun, rest] if size <= MAX_LINE_BYTES else []
+        position += len(line)
+        size += len(line)
+        body: bytes | None = line.removesuffix(b"\n").removeprefix(codecs.BOM_UTF8)
+        if len(line) - line.endswith(b"\n") > MAX_LINE_BYTES:
+            while not line.endswith(b"\n") and (line := stream.readline(BLOCK_BYTES)):
+                position += len(line)
+                size += len(line)
+            body = None
+        lines.append(body)
+        if size >= BLOCK_BYTES:
+            yield lines, size
+            lines, size = [], 0
+    if lines:
+        yield lines, size
 
 
 @lru_cache(maxsize=8)  # called again for every bad row of a shard

@@ -230,6 +230,10 @@ def test_wrong_specs_report_one_line_errors_and_write_nothing(sources, spec, mes
     assert {path.name for path in sources.iterdir()} == {"a.jsonl", "b.jsonl", "mix.yaml"}
 
 
+# Python 3.13 takes any pattern.
+BAD_PATTERN = "a: no file matches" if sys.version_info >= (3, 13) else "sources: a: files is ***.jsonl: Invalid pattern"
+
+
 @pytest.mark.parametrize(
     "text, flags, message",
     [
@@ -242,7 +246,7 @@ def test_wrong_specs_report_one_line_errors_and_write_nothing(sources, spec, mes
         ("sources: {a: {rows: 1}, b: {rows: 1}, a: {rows: 2}}", [], "mix.yaml, line 1: key 'a' is given twice; remove"),
         ("{seed: 2026-02-30}", [], "mix.yaml: a value does not fit its type (day is out of range"),
         ("{seed: !!int x}", [], "mix.yaml: a value does not fit its type (invalid literal"),
-        ("sources: {a: {files: '***.jsonl', rows: 1}}", [], "sources: a: files is ***.jsonl: Invalid pattern"),
+        ("sources: {a: {files: '***.jsonl', rows: 1}}", [], BAD_PATTERN),
         ("rows: 1\nsources: {a: {files: x, weight: 2}, b: {files: x, weight: 1}}", [], "no row is left for b; raise"),
         ("sources: {a: {files: x, by: lang, quotas: {no: 1}}}", [], "a: quotas: false, as YAML reads words like no"),
         ("sources: {a: {files: x, only: {lang: [no]}, rows: 1}}", [], "a: only: false, as YAML reads words like no"),

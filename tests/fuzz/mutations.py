@@ -6,6 +6,7 @@ seed gives the same mutation on every machine.
 """
 
 import bz2
+import copy
 import io
 import json
 import lzma
@@ -129,11 +130,16 @@ def dump_json(tree: Any, **options: Any) -> bytes:
     return text.encode()
 
 
+def _odd_value(random: Random) -> Any:
+    """One of ODD_VALUES, as a copy, which later mutations may change."""
+    return copy.deepcopy(random.choice(ODD_VALUES))
+
+
 def mutate_tree(random: Random, tree: Any) -> tuple[Any, str]:
     """Change one random entry of a parsed JSON document."""
     parents = [(parent, key, path) for parent, key, path in _entries(tree) if len(path) < 200]
     if not parents:
-        value = random.choice(ODD_VALUES)
+        value = _odd_value(random)
         return value, f"$ = {show(value)}"
     # Entries near the root are as likely as the many leaves of a long list.
     depth = random.choice(sorted({path.count("\t") for _, _, path in parents}))
@@ -166,10 +172,10 @@ def mutate_tree(random: Random, tree: Any) -> tuple[Any, str]:
             parent[key] = json.loads(json.dumps(other[other_key]))
             return tree, f"{path} = ${other_path.replace(chr(9), '')}"
         case 5 if isinstance(parent, dict):
-            extra, value = random.choice(("extra", FORGED, "")), random.choice(ODD_VALUES)
+            extra, value = random.choice(("extra", FORGED, "")), _odd_value(random)
             parent[extra] = value
             return tree, f"add {show(extra)} = {show(value)} next to {path}"
-    value = random.choice(ODD_VALUES)
+    value = _odd_value(random)
     parent[key] = value
     return tree, f"{path} = {show(value)}"
 

@@ -12,7 +12,6 @@ saving and the same command resumes it, 2 for a user error.
 
 import contextlib
 import gc
-import logging
 import os
 import sys
 import time
@@ -85,12 +84,9 @@ def run_rank(main: Callable[[], int] = main) -> None:
 
 
 def silence_warnings() -> None:
-    """Hide warnings that do not help users: Megatron-Core's about missing optional packages and
-    torch's about the collectives it uses."""
-    warnings.filterwarnings("ignore", module=r"megatron\.core")
+    """Hide torch's warnings about the collectives it uses, which do not help users."""
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
-    logging.getLogger("megatron.core").setLevel(logging.ERROR)
 
 
 if __name__ == "__main__":

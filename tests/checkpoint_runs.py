@@ -112,7 +112,7 @@ class FusedAdam(torch.optim.Optimizer):
     Steps are counted in the parameter groups, moments are made at the first step.
     """
 
-    def __init__(self, params, lr, betas, eps, weight_decay, adam_w_mode):
+    def __init__(self, params, lr, betas, eps, weight_decay, adam_w_mode, **others):
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     @torch.no_grad()

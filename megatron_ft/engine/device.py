@@ -8,6 +8,7 @@ CPU. The only other patch of another package is the gradient norm in optimizer.p
 import contextlib
 import logging
 import os
+import warnings
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -28,11 +29,19 @@ def set_up_device(config: Config | None = None) -> torch.device:
         # computation.
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     device = select_device(config)
+    _silence_megatron_core()
     if device.type == "cpu" and _entered is None:
         _patch_cuda_functions()
         _entered = CpuForCuda()
         _entered.__enter__()
     return device
+
+
+def _silence_megatron_core() -> None:
+    """Hide what it warns of and does not help users: optional packages, and from 0.19 on that
+    GPTModel gets no new features."""
+    warnings.filterwarnings("ignore", module=r"megatron\.core")
+    logging.getLogger("megatron.core").setLevel(logging.ERROR)
 
 
 class CpuForCuda(TorchFunctionMode):

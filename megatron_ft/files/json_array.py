@@ -30,13 +30,14 @@ def elements(stream: BinaryIO, chunk_bytes: int = CHUNK_BYTES) -> Iterator[Any]:
     if text.next_character() != "]":
         while True:
             count += 1
-            yield text.next_value(count)
+            value = text.next_value(count)
             separator = text.next_character()
             text.position += 1
+            if separator not in (",", "]"):  # then the value may be the start of a number
+                raise BadRow(f"{separator!r} after element {count} of the JSON array" if separator else _cut_off(count))
+            yield value
             if separator == "]":
                 break
-            if separator != ",":
-                raise BadRow(f"{separator!r} after element {count} of the JSON array" if separator else _cut_off(count))
     else:
         text.position += 1
     if rest := text.next_character():

@@ -134,10 +134,12 @@ def find(checkpoint: Path, given: str | None, expected: str | None) -> Path | No
 
 
 def _has_files(path: Path) -> bool:
-    """Whether `files_of` finds any; a name in a manifest may be longer than any file's."""
+    """Whether `files_of` finds any; a name in a manifest may be one that no file can have."""
     try:
         return bool(files_of(path))
     except OSError as error:
         if error.errno != errno.ENAMETOOLONG:
             raise
+        return False
+    except ValueError:  # Python 3.13: a NUL in the path
         return False

@@ -88,7 +88,8 @@ class _FromPosition(io.RawIOBase):
         return self._file.seek(offset + (self._start if whence == io.SEEK_SET else 0), whence) - self._start
 
     def flush(self) -> None:
-        self._file.flush()
+        if not self._file.closed:  # as when this object is collected after a failed write
+            self._file.flush()
 
 
 def write_pt(file: BinaryIO, obj: Any, advance: Callable[[int], None] = lambda count: None) -> int:

@@ -27,6 +27,14 @@ def test_elements_are_those_of_json(values, chunk, indent, ascii):
     assert read(b"\xef\xbb\xbf" + text, chunk) == values
 
 
+def test_a_number_that_is_cut_off_is_not_taken_for_another():
+    for text in (b"[7, 10", b"[7, 1", b"[7, 1.", b"[7, 1.5e"):
+        array = elements(io.BytesIO(text))
+        assert next(array) == 7
+        with pytest.raises(BadRow):
+            next(array)
+
+
 @given(values=VALUES.filter(bool), cut=st.integers(1, 200), chunk=st.integers(1, 40))
 def test_a_cut_off_array_is_an_error_after_its_intact_elements(values, cut, chunk):
     text = json.dumps(values).encode()

@@ -46,6 +46,7 @@ def shared_environment(ranks_on_node: int, gpus: int) -> dict[str, str]:
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONUNBUFFERED": "1",  # logs are followed with tail -f
         "PYTHONUTF8": "1",  # srun may start ranks with LANG=C; logs are UTF-8 everywhere
+        "PYTHON_COLORS": "0",  # srun -u gives ranks a terminal, and Python 3.13 colors tracebacks on one
     }
     checkout = [str(ROOT)] if PROGRAMS == ROOT else []  # an installed package is found without it
     path = os.pathsep.join(filter(None, [*checkout, os.environ.get("PYTHONPATH")]))

@@ -135,11 +135,11 @@ def find(checkpoint: Path, given: str | None, expected: str | None) -> Path | No
 
 def _has_files(path: Path) -> bool:
     """Whether `files_of` finds any; a name in a manifest may be one that no file can have."""
+    if "\0" in str(path):
+        return False
     try:
         return bool(files_of(path))
     except OSError as error:
         if error.errno != errno.ENAMETOOLONG:
             raise
-        return False
-    except ValueError:  # Python 3.13: a NUL in the path
         return False

@@ -176,3 +176,13 @@ def test_a_tokenizer_in_the_hub_cache_is_kept_with_the_content_of_its_links(tmp_
 @pytest.mark.parametrize("given", ["a\0b", "x" * 5000, ""], ids=["NUL", "too long", "empty"])
 def test_a_path_that_cannot_exist_is_not_found(tmp_path, given):
     assert tokenizer_files.find(tmp_path / "iter_0000001", given, None) is None
+
+
+def test_a_tokenizer_whose_links_lead_outside_is_refused_not_missed(tmp_path):
+    (tmp_path / "secret").write_text("{}")
+    save = tmp_path / "save"
+    save.mkdir()
+    (save / "tokenizer.json").write_bytes((ROOT / "tests/fixtures/tokenizer.json").read_bytes())
+    (save / "special_tokens_map.json").symlink_to(tmp_path / "secret")
+    with pytest.raises(UserError, match="outside of the tokenizer's directory"):
+        tokenizer_files.find(save, None, None)

@@ -35,7 +35,7 @@ from megatron_ft.commits.row import CommitRow
 from megatron_ft.config.parser import Help, Parser
 from megatron_ft.errors import UserError, run_program
 from megatron_ft.files.output import OutputFile, writing
-from megatron_ft.printable import printable
+from megatron_ft.printable import counted, printable
 from megatron_ft.progress import Progress
 
 MAX_FILE_BYTES = 1 << 20
@@ -71,10 +71,12 @@ def main() -> None:
             count = write_rows(args, output)
             if count >= args.min_rows:
                 output.commit()
-                print(f"{count:,} single-file commits of {args.repo} -> {args.output}", file=sys.stderr)
+                print(f"{counted(count, 'single-file commit')} of {args.repo} -> {args.output}", file=sys.stderr)
                 return
-        size = f" of at most {args.max_file_bytes:,} bytes" if args.max_file_bytes < MAX_FILE_BYTES else ""
-        reason = f"{args.repo} has {count} single-file commits{size}, fewer than --min-rows {args.min_rows}"
+        found = counted(count, "single-file commit")
+        if args.max_file_bytes < MAX_FILE_BYTES:
+            found += f" of at most --max-file-bytes {args.max_file_bytes}"
+        reason = f"{args.repo} has {found}, fewer than --min-rows {args.min_rows}"
     if args.fallback is None:
         raise UserError(
             f"{reason}; give a complete clone (git fetch --unshallow completes a shallow one), a lower --min-rows, "

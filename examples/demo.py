@@ -94,9 +94,7 @@ def main() -> None:
     parser.add_argument("--iterations", type=int, default=100, help="optimizer steps (default: 100)")
     args = parser.parse_args()
     began = time.monotonic()
-    if args.repo:
-        args.repo = args.repo.resolve()
-    out = args.output.resolve()
+    repo, out = args.repo and args.repo.resolve(), args.output.resolve()
     os.chdir(ROOT)
     out = out.relative_to(ROOT) if out.is_relative_to(ROOT) else out  # short paths on screen
     if out.exists():
@@ -110,16 +108,18 @@ def main() -> None:
 
     names = ("commits.jsonl", "rows.jsonl", "tokenizer.json", "data", "checkpoints", "hf")
     commits, rows, tokenizer, data, save, model = (out / name for name in names)
-    if args.repo:
+    source = EXAMPLES
+    if repo:
+        source = commits
         run(
             "dataset/git_commits.py",
-            repo=args.repo,
+            repo=repo,
             max_file_bytes=MAX_FILE_BYTES,
             min_rows=MIN_ROWS,
             fallback=EXAMPLES,
             output=commits,
         )
-    run("dataset/commits_to_jsonl.py", input=commits if args.repo else EXAMPLES, output=rows)
+    run("dataset/commits_to_jsonl.py", input=source, output=rows)
     run("preprocess/train_tokenizer.py", input=rows, vocab_size=VOCAB_SIZE, output=tokenizer)
     run("preprocess/tokenize.py", input=rows, output_prefix=data, tokenizer_file=tokenizer)
     resumed_at = train(

@@ -1,4 +1,4 @@
-"""What `megatron-ft` calls the programs, and their files' names replaced by that in what it prints.
+"""Programs by the names their user calls them: `megatron-ft verify` for convert/verify.py.
 
 A file's name with hyphens is its command: preprocess/train_tokenizer.py is `train-tokenizer`. The
 programs of dataset/ and evaluation/, and the converters, are the commands of a group: `dataset

@@ -49,7 +49,7 @@ def _check_prefix(path: Path, model: Spec) -> None:
     """Raise UserError if the second token of a merge lacks the model's continuing_subword_prefix:
     the library cuts as many bytes from it without a look, and may end the process."""
     prefix, merges = model.get("continuing_subword_prefix"), model.get("merges")
-    if not isinstance(prefix, str) or not isinstance(merges, list):
+    if not prefix or not isinstance(prefix, str) or not isinstance(merges, list):
         return
     for number, merge in enumerate(merges):
         pair = merge.split(" ", 1) if isinstance(merge, str) else merge

@@ -128,6 +128,7 @@ NO_HISTORY = {
     "shallow": "is a shallow clone",
     "tarball": "is not a readable git repository",
     "short": "has 3 single-file commits, fewer than --min-rows 100",
+    "large": "has 0 single-file commits of at most --max-file-bytes 1, fewer than --min-rows 1",
 }
 
 
@@ -142,7 +143,7 @@ def no_history(request, repo, tmp_path) -> tuple:
     else:
         source = repo
     command = (COMMITS, "--repo", source, "--output", tmp_path / "c.jsonl")
-    flags = ("--min-rows", 100) if request.param == "short" else ()
+    flags = {"short": ("--min-rows", 100), "large": ("--max-file-bytes", 1)}.get(request.param, ())
     return (*command, *flags), {**os.environ, "GIT_CEILING_DIRECTORIES": str(tmp_path)}
 
 

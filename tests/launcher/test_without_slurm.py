@@ -79,9 +79,14 @@ def test_an_nvidia_smi_that_cannot_run_finds_no_gpus(tmp_path, monkeypatch, cont
 
 def test_ranks_read_and_print_utf8_whatever_the_locale(monkeypatch):
     monkeypatch.delenv("PYTHONUTF8", raising=False)
-    assert shared_environment(1, 0)["PYTHONUTF8"] == "1" and shared_environment(1, 0)["PYTHON_COLORS"] == "0"
+    assert shared_environment(1, 0)["PYTHONUTF8"] == "1"
     monkeypatch.setenv("PYTHONUTF8", "0")
     assert shared_environment(1, 0)["PYTHONUTF8"] == "0", "the user's choice is kept"
+
+
+def test_logs_of_ranks_have_no_colors(monkeypatch):
+    monkeypatch.delenv("PYTHON_COLORS", raising=False)
+    assert shared_environment(1, 0)["PYTHON_COLORS"] == "0"
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from made_problems import BUGS, SOLUTIONS, made_problem
-from sandboxes import sandbox_or_skip, toolchain_or_skip, verdict_on
+from sandboxes import CPU_S, sandbox_or_skip, toolchain_or_skip, verdict_on
 
 from megatron_ft.evaluation import runner
 from megatron_ft.evaluation.cutting import cut
@@ -42,10 +42,12 @@ def test_statuses_of_each_language(language, tmp_path):
         "passed": program(language, SOLUTIONS[language], "clean", tmp_path),
         "wrong_answer": program(language, BUGS[language], "clean", tmp_path),
         "compile_error": program(language, "    )(", "clean", tmp_path),
-        "timeout": Program(language, SLOW[language], None),
         "exception": Program(language, THROWS[language], None),
     }
-    runs = run_programs(list(sources.values()), toolchain_or_skip(language), sandbox_or_skip(), 2, 2.0)
+    toolchain, sandbox = toolchain_or_skip(language), sandbox_or_skip()
+    runs = list(run_programs(list(sources.values()), toolchain, sandbox, 2, CPU_S))
+    sources["timeout"] = Program(language, SLOW[language], None)
+    runs += run_programs([sources["timeout"]], toolchain, sandbox, 2, 1.0)
     verdicts = {one.sha256: verdict for one, verdict in runs}
     assert {status: verdicts[one.sha256].status for status, one in sources.items()} == {s: s for s in sources}
     assert all(verdict.cpu_s > 0 and verdict.rss > 0 for verdict in verdicts.values())
@@ -108,8 +110,8 @@ def test_missing_interpreter_is_a_toolchain_error_and_a_failing_sandbox_a_sandbo
 def test_java_compiled_by_the_server_and_by_javac_has_the_same_verdicts(tmp_path):
     toolchain, sandbox = toolchain_or_skip("java"), sandbox_or_skip()
     programs = [program("java", text, "clean", tmp_path) for text in (SOLUTIONS["java"], BUGS["java"], ")(")]
-    worker = runner.Worker(toolchain, sandbox, 5.0)
-    served = {one.source: verdict.status for one, verdict in run_programs(programs, toolchain, sandbox, 1, 5.0)}
+    worker = runner.Worker(toolchain, sandbox, CPU_S)
+    served = {one.source: verdict.status for one, verdict in run_programs(programs, toolchain, sandbox, 1, CPU_S)}
     assert served == {one.source: worker.verdict(one, 0, None).status for one in programs}
 
 

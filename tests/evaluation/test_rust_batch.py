@@ -73,11 +73,11 @@ def test_each_worker_has_a_batch_and_no_batch_is_too_large():
 
 
 def test_verdicts_and_outputs_are_those_of_single_programs(monkeypatch):
-    monkeypatch.setattr(rust_batch, "RUN_CPU_S", 0.5)
+    monkeypatch.setattr(rust_batch, "RUN_CPU_S", 2.0)
     toolchain, sandbox = toolchain_or_skip("rust"), sandbox_or_skip()
     names = {program(answer): name for name, answer in ANSWERS.items()}
-    worker = Worker(toolchain, sandbox, 1.0)
-    together = {names[one]: verdict for one, verdict in run_programs(list(names), toolchain, sandbox, 1, 1.0)}
+    worker = Worker(toolchain, sandbox, 3.0)
+    together = {names[one]: verdict for one, verdict in run_programs(list(names), toolchain, sandbox, 1, 3.0)}
     single = {name: worker.verdict(one, 0, None) for one, name in names.items()}
     for name in ANSWERS:
         same = ("key", "status", "exit", "signal")
@@ -93,7 +93,7 @@ def test_verdicts_and_outputs_are_those_of_single_programs(monkeypatch):
 def test_programs_that_do_not_compile_leave_the_others_in_their_batch():
     toolchain, sandbox = toolchain_or_skip("rust"), sandbox_or_skip()
     names = {program(answer): name for name, answer in ANSWERS.items() if name != "does not end"}
-    settled = run_together(list(names), toolchain, sandbox, 1.0, 0)
+    settled = run_together(list(names), toolchain, sandbox, 3.0, 0)
     assert {names[one] for one in settled} == {"right", "uses a crate", "wrong", "panics"}
 
 

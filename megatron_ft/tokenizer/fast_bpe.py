@@ -99,24 +99,27 @@ class FastBPE:
         ids = [MISSING] * len(symbols)
         for character, byte in symbols.items():
             ids[byte] = vocab.get(character, MISSING)
-        pairs = np.zeros((len(merges), 2), np.uint32)
-        for i, (left, right) in enumerate(merges):
-            if left not in symbols or right not in symbols:
-                raise CannotExpress(f"the merge of {left!r} and {right!r} comes before those that make them")
-            if left + right in symbols:
-                raise CannotExpress(f"two merges make the token {left + right!r}")
-            pairs[i] = symbols[left], symbols[right]
-            symbols[left + right] = len(ids)
-            ids.append(vocab[left + right])
+        pairs: list[int] = []  # two per merge
+        for left, right in merges:
+            made, symbol = left + right, len(ids)
+            try:
+                pairs += symbols[left], symbols[right]
+            except KeyError:
+                raise CannotExpress(f"the merge of {left!r} and {right!r} comes before those that make them") from None
+            if symbols.setdefault(made, symbol) != symbol:
+                raise CannotExpress(f"two merges make the token {made!r}")
+            ids.append(vocab[made])
         specials = [(token["content"].encode(), token["id"]) for token in spec["added_tokens"]]
         make = _bpe.Encoder16 if dtype.itemsize == 2 else _bpe.Encoder32
         try:
-            encoder = cls(make(pairs, ids, digits, specials), dtype, reference, digits)
+            encoder = cls(
+                make(np.array(pairs, np.uint32).reshape(-1, 2), ids, digits, specials), dtype, reference, digits
+            )
         except ValueError as reason:
             raise CannotExpress(str(reason)) from None
         names = [token["content"] for token in spec["added_tokens"]]
-        edges = "".join(f"a{first}{last}b {first} !{last}1" for first, last in class_edges())
-        if different := encoder.differs([*HARD_CASES, *names, "x ".join(names) + " 1", edges]):
+        edges = [f"a{first}{last}b {first} !{last}1" for first, last in class_edges()]
+        if different := encoder.differs([*HARD_CASES, *names, "x ".join(names) + " 1", *edges]):
             raise CannotExpress(f"its ids differ on {different[0][:60]!r}")
         return encoder
 
@@ -125,16 +128,18 @@ class FastBPE:
         data = text.encode()
         while isinstance(ids := self.encoder.encode(data), int):
             if (name := self._class_of(chr(ids))) is None:
-                return self._by_reference(text)
+                return self._by_reference([text])[0]
             self.encoder.set_class(ids, name)
         return np.frombuffer(ids, self._dtype)
 
     def differs(self, texts: list[str]) -> list[str]:
         """The texts that the reference encodes differently; normally none."""
-        return [text for text in texts if not np.array_equal(self.encode(text), self._by_reference(text))]
+        expected = self._by_reference(texts)
+        return [text for text, ids in zip(texts, expected, strict=True) if not np.array_equal(self.encode(text), ids)]
 
-    def _by_reference(self, text: str) -> np.ndarray:
-        return np.array(self._reference.encode(text, add_special_tokens=False).ids, self._dtype)
+    def _by_reference(self, texts: list[str]) -> list[np.ndarray]:
+        encoded = self._reference.encode_batch_fast(texts, add_special_tokens=False)
+        return [np.array(one.ids, self._dtype) for one in encoded]
 
     def _class_of(self, c: str) -> str | None:
         """The class of a character in the library's version of Unicode, as in CODE_POINT_RUNS; None

@@ -14,7 +14,7 @@ import numpy as np
 from megatron_ft.errors import UserError
 from megatron_ft.tokenizer._bpe import Encoder16, Encoder32
 from megatron_ft.tokenizer.fast_bpe import CannotExpress, FastBPE
-from megatron_ft.tokenizer.spec import Spec, build, check_ids, first_line, without_dropout
+from megatron_ft.tokenizer.spec import Spec, build, first_line, vocabulary_of, without_dropout
 
 EOD_TOKENS = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>", "<|eos|>", "<EOD>")
 
@@ -130,8 +130,7 @@ class JsonTokenizer(Tokenizer):
         self.has_dropout = bool(spec["model"].get("dropout"))
         self.spec = without_dropout(spec) if self.has_dropout else spec
         self._backend = build(path, self.spec)
-        check_ids(path, self.spec, self._backend)
-        vocab = self._backend.get_vocab(with_added_tokens=True)
+        vocab = vocabulary_of(path, self.spec, self._backend)
         self.vocab_size = len(vocab)
         self.special_ids = {token["content"]: token["id"] for token in self.spec["added_tokens"] if token["special"]}
         eod = first_known(vocab, [EOD_TOKENS[0], eos, *EOD_TOKENS])

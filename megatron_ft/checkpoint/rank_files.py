@@ -15,12 +15,11 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, Protocol
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple, Protocol
 
 import torch
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.mapping import ShardedObject, is_main_replica
-from torch.distributed.checkpoint.metadata import Metadata
 
 from megatron_ft.errors import UserError
 from megatron_ft.files.atomic import sync_file
@@ -28,6 +27,9 @@ from megatron_ft.model.boxes import Box
 from megatron_ft.weights.manifest import Damaged
 from megatron_ft.weights.torch_dist_files import TorchDistFiles
 from megatron_ft.weights.torch_dist_metadata import StoredChunk
+
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint.metadata import Metadata
 
 HASHED_IN_THREAD = 1 << 16  # bytes; smaller writes are hashed faster than handed over
 
@@ -136,7 +138,7 @@ class _Copy(NamedTuple):
     target: torch.Tensor
 
 
-def read_tensors(directory: Path, wanted: list[ShardedTensor], metadata: Metadata | None = None) -> None:
+def read_tensors(directory: Path, wanted: list[ShardedTensor], metadata: "Metadata | None" = None) -> None:
     """Fill the data of `wanted` in place, whatever layout wrote them.
 
     Values are converted to the data's dtype and device. A tensor that may differ in size (a padded

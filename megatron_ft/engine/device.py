@@ -14,7 +14,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from megatron_ft.config.config import Config
-from megatron_ft.engine.compiler import leave_functions_as_they_are, replace_dynamo
+from megatron_ft.engine.unused_imports import leave_functions_as_they_are, leave_out_unused, replace_dynamo
 from megatron_ft.training.device import select_device
 
 _entered: "CpuForCuda | None" = None
@@ -96,7 +96,7 @@ def _patch_cuda_functions() -> None:
     """Replace the device, stream and random-state functions of torch.cuda, and disable compiled
     fusions, which need a C++ compiler."""
     replace_dynamo()
-    with leave_functions_as_they_are():
+    with leave_functions_as_they_are(), leave_out_unused():
         import megatron.core.jit
 
     megatron.core.jit.disable_jit_fuser()

@@ -1,8 +1,8 @@
 """Read untrusted pickles without executing them: only names on a fixed allow-list are resolved.
 
-Legacy Megatron checkpoints and `.bin` weights are pickles with tensors (`load_pt`, torch's own
-weights-only loader with the names added that Megatron's need); torch_dist's `.metadata` is a bare
-pickle (`load_dcp_metadata`). Errors name what a file references.
+Legacy Megatron checkpoints and `.bin` weights are pickles with tensors: `load_pt` is torch's own
+weights-only loader with the names added that Megatron's need. For torch_dist's `.metadata`, a bare
+pickle, see torch_dist_pickle.py. Errors name what a file references.
 """
 
 import argparse
@@ -11,7 +11,6 @@ import pickle
 import re
 import struct
 import zipfile
-from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +19,6 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 from numpy._core import multiarray
-from torch.distributed.checkpoint import filesystem, metadata
 
 from megatron_ft.errors import UserError
 from megatron_ft.files.first_bytes import what_it_is
@@ -48,36 +46,25 @@ class InertEnum:
         return f"InertEnum({self.value!r})"
 
 
-class _Discarded:
-    """Stand-in for objects in `.metadata` that reading does not use (planners' records)."""
-
-    def __init__(self, *args: Any) -> None: ...
-
-    def __setstate__(self, state: Any) -> None: ...
-
-
-class _DiscardedEnum(_Discarded):
-    """Stand-in for an enum among them."""
-
-
 def _enum_member(enum: Any, name: Any) -> Any:
     """What `getattr` is in a pickle: Python 3.11.2 and the like pickle an enum's member as
-    `getattr(enum, name)`. Gives members of the enums on the allow-lists, and nothing else."""
-    if isinstance(name, str) and name.isidentifier() and not name.startswith("__"):
-        if enum is metadata._MEM_FORMAT_ENCODING and name in metadata._MEM_FORMAT_ENCODING.__members__:
-            return metadata._MEM_FORMAT_ENCODING[name]
-        if enum is InertEnum or enum is _DiscardedEnum:
-            return enum(name)
+    `getattr(enum, name)`. Gives stand-ins for Megatron's enums, and nothing else."""
+    if enum is InertEnum and is_member_name(name):
+        return InertEnum(name)
+    raise getattr_refused(enum, name)
+
+
+def is_member_name(name: Any) -> bool:
+    return isinstance(name, str) and name.isidentifier() and not name.startswith("__")
+
+
+def getattr_refused(enum: Any, name: Any) -> pickle.UnpicklingError:
+    """The error for a pickle that looks up an attribute of anything but an enum on its list."""
     where = f"{enum.__module__}.{enum.__qualname__}" if isinstance(enum, type) else type(enum).__name__
-    raise pickle.UnpicklingError(f"GLOBAL getattr({where}, {name!r:.60}) is not allowed")
+    return pickle.UnpicklingError(f"GLOBAL getattr({where}, {name!r:.60}) is not allowed")
 
 
-def _joined_path(*parts: str) -> str:
-    """Stand-in for the path that a checkpoint was saved under, pickled by its parts."""
-    return "/".join(map(str, parts))
-
-
-_GETATTR = ("builtins.getattr", "__builtin__.getattr")  # the latter before protocol 3
+GETATTR = ("builtins.getattr", "__builtin__.getattr")  # the latter before protocol 3
 _ENUM_MODULES = ("megatron.model.enums", "megatron.core.enums", "megatron.core.transformer.enums")
 _ENUM_NAMES = ("ModelType", "LayerType", "AttnType", "AttnMaskType", "AttnBackend", "PositionEmbeddingType")
 _DTYPE_CLASSES = [cls for name, cls in vars(np.dtypes).items() if name.endswith("DType")]
@@ -89,7 +76,7 @@ _PT_ALLOWED = [
     np.ndarray,
     np.dtype,
     *_DTYPE_CLASSES,
-    *((_enum_member, name) for name in _GETATTR),
+    *((_enum_member, name) for name in GETATTR),
     *((InertEnum, f"{module}.{name}") for module in _ENUM_MODULES for name in _ENUM_NAMES),
     *(
         (function, f"numpy.{core}.multiarray.{name}")
@@ -115,7 +102,7 @@ def load_pt(path: Path | str) -> Any:
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except (*UNREADABLE, OSError) as error:
-        raise UserError(_unreadable(path, error, "a readable torch file")) from None
+        raise UserError(unreadable(path, error, "a readable torch file")) from None
 
 
 def load_pt_bytes(content: bytes, where: str) -> Any:
@@ -157,82 +144,7 @@ def check_stored(archive: zipfile.ZipFile) -> None:
             raise ValueError("compressed records, which torch does not write")
 
 
-class _AllowListUnpickler(pickle._Unpickler):
-    """Unpickler that resolves the names of `_DCP_ALLOWED` and imports nothing.
-
-    Python's own implementation: the one in C allocates as much memory as a file asks for.
-    """
-
-    stack: list[Any]
-
-    def find_class(self, module: str, name: str) -> Any:
-        if f"{module}.{name}" not in _DCP_ALLOWED:
-            raise pickle.UnpicklingError(f"GLOBAL {module}.{name} is not allowed")
-        return _DCP_ALLOWED[f"{module}.{name}"]
-
-    def load_build(self) -> None:
-        """Set the state of an object; never attributes of the classes and functions allowed."""
-        if callable(self.stack[-2]):
-            raise pickle.UnpicklingError("the state of a class or function")
-        super().load_build()  # type: ignore[misc]  # not in typeshed
-
-    dispatch = {**pickle._Unpickler.dispatch, pickle.BUILD[0]: load_build}  # type: ignore[dict-item]  # of this class
-
-
-_DCP_ALLOWED: dict[str, Any] = {
-    **{
-        f"torch.distributed.checkpoint.metadata.{cls.__name__}": cls
-        for cls in (
-            metadata.Metadata,
-            metadata.MetadataIndex,
-            metadata.TensorStorageMetadata,
-            metadata.BytesStorageMetadata,
-            metadata.ChunkStorageMetadata,
-            metadata.TensorProperties,
-            metadata.StorageMeta,
-            metadata._MEM_FORMAT_ENCODING,
-        )
-    },
-    **dict.fromkeys(_GETATTR, _enum_member),
-    "torch.distributed.checkpoint.filesystem._StorageInfo": filesystem._StorageInfo,
-    "torch.Size": torch.Size,
-    "torch.serialization._get_layout": torch.serialization._get_layout,
-    "collections.OrderedDict": OrderedDict,
-    "pathlib.PosixPath": _joined_path,
-    "pathlib._local.PosixPath": _joined_path,
-    **{
-        f"torch.{name}": value
-        for name, value in vars(torch).items()
-        if isinstance(value, torch.dtype | torch.layout | torch.memory_format)
-    },
-    **{
-        f"torch.distributed.checkpoint.planner.{name}": _Discarded
-        for name in ("SavePlan", "WriteItem", "TensorWriteData")
-    },
-    "torch.distributed.checkpoint.planner.WriteItemType": _DiscardedEnum,
-    "megatron.core.dist_checkpointing.strategies.torch.MCoreMetadata": metadata.Metadata,
-    "megatron.core.dist_checkpointing.strategies.torch.MCoreSavePlan": _Discarded,
-}
-
-
-def load_dcp_metadata(path: Path | str) -> metadata.Metadata:
-    """The content of a torch distributed checkpoint's `.metadata`.
-
-    Raises UserError as `load_pt` does. Types of the object's fields are not checked.
-    """
-    path = Path(path)
-    try:
-        found = _AllowListUnpickler(io.BytesIO(path.read_bytes())).load()
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; the checkpoint is incomplete") from None
-    except (*UNREADABLE, OSError) as error:
-        raise UserError(_unreadable(path, error, "readable")) from None
-    if not isinstance(found, metadata.Metadata):
-        raise UserError(f"{path}: contains a {type(found).__name__}, expected a torch_dist checkpoint's metadata")
-    return found
-
-
-def _unreadable(path: Path, error: BaseException, expected: str) -> str:
+def unreadable(path: Path, error: BaseException, expected: str) -> str:
     """The message for a file that cannot be loaded."""
     if found := referenced(error):
         return refusal(path, f"the pickle references {found}")

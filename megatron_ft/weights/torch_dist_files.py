@@ -12,10 +12,9 @@ import zipfile
 from bisect import bisect_left
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 import torch
-from torch.distributed.checkpoint.metadata import Metadata
 
 from megatron_ft.errors import UserError
 from megatron_ft.files.first_bytes import what_it_is
@@ -26,6 +25,9 @@ from megatron_ft.weights.manifest import Damaged
 from megatron_ft.weights.safe_pickle import UNREADABLE, check_stored, referenced, refusal, why_unreadable
 from megatron_ft.weights.torch_dist_metadata import StoredChunk, read_metadata, stored_parts
 
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint.metadata import Metadata
+
 
 class TorchDistFiles:
     """The tensors and byte objects of one torch_dist directory, by their keys.
@@ -34,7 +36,7 @@ class TorchDistFiles:
     contradicts itself, UserError when its pickle is refused or its files are compressed.
     """
 
-    def __init__(self, directory: Path, metadata: Metadata | None = None) -> None:
+    def __init__(self, directory: Path, metadata: "Metadata | None" = None) -> None:
         self.path = directory
         parts = stored_parts(directory, metadata or read_metadata(directory))
         self.tensors, self._chunks, self.objects = parts

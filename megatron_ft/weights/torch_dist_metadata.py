@@ -1,6 +1,7 @@
 """`.metadata` of a torch_dist checkpoint: which box of which tensor is where in which file.
 
-Written with it are the two small files that Megatron-Core expects next to it.
+Written with it are the two small files that Megatron-Core expects next to it. Functions import
+torch.distributed.checkpoint, which a new run does not need before its first save.
 """
 
 import io
@@ -11,25 +12,17 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import torch
-from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _StorageInfo
-from torch.distributed.checkpoint.metadata import (
-    BytesStorageMetadata,
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    StorageMeta,
-    TensorProperties,
-    TensorStorageMetadata,
-)
 
 from megatron_ft.errors import UserError
 from megatron_ft.files.atomic import sync_file
 from megatron_ft.weights.directory import METADATA, check_file_name
 from megatron_ft.weights.manifest import Damaged
-from megatron_ft.weights.safe_pickle import load_dcp_metadata
+
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 MOST_BYTES = 1 << 60  # no tensor and no file is larger
 T = TypeVar("T")
@@ -64,63 +57,69 @@ def write_metadata(directory: Path, chunks: Iterable[StoredChunk]) -> None:
 
     Raises ValueError when the chunks of a tensor do not have as many elements as the tensor.
     """
-    stored: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
+    from torch.distributed.checkpoint import filesystem, metadata
+
+    stored: dict[str, metadata.STORAGE_TYPES] = {}
     tensors: dict[str, TensorStorageMetadata] = {}
-    locations: dict[MetadataIndex, _StorageInfo] = {}
+    locations: dict[metadata.MetadataIndex, filesystem._StorageInfo] = {}
     for chunk in chunks:
-        place = _StorageInfo(chunk.file, chunk.start, chunk.length)
+        place = filesystem._StorageInfo(chunk.file, chunk.start, chunk.length)
         if chunk.dtype is None:
-            stored[chunk.key] = BytesStorageMetadata()
-            locations[MetadataIndex(chunk.key)] = place
+            stored[chunk.key] = metadata.BytesStorageMetadata()
+            locations[metadata.MetadataIndex(chunk.key)] = place
             continue
         if chunk.key not in tensors:
-            properties = TensorProperties(dtype=chunk.dtype)
-            tensors[chunk.key] = TensorStorageMetadata(properties, torch.Size(chunk.shape), [])
+            properties = metadata.TensorProperties(dtype=chunk.dtype)
+            tensors[chunk.key] = metadata.TensorStorageMetadata(properties, torch.Size(chunk.shape), [])
             stored[chunk.key] = tensors[chunk.key]
-        box = ChunkStorageMetadata(torch.Size(chunk.offsets), torch.Size(chunk.sizes))
+        box = metadata.ChunkStorageMetadata(torch.Size(chunk.offsets), torch.Size(chunk.sizes))
         tensors[chunk.key].chunks.append(box)
-        locations[MetadataIndex(chunk.key, torch.Size(chunk.offsets))] = place
+        locations[metadata.MetadataIndex(chunk.key, torch.Size(chunk.offsets))] = place
     for key, tensor in tensors.items():
         covered = sum(math.prod(box.sizes) for box in tensor.chunks)
         if covered != math.prod(tensor.size):
             raise ValueError(f"{key}: ranks wrote {covered} elements of {math.prod(tensor.size)}")
-    metadata = Metadata(
+    content = metadata.Metadata(
         state_dict_metadata=stored,
         storage_data=locations,
-        storage_meta=StorageMeta(),
-        version=CURRENT_DCP_VERSION,
+        storage_meta=metadata.StorageMeta(),
+        version=filesystem.CURRENT_DCP_VERSION,
     )
-    _write_durably(directory / METADATA, pickle.dumps(metadata))
+    _write_durably(directory / METADATA, pickle.dumps(content))
     common = io.BytesIO()
     torch.save({"checkpoint_version": 3.0}, common)
     _write_durably(directory / "common.pt", common.getvalue())
     _write_durably(directory / "metadata.json", json.dumps(_FORMAT).encode())
 
 
-def read_metadata(directory: Path) -> Metadata:
+def read_metadata(directory: Path) -> "Metadata":
     """Read `.metadata` through the allow-list.
 
     Raises Damaged when it is missing, UserError when its pickle references anything else.
     """
     if not (directory / METADATA).is_file():
         raise Damaged(f"{directory / METADATA} is missing, so its save did not finish")
+    from megatron_ft.weights.torch_dist_pickle import load_dcp_metadata
+
     return load_dcp_metadata(directory / METADATA)
 
 
 class StoredParts(NamedTuple):
     """What `.metadata` lists: tensors by key, the chunks of each by offset, byte objects by key."""
 
-    tensors: dict[str, TensorStorageMetadata]
+    tensors: "dict[str, TensorStorageMetadata]"
     chunks: dict[str, list[StoredChunk]]
     objects: dict[str, StoredChunk]
 
 
-def stored_parts(directory: Path, metadata: Metadata) -> StoredParts:
+def stored_parts(directory: Path, metadata: "Metadata") -> StoredParts:
     """The content of `.metadata`, checked: types, boxes within their tensors, no box larger than
     the bytes that should contain it, files of this directory.
 
     Raises Damaged for the first contradiction, UserError when files are compressed.
     """
+    from torch.distributed.checkpoint.metadata import BytesStorageMetadata, TensorProperties, TensorStorageMetadata
+
     where = directory / METADATA
     parts = StoredParts({}, {}, {})
     sizes: dict[tuple[str, tuple[int, ...]], tuple[int, ...]] = {}

@@ -20,7 +20,8 @@ from megatron_ft.errors import UserError
 from megatron_ft.files.checksum import describe_file
 from megatron_ft.weights.manifest import read_manifest
 from megatron_ft.weights.open import open_weights
-from megatron_ft.weights.safe_pickle import load_dcp_metadata, load_pt
+from megatron_ft.weights.safe_pickle import load_pt
+from megatron_ft.weights.torch_dist_pickle import load_dcp_metadata
 
 
 class Touch:

@@ -1,14 +1,16 @@
-"""Where nothing is compiled, torch's compiler is not imported: it takes a rank 4 s of CPU time.
+"""What a rank on the CPU never uses is not imported; it would take 5 s of CPU time before a step.
 
 Megatron-Core decorates functions by `torch.compile` when it is imported, and each of these calls
-imports torch._dynamo and torch._inductor. So do torch's optimizers, when they are made and in their
-steps, only to keep the compiler out.
+imports torch's compiler, torch._dynamo and torch._inductor. So do torch's optimizers, when they are
+made and in their steps, only to keep the compiler out. Megatron-Core also imports FSDP, distributed
+tensors with sympy, setuptools and TensorBoard for features that this package does not use.
 """
 
 import contextlib
 import importlib
 import sys
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from types import ModuleType, SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -16,6 +18,13 @@ from unittest import mock
 import torch
 
 DYNAMO = "torch._dynamo"
+# What Megatron-Core can do without.
+OPTIONAL = (
+    *("megatron.core.distributed.fsdp.src.megatron_fsdp", "torch.distributed._tensor", "torch.distributed.fsdp"),
+    "torch.utils.tensorboard",
+)
+# What it imports in any case, for FSDP's checkpoints and for allocators of GPU memory.
+UNUSED = ("torch.distributed.checkpoint", "torch.utils.cpp_extension")
 
 
 @contextlib.contextmanager
@@ -27,6 +36,32 @@ def leave_functions_as_they_are() -> Iterator[None]:
 
     with mock.patch.object(torch, "compile", as_it_is):
         yield
+
+
+@contextlib.contextmanager
+def leave_out_unused() -> Iterator[None]:
+    """Within it, Megatron-Core 0.16 is imported without what it imports for unused features; what
+    is imported already stays. Newer versions derive classes from what is UNUSED here."""
+    if not version("megatron-core").startswith("0.16."):
+        yield
+        return
+    stand_ins: dict[str, Any] = dict.fromkeys(OPTIONAL)  # None is a module that is not installed
+    stand_ins |= {name: _Unused(name) for name in UNUSED}
+    added = {name: module for name, module in stand_ins.items() if name not in sys.modules}
+    sys.modules.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            del sys.modules[name]
+
+
+class _Unused(ModuleType):
+    """A module whose content is only imported by name."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
 
 
 def replace_dynamo() -> None:

@@ -6,7 +6,8 @@
 Each is timed in turn, --repeats times, and the best is kept: wall-clock time, and CPU time of all
 cores, which depends less on other jobs on the machine. Timed are
 
-    ours                    the complete process, both fields in one run; also with one worker
+    ours                    the complete process, both fields in one run; also with one worker,
+                            and with one worker on one core
     --before DIR            that checkout of this project with one worker, with the same files
     --peer DIR              that checkout's tools/preprocess_data.py, which needs one run per field;
                             its files must be identical to ours
@@ -121,6 +122,7 @@ def complete(args: argparse.Namespace, directory: Path, rows: Path, texts: list[
     for _ in range(args.repeats):
         seconds.setdefault("ours", []).append(run_ours(args, ROOT, args.workers, rows, directory / "ours"))
         seconds.setdefault("one", []).append(run_ours(args, ROOT, 1, rows, directory / "one"))
+        seconds.setdefault("core", []).append(run_ours(args, ROOT, 1, rows, directory / "core", one_core=True))
         if args.before:
             seconds.setdefault("before", []).append(run_ours(args, args.before, 1, rows, directory / "before"))
         if args.peer:
@@ -131,6 +133,7 @@ def complete(args: argparse.Namespace, directory: Path, rows: Path, texts: list[
     names = {
         "ours": f"preprocess/tokenize.py, {args.workers} workers",
         "one": "preprocess/tokenize.py, 1 worker (same bytes)",
+        "core": "preprocess/tokenize.py, 1 core (same bytes)",
         "before": "that of --before, 1 worker (same bytes)",
         "peer": "tools/preprocess_data.py, two runs (same bytes)",
         "encode_batch": "tokenizers encode_batch, only encoding",
@@ -223,10 +226,17 @@ def timed(command: list, **kwargs) -> tuple[float, float]:
     return time.perf_counter() - start, after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
 
 
-def run_ours(args: argparse.Namespace, root: Path, workers: int, rows: Path, prefix: Path) -> tuple[float, float]:
+def run_ours(
+    args: argparse.Namespace, root: Path, workers: int, rows: Path, prefix: Path, *, one_core: bool = False
+) -> tuple[float, float]:
     """Seconds of the complete program of a checkout, startup included."""
     command = [sys.executable, root / "preprocess/tokenize.py", rows, "--output-prefix", prefix]
-    return timed([*command, "--tokenizer-file", args.tokenizer_file.resolve(), "--workers", workers])
+    command += ["--tokenizer-file", args.tokenizer_file.resolve(), "--workers", workers]
+    return timed(command, preexec_fn=use_one_core if one_core else None)
+
+
+def use_one_core() -> None:
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 
 
 def run_peer(args: argparse.Namespace, rows: Path, prefix: Path) -> tuple[float, float]:

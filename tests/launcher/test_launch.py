@@ -157,7 +157,7 @@ time.sleep(60)
     assert status == 1
     assert out.rstrip().endswith("RuntimeError: the disk is gone")
     assert "rank 1 failed first" in out and "noise before" not in out
-    assert time.monotonic() - started < 20
+    assert time.monotonic() - started < 50  # the other rank sleeps for 60
     with pytest.raises(ProcessLookupError):
         os.kill(int(re.search(r"pid (\d+)", out)[1]), 0)
 

@@ -31,10 +31,9 @@ class OutputFile:
     removes it.
 
     A name that ends in .gz or .zst is compressed, unless the data already are (`compressed`). A
-    symbolic link is followed: its target is
-    replaced, the link stays. Anything but a regular file ("-" and /dev/stdout for standard output,
-    a FIFO, a device) is written directly. Raises UserError if the file cannot be written or another
-    process is writing it.
+    symbolic link is followed: its target is replaced, the link stays. Anything but a regular file
+    ("-" and /dev/stdout for standard output, a FIFO, a device) is written directly. Raises
+    UserError if the file cannot be written or another process is writing it.
     """
 
     def __init__(self, path: str | Path, *, compressed: bool = False):

@@ -14,9 +14,10 @@ KEPT_BY_MAINTAINERS = "kept by the maintainers; nothing to do"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-# Started in the background, SIGINT is ignored, and the programs under test would inherit that.
-if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+# In the background SIGINT is ignored, after nohup SIGHUP; programs under test would inherit that.
+for number, default in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, default)
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,6 @@ when those leave gaps, and two tokens may share an id. `build` refuses such file
 always 0 to N - 1, the file's own, and N is what transformers calls the length.
 """
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,7 +70,7 @@ def build(path: Path, spec: Spec) -> "Backend":
     from tokenizers import Tokenizer as Backend
 
     try:
-        backend = Backend.from_str(_to_json(spec))
+        backend = Backend.from_str(orjson.dumps(spec).decode())
     except BaseException as error:  # bare Exception, or the BaseException of a panic in Rust
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
@@ -79,13 +78,6 @@ def build(path: Path, spec: Spec) -> "Backend":
     backend.no_truncation()
     backend.no_padding()
     return backend
-
-
-def _to_json(spec: Spec) -> str:
-    try:
-        return orjson.dumps(spec).decode()  # six times as fast
-    except TypeError:  # a lone surrogate, or an integer beyond 64 bits
-        return json.dumps(spec)
 
 
 def vocabulary_of(path: Path, spec: Spec, backend: "Backend") -> dict[str, int]:

@@ -148,3 +148,11 @@ def test_a_text_that_a_tokenizer_cannot_encode_is_refused(tmp_path):
     assert tokenizer.encode("a") == [0]
     with pytest.raises(UserError, match="cannot encode a text"):
         tokenizer.encode("c")
+
+
+def test_a_lone_surrogate_and_an_integer_beyond_64_bits_are_refused(tmp_path):
+    file = tmp_path / "tokenizer.json"
+    file.write_bytes(vocabulary(**{"\ud800": SIZE}))
+    assert "not a tokenizer.json" in refusal(file)
+    file.write_bytes(vocabulary(**{"large": 2**70}))
+    assert "not a tokenizer.json" in refusal(file)

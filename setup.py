@@ -99,6 +99,7 @@ setup(
         "transformers>=5",
         "sentencepiece",
         "numpy",
+        "msgspec",
         "orjson",
         "safetensors",
         "psutil",

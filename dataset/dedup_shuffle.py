@@ -69,7 +69,7 @@ def main() -> None:
         kept = 0
         with Progress("write", rows, " rows") as progress:
             for line in buckets.in_order(args.memory << 20, progress):
-                output.write(line + b"\n")
+                output.write(line)
                 kept += 1
         output.commit()
     note = f"; {counted(bad, 'bad row')} skipped" if bad else ""

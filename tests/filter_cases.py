@@ -3,6 +3,7 @@ and all other rules. A text stands for GOOD with this subject."""
 
 import json
 
+from megatron_ft.commits.candidate import Candidate, candidate_of, columns_of
 from megatron_ft.commits.rules import EXTENSIONS
 
 OLD = "import time\n\ndef wait(seconds):\n    time.sleep(seconds)\n"
@@ -20,6 +21,10 @@ GOOD = {
     "repos": "owner/name",
 }
 HTML = f"<html><body><p>{'Some visible text. ' * 20}</p></body></html>"
+
+
+def candidate_from(row: dict, line: bytes | None = None) -> Candidate:
+    return candidate_of(columns_of(row, line), row)
 
 
 def subject(text: str) -> dict[str, str]:

@@ -148,13 +148,13 @@ def split(
                     bad[reason] += 1
                     continue
                 counts["rows_in"] += 1
-                if owners and has_opted_out(row.fields, owners):
+                if owners and has_opted_out(row.fields.get("repos"), owners):
                     counts["opt_out"] += 1
                     continue
                 changed = completed(row, licenses)
                 counts["unknown_license"] += changed["license"] == UNKNOWN
                 unchanged = row.line is not None and changed == row.fields
-                shards.add(changed["lang"], row.line + b"\n" if unchanged and row.line else to_line(changed))
+                shards.add(changed["lang"], row.line if unchanged and row.line else to_line(changed))
             progress.update(chunk.consumed)
 
 

@@ -27,7 +27,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from megatron_ft.commits.candidate import Candidate
+from megatron_ft.commits.candidate import Candidate, read_candidates
 from megatron_ft.commits.contamination import ProblemIndex
 from megatron_ft.commits.input_rules import ContaminationRule, LicenseRule, OptOutRule
 from megatron_ft.commits.licenses import parse_licenses
@@ -43,10 +43,10 @@ from megatron_ft.config.parser import Help, Parser
 from megatron_ft.config.row_flags import add_row_flags
 from megatron_ft.errors import UserError, run_program
 from megatron_ft.files.jsonl import Source, shard_bytes
-from megatron_ft.files.jsonl_row import BadRow, to_line
+from megatron_ft.files.jsonl_row import to_line
 from megatron_ft.files.output import STANDARD_OUTPUT, OutputFile, check_not_input, scratch_directory, writing
 from megatron_ft.files.report import write_report
-from megatron_ft.files.tables import Row, TableWriter, open_tables, read_table
+from megatron_ft.files.tables import TableWriter, open_tables
 from megatron_ft.printable import counted, printable
 from megatron_ft.progress import Progress
 from megatron_ft.tokenizer.tokenizer import load_tokenizer
@@ -118,8 +118,11 @@ def main() -> None:
         survivors = filter_rows(sources, args.shard, rules, limits, waterfall, bad if args.skip_bad_rows else None)
         if args.score_command:
             survivors = scored(survivors, args, waterfall)
-        for candidate, line in survivors:
-            output.write(candidate.row() if line is None else candidate.fields, line)
+        for candidate in survivors:
+            if (line := candidate.line) is None:
+                output.write(candidate.row())
+            else:
+                output.write_line(line)
             waterfall.keep(candidate.language)
         if not waterfall.rows and args.shard == (1, 1):
             raise UserError(
@@ -195,39 +198,25 @@ def filter_rows(
     limits: Limits,
     waterfall: Waterfall,
     bad: Counter[str] | None,
-) -> Iterator[tuple[Candidate, bytes | None]]:
-    """The rows that no rule drops, and their lines where they are unchanged; counts the others.
+) -> Iterator[Candidate]:
+    """The rows that no rule drops; counts the others.
 
     Raises UserError at a bad row, unless they are counted in `bad`.
     """
+    steps = [(rule.name, rule.drops) for rule in rules]  # a named tuple takes longer to unpack than a rule to call
     with Progress("filter", shard_bytes(sources, shard), "B") as progress:
-        for chunk in read_table(sources, shard, bad):
-            for row in chunk.rows:
-                candidate = candidate_of(row, bad)
-                if candidate is None:
-                    continue
-                for name, drops in rules:
+        for candidates, consumed in read_candidates(sources, shard, bad):
+            for candidate in candidates:
+                for name, drops in steps:
                     if drops(candidate, limits):
                         waterfall.drop(candidate.language, name, candidate.subject)
                         break
                 else:
-                    yield candidate, None if candidate.is_changed else row.line
-            progress.update(chunk.consumed)
+                    yield candidate
+            progress.update(consumed)
 
 
-def candidate_of(row: Row, bad: Counter[str] | None) -> Candidate | None:
-    try:
-        return Candidate(row.fields, row.line)
-    except BadRow as reason:
-        if bad is None:
-            raise row.error(str(reason)) from None
-        bad[str(reason)] += 1
-        return None
-
-
-def scored(
-    survivors: Iterator[tuple[Candidate, bytes | None]], args: argparse.Namespace, waterfall: Waterfall
-) -> Iterator[tuple[Candidate, bytes | None]]:
+def scored(survivors: Iterator[Candidate], args: argparse.Namespace, waterfall: Waterfall) -> Iterator[Candidate]:
     """The rows that --score-command gives --min-score or more; counts the others.
 
     Rows wait in a file, so that the command reads them at its own pace.
@@ -237,19 +226,18 @@ def scored(
         rows, scores = scratch / "rows.jsonl", scratch / "scores.txt"
         count = 0
         with OutputFile(rows) as spool:
-            for candidate, line in survivors:
-                spool.write(to_line(candidate.row()) if line is None else line + b"\n")
+            for candidate in survivors:
+                spool.write(candidate.line or to_line(candidate.row()))
                 count += 1
             spool.commit()
         if not count:
             return
         run_scores(args.score_command, rows, scores)
         in_order = read_scores(args.score_command, scores, count)
-        for chunk in read_table(open_tables([rows])):
-            for row in chunk.rows:
-                candidate = Candidate(row.fields, row.line)
+        for candidates, _ in read_candidates(open_tables([rows])):
+            for candidate in candidates:
                 if next(in_order) >= args.min_score:
-                    yield candidate, row.line
+                    yield candidate
                 else:
                     waterfall.drop(candidate.language, "score", candidate.subject)
         next(in_order, None)  # raises if there are more

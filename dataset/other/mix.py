@@ -38,7 +38,7 @@ from megatron_ft.errors import UserError, run_program
 from megatron_ft.files.checksum import describe_file
 from megatron_ft.files.hash_order import Buckets, key_of
 from megatron_ft.files.jsonl import STDIN, Source
-from megatron_ft.files.jsonl_row import NO_KEY, BadRow, keys_of, parse_object, text_of, to_line
+from megatron_ft.files.jsonl_row import NO_KEY, BadRow, keys_of, text_of, to_line
 from megatron_ft.files.output import STANDARD_OUTPUT, check_not_input, scratch_directory, writing
 from megatron_ft.files.report import write_report
 from megatron_ft.files.tables import Row, TableWriter, open_tables, read_table
@@ -172,7 +172,7 @@ class Chooser:
                 group = selection.spec.group_of(row.fields)
                 order = None if group is None else selection.order_of(group, key)
                 if order is not None:
-                    line = row.line if row.line is not None else to_line(row.fields).removesuffix(b"\n")
+                    line = row.line if row.line is not None else to_line(row.fields)
                     yield source, order, line
 
     def _rows(self, selection: Selection, task: str, again: bool = False) -> Iterator[tuple[Row, int]]:
@@ -229,7 +229,7 @@ def write_mix(chooser: Chooser, args: argparse.Namespace) -> list[int]:
             for record in buckets.in_order(args.memory << 20, progress, smallest=True):
                 counts[int.from_bytes(record[:SOURCE_BYTES])] += 1
                 line = record[SOURCE_BYTES:]
-                output.write(parse_object(line) if parquet else {}, line)
+                output.write_line(line)
         for selection, count in zip(chooser.selections, counts, strict=True):
             needed = [smallest.count for smallest in selection.groups.values()]
             if None not in needed and count != sum(map(int, filter(None, needed))):

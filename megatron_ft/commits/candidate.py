@@ -1,68 +1,157 @@
-"""`Candidate`: a commit row on its way through the rules of a filter."""
+"""`Candidate`: a commit row on its way through the rules of a filter, and `read_candidates`."""
 
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from hashlib import blake2b
-from operator import itemgetter
 from typing import Any
+
+import msgspec
 
 from megatron_ft.commits.languages import language_of
 from megatron_ft.commits.row import TEXT_FIELDS
-from megatron_ft.files.jsonl_row import NO_KEY, BadRow, keys_of, text_of
+from megatron_ft.files.jsonl import Block, Source, blocks_of, byte_ranges
+from megatron_ft.files.jsonl_row import NO_KEY, BadRow, keys_of, parse_object, text_of
+from megatron_ft.files.tables import BAD_ROW, Row, parquet_chunks
 
 REQUIRED = ("commit", "old_file", *TEXT_FIELDS)
-REQUIRED_OF, TEXTS_OF = itemgetter(*REQUIRED), itemgetter(*TEXT_FIELDS)
-OPTIONAL = ("new_file", "message", "lang", "license", "repos")  # absent: empty
+OPTIONAL = ("new_file", "message", "lang", "license", "repos")  # absent or null: empty
 
 
-class Candidate:
-    """A row whose texts rules look at and cleaning steps change.
+class Columns(msgspec.Struct, forbid_unknown_fields=True, gc=False):
+    """The columns of a row, as they were read."""
 
-    fields: the row as it was read. subject, lower, words: the subject, its lower case and its
-    words. old, new: the contents. path: old_file. name: its base name. language: display name; the
-    row's own, else by the path.
-    """
+    commit: str
+    old_file: str
+    old_contents: str
+    new_contents: str
+    subject: str
+    new_file: str | None = None
+    message: str | None = None
+    lang: str | None = None
+    license: str | None = None
+    repos: str | None = None
 
-    __slots__ = ("fields", "subject", "lower", "words", "old", "new", "path", "name", "language")
 
-    def __init__(self, fields: dict[str, Any], line: bytes | None = None):
-        """Raises BadRow if a text field is missing or is not a string. `line` is what the row was
-        parsed from."""
-        try:
-            commit, path, old, new, subject = REQUIRED_OF(fields)
-        except KeyError as missing:
-            raise BadRow(f"{NO_KEY} {missing.args[0]!r}; {keys_of(fields)}") from None
-        is_text = type(commit) is type(path) is type(old) is type(new) is type(subject) is str
-        # ASCII, which takes no time to find out, has no lone surrogates.
-        if not (is_text and new.isascii() and old.isascii() and (commit + path + subject).isascii()):
-            for name in REQUIRED:
-                text_of(fields, name, line)
-        for name in OPTIONAL:
-            value = fields.get(name)
-            if value is not None and not (type(value) is str and value.isascii()):
-                text_of(fields, name, line)
-        self.fields, self.path, self.old, self.new = fields, path, old, new
-        self.name = path.rpartition("/")[2]
-        self.language = fields.get("lang") or language_of(path)
-        self.set_subject(subject)
+decode = msgspec.json.Decoder(Columns).decode
+
+
+class Candidate(msgspec.Struct, gc=False, eq=False):
+    """A row whose texts rules look at and cleaning steps change."""
+
+    columns: Columns  # the row as it was read
+    source: bytes | dict[str, Any]  # the line of JSONL or the fields that the columns are from
+    old: str  # old_contents
+    new: str  # new_contents
+    path: str  # old_file
+    pieces: list[str]  # of the base name of the path, between dots
+    language: str  # display name; the row's own, else by the path
+    subject: str
+    lower: str  # the subject in lower case
+    words: list[str]  # of the subject
 
     def set_subject(self, subject: str) -> None:
         self.subject, self.lower, self.words = subject, subject.lower(), subject.split()
 
     @property
     def message(self) -> str:
-        return self.fields.get("message") or ""
+        return self.columns.message or ""
 
     @property
-    def is_changed(self) -> bool:
-        """Whether a step changed one of the texts, so that the original line is not its row."""
-        old, new, subject = TEXTS_OF(self.fields)
-        return self.subject != subject or self.new != new or self.old != old
+    def line(self) -> bytes | None:
+        """The row's line; None if it has none, or if a step changed one of the texts."""
+        read = self.columns
+        if self.subject != read.subject or self.new != read.new_contents or self.old != read.old_contents:
+            return None
+        return self.source if isinstance(self.source, bytes) else None
 
     def row(self) -> dict[str, Any]:
-        """The row with its texts as they are now; keys keep their order."""
-        return self.fields | dict(zip(TEXT_FIELDS, (self.old, self.new, self.subject), strict=True))
+        """The fields with the texts as they are now; keys keep their order."""
+        fields = parse_object(self.source) if isinstance(self.source, bytes) else self.source
+        return fields | dict(zip(TEXT_FIELDS, (self.old, self.new, self.subject), strict=True))
 
     def chance(self, seed: int, of: str) -> float:
         """A number in [0, 1) from a hash of the seed, the commit and the name of a decision: the
         same in every shard and every order of the rows."""
-        key = f"{seed} {of} {self.fields['commit']}".encode(errors="backslashreplace")
+        key = f"{seed} {of} {self.columns.commit}".encode(errors="backslashreplace")
         return int.from_bytes(blake2b(key, digest_size=7).digest()) / (1 << 56)
+
+
+def candidate_of(columns: Columns, source: bytes | dict[str, Any]) -> Candidate:
+    """The row with these columns, which are from `source`."""
+    path, subject = columns.old_file, columns.subject
+    return Candidate(
+        columns,
+        source,
+        columns.old_contents,
+        columns.new_contents,
+        path,
+        path.rpartition("/")[2].split("."),
+        columns.lang or language_of(path),
+        subject,
+        subject.lower(),
+        subject.split(),
+    )
+
+
+def parse_columns(line: bytes | None) -> Columns:
+    """The columns of a line of JSONL; BadRow if it is not a row of commits.
+
+    A line that is what it should be is decoded by its types, which is faster than parsing it and
+    then checking them. Any other is parsed to find out what there is to say about it.
+    """
+    try:
+        return decode(line)  # type: ignore[arg-type]
+    except (msgspec.DecodeError, UnicodeDecodeError, TypeError):  # also if it has more columns
+        return columns_of(parse_object(line), line)
+
+
+def columns_of(fields: dict[str, Any], line: bytes | None = None) -> Columns:
+    """The columns of a row that was parsed from `line`, None for parquet; BadRow if a text is
+    missing or is not a string."""
+    texts: dict[str, Any] = {}
+    for name in REQUIRED:
+        if name not in fields:
+            raise BadRow(f"{NO_KEY} {name!r}; {keys_of(fields)}")
+        texts[name] = text_of(fields, name, line)
+    for name in OPTIONAL:
+        if fields.get(name) is not None:
+            texts[name] = text_of(fields, name, line)
+    return Columns(**texts)
+
+
+def read_candidates(
+    sources: Sequence[Source], shard: tuple[int, int] = (1, 1), bad: Counter[str] | None = None
+) -> Iterator[tuple[Iterator[Candidate], int]]:
+    """The rows of shard (I, N) in order: those of a part of a file, parsed one at a time, and the
+    bytes that were read for them.
+
+    Raises UserError at a row that is not one of commits; with `bad` it is skipped and its reason
+    counted there. Also raises UserError if a file cannot be read.
+    """
+    for source, start, stop in byte_ranges(sources, shard):
+        if source.kind == "parquet":
+            for chunk in parquet_chunks(source, start, stop):
+                yield _of_rows(chunk.rows, bad), chunk.consumed
+        else:
+            for block in blocks_of(source, start, stop):
+                yield _of_block(block, bad), block.consumed
+
+
+def _of_block(block: Block, bad: Counter[str] | None) -> Iterator[Candidate]:
+    for i, line in block.rows():
+        try:
+            yield candidate_of(parse_columns(line), line)  # type: ignore[arg-type]
+        except BadRow as reason:
+            if bad is None:
+                raise block.error(i, reason, BAD_ROW) from None
+            bad[str(reason)] += 1
+
+
+def _of_rows(rows: Iterable[Row], bad: Counter[str] | None) -> Iterator[Candidate]:
+    for row in rows:
+        try:
+            yield candidate_of(columns_of(row.fields), row.fields)
+        except BadRow as reason:
+            if bad is None:
+                raise row.error(str(reason)) from None
+            bad[str(reason)] += 1

@@ -17,7 +17,7 @@ class LicenseRule:
         self._allowed = allowed
 
     def __call__(self, row: Candidate, limits: Limits) -> bool:
-        return (row.fields.get("license") or UNKNOWN).lower() not in self._allowed
+        return (row.columns.license or UNKNOWN).lower() not in self._allowed
 
 
 class OptOutRule:
@@ -27,7 +27,7 @@ class OptOutRule:
         self._owners = owners
 
     def __call__(self, row: Candidate, limits: Limits) -> bool:
-        return has_opted_out(row.fields, self._owners)
+        return has_opted_out(row.columns.repos, self._owners)
 
 
 class ContaminationRule:

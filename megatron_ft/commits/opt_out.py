@@ -1,7 +1,6 @@
 """Owners of repositories who do not want their code in a dataset."""
 
 from pathlib import Path
-from typing import Any
 
 from megatron_ft.errors import UserError
 from megatron_ft.files.json_file import read_small_text
@@ -23,11 +22,10 @@ def read_owners(path: str | Path) -> frozenset[str]:
     return frozenset(owners)
 
 
-def has_opted_out(fields: dict[str, Any], owners: frozenset[str]) -> bool:
-    """Whether an owner of one of the row's repositories is listed; forks do not keep a row.
+def has_opted_out(repos: str | None, owners: frozenset[str]) -> bool:
+    """Whether an owner of one of a row's repositories is listed; forks do not keep a row.
 
-    >>> has_opted_out({"repos": "fork/a, Jane/a"}, frozenset({"jane"}))
+    >>> has_opted_out("fork/a, Jane/a", frozenset({"jane"}))
     True
     """
-    repos = fields.get("repos") or ""
-    return any(repo.strip().partition("/")[0].lower() in owners for repo in repos.split(","))
+    return any(repo.strip().partition("/")[0].lower() in owners for repo in (repos or "").split(","))

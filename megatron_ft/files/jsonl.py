@@ -12,6 +12,7 @@ first byte.
 import codecs
 import gzip
 import io
+import math
 import os
 import stat
 import sys
@@ -32,9 +33,10 @@ from megatron_ft.files.zstd_file import ZstdFile
 from megatron_ft.printable import printable
 
 SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zst")
-BLOCK_BYTES = 1 << 20
+BLOCK_BYTES = 1 << 18
 READ_BYTES = 1 << 17  # per system call; the default, 8 KiB, is about one line of a commit row
 STDIN = Path("-")
+BYTE_ORDER_MARK, NEWLINE = codecs.BOM_UTF8, ord("\n")
 # Suffixes of files that programs write next to rows: rejected rows, provenance, reports.
 NOT_INPUT = (*(f"_rejected{suffix}" for suffix in SUFFIXES), "_made_from.json", "_report.json")
 # Files of these kinds are read: the compressed ones whatever their names, the others line by line.
@@ -60,7 +62,8 @@ class Source:
 
 @dataclass(frozen=True)
 class Block:
-    """Complete lines of one source, without newlines; None for a line over MAX_LINE_BYTES."""
+    """Complete lines of one source, each with its newline, which the last line of a file gets if it
+    has none; None for a line over MAX_LINE_BYTES."""
 
     source: Source
     lines: list[bytes | None]
@@ -70,12 +73,12 @@ class Block:
 
     @property
     def num_bytes(self) -> int:
-        """Total size of the lines, without newlines."""
+        """Total size of the lines."""
         return sum(len(line) for line in self.lines if line)
 
     def rows(self) -> Iterator[tuple[int, bytes | None]]:
         """Indices and lines, without blank lines."""
-        return ((i, line) for i, line in enumerate(self.lines) if line is None or (line and not line.isspace()))
+        return ((i, line) for i, line in enumerate(self.lines) if line is None or not line.isspace())
 
     def line_number(self, i: int) -> int:
         """Number of lines[i] in its file, from 1; in a shard, the lines before it are counted."""
@@ -270,22 +273,22 @@ def _complete_lines(stream: Stream, limit: int | None) -> Iterator[tuple[list[by
     files joined by cat have one in the middle.
     """
     lines: list[bytes | None] = []
-    position = size = 0
-    while limit is None or position < limit:
-        line = stream.readline(MAX_LINE_BYTES + 2)
-        if not line:
-            break
-        position += len(line)
+    size, left = 0, math.inf if limit is None else limit
+    while left > size and (line := stream.readline(MAX_LINE_BYTES + 2)):
         size += len(line)
-        body: bytes | None = line.removesuffix(b"\n").removeprefix(codecs.BOM_UTF8)
-        if len(line) - line.endswith(b"\n") > MAX_LINE_BYTES:
-            while not line.endswith(b"\n") and (line := stream.readline(BLOCK_BYTES)):
-                position += len(line)
-                size += len(line)
-            body = None
-        lines.append(body)
+        if line[-1] == NEWLINE and line[0] != BYTE_ORDER_MARK[0] and len(line) <= MAX_LINE_BYTES:  # nearly all
+            lines.append(line)
+        else:
+            body = line.removesuffix(b"\n")
+            if len(body) > MAX_LINE_BYTES:
+                while not line.endswith(b"\n") and (line := stream.readline(BLOCK_BYTES)):
+                    size += len(line)
+                lines.append(None)
+            else:
+                lines.append(body.removeprefix(BYTE_ORDER_MARK) + b"\n")
         if size >= BLOCK_BYTES:
             yield lines, size
+            left -= size
             lines, size = [], 0
     if lines:
         yield lines, size

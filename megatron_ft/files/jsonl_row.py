@@ -47,6 +47,7 @@ def parse_object(line: bytes | None) -> dict:
     except orjson.JSONDecodeError:  # also for NaN, lone surrogates and infinite numbers
         rounded = True
     if rounded:
+        line = line.removesuffix(b"\n")  # json would find it in a string that is cut off
         try:
             row = _loads(line.decode("utf-8"))
         except ValueError as error:
@@ -185,7 +186,7 @@ def text_of(row: dict, name: str, line: bytes | None) -> str:
     text = row[name]
     if not isinstance(text, str):
         raise BadRow(f"{name!r} is {kind_of(text)}, not a string")
-    if line and b"\\u" in line:
+    if line and not text.isascii() and b"\\u" in line:
         try:
             text.encode("utf-8")
         except UnicodeEncodeError:

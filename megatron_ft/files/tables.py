@@ -24,7 +24,7 @@ BAD_ROW = "fix the row, or skip such rows (--skip-bad-rows)"
 
 
 class Row(NamedTuple):
-    """One row. `line` is its JSONL line without the newline, None if it was read from parquet."""
+    """One row. `line` is its JSONL line with its newline, None if it was read from parquet."""
 
     fields: dict[str, Any]
     line: bytes | None
@@ -128,11 +128,19 @@ class TableWriter:
         self._pending: list[dict[str, Any]] = []
         self._pending_bytes = 0
 
+    def write_line(self, line: bytes) -> None:
+        """Append a row that is a line of JSONL, and stays as it is; OSError if the disk is full."""
+        if self._parquet:
+            self.write(parse_object(line))
+        else:
+            self.rows += 1
+            self._output.write(line)
+
     def write(self, fields: Mapping[str, Any], line: bytes | None = None) -> None:
         """Append a row; JSONL gets `line` as it is, if given. OSError if the disk is full."""
         self.rows += 1
         if not self._parquet:
-            self._output.write(to_line(dict(fields)) if line is None else line + b"\n")
+            self._output.write(to_line(dict(fields)) if line is None else line)
             return
         self._pending.append(dict(fields))
         self._pending_bytes += _size(self._pending[-1])

@@ -213,7 +213,7 @@ def rejected_row(block: Block, i: int, reason: str) -> bytes:
         "file": block.source.name,
         "line": block.line_number(i),
         "reason": reason,
-        "row": None if line is None else line.decode("utf-8", "replace"),
+        "row": None if line is None else line.removesuffix(b"\n").decode("utf-8", "replace"),
     }
     return json.dumps(row, ensure_ascii=True).encode() + b"\n"
 

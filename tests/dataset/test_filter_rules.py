@@ -4,9 +4,8 @@ import dataclasses
 import json
 
 import pytest
-from filter_cases import COMMITPACKFT, EDIT, GOOD, HIDDEN, LICENSE, NEW, OLD, file, subject
+from filter_cases import COMMITPACKFT, EDIT, GOOD, HIDDEN, LICENSE, NEW, OLD, candidate_from, file, subject
 
-from megatron_ft.commits.candidate import Candidate
 from megatron_ft.commits.edit_distance import is_closer_than
 from megatron_ft.commits.input_rules import LicenseRule, OptOutRule
 from megatron_ft.commits.opt_out import read_owners
@@ -25,7 +24,7 @@ ALL_DATA = {name: dataclasses.replace(PRESETS[name].limits, data_fraction=1.0) f
 def dropped_by(preset: str, limits: Limits | None = None, **changes: str) -> str | None:
     """The name of the preset's rule that drops GOOD with these changes; None if it is kept."""
     table = PRESETS[preset]
-    candidate = Candidate(GOOD | changes)
+    candidate = candidate_from(GOOD | changes)
     limits = limits or table.limits
     return next((rule.name for rule in table.rules if rule.drops(candidate, limits)), None)
 
@@ -59,8 +58,8 @@ def test_rule_keeps(preset, rule, row):
 def test_rule_behind_another_one(name):
     rule = next(rule for rule in PRESETS["commitpackft"].rules if rule.name == name)
     dropped, kept = HIDDEN[name]
-    assert [rule.drops(Candidate(GOOD | subject(text)), Limits()) for text in dropped] == [True] * len(dropped)
-    assert [rule.drops(Candidate(GOOD | subject(text)), Limits()) for text in kept] == [False] * len(kept)
+    assert [rule.drops(candidate_from(GOOD | subject(text)), Limits()) for text in dropped] == [True] * len(dropped)
+    assert [rule.drops(candidate_from(GOOD | subject(text)), Limits()) for text in kept] == [False] * len(kept)
 
 
 @pytest.mark.parametrize(
@@ -77,14 +76,14 @@ def test_rule_behind_another_one(name):
     ],
 )
 def test_cleaning_removes_tags_and_nothing_else(text, cleaned):
-    candidate = Candidate(GOOD | subject(text))
+    candidate = candidate_from(GOOD | subject(text))
     assert not clean_subject(candidate, Limits())
     assert (candidate.subject, candidate.lower) == (cleaned, cleaned.lower())
     assert candidate.row() == GOOD | subject(cleaned)
 
 
 def test_ci_skip_is_removed_with_its_blanks():
-    candidate = Candidate(GOOD | subject("Add a [ci skip] limit [ci skip]"))
+    candidate = candidate_from(GOOD | subject("Add a [ci skip] limit [ci skip]"))
     assert not clean_ci_skip(candidate, Limits())
     assert candidate.subject == "Add a limit"
 
@@ -141,14 +140,14 @@ def test_license_header_is_removed_and_an_interpreter_line_stays():
         "<!-- SPDX-License-Identifier: MIT -->\n",
         "// All rights reserved\n// x\n",
     ):
-        candidate = Candidate(
+        candidate = candidate_from(
             GOOD | {"old_contents": start + header + OLD, "new_contents": header + NEW, "lang": "Ruby"}
         )
         assert not any(rule.drops(candidate, table.limits) for rule in table.rules)
         assert (candidate.old, candidate.new) == (start + OLD, NEW)
-    candidate = Candidate(GOOD | {"old_contents": "# How to wait\n" + OLD})
+    candidate = candidate_from(GOOD | {"old_contents": "# How to wait\n" + OLD})
     assert not any(rule.drops(candidate, table.limits) for rule in table.rules)
-    assert not candidate.is_changed
+    assert candidate.row() == GOOD | {"old_contents": "# How to wait\n" + OLD}
 
 
 def test_verbs_are_the_published_257():
@@ -178,7 +177,7 @@ def test_token_rule_keeps_50_to_768_tokens_and_reads_no_further(shared_data):
     rule = TokenRule(tokenizer)
 
     def dropped(words: int) -> bool:
-        candidate = Candidate(GOOD | {"old_contents": "", "new_contents": " word" * words})
+        candidate = candidate_from(GOOD | {"old_contents": "", "new_contents": " word" * words})
         assert len(tokenizer.encode(SEPARATOR + candidate.new)) == words + 1
         return rule(candidate, Limits())
 
@@ -189,7 +188,7 @@ def test_token_rule_keeps_50_to_768_tokens_and_reads_no_further(shared_data):
 def test_license_rule_takes_a_missing_license_for_unknown():
     rule = LicenseRule(frozenset({"mit"}))
     assert [
-        rule(Candidate(GOOD | {"license": name}), Limits()) for name in ("mit", "MIT", "gpl-3.0", "unknown", "")
+        rule(candidate_from(GOOD | {"license": name}), Limits()) for name in ("mit", "MIT", "gpl-3.0", "unknown", "")
     ] == [
         False,
         False,
@@ -198,7 +197,7 @@ def test_license_rule_takes_a_missing_license_for_unknown():
         True,
     ]
     assert not LicenseRule(frozenset({"unknown"}))(
-        Candidate({k: v for k, v in GOOD.items() if k != "license"}), Limits()
+        candidate_from({k: v for k, v in GOOD.items() if k != "license"}), Limits()
     )
 
 
@@ -208,7 +207,7 @@ def test_opt_out_ignores_case_and_a_fork_keeps_no_row(tmp_path):
     assert owners == {"jane-doe", "acme"}
     rule = OptOutRule(owners)
     names = ("jane-doe/x", "fork/x,JANE-DOE/x", "fork/x, acme/y", "fork/x", "jane-doex/x", "fork/acme", "")
-    assert [rule(Candidate(GOOD | {"repos": repos}), Limits()) for repos in names] == [True] * 3 + [False] * 4
+    assert [rule(candidate_from(GOOD | {"repos": repos}), Limits()) for repos in names] == [True] * 3 + [False] * 4
 
 
 @pytest.mark.parametrize("content", [b"jane/repo\n", b"jane doe\n", b"\x80\n"])
@@ -230,14 +229,14 @@ def test_opt_out_file_that_lists_no_owners_is_one_error(content, tmp_path):
 )
 def test_row_with_a_wrong_type_is_bad(changes, reason):
     with pytest.raises(BadRow, match=reason):
-        Candidate(GOOD | changes)
+        candidate_from(GOOD | changes)
 
 
 def test_row_without_a_text_or_with_half_a_surrogate_is_bad():
     with pytest.raises(BadRow, match="no key 'old_file'; the row has 'commit'"):
-        Candidate({"commit": "0"})
+        candidate_from({"commit": "0"})
     for name in ("new_contents", "subject", "commit", "lang", "repos"):
         line = json.dumps(GOOD | {name: "\ud800"}).encode()
         with pytest.raises(BadRow, match="lone surrogate"):
-            Candidate(json.loads(line), line)
-    Candidate(GOOD | {"lang": None, "message": "é"})
+            candidate_from(json.loads(line), line)
+    candidate_from(GOOD | {"lang": None, "message": "é"})

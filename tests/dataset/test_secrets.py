@@ -3,9 +3,8 @@
 import time
 
 import pytest
-from filter_cases import GOOD
+from filter_cases import GOOD, candidate_from
 
-from megatron_ft.commits.candidate import Candidate
 from megatron_ft.commits.presets import PRESETS
 from megatron_ft.commits.rules import Limits
 from megatron_ft.commits.secrets import SECRETS, find_secrets, mask, mask_secrets, secret
@@ -110,15 +109,15 @@ def test_long_texts_take_no_time():
 def test_row_is_dropped_or_masked_for_a_secret_in_any_text(name):
     given, masked = FOUND["email"]
     row = GOOD | {name: f"{GOOD[name]} {given}"}
-    assert secret(Candidate(row), Limits()) and not secret(Candidate(GOOD), Limits())
-    candidate = Candidate(row)
+    assert secret(candidate_from(row), Limits()) and not secret(candidate_from(GOOD), Limits())
+    candidate = candidate_from(row)
     assert not mask_secrets(candidate, Limits())
     assert candidate.row() == GOOD | {name: f"{GOOD[name]} {masked}"}
 
 
 def test_row_that_only_changes_a_secret_is_dropped_once_it_is_masked():
     old, new = ("mail = 'jane@acme.io'\n", "mail = 'john@acme.io'\n")
-    assert mask_secrets(Candidate(GOOD | {"old_contents": old, "new_contents": new}), Limits())
+    assert mask_secrets(candidate_from(GOOD | {"old_contents": old, "new_contents": new}), Limits())
 
 
 def test_preset_edit_masks_and_commitpackft_publishes_as_is():

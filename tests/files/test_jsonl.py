@@ -20,8 +20,11 @@ from megatron_ft.files.jsonl import open_sources, parse_shard, read_blocks
 from megatron_ft.files.jsonl_row import BadRow, parse_row
 
 
-def lines_of(paths, shard=(1, 1)) -> list[bytes]:
-    return [line for block in read_blocks(open_sources(paths), shard) for line in block.lines]
+def lines_of(paths, shard=(1, 1)) -> list[bytes | None]:
+    """The lines without their newlines, which all must have."""
+    lines = [line for block in read_blocks(open_sources(paths), shard) for line in block.lines]
+    assert all(line is None or line.endswith(b"\n") for line in lines)
+    return [None if line is None else line[:-1] for line in lines]
 
 
 # No bytes from which a file of another kind begins.
@@ -54,7 +57,7 @@ def test_shards_hold_every_line_once_and_in_order(tmp_path_factory, files, count
         for i in range(1, count + 1):
             for part in read_blocks(open_sources(paths), (i, count)):
                 lines = part.source.path.read_bytes().split(b"\n")
-                assert [lines[part.line_number(k) - 1] for k in range(len(part.lines))] == part.lines
+                assert [lines[part.line_number(k) - 1] + b"\n" for k in range(len(part.lines))] == part.lines
 
 
 def test_compressed_files_directories_and_standard_input(tmp_path, monkeypatch):

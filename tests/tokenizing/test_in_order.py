@@ -17,7 +17,7 @@ FIXTURES = Path(__file__).resolve().parents[1] / "fixtures"
 
 
 def block_of(*rows: dict) -> Block:
-    lines = [b"not a row", *(json.dumps(row).encode() for row in rows)]
+    lines = [b"not a row\n", *(json.dumps(row).encode() + b"\n" for row in rows)]
     return Block(Source(Path("rows.jsonl"), 0, ""), lines, 1, 0, 0)
 
 

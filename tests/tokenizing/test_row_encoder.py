@@ -35,7 +35,8 @@ LINES = [
 
 
 def block_of(lines: list[bytes | None]) -> Block:
-    return Block(Source(Path("rows.jsonl"), 0, ""), lines, 1, 0, 0)
+    complete = [None if line is None else line + b"\n" for line in lines]
+    return Block(Source(Path("rows.jsonl"), 0, ""), complete, 1, 0, 0)
 
 
 def made_up_line(rng: random.Random) -> bytes:

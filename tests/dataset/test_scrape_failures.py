@@ -155,7 +155,7 @@ def test_retry_after_pauses_all_workers(server, rows, tmp_path):
 
 
 def test_workers_and_rate_are_bounded(server, rows, tmp_path):
-    server.delay = 0.1
+    server.delay = 0.3  # so that a repository takes longer than the half second until the next starts
     scrape(server, tmp_path, rows, "--part-rows", 100, "--repositories-at-once", 2, "--rate", 2)
     assert server.most_at_once == 2
     firsts: dict[str, float] = {}

@@ -226,7 +226,8 @@ def run_datatrove(rows: Path, output: Path) -> None:
         documents = step.run(documents)
     for _ in documents:
         pass
-    sync_path(output / "00000.jsonl")  # as filter.py does
+    for file in output.glob("*.jsonl"):
+        sync_path(file)  # as filter.py does
 
 
 def bench_tokens(rows: Path, tokenizer_file: str, repeats: int) -> None:

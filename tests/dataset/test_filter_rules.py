@@ -10,7 +10,7 @@ from megatron_ft.commits.edit_distance import is_closer_than
 from megatron_ft.commits.input_rules import LicenseRule, OptOutRule
 from megatron_ft.commits.opt_out import read_owners
 from megatron_ft.commits.presets import PRESETS
-from megatron_ft.commits.rules import VERBS, Limits, clean_ci_skip, clean_subject
+from megatron_ft.commits.rules import VERBS, Limits, clean_ci_skip, clean_subject, commit_id
 from megatron_ft.commits.token_rule import SEPARATOR, TokenRule
 from megatron_ft.errors import UserError
 from megatron_ft.files.jsonl_row import BadRow
@@ -60,6 +60,13 @@ def test_rule_behind_another_one(name):
     dropped, kept = HIDDEN[name]
     assert [rule.drops(candidate_from(GOOD | subject(text)), Limits()) for text in dropped] == [True] * len(dropped)
     assert [rule.drops(candidate_from(GOOD | subject(text)), Limits()) for text in kept] == [False] * len(kept)
+
+
+@pytest.mark.parametrize("start", range(90))
+def test_commit_id_is_found_wherever_it_is(start):
+    for digits, found in ((39, False), (40, True)):
+        text = f"{'x' * start}{'0f' * 20}"[: start + digits] + "x" * 50
+        assert commit_id(candidate_from(GOOD | subject(text)), Limits()) is found
 
 
 @pytest.mark.parametrize(

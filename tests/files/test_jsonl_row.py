@@ -92,7 +92,9 @@ def test_any_line_is_a_row_of_texts_or_a_bad_row(line):
         (b"version https://git-lfs.github.com/spec/v1", "a Git LFS pointer, not the file; git lfs pull downloads it"),
     ],
 )
-def test_each_defect_has_its_reason(line, reason):
+@pytest.mark.parametrize("newline", [b"", b"\n"], ids=["", "newline"])
+def test_each_defect_has_its_reason(line, reason, newline):
+    line = line and line + newline
     with pytest.raises(BadRow) as error:
         parse_row(line, KEYS)
     assert str(error.value) == reason

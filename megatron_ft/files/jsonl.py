@@ -33,7 +33,7 @@ from megatron_ft.files.zstd_file import ZstdFile
 from megatron_ft.printable import printable
 
 SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zst")
-BLOCK_BYTES = 1 << 18
+BLOCK_BYTES = 1 << 18  # stays in the cache of a core until its rows are parsed
 READ_BYTES = 1 << 17  # per system call; the default, 8 KiB, is about one line of a commit row
 STDIN = Path("-")
 BYTE_ORDER_MARK, NEWLINE = codecs.BOM_UTF8, ord("\n")

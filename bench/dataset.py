@@ -209,7 +209,7 @@ def run_datatrove(rows: Path, output: Path) -> None:
 
     def stays(document) -> bool | tuple[bool, str]:
         row = {**document.metadata, "old_contents": document.text}
-        candidate = candidate_of(Columns(*ten_of(row)), row)
+        candidate = candidate_of(Columns(*ten_of(row)), None, row)
         for name, drops in steps:
             if drops(candidate, preset.limits):
                 return False, name  # which the filter counts, as filter.py does
@@ -237,7 +237,7 @@ def bench_tokens(rows: Path, tokenizer_file: str, repeats: int) -> None:
     # Half of them short enough to stay, like those that the rules before have left.
     for row in some[::2]:
         row["old_contents"], row["new_contents"] = row["old_contents"][:900], row["new_contents"][:900]
-    candidates = [candidate_of(columns_of(row), row) for row in some]
+    candidates = [candidate_of(columns_of(row), None, row) for row in some]
 
     from tokenizers import Tokenizer
 

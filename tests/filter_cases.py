@@ -24,7 +24,7 @@ HTML = f"<html><body><p>{'Some visible text. ' * 20}</p></body></html>"
 
 
 def candidate_from(row: dict, line: bytes | None = None) -> Candidate:
-    return candidate_of(columns_of(row, line), row)
+    return candidate_of(columns_of(row, line), None, row)
 
 
 def subject(text: str) -> dict[str, str]:

@@ -39,7 +39,8 @@ class Candidate(msgspec.Struct, gc=False, eq=False):
     """A row whose texts rules look at and cleaning steps change."""
 
     columns: Columns  # the row as it was read
-    source: bytes | dict[str, Any]  # the line of JSONL or the fields that the columns are from
+    read: bytes | None  # its line; None for parquet
+    fields: dict[str, Any] | None  # its keys and values; None if the line tells no more than the columns
     old: str  # old_contents
     new: str  # new_contents
     path: str  # old_file
@@ -59,14 +60,15 @@ class Candidate(msgspec.Struct, gc=False, eq=False):
     @property
     def line(self) -> bytes | None:
         """The row's line; None if it has none, or if a step changed one of the texts."""
-        read = self.columns
-        if self.subject != read.subject or self.new != read.new_contents or self.old != read.old_contents:
-            return None
-        return self.source if isinstance(self.source, bytes) else None
+        before = self.columns
+        unchanged = (
+            self.subject == before.subject and self.new == before.new_contents and self.old == before.old_contents
+        )
+        return self.read if unchanged else None
 
     def row(self) -> dict[str, Any]:
         """The fields with the texts as they are now; keys keep their order."""
-        fields = parse_object(self.source) if isinstance(self.source, bytes) else self.source
+        fields = parse_object(self.read) if self.fields is None else self.fields
         return fields | dict(zip(TEXT_FIELDS, (self.old, self.new, self.subject), strict=True))
 
     def chance(self, seed: int, of: str) -> float:
@@ -76,12 +78,27 @@ class Candidate(msgspec.Struct, gc=False, eq=False):
         return int.from_bytes(blake2b(key, digest_size=7).digest()) / (1 << 56)
 
 
-def candidate_of(columns: Columns, source: bytes | dict[str, Any]) -> Candidate:
-    """The row with these columns, which are from `source`."""
+def parse_candidate(line: bytes | None) -> Candidate:
+    """The row of a line of JSONL; BadRow if it is not a row of commits.
+
+    A line that is what it should be is decoded by its types, which is faster than parsing it and
+    then checking them. Any other is parsed to find out what there is to say about it.
+    """
+    try:
+        columns = decode(line)  # type: ignore[arg-type]
+    except (msgspec.DecodeError, UnicodeDecodeError, TypeError):  # also if it has more columns
+        fields = parse_object(line)
+        return candidate_of(columns_of(fields, line), line, fields)
+    return candidate_of(columns, line, None)
+
+
+def candidate_of(columns: Columns, line: bytes | None, fields: dict[str, Any] | None) -> Candidate:
+    """The row with these columns, which were read from a line or are among the fields."""
     path, subject = columns.old_file, columns.subject
     return Candidate(
         columns,
-        source,
+        line,
+        fields,
         columns.old_contents,
         columns.new_contents,
         path,
@@ -93,30 +110,14 @@ def candidate_of(columns: Columns, source: bytes | dict[str, Any]) -> Candidate:
     )
 
 
-def parse_columns(line: bytes | None) -> Columns:
-    """The columns of a line of JSONL; BadRow if it is not a row of commits.
-
-    A line that is what it should be is decoded by its types, which is faster than parsing it and
-    then checking them. Any other is parsed to find out what there is to say about it.
-    """
-    try:
-        return decode(line)  # type: ignore[arg-type]
-    except (msgspec.DecodeError, UnicodeDecodeError, TypeError):  # also if it has more columns
-        return columns_of(parse_object(line), line)
-
-
 def columns_of(fields: dict[str, Any], line: bytes | None = None) -> Columns:
     """The columns of a row that was parsed from `line`, None for parquet; BadRow if a text is
     missing or is not a string."""
-    texts: dict[str, Any] = {}
     for name in REQUIRED:
         if name not in fields:
             raise BadRow(f"{NO_KEY} {name!r}; {keys_of(fields)}")
-        texts[name] = text_of(fields, name, line)
-    for name in OPTIONAL:
-        if fields.get(name) is not None:
-            texts[name] = text_of(fields, name, line)
-    return Columns(**texts)
+    given = (*REQUIRED, *(name for name in OPTIONAL if fields.get(name) is not None))
+    return Columns(**{name: text_of(fields, name, line) for name in given})
 
 
 def read_candidates(
@@ -140,7 +141,7 @@ def read_candidates(
 def _of_block(block: Block, bad: Counter[str] | None) -> Iterator[Candidate]:
     for i, line in block.rows():
         try:
-            yield candidate_of(parse_columns(line), line)  # type: ignore[arg-type]
+            yield parse_candidate(line)
         except BadRow as reason:
             if bad is None:
                 raise block.error(i, reason, BAD_ROW) from None
@@ -150,7 +151,7 @@ def _of_block(block: Block, bad: Counter[str] | None) -> Iterator[Candidate]:
 def _of_rows(rows: Iterable[Row], bad: Counter[str] | None) -> Iterator[Candidate]:
     for row in rows:
         try:
-            yield candidate_of(columns_of(row.fields), row.fields)
+            yield candidate_of(columns_of(row.fields), None, row.fields)
         except BadRow as reason:
             if bad is None:
                 raise row.error(str(reason)) from None

@@ -274,9 +274,10 @@ def _complete_lines(stream: Stream, limit: int | None) -> Iterator[tuple[list[by
     """
     lines: list[bytes | None] = []
     size, left = 0, math.inf if limit is None else limit
-    while left > size and (line := stream.readline(MAX_LINE_BYTES + 2)):
+    longest = MAX_LINE_BYTES + 1  # with its newline
+    while left > size and (line := stream.readline(longest + 1)):
         size += len(line)
-        if line[-1] == NEWLINE and line[0] != BYTE_ORDER_MARK[0] and len(line) <= MAX_LINE_BYTES:  # nearly all
+        if line[-1] == NEWLINE and line[0] != BYTE_ORDER_MARK[0] and len(line) <= longest:  # nearly all
             lines.append(line)
         else:
             body = line.removesuffix(b"\n")

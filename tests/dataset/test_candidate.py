@@ -10,7 +10,7 @@ import msgspec
 import pytest
 from filter_cases import GOOD
 
-from megatron_ft.commits.candidate import Columns, candidate_of, columns_of, decode, parse_columns, read_candidates
+from megatron_ft.commits.candidate import Columns, candidate_of, columns_of, decode, parse_candidate, read_candidates
 from megatron_ft.errors import UserError
 from megatron_ft.files.jsonl_row import BadRow, parse_object
 from megatron_ft.files.tables import TableWriter, open_tables
@@ -68,7 +68,7 @@ def test_decoded_rows_are_those_that_are_parsed_and_checked():
     rng = random.Random(7)
     decoded, reasons = 0, set()
     for line in (made_up_line(rng) for _ in range(20_000)):
-        found = outcome(parse_columns, line)
+        found = outcome(lambda line: parse_candidate(line).columns, line)
         assert found == outcome(lambda line: columns_of(parse_object(line), line), line), line
         if isinstance(found, str):
             reasons.add(found)
@@ -80,9 +80,9 @@ def test_decoded_rows_are_those_that_are_parsed_and_checked():
 
 def test_a_row_keeps_its_line_until_a_text_changes():
     line = json.dumps(GOOD | {"extra": [1, None]}).encode() + b"\n"
-    for source in (line, json.loads(line)):
-        candidate = candidate_of(parse_columns(line), source)
-        assert candidate.line == (line if source is line else None)
+    row = json.loads(line)
+    for candidate in (parse_candidate(line), candidate_of(columns_of(row), None, row)):
+        assert candidate.line == (None if candidate.read is None else line)
         candidate.set_subject("Add a limit")
         assert candidate.line is None
         assert list(candidate.row().items()) == list((json.loads(line) | {"subject": "Add a limit"}).items())

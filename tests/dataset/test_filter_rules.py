@@ -241,7 +241,7 @@ def test_row_with_a_wrong_type_is_bad(changes, reason):
 
 def test_row_without_a_text_or_with_half_a_surrogate_is_bad():
     with pytest.raises(BadRow, match="no key 'old_file'; the row has 'commit'"):
-        candidate_from({"commit": "0"})
+        candidate_from({"commit": 0})  # before its type
     for name in ("new_contents", "subject", "commit", "lang", "repos"):
         line = json.dumps(GOOD | {name: "\ud800"}).encode()
         with pytest.raises(BadRow, match="lone surrogate"):

@@ -191,7 +191,8 @@ def bench_rules(rows: Path, count: int, repeats: int) -> None:
     rounds = [(seconds(), best(1, lambda: run_datatrove(rows, peer))) for _ in range(repeats)]
     if commit_ids(peer / "00000.jsonl") != commit_ids(kept):
         raise UserError("datatrove keeps other rows than filter.py")
-    compare("rules", count, *map(min, zip(*rounds, strict=True)), "datatrove")
+    ours, theirs = map(min, zip(*rounds, strict=True))
+    compare("rules", count, ours, theirs, "datatrove")
 
 
 def run_datatrove(rows: Path, output: Path) -> None:

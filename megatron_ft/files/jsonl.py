@@ -279,14 +279,12 @@ def _complete_lines(stream: Stream, limit: int | None) -> Iterator[tuple[list[by
         size += len(line)
         if line[-1] == NEWLINE and line[0] != BYTE_ORDER_MARK[0] and len(line) <= longest:  # nearly all
             lines.append(line)
+        elif len(body := line.removesuffix(b"\n")) <= MAX_LINE_BYTES:
+            lines.append(body.removeprefix(BYTE_ORDER_MARK) + b"\n")
         else:
-            body = line.removesuffix(b"\n")
-            if len(body) > MAX_LINE_BYTES:
-                while not line.endswith(b"\n") and (line := stream.readline(BLOCK_BYTES)):
-                    size += len(line)
-                lines.append(None)
-            else:
-                lines.append(body.removeprefix(BYTE_ORDER_MARK) + b"\n")
+            while not line.endswith(b"\n") and (line := stream.readline(BLOCK_BYTES)):
+                size += len(line)
+            lines.append(None)
         if size >= BLOCK_BYTES:
             yield lines, size
             left -= size

@@ -44,8 +44,13 @@ def test_a_line_is_written_unchanged(tmp_path):
     line = b'{"b" : 1,  "a":2}\n'
     with TableWriter(tmp_path / "t.jsonl") as table:
         table.write(json.loads(line), line)
+        table.write_line(line)
         table.commit()
-    assert (tmp_path / "t.jsonl").read_bytes() == line
+    assert (tmp_path / "t.jsonl").read_bytes() == line * 2 and table.rows == 2
+    with TableWriter(tmp_path / "t.parquet") as table:
+        table.write_line(line)
+        table.commit()
+    assert rows_of(tmp_path / "t.parquet") == [{"b": 1, "a": 2}] and table.rows == 1
 
 
 def test_bad_rows_are_counted_or_named(tmp_path):

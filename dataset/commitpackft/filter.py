@@ -119,7 +119,7 @@ def main() -> None:
         if args.score_command:
             survivors = scored(survivors, args, waterfall)
         for candidate in survivors:
-            if (line := candidate.line) is None:
+            if (line := candidate.unchanged_line) is None:
                 output.write(candidate.row())
             else:
                 output.write_line(line)
@@ -203,7 +203,7 @@ def filter_rows(
 
     Raises UserError at a bad row, unless they are counted in `bad`.
     """
-    steps = [(rule.name, rule.drops) for rule in rules]  # a named tuple takes longer to unpack than a rule to call
+    steps = [(rule.name, rule.drops) for rule in rules]  # unpacked faster than named tuples
     with Progress("filter", shard_bytes(sources, shard), "B") as progress:
         for candidates, consumed in read_candidates(sources, shard, bad):
             for candidate in candidates:
@@ -227,7 +227,7 @@ def scored(survivors: Iterator[Candidate], args: argparse.Namespace, waterfall: 
         count = 0
         with OutputFile(rows) as spool:
             for candidate in survivors:
-                spool.write(candidate.line or to_line(candidate.row()))
+                spool.write(candidate.unchanged_line or to_line(candidate.row()))
                 count += 1
             spool.commit()
         if not count:

@@ -13,12 +13,9 @@ from megatron_ft.files.jsonl import Block, Source, blocks_of, byte_ranges
 from megatron_ft.files.jsonl_row import NO_KEY, BadRow, keys_of, parse_object, text_of
 from megatron_ft.files.tables import BAD_ROW, Row, parquet_chunks
 
-REQUIRED = ("commit", "old_file", *TEXT_FIELDS)
-OPTIONAL = ("new_file", "message", "lang", "license", "repos")  # absent or null: empty
-
 
 class Columns(msgspec.Struct, forbid_unknown_fields=True, gc=False):
-    """The columns of a row, as they were read."""
+    """The columns of a row (see CommitRow), as they were read."""
 
     commit: str
     old_file: str
@@ -32,6 +29,8 @@ class Columns(msgspec.Struct, forbid_unknown_fields=True, gc=False):
     repos: str | None = None
 
 
+REQUIRED = tuple(column.name for column in msgspec.structs.fields(Columns) if column.required)
+OPTIONAL = tuple(column.name for column in msgspec.structs.fields(Columns) if not column.required)
 decode = msgspec.json.Decoder(Columns).decode
 
 
@@ -39,7 +38,7 @@ class Candidate(msgspec.Struct, gc=False, eq=False):
     """A row whose texts rules look at and cleaning steps change."""
 
     columns: Columns  # the row as it was read
-    read: bytes | None  # its line; None for parquet
+    line: bytes | None  # the one it was read from; None for parquet
     fields: dict[str, Any] | None  # its keys and values; None if the line tells no more than the columns
     old: str  # old_contents
     new: str  # new_contents
@@ -58,17 +57,17 @@ class Candidate(msgspec.Struct, gc=False, eq=False):
         return self.columns.message or ""
 
     @property
-    def line(self) -> bytes | None:
-        """The row's line; None if it has none, or if a step changed one of the texts."""
+    def unchanged_line(self) -> bytes | None:
+        """Its line; None if it has none, or if a step changed one of the texts."""
         before = self.columns
         unchanged = (
             self.subject == before.subject and self.new == before.new_contents and self.old == before.old_contents
         )
-        return self.read if unchanged else None
+        return self.line if unchanged else None
 
     def row(self) -> dict[str, Any]:
         """The fields with the texts as they are now; keys keep their order."""
-        fields = parse_object(self.read) if self.fields is None else self.fields
+        fields = parse_object(self.line) if self.fields is None else self.fields
         return fields | dict(zip(TEXT_FIELDS, (self.old, self.new, self.subject), strict=True))
 
     def chance(self, seed: int, of: str) -> float:

@@ -186,7 +186,7 @@ def cherry_pick(row: Candidate, limits: Limits) -> bool:
 
 def commit_id(row: Candidate, limits: Limits) -> bool:
     """The subject has 40 hexadecimal digits."""
-    # Among any 40 characters is one of these; a subject without one needs no search.
+    # Any 40 characters in a row include one of these; if none is a digit, there is no id.
     return not HEX_DIGITS.isdisjoint(row.lower[39::40]) and COMMIT_ID.search(row.lower) is not None
 
 

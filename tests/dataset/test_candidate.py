@@ -1,6 +1,7 @@
 """A commit row that is decoded by its types is the one that is parsed and checked; the reasons for
 what is refused are those of the latter."""
 
+import dataclasses
 import json
 import random
 from collections import Counter
@@ -10,7 +11,16 @@ import msgspec
 import pytest
 from filter_cases import GOOD
 
-from megatron_ft.commits.candidate import Columns, candidate_of, columns_of, decode, parse_candidate, read_candidates
+from megatron_ft.commits.candidate import (
+    REQUIRED,
+    Columns,
+    candidate_of,
+    columns_of,
+    decode,
+    parse_candidate,
+    read_candidates,
+)
+from megatron_ft.commits.row import TEXT_FIELDS, CommitRow
 from megatron_ft.errors import UserError
 from megatron_ft.files.jsonl_row import BadRow, parse_object
 from megatron_ft.files.tables import TableWriter, open_tables
@@ -21,22 +31,8 @@ OTHERS = [
     *('"\\q"', '"\\ud83d\\ude42"', '"\\udead"', '"\\ud83dx"', '"\t"', '"ab', '"\\u12"', "'a'", ""),
 ]  # fmt: skip
 CHANGES = [
-    b"",
-    b'"',
-    b"\\",
-    b"{",
-    b"}",
-    b",",
-    b":",
-    b"\n",
-    b"\xff",
-    b"\xe9",
-    b"0",
-    b" ",
-    b"\0",
-    b"\xed\xa0\x80",
-    b"\xef\xbb\xbf",
-]
+    b"", b'"', b"\\", b"{", b"}", b",", b":", b"\n", b"\xff", b"\xe9", b"0", b" ", b"\0", b"\xed\xa0\x80", b"\xef\xbb\xbf",
+]  # fmt: skip
 
 
 def made_up_line(rng: random.Random) -> bytes:
@@ -78,14 +74,21 @@ def test_decoded_rows_are_those_that_are_parsed_and_checked():
     assert decoded > 2000 and len(reasons) > 25
 
 
-def test_a_row_keeps_its_line_until_a_text_changes():
-    line = json.dumps(GOOD | {"extra": [1, None]}).encode() + b"\n"
-    row = json.loads(line)
-    for candidate in (parse_candidate(line), candidate_of(columns_of(row), None, row)):
-        assert candidate.line == (None if candidate.read is None else line)
+def test_columns_are_those_of_a_commit_row():
+    assert set(Columns.__struct_fields__) == {column.name for column in dataclasses.fields(CommitRow)}
+    assert set(REQUIRED) > set(TEXT_FIELDS)
+
+
+@pytest.mark.parametrize("extra", [{}, {"extra": [1, None]}], ids=["decoded", "parsed"])
+def test_a_row_keeps_its_line_until_a_text_changes(extra):
+    row = GOOD | extra
+    line = json.dumps(row).encode() + b"\n"
+    from_line, from_parquet = parse_candidate(line), candidate_of(columns_of(row), None, row)
+    assert from_line.unchanged_line == line and from_parquet.unchanged_line is None
+    for candidate in (from_line, from_parquet):
         candidate.set_subject("Add a limit")
-        assert candidate.line is None
-        assert list(candidate.row().items()) == list((json.loads(line) | {"subject": "Add a limit"}).items())
+        assert candidate.unchanged_line is None
+        assert list(candidate.row().items()) == list((row | {"subject": "Add a limit"}).items())
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
